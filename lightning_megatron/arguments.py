@@ -1,0 +1,183 @@
+"""Command line of the own entry point: our flags, defaults that fit what is installed, and refusals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from .compat import importable, version
+from .config import LightningOptions
+
+_TE = "transformer_engine.pytorch"
+_PREFIX = "lightning_"
+
+# Megatron's switches for kernels of optional packages: all default to on, and each has only one direction. Per row:
+# attribute, the value that uses the kernel, the flag we add for it, Megatron's flag against it, module that must import.
+_KERNELS = (
+    ("apply_rope_fusion", True, "--rope-fusion", "--no-rope-fusion", _TE),
+    ("no_persist_layer_norm", False, "--persist-layer-norm", "--no-persist-layer-norm", "apex.contrib.layer_norm.layer_norm"),
+    ("masked_softmax_fusion", True, "--masked-softmax-fusion", "--no-masked-softmax-fusion", "scaled_masked_softmax_cuda"),
+    (
+        "gradient_accumulation_fusion",
+        True,
+        "--gradient-accumulation-fusion",
+        "--no-gradient-accumulation-fusion",
+        "fused_weight_gradient_mlp_cuda",
+    ),
+)
+
+# Flags of Megatron that select another model, another loss or another input than this entry point builds.
+_REFUSED = (
+    ("spec", "--spec", "this entry point builds the lightning spec itself: leave the flag out and use the "
+     "--lightning-* flags, or run Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec NAME"),
+    ("reset_attention_mask", "--reset-attention-mask", "neither lightning layers nor causal softmax kernels read the mask, "
+     "so documents would see each other: use --dataloader-inter-document-masking"),
+    ("multi_latent_attention", "--multi-latent-attention", "lightning layers have no latent projections: leave it out"),
+    ("experimental_attention_variant", "--experimental-attention-variant", "it would compete with the lightning layers for "
+     "the same places: leave it out, and choose softmax layers with --linear-attention-freq"),
+    ("hybrid_layer_pattern", "--hybrid-layer-pattern", "it builds a Mamba hybrid: use --linear-attention-freq"),
+    ("hybrid_override_pattern", "--hybrid-override-pattern", "it builds a Mamba hybrid: use --linear-attention-freq"),
+    ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", "its layers are softmax layers: leave it out"),
+    ("hybrid_context_parallel", "--hybrid-context-parallel", "context parallelism is not supported yet: leave it out"),
+    ("yaml_cfg", "--yaml-cfg", "it replaces the command line, and with it the lightning options: give flags"),
+    ("fim_data", "--fim-data", "fill-in-the-middle data needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
+    ("logits_load_dir", "--logits-load-dir", "distillation needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
+    ("perform_rl_step", "--perform-rl-step", "this entry point only pretrains and fine-tunes"),
+)  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Megatron's ``extra_args_provider``: add the lightning group and set our defaults.
+
+    Defaults go through ``parser.set_defaults`` because Megatron's ``args_defaults`` reach only what is None after
+    parsing, which a switch never is. A flag that the user gives wins over them, as over any default.
+    """
+    # Megatron has 700 flags: without this, every typing error scrolls its own message away.
+    parser.usage = "%(prog)s [flags of Megatron-LM's pretrain_gpt.py] [--lightning-* flags]; --help lists them all"
+    group = parser.add_argument_group("lightning", "the lightning layers, and parts used around them")
+    types_of = typing.get_type_hints(LightningOptions)
+    for field in dataclasses.fields(LightningOptions):
+        flag = "--" + (_PREFIX + field.name).replace("_", "-")
+        text = field.metadata["help"].replace("%", "%%")
+        if types_of[field.name] is bool:
+            action: dict[str, typing.Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            action = {"type": _plain_type(types_of[field.name]), "choices": field.metadata["choices"]}
+        if field.default is not None:
+            text += " (default: %(default)s)"
+        group.add_argument(flag, dest=_PREFIX + field.name, default=field.default, help=text, **action)
+    for attribute, on, flag, against, module in _KERNELS:
+        text = f"opposite of {against}, which is the default unless {module} imports"
+        group.add_argument(flag, dest=attribute, action="store_const", const=on, help=text)
+    group.add_argument(
+        "--create-attention-mask-in-dataloader",
+        action="store_true",
+        help="build the T x T mask that no layer here reads: opposite of --no-create-attention-mask-in-dataloader, the default",
+    )
+    defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
+    defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
+    parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults)
+    return parser
+
+
+def _plain_type(hint: typing.Any) -> type:
+    """``int`` of ``int | None``, ``str`` of ``str``."""
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType) if typing.get_args(hint) else hint
+
+
+def options_from_args(args: Namespace) -> LightningOptions:
+    """The options that the lightning group parsed.
+
+    Raises:
+        ValueError: values that do not go together.
+    """
+    names = [field.name for field in dataclasses.fields(LightningOptions)]
+    return LightningOptions(**{name: getattr(args, _PREFIX + name) for name in names})
+
+
+def args_defaults(args: Namespace) -> dict[str, typing.Any]:
+    """Defaults for Megatron's ``args_defaults``: values that are None unless the user gives them."""
+    return {"tokenizer_type": "NullTokenizer"} if args.mock_data else {}
+
+
+def refuse(args: Namespace) -> None:
+    """Refuse parsed arguments that cannot work here, before Megatron acts on them.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    for attribute, flag, remedy in _REFUSED:
+        value = getattr(args, attribute, None)
+        if value not in (None, False):
+            raise ValueError(f"{flag}{'' if value is True else f' {value}'} is refused: {remedy}")
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} is not supported yet: use 1, and "
+            "--tensor-model-parallel-size with --sequence-parallel for longer sequences"
+        )
+    if args.attention_backend is not None and args.attention_backend.name == "local":
+        raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
+    _refuse_missing_kernels(args)
+    _refuse_missing_files(args)
+
+
+def _refuse_missing_kernels(args: Namespace) -> None:
+    if args.transformer_impl == "transformer_engine" and not importable(_TE):
+        raise ValueError(
+            "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine.pytorch does not import: "
+            "install transformer_engine[pytorch], or use --transformer-impl local (the default without it)"
+        )
+    if args.transformer_impl == "inference_optimized":
+        raise ValueError("--transformer-impl inference_optimized cannot train: use transformer_engine or local")
+    for attribute, on, flag, against, module in _KERNELS:
+        if getattr(args, attribute) is on and not importable(module):
+            raise ValueError(f"{flag} needs {module}, which does not import: install it, or use {against} (the default without it)")
+
+
+def _refuse_missing_files(args: Namespace) -> None:
+    for attribute in ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path"):
+        value = getattr(args, attribute)
+        if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
+            raise ValueError(f"--{attribute.replace('_', '-')} {value}: no such file or directory")
+    sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    for prefix in (item for source in sources for item in source or ()):
+        is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
+        if not is_weight and not _may_exist(prefix if args.sft else prefix + ".idx"):
+            raise ValueError(f"data {prefix}: " + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx"))
+    if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
+        raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
+    if args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
+        return
+    kind = args.tokenizer_type or args_defaults(args).get("tokenizer_type")
+    if kind is None:
+        raise ValueError("no tokenizer: give --tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH")
+    if kind == "NullTokenizer" and args.vocab_size is None:
+        raise ValueError("NullTokenizer (the default with --mock-data) needs --vocab-size")
+
+
+def _may_exist(path: str, tokenizer_type: str | bool | None = None) -> bool:
+    """False only if ``path`` is surely wrong: URLs and names on the Hugging Face hub are left to their readers."""
+    hub_name = tokenizer_type in ("HuggingFaceTokenizer", "SFTTokenizer") and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)
+    return "://" in path or bool(hub_name) or Path(path).exists()
+
+
+def parts_in_use(args: Namespace) -> str:
+    """One line that says which implementation every replaceable part has, with versions."""
+    use_te = args.transformer_impl == "transformer_engine"
+    adam = next((m for m in ("transformer_engine", "apex") if importable(m + ".optimizers" if m == "apex" else _TE)), "torch")
+    parts = {
+        "linear layers": "TransformerEngine" if use_te else "megatron-core local",
+        "norms": "TransformerEngine" if use_te else "local",
+        "softmax core": "TransformerEngine" if use_te else "torch scaled_dot_product_attention",
+        "rope fusion": args.apply_rope_fusion,
+        "gradient accumulation fusion": "apex" if args.gradient_accumulation_fusion else False,
+        "Adam": adam,
+    }
+    versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton", "transformer-engine", "apex"))
+    names = {True: "on", False: "off"}
+    return "lightning: parts in use: " + "; ".join(f"{k} {names.get(v, v)}" for k, v in parts.items()) + f" ({versions})"

@@ -1,0 +1,178 @@
+"""The options of a lightning layer and all validation of them. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+DECAY_PRESETS = ("tnl", "minimax", "bailing", "paper", "alibi", "none")
+FEATURE_MAPS = ("silu", "silu-qkv", "none")
+NORMS = ("head", "group", "all", "none")
+GATES = ("none", "sigmoid", "linear")
+BACKENDS = ("auto", "triton", "torch")
+
+# Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
+_MEGATRON_LINEAR_DEFAULTS = {
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class LightningOptions:
+    """What a lightning layer does beyond what Megatron's own TransformerConfig says.
+
+    Field ``x`` is the flag ``--lightning-x`` of ``lightning_megatron.pretrain`` (underscores become dashes) and a
+    keyword of ``lightning_megatron.spec.make_spec``. ``None`` means "follow Megatron's config".
+    """
+
+    decay: str = _option("tnl", "decay preset: the slope of every head in every layer", DECAY_PRESETS)
+    decay_offset: int = _option(
+        0, "added to the layer index in the decay formula (bailing follows Hugging Face; +1 gives vLLM's bailing)"
+    )
+    feature_map: str = _option(
+        "silu", "activation before the operator: silu on q and k, silu-qkv on v as well, or none", FEATURE_MAPS
+    )
+    num_kv_heads: int | None = _option(
+        None, "heads of k and v; must divide the query heads (default: as many as query heads)"
+    )
+    key_head_dim: int | None = _option(None, "K, the head dim of q and k (default: --kv-channels)")
+    value_head_dim: int | None = _option(None, "V, the head dim of v and of the output (default: K)")
+    scale: float | None = _option(None, "factor on q k^T (default: K^-0.5; TransNormerLLM and MiniMax use 1)")
+    rope: bool = _option(False, "apply Megatron's rotary embedding to q and k of the lightning layers")
+    qk_norm: bool = _option(False, "RMSNorm per head on q and k, after the feature map")
+    norm: str = _option("head", "RMS norm of the output: per head, per group, over all heads, or none", NORMS)
+    norm_groups: int | None = _option(None, "with --lightning-norm group: the NUMBER of groups (Bailing's group_norm_size)")
+    norm_affine: bool = _option(True, "give the output norm a weight (TransNormerLLM's SRMS has none)")
+    norm_eps: float | None = _option(None, "epsilon of q, k and output norms (default: --norm-epsilon)")
+    gate: str = _option("sigmoid", "output gate: sigmoid(g) * o, g * o (linear), or none", GATES)
+    backend: str = _option("auto", "implementation of the operator; auto is triton on a GPU, torch elsewhere", BACKENDS)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices is not None and value not in choices:
+                raise ValueError(f"lightning {field.name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        for name in ("num_kv_heads", "key_head_dim", "value_head_dim", "norm_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"lightning {name}={value} must be at least 1, or left out")
+        if self.norm == "group" and self.norm_groups is None:
+            raise ValueError("lightning norm='group' needs norm_groups, the number of groups the heads are divided into")
+        if self.norm != "group" and self.norm_groups is not None:
+            raise ValueError(
+                f"lightning norm_groups={self.norm_groups} has no meaning with norm={self.norm!r}; "
+                "use norm='group' or leave norm_groups out"
+            )
+
+
+@dataclass(frozen=True)
+class LightningShape:
+    """Sizes of one lightning layer, whole and on one tensor-parallel rank, after all checks."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    norm_groups: int  # 0 where there is no norm
+    gated: bool
+    tp: int
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one k and v."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def group_dims(self) -> tuple[int, int, int, int]:
+        """Columns of one key/value head in the fused projection: q, gate, k, v. A TP slice is whole such groups."""
+        g = self.heads_per_group
+        return g * self.key_dim, g * self.value_dim if self.gated else 0, self.key_dim, self.value_dim
+
+    @property
+    def projection_dim(self) -> int:
+        return self.num_kv_heads * sum(self.group_dims)
+
+    @property
+    def output_dim(self) -> int:
+        return self.num_heads * self.value_dim
+
+
+def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningShape:
+    """Sizes of a lightning layer from Megatron's ``TransformerConfig`` and our options.
+
+    Raises:
+        ValueError: heads, groups or head dims that cannot be divided as asked, or Megatron flags of other linear
+            layers (``--linear-num-key-heads`` ...) that a lightning layer would otherwise ignore.
+    """
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        value = getattr(config, name, None)
+        if value not in (None, _MEGATRON_LINEAR_DEFAULTS[name]):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is Megatron's flag for gated delta net, whose value heads outnumber "
+                "its key heads. A lightning layer has --num-attention-heads query heads; set the number of key/value "
+                "heads with --lightning-num-kv-heads, or make_spec(num_kv_heads=...)"
+            )
+
+    def dim(option: int | None, megatron_name: str, fallback: int) -> int:
+        if option is not None:
+            return option
+        value = getattr(config, megatron_name, None)
+        return fallback if value in (None, _MEGATRON_LINEAR_DEFAULTS[megatron_name]) else value
+
+    heads = config.num_attention_heads
+    kv_heads = options.num_kv_heads or heads
+    key_dim = dim(options.key_head_dim, "linear_key_head_dim", config.kv_channels)
+    value_dim = dim(options.value_head_dim, "linear_value_head_dim", key_dim)
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads: the second must divide the first")
+    if kv_heads % tp:
+        raise ValueError(
+            f"{kv_heads} key/value heads cannot be split over tensor-parallel size {tp}; use a --tensor-model-parallel-size "
+            "that divides them, or more key/value heads"
+        )
+    groups = {"head": heads, "group": options.norm_groups, "all": 1, "none": 0}[options.norm]
+    assert groups is not None
+    if groups and heads % groups:
+        raise ValueError(f"norm_groups={groups} must divide the {heads} heads")
+    if groups > 1 and groups % tp:
+        raise ValueError(
+            f"norm_groups={groups} must be divisible by tensor-parallel size {tp}, so that every group lives on one rank; "
+            "use norm='all' for one group over all ranks"
+        )
+    return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
+
+
+def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[bool]:
+    """Which layers are lightning, from Megatron's ``--linear-attention-freq``.
+
+    Args:
+        freq: None for every layer; N for one softmax layer after N-1 lightning layers; or one 0 or 1 per layer.
+        num_layers: layers of the whole model, over all pipeline stages.
+
+    Raises:
+        ValueError: N below 2, a list of another length, or values other than 0 and 1.
+    """
+    if freq is None:
+        return [True] * num_layers
+    if isinstance(freq, bool) or not isinstance(freq, (int, list, tuple)):
+        raise ValueError(f"--linear-attention-freq {freq!r} must be a whole number or a list such as ([1]*7+[0])*4")
+    if isinstance(freq, int):
+        if freq < 2:
+            raise ValueError(
+                f"--linear-attention-freq {freq} would leave no lightning layer; leave the flag out for all-lightning, "
+                "or give N >= 2 for one softmax layer in every N"
+            )
+        return [(layer + 1) % freq != 0 for layer in range(num_layers)]
+    if len(freq) != num_layers:
+        raise ValueError(f"--linear-attention-freq lists {len(freq)} layers, but --num-layers is {num_layers}: give one entry a layer")
+    if any(entry not in (0, 1) for entry in freq):
+        raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
+    return [bool(entry) for entry in freq]

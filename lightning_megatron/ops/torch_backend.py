@@ -1,0 +1,120 @@
+"""Chunked lightning attention in plain torch: any device, deterministic, fp32 inside (fp64 for fp64 inputs).
+
+The same chunk identities as the Triton kernels (see kernels.py), with all chunks' products in one batched matmul and a
+Python loop only over the running state. Packed sequences are walked one document after another.
+"""
+
+from __future__ import annotations
+
+import torch
+
+CHUNK = 64
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: torch.Tensor | None,
+    *,
+    reverse: bool,
+    read_scale: float,
+    write_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence batch ``[B, H, T, *]`` -> ``(o, outgoing state [B, H, K, V])``.
+
+    Forward: o_i = scale (sum_{j<=i} lambda^(i-j) (q_i.k_j) v_j + lambda^(i+1) q_i S_in), scale = read_scale, and
+    S_out = lambda^T S_in + sum_j lambda^(T-1-j) k_j^T v_j.
+    Reverse: o_i = scale sum_{j>=i} lambda^(j-i) (q_i.k_j) v_j + lambda^(T-1-i) q_i S_in, scale = write_scale, and
+    S_out = lambda^T S_in + scale sum_j lambda^(j+1) k_j^T v_j: scale and one more decay go into the state as it is
+    written, so that a final state's gradient enters as it is and no negative power is ever needed.
+    """
+    B, H, T, K = q.shape
+    V = v.shape[-1]
+    if T == 0:  # an empty document hands its state on
+        return v, q.new_zeros(B, H, K, V) if state is None else state.to(q.dtype)
+    C = min(CHUNK, T)
+    N = -(-T // C)
+    pad = N * C - T
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).view(B, H, N, C, -1) for x in (q, k, v))
+
+    ld = log_decay.to(q.dtype).view(H, 1, 1, 1)
+    i = torch.arange(C, device=q.device, dtype=q.dtype)
+    count = torch.full((N, 1), C, device=q.device, dtype=q.dtype)  # tokens of each chunk: the last may be short
+    count[-1:] -= pad
+    left, right = i + 1, (count - 1 - i).clamp(min=0)  # [C], [N, C]
+    read, write = (right, left) if reverse else (left, right)
+    distance = (i[None, :] - i[:, None]) if reverse else (i[:, None] - i[None, :])
+    weights = torch.where(distance >= 0, (ld * distance).clamp(max=0).exp(), 0)
+
+    products = q @ k.transpose(-1, -2) * weights
+    o = (products @ v) * (write_scale if reverse else read_scale)
+    written = k.transpose(-1, -2) @ (v * ((ld * write[..., None]).exp() * write_scale))  # [B, H, N, K, V]
+    carry = (ld * count.view(1, N, 1, 1)).exp()  # [H, N, 1, 1]
+
+    state = q.new_zeros(B, H, K, V) if state is None else state.to(q.dtype)
+    incoming = []
+    for n in reversed(range(N)) if reverse else range(N):
+        incoming.append(state)
+        state = carry[:, n] * state + written[:, :, n]
+    states = torch.stack(incoming[::-1] if reverse else incoming, dim=2)
+    o = o + (q @ states) * ((ld * read[..., None]).exp() * read_scale)
+    return o.reshape(B, H, N * C, V)[:, :, :T], state
+
+
+def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, T, Hx, D] -> [B, H, T, D] in the computation dtype, each k and v head repeated for its group."""
+    x = x.transpose(1, 2).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:
+    """(slice of states, slice of tokens) of each run: the whole batch at once, or one document at a time."""
+    if cu_seqlens is None:
+        return [(slice(0, B), slice(0, T))]
+    bounds = cu_seqlens.tolist()
+    return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+
+
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
+    """See ``kernels.forward``; the third result is None, since the backward recomputes its states."""
+    del need_final  # it costs nothing here
+    B, T, H, _ = q.shape
+    qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
+    outputs, finals = [], []
+    for states, tokens in _sequences(cu_seqlens, B, T):
+        o, final = _attend(
+            qh[:, :, tokens], kh[:, :, tokens], vh[:, :, tokens], log_decay,
+            None if initial_state is None else initial_state[states],
+            reverse=False, read_scale=scale, write_scale=1.0,
+        )  # fmt: skip
+        outputs.append(o)
+        finals.append(final)
+    o = torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
+    return o.contiguous(), torch.cat(finals), None
+
+
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, segment_states, do, dfinal):
+    """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
+    del segment_states
+    B, T, H, _ = q.shape
+    qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
+    parts: list[list[torch.Tensor]] = [[], [], [], []]
+    for states, tokens in _sequences(cu_seqlens, B, T):
+        qs, ks, vs, dos = (x[:, :, tokens] for x in (qh, kh, vh, doh))
+        s0 = None if initial_state is None else initial_state[states].transpose(-1, -2)
+        d0 = None if dfinal is None else dfinal[states]
+        dq, _ = _attend(dos, vs, ks, log_decay, s0, reverse=False, read_scale=scale, write_scale=1.0)
+        dk, _ = _attend(
+            vs, dos, qs, log_decay, None if d0 is None else d0.transpose(-1, -2),
+            reverse=True, read_scale=1.0, write_scale=scale,
+        )  # fmt: skip
+        dv, dinitial = _attend(ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale)
+        for part, value in zip(parts, (dq, dk, dv, dinitial), strict=True):
+            part.append(value)
+    dq, dk, dv = (torch.cat(part, dim=2).transpose(1, 2) for part in parts[:3])
+    group = H // k.shape[2]
+    if group > 1:
+        dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), torch.cat(parts[3])
