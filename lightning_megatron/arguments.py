@@ -44,7 +44,6 @@ _REFUSED = (
     ("hybrid_override_pattern", "--hybrid-override-pattern", "it builds a Mamba hybrid: use --linear-attention-freq"),
     ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", "its layers are softmax layers: leave it out"),
     ("hybrid_context_parallel", "--hybrid-context-parallel", "context parallelism is not supported yet: leave it out"),
-    ("yaml_cfg", "--yaml-cfg", "it replaces the command line, and with it the lightning options: give flags"),
     ("fim_data", "--fim-data", "fill-in-the-middle data needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
     ("logits_load_dir", "--logits-load-dir", "distillation needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
     ("perform_rl_step", "--perform-rl-step", "this entry point only pretrains and fine-tunes"),
@@ -82,7 +81,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
     parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults)
+    for action in parser._actions:
+        if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
+            action.type = _refuse_yaml
+        if action.help and action.help is not argparse.SUPPRESS:
+            # A lone % in Megatron's help (0.19) ends --help in a ValueError.
+            action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
     return parser
+
+
+def _refuse_yaml(value: str) -> str:
+    raise argparse.ArgumentTypeError(f"{value} would replace the command line, and with it every lightning option: give flags")
 
 
 def _plain_type(hint: typing.Any) -> type:
@@ -169,10 +178,10 @@ def _may_exist(path: str, tokenizer_type: str | bool | None = None) -> bool:
 def parts_in_use(args: Namespace) -> str:
     """One line that says which implementation every replaceable part has, with versions."""
     use_te = args.transformer_impl == "transformer_engine"
-    adam = next((m for m in ("transformer_engine", "apex") if importable(m + ".optimizers" if m == "apex" else _TE)), "torch")
+    adam = "TransformerEngine" if importable(_TE) else "apex" if importable("apex.optimizers") else "torch"
     parts = {
         "linear layers": "TransformerEngine" if use_te else "megatron-core local",
-        "norms": "TransformerEngine" if use_te else "local",
+        "norms": "TransformerEngine" if use_te else "torch",
         "softmax core": "TransformerEngine" if use_te else "torch scaled_dot_product_attention",
         "rope fusion": args.apply_rope_fusion,
         "gradient accumulation fusion": "apex" if args.gradient_accumulation_fusion else False,

@@ -1,0 +1,285 @@
+"""The attention module that Megatron's TransformerLayer accepts as ``self_attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+
+from .config import LightningOptions, resolve_shape
+from .decay import log_decay
+from .norm import HeadNorm, OutputNorm
+from .ops import lightning_attn
+
+
+@dataclass
+class LightningAttentionSubmodules:
+    """The two projections, from Megatron's local layers or TransformerEngine; linear_qkv may hold the input layer norm."""
+
+    linear_qkv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class LightningAttention(MegatronModule):
+    """Lightning attention with everything around it, on one tensor-parallel rank's heads.
+
+    out = linear_proj( gate * norm( lightning_attn( f(q), f(k), f(v) ) ) )
+
+    One projection gives q, gate, k and v, interleaved per key/value head (``[q..., gate..., k, v]`` of head 0, of head 1,
+    ...), so that a tensor-parallel slice is whole heads. Shapes follow Megatron: hidden ``[s, b, h]``, with sequence
+    parallelism ``[s/tp, b, h]`` outside the projections.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        submodules: the projections.
+        layer_number: 1-based, over all pipeline stages.
+        options: what Megatron's config does not say (``lightning_megatron.config``).
+        pg_collection: process groups; tp and cp are used.
+
+    Raises:
+        ValueError: sizes that do not divide, context parallelism, or arguments that a lightning layer cannot honour.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: LightningAttentionSubmodules,
+        layer_number: int,
+        options: LightningOptions | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        name: str | None = None,
+        cp_comm_type: str | None = None,
+        pp_layer_offset: int | None = None,
+        **unknown: Any,
+    ):
+        super().__init__(config=config)
+        _refuse_unknown("LightningAttention.__init__", unknown)
+        del cp_comm_type, pp_layer_offset  # schemes of softmax attention; layer_number is global already
+        self.options = options = options or LightningOptions()
+        self.layer_number = layer_number
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.tp_group = self.pg_collection.tp
+        refuse_context_parallel(self.pg_collection.cp.size())
+        tp = self.tp_group.size()
+        self.shape = shape = resolve_shape(config, options, tp)
+        self.local_heads, self.local_kv_heads = shape.num_heads // tp, shape.num_kv_heads // tp
+        self.scale = shape.key_dim**-0.5 if options.scale is None else options.scale
+        eps = config.layernorm_epsilon if options.norm_eps is None else options.norm_eps
+
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            shape.projection_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+            name=None if name is None else name + ".linear_qkv",
+        )
+        self.q_norm = self.k_norm = self.out_norm = None
+        if options.qk_norm:
+            self.q_norm, self.k_norm = (
+                HeadNorm(shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype) for _ in range(2)
+            )
+        if shape.norm_groups:
+            self.out_norm = OutputNorm(
+                self.local_heads * shape.value_dim,
+                shape.norm_groups,
+                tp_group=self.tp_group,
+                eps=eps,
+                affine=options.norm_affine,
+                dtype=config.params_dtype,
+            )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            shape.output_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            name=None if name is None else name + ".linear_proj",
+        )
+        # Not a buffer: Megatron casts those to bf16 (Float16Module), and a decay in bf16 is another decay.
+        self.log_decay = log_decay(
+            options.decay,
+            shape.num_heads,
+            layer_number - 1,
+            config.num_layers,
+            offset=options.decay_offset,
+            tp_rank=self.tp_group.rank(),
+            tp_size=tp,
+        ).to(torch.cuda.current_device())
+
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        self.log_decay = self.log_decay.to(self.linear_proj.weight.device)  # follows to a device, never to a dtype
+        return result
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: torch.Tensor | None = None,
+        *,
+        inference_params=None,
+        **unknown: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``; attention is causal, so attention_mask is not read."""
+        del attention_mask, sequence_len_offset
+        _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
+        inference_context = inference_context or inference_params
+        cu_seqlens = self._packed_bounds(packed_seq_params)
+
+        mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
+        q, gate, k, v = self._split(mixed)  # q [s, b, H, K], gate [s, b, H * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
+        if self.options.feature_map != "none":
+            q, k = F.silu(q), F.silu(k)
+            v = F.silu(v) if self.options.feature_map == "silu-qkv" else v
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options.rope:
+            q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context)
+
+        state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
+        o, state = lightning_attn(
+            *(x.transpose(0, 1) for x in (q, k, v)),
+            self.log_decay,
+            scale=self.scale,
+            initial_state=state,
+            output_final_state=caching,
+            cu_seqlens=cu_seqlens,
+            backend=self.options.backend,
+        )
+        if caching:
+            inference_context.key_value_memory_dict[self.layer_number] = (state,)
+
+        o = o.transpose(0, 1).flatten(2)  # [s, b, H * V]
+        if self.out_norm is not None:
+            o = self.out_norm(o)
+        if self.options.gate == "sigmoid":
+            o = o * torch.sigmoid(gate)
+        elif self.options.gate == "linear":
+            o = o * gate
+        return self.linear_proj(o)
+
+    def _split(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        shape = self.shape
+        groups = mixed.unflatten(-1, (self.local_kv_heads, sum(shape.group_dims)))
+        q, gate, k, v = groups.split(shape.group_dims, dim=-1)
+        q = q.unflatten(-1, (shape.heads_per_group, shape.key_dim)).flatten(2, 3)
+        return q, gate.flatten(2), k, v
+
+    def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
+        if packed is None:
+            return None
+        if packed.qkv_format != "thd":
+            raise ValueError(f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'")
+        if packed.cp_group is not None:
+            refuse_context_parallel(packed.cp_group.size())
+        return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+
+    def _rotate(self, q, k, rotary_pos_emb, cu_seqlens, inference_context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it."""
+        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
+            return q, k
+        if rotary_pos_emb is None:
+            raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
+        freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+        if inference_context is not None:
+            start = inference_context.sequence_len_offset
+            freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
+        packed = cu_seqlens is not None
+        rotated = (
+            apply_rotary_pos_emb(
+                x.squeeze(1) if packed else x, f, config=self.config, cu_seqlens=cu_seqlens, cp_group=self.pg_collection.cp
+            )
+            for x, f in zip((q, k), freqs, strict=True)
+        )
+        return tuple(x.unsqueeze(1) if packed else x for x in rotated)
+
+    def _cached_state(self, context, packed: PackedSeqParams | None) -> torch.Tensor | None:
+        """The state after the tokens seen so far: fp32 ``[b, H, K, V]``, whatever their number."""
+        if context is None:
+            return None
+        if not context.is_static_batching() or packed is not None or context.batch_size_offset:
+            raise ValueError(
+                "lightning layers generate with Megatron's StaticInferenceContext, one batch at a time from its first row; "
+                f"got {type(context).__name__} with batch_size_offset={getattr(context, 'batch_size_offset', None)}"
+                f"{' and packed sequences' if packed is not None else ''}"
+            )
+        if context.sequence_len_offset == 0:
+            return None
+        return context.key_value_memory_dict[self.layer_number][0]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, tp_group=None):
+        """Shards for distributed checkpoints, valid at any other tensor-parallel size: slices are whole heads."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        tp_group = tp_group or self.tp_group
+        result = {}
+        for name, module in self.named_children():
+            if isinstance(module, OutputNorm):
+                result |= make_sharded_tensors_for_checkpoint(
+                    module.state_dict(prefix="", keep_vars=True),
+                    f"{prefix}{name}.",
+                    {"weight": 0},
+                    sharded_offsets,
+                    tp_group=tp_group,
+                    dp_cp_group=metadata["dp_cp_group"],
+                )
+            else:
+                result |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
+        return result
+
+    def backward_dw(self) -> None:
+        """Weight gradients of the projections, where Megatron delays them."""
+        self.linear_qkv.backward_dw()
+        self.linear_proj.backward_dw()
+
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Called where fp8 recomputes the input norm: keep linear_qkv's unquantised input."""
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        set_save_original_input(self.linear_qkv)
+
+
+def refuse_context_parallel(size: int) -> None:
+    """Raises ValueError: wrong numbers would be the alternative."""
+    if size > 1:
+        raise ValueError(
+            f"context-parallel size {size} is not supported by lightning layers yet; use --context-parallel-size 1 (tensor, "
+            "sequence, pipeline and data parallelism are supported)"
+        )
+
+
+def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{where} got {', '.join(given)}, which a lightning layer does not know and must not ignore; leave it out"
+        )

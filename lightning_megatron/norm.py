@@ -1,0 +1,97 @@
+"""Norms that need neither TransformerEngine nor apex: a layer norm for Megatron's specs, and the RMS norm of a mixer's output.
+
+Megatron's own torch norm (core/transformer/torch_norm.py) refuses sequence parallelism; ``TorchNorm`` supports it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+
+
+class TorchNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says, built as Megatron builds norms.
+
+    Its parameters carry ``sequence_parallel``, by which Megatron sums their gradients over the tensor-parallel ranks that
+    each saw a part of the sequence (core/distributed/finalize_model_grads.py). ``--apply-layernorm-1p`` is supported.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        if config.normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(
+                f"--normalization {config.normalization} is not supported without TransformerEngine; use RMSNorm or LayerNorm"
+            )
+        self.rms = config.normalization == "RMSNorm"
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.eps = eps
+        self.weight = torch.nn.Parameter((torch.zeros if self.zero_centered else torch.ones)(hidden_size))
+        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., hidden]`` -> the same shape in the dtype of the parameters."""
+        weight = (self.weight + 1 if self.zero_centered else self.weight).to(x.dtype)  # x is fp32 in a fp32 residual stream
+        if self.rms:
+            y = F.rms_norm(x, weight.shape, weight, self.eps)
+        else:
+            y = F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+        return y.to(self.weight.dtype)
+
+
+class OutputNorm(torch.nn.Module):
+    """RMS norm of a mixer's output in groups of heads, on one tensor-parallel rank's heads.
+
+    y = x * rsqrt(mean over the group of x^2 + eps) * weight. One group per head is the usual per-head norm, one group over
+    all heads MiniMax's; in between is Bailing's GroupRMSNorm. The weight has one entry per channel and is sharded with the
+    heads, so it needs no gradient reduction whatever the parallelism. Only the single group over several ranks needs
+    communication: one number per token.
+    """
+
+    def __init__(self, size: int, groups: int, *, tp_group, eps: float, affine: bool, dtype: torch.dtype):
+        """``size`` channels on this rank; ``groups`` over all ranks (1, or divisible by the number of ranks)."""
+        super().__init__()
+        self.eps, self.tp_group, self.tp = eps, tp_group, tp_group.size()
+        self.over_ranks = groups == 1 and self.tp > 1
+        self.width = size if groups == 1 else size * self.tp // groups  # channels of a group that are on this rank
+        self.weight = None
+        if affine:
+            self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype, device=torch.cuda.current_device()))
+            set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., size]`` -> the same shape and dtype."""
+        if self.over_ranks:
+            x32 = x.float()
+            squares = reduce_from_tensor_model_parallel_region(x32.square().sum(-1, keepdim=True), self.tp_group)
+            inverse = torch.rsqrt(squares / (self.width * self.tp) + self.eps)
+            # every rank scales its own heads by `inverse`, so its gradient is the sum over the ranks
+            y = (x32 * copy_to_tensor_model_parallel_region(inverse, self.tp_group)).to(x.dtype)
+        else:
+            grouped = x.unflatten(-1, (-1, self.width))
+            y = F.rms_norm(grouped, (self.width,), None, self.eps).flatten(-2)
+        return y if self.weight is None else y * self.weight
+
+
+class HeadNorm(torch.nn.Module):
+    """RMSNorm of q or k per head, with one weight that all heads share.
+
+    The weight is replicated over tensor-parallel ranks, each of which sees other heads: its gradient is summed here, in the
+    backward of the copy, with and without sequence parallelism (Megatron only sums parameters marked for the latter).
+    """
+
+    def __init__(self, head_dim: int, *, tp_group, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps, self.tp_group = eps, tp_group
+        self.weight = torch.nn.Parameter(torch.ones(head_dim, dtype=dtype, device=torch.cuda.current_device()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., head_dim]`` -> the same shape and dtype."""
+        weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
+        return F.rms_norm(x, weight.shape, weight, self.eps)

@@ -1,0 +1,21 @@
+"""Runtime patches of Megatron symbols that no layer spec can reach. README.md lists them.
+
+Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all``, and so may a launcher of your own.
+"""
+
+from __future__ import annotations
+
+from ..config import LightningOptions
+from . import dataset_helpers, flops
+
+PATCHES = (dataset_helpers, flops)
+
+
+def apply_all(options: LightningOptions) -> None:
+    """Apply every patch, each with a line in rank 0's log. Calling it again is harmless.
+
+    Raises:
+        ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.
+    """
+    dataset_helpers.apply()
+    flops.apply(options)

@@ -1,0 +1,56 @@
+"""How every patch replaces its symbol: once, after checking version and signature, with one line in the log."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ..compat import MEGATRON_RANGE, check_megatron
+
+MARKER = "__lightning_patch__"
+
+logger = logging.getLogger("lightning_megatron.patches")
+
+
+def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable], Callable], effect: str) -> bool:
+    """Put ``wrap(original)`` in the place of a function of Megatron.
+
+    Args:
+        symbol: dotted path, e.g. ``megatron.core.datasets.utils.compile_helpers``.
+        parameters: names of the original's parameters, in order; the patch is written for exactly these.
+        wrap: gets the original, returns its replacement. The replacement gets ``__wrapped__`` and the marker.
+        effect: end of the log line: what is different now.
+
+    Returns:
+        False if the symbol is patched already, and nothing was done.
+
+    Raises:
+        RuntimeError: megatron-core is outside the range of this package, or the parameters are others.
+        ImportError: no such symbol.
+    """
+    check_megatron()
+    module_name, _, name = symbol.rpartition(".")
+    known = f"lightning_megatron patches {symbol} of megatron-core {MEGATRON_RANGE}"
+    try:
+        module = importlib.import_module(module_name)
+        original: Any = getattr(module, name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{known}, but it does not exist here ({error})") from error
+    if getattr(original, MARKER, None) == symbol:
+        return False
+    found = tuple(inspect.signature(original).parameters)
+    if found != parameters:
+        raise RuntimeError(f"{known} with the parameters {parameters}, but here it takes {found}")
+
+    replacement = functools.update_wrapper(wrap(original), original)  # sets __wrapped__
+    setattr(replacement, MARKER, symbol)
+    setattr(module, name, replacement)
+
+    from megatron.core.utils import log_single_rank
+
+    log_single_rank(logger, logging.INFO, f"lightning: patched {symbol}: {effect}")
+    return True
