@@ -1,0 +1,270 @@
+"""Turn text into what Megatron trains on: a SentencePiece tokenizer and indexed datasets.
+
+    python examples/prepare_data.py --out data                            # the sources of Python's standard library
+    python examples/prepare_data.py --out data --text book.txt notes/     # any text
+    python examples/prepare_data.py --out data --text more.jsonl --tokenizer-model data/tokenizer.model
+
+A document is one file, or the "text" of one line of a .jsonl file. Writes to --out:
+
+    tokenizer.model                    for --tokenizer-type SentencePieceTokenizer --tokenizer-model
+    train_text_document.{bin,idx}      for --train-data-path, without the ending
+    valid_text_document.{bin,idx}      held-out documents, for --valid-data-path
+    stats.json                         sizes, and the unigram entropy: the loss of a model that knows no context
+
+All text is held in memory; for hundreds of gigabytes use tools/preprocess_data.py of Megatron-LM with the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import math
+import random
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+# Folders of the standard library that are tests, generated tables, or not part of it.
+STDLIB_SKIP = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "turtledemo",
+}  # fmt: skip
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is read in a folder
+LINE = 4096  # characters of a training line of the tokenizer; longer lines are cut
+BATCH = 256  # documents encoded at a time
+
+
+def stdlib_files() -> list[Path]:
+    """Sources of the running Python's standard library, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [root / path for path in sorted(files) if not STDLIB_SKIP.intersection(path.parts)]
+
+
+def text_files(sources: Iterable[Path]) -> list[Path]:
+    """The given files, and all files with an ending of SUFFIXES in the given folders, sorted.
+
+    Raises:
+        ValueError: a path that does not exist, or a folder without such files.
+    """
+    files: list[Path] = []
+    for source in sources:
+        if source.is_file():
+            files.append(source)
+            continue
+        found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+        if not found:
+            what = f"holds no file ending in {', '.join(SUFFIXES)}" if source.is_dir() else "does not exist"
+            raise ValueError(f"--text {source} {what}; give a text file, or a folder of such files")
+        files += found
+    return files
+
+
+def read_documents(files: Iterable[Path]) -> Iterator[str]:
+    """The documents of the files, newlines as they are. A file that is not UTF-8 is named and left out.
+
+    Raises:
+        ValueError: a line of a .jsonl file that is no JSON object with a "text".
+    """
+    for path in files:
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            print(f"  left out: {path} is not UTF-8 (byte {error.start})")
+            continue
+        if path.suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)["text"]
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise ValueError(f'{path}, line {number} is no JSON object with a "text": {error!r}') from error
+
+
+def take(documents: list[str], max_bytes: int, seed: int) -> list[str]:
+    """Shuffle, and keep as many documents as fit into max_bytes."""
+    documents = [text for text in documents if text]
+    random.Random(seed).shuffle(documents)
+    kept, size = [], 0
+    for text in documents:
+        size += len(text.encode())
+        if size > max_bytes and kept:
+            break
+        kept.append(text)
+    return kept
+
+
+def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Training and held-out documents: the first documents that reach `fraction` of the characters are held out.
+
+    Of a single document, the end is held out, cut at a line.
+
+    Raises:
+        ValueError: text too short to be divided.
+    """
+    want = fraction * sum(map(len, documents))
+    if len(documents) == 1:
+        text = documents[0]
+        cut = text.rfind("\n", 0, int(len(text) - want)) + 1 or int(len(text) - want)
+        documents, count = [text[cut:], text[:cut]], 1
+    else:
+        count, size = 0, 0.0
+        while size < want and count < len(documents) - 1:
+            size += len(documents[count])
+            count += 1
+    train, valid = documents[count:], documents[:count]
+    if not any(train) or not any(valid):
+        raise ValueError(f"{len(documents)} documents of text cannot be split into training and held-out text; give more")
+    return train, valid
+
+
+def train_tokenizer(documents: list[str], path: Path, vocab_size: int, sample_bytes: int, seed: int) -> None:
+    """Train a BPE tokenizer that gives every text back as it was, on a sample of lines.
+
+    Nothing is normalized, bytes stand for characters outside of the vocabulary, and newline and tab are pieces. The one
+    exception is SentencePiece's own: it writes a space as U+2581, so a U+2581 in the text comes back as a space.
+
+    Raises:
+        ValueError: too little text for vocab_size.
+    """
+    lines = [line[i : i + LINE] for text in documents for line in text.split("\n") for i in range(0, len(line), LINE)]
+    random.Random(seed).shuffle(lines)
+    sample, size = [], 0
+    for line in lines:
+        size += len(line.encode())
+        if size > sample_bytes and sample:
+            break
+        sample.append(line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # indentation
+            byte_fallback=True,
+            character_coverage=0.9999,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,  # Megatron's eod
+            pad_id=3,
+            max_sentence_length=4 * LINE,  # bytes
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--vocab-size {vocab_size} does not fit {size} bytes of text: give more text or another size ({error})"
+        ) from error
+    path.write_bytes(model.getvalue())
+
+
+def write_dataset(documents: list[str], processor: sentencepiece.SentencePieceProcessor, prefix: Path) -> np.ndarray:
+    """Write prefix.bin and prefix.idx, one Megatron document per text, each ending in eod.
+
+    Returns:
+        how often each id was written, int64 [vocabulary].
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA needed here
+    with warnings.catch_warnings():  # Megatron tells which optional packages are not installed
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    vocab, eod = processor.get_piece_size(), processor.eos_id()
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab))
+    counts = np.zeros(vocab, dtype=np.int64)
+    for start in range(0, len(documents), BATCH):
+        for ids in processor.encode(documents[start : start + BATCH], num_threads=-1):
+            ids.append(eod)
+            builder.add_document(ids, [len(ids)])
+            counts += np.bincount(ids, minlength=vocab)
+    builder.finalize(f"{prefix}.idx")
+    return counts
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Nats per token of the distribution of single tokens."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results; made if missing")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="text files and folders")
+    source.add_argument("--stdlib", action="store_true", help="the standard library's sources (the default)")
+    parser.add_argument("--tokenizer-model", type=Path, help="use this SentencePiece model instead of training one")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the new tokenizer (default: 2048)")
+    parser.add_argument("--sample-bytes", type=int, default=4_000_000, help="text the tokenizer is trained on (4000000)")
+    parser.add_argument("--max-bytes", type=float, default=math.inf, help="use no more text than this (default: all)")
+    parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the text for validation (0.02)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle of documents (0)")
+    args = parser.parse_args(argv)
+    try:
+        prepare(args)
+    except ValueError as error:
+        raise SystemExit(f"prepare_data: {error}") from error
+
+
+def prepare(args: argparse.Namespace) -> None:
+    if not 0 < args.held_out < 1:
+        raise ValueError(f"--held-out {args.held_out} must be a fraction between 0 and 1, such as 0.02")
+    if args.tokenizer_model and not args.tokenizer_model.is_file():
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model} does not exist; leave it out to train one")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    files = text_files(args.text) if args.text else stdlib_files()
+    documents = take(list(read_documents(files)), args.max_bytes, args.seed)
+    if not documents:
+        raise ValueError(f"no text in {len(files)} files")
+    train, valid = split(documents, args.held_out)
+    train_bytes, valid_bytes = (sum(len(text.encode()) for text in part) for part in (train, valid))
+    print(f"  {len(documents)} documents of {len(files)} files: {(train_bytes + valid_bytes) / 1e6:.2f} MB of text")
+
+    model = args.out / "tokenizer.model"
+    if args.tokenizer_model:
+        model.write_bytes(args.tokenizer_model.read_bytes())
+    else:
+        start = time.time()
+        train_tokenizer(train, model, args.vocab_size, args.sample_bytes, args.seed)
+        print(f"  tokenizer of {args.vocab_size} pieces trained in {time.time() - start:.1f} s")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    if processor.eos_id() < 0:
+        raise ValueError(f"--tokenizer-model {args.tokenizer_model} has no </s>, which ends a document")
+
+    counts = write_dataset(train, processor, args.out / "train_text_document")
+    valid_counts = write_dataset(valid, processor, args.out / "valid_text_document")
+    tokens, nats = int(counts.sum()), entropy(counts)
+    stats = {
+        "train_documents": len(train),
+        "train_bytes": train_bytes,
+        "train_tokens": tokens,
+        "valid_documents": len(valid),
+        "valid_bytes": valid_bytes,
+        "valid_tokens": int(valid_counts.sum()),
+        "vocab_size": processor.get_piece_size(),
+        "bytes_per_token": train_bytes / tokens,
+        "unigram_entropy": nats,  # nats per token, as Megatron's lm loss
+        "unigram_bits_per_byte": nats / math.log(2) * tokens / train_bytes,
+    }
+    (args.out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    print(f"  {tokens} training tokens, {stats['valid_tokens']} held out; {stats['bytes_per_token']:.2f} bytes per token")
+    print(f"  unigram entropy {nats:.3f} nats per token, {stats['unigram_bits_per_byte']:.3f} bits per byte")
+
+
+if __name__ == "__main__":
+    main()
