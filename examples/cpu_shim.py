@@ -108,6 +108,9 @@ def _stub_cuda() -> None:
         def wait_stream(self, stream):
             pass
 
+        def record_event(self, event=None):  # core/transformer/moe/token_dispatcher.py:946
+            return SimpleNamespace(synchronize=lambda: None)
+
     cuda = torch.cuda
     cuda.device_count = lambda: 1  # training/initialize.py:270 and :447 set up groups and seeds only if > 0
     cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)  # training/arguments.py:1414
@@ -160,6 +163,19 @@ def _map_backend() -> None:
     dist.init_process_group = on_gloo(dist.init_process_group)
     dist.new_group = on_gloo(dist.new_group)
 
+    # Expert parallelism passes split sizes that it leaves as tensors unless they are CUDA ones
+    # (core/transformer/moe/token_dispatcher.py:927).
+    all_to_all = dist.all_to_all_single
+
+    @functools.wraps(all_to_all)
+    def all_to_all_single(*args, **kwargs):
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].tolist()
+        return all_to_all(*args, **kwargs)
+
+    dist.all_to_all_single = all_to_all_single
+
 
 def _skip_compile() -> None:
     """Make torch.compile, Megatron's jit_fuser (core/jit.py), return its argument: no compiler, no warm-up."""
@@ -188,13 +204,14 @@ def main() -> None:
     enable_pretrain()
     if sys.argv[1] == "-m":
         sys.argv = sys.argv[2:]
-        sys.path[0] = os.getcwd()
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = sys.argv[1:]
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+        sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, which python put there
     main()

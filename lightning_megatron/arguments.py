@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 import types
 import typing
 from argparse import ArgumentParser, Namespace
@@ -17,11 +18,23 @@ _TE = "transformer_engine.pytorch"
 _PREFIX = "lightning_"
 
 # Megatron's switches for kernels of optional packages: all default to on, and each has only one direction. Per row:
-# attribute, the value that uses the kernel, the flag we add for it, Megatron's flag against it, module that must import.
+# attribute, its value with the kernel, the flag we add for it, Megatron's flag against it, the module it needs.
 _KERNELS = (
     ("apply_rope_fusion", True, "--rope-fusion", "--no-rope-fusion", _TE),
-    ("no_persist_layer_norm", False, "--persist-layer-norm", "--no-persist-layer-norm", "apex.contrib.layer_norm.layer_norm"),
-    ("masked_softmax_fusion", True, "--masked-softmax-fusion", "--no-masked-softmax-fusion", "scaled_masked_softmax_cuda"),
+    (
+        "no_persist_layer_norm",
+        False,
+        "--persist-layer-norm",
+        "--no-persist-layer-norm",
+        "apex.contrib.layer_norm.layer_norm",
+    ),
+    (
+        "masked_softmax_fusion",
+        True,
+        "--masked-softmax-fusion",
+        "--no-masked-softmax-fusion",
+        "scaled_masked_softmax_cuda",
+    ),
     (
         "gradient_accumulation_fusion",
         True,
@@ -31,23 +44,25 @@ _KERNELS = (
     ),
 )
 
+_UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec NAME"
+
 # Flags of Megatron that select another model, another loss or another input than this entry point builds.
-_REFUSED = (
-    ("spec", "--spec", "this entry point builds the lightning spec itself: leave the flag out and use the "
-     "--lightning-* flags, or run Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec NAME"),
-    ("reset_attention_mask", "--reset-attention-mask", "neither lightning layers nor causal softmax kernels read the mask, "
-     "so documents would see each other: use --dataloader-inter-document-masking"),
-    ("multi_latent_attention", "--multi-latent-attention", "lightning layers have no latent projections: leave it out"),
-    ("experimental_attention_variant", "--experimental-attention-variant", "it would compete with the lightning layers for "
-     "the same places: leave it out, and choose softmax layers with --linear-attention-freq"),
-    ("hybrid_layer_pattern", "--hybrid-layer-pattern", "it builds a Mamba hybrid: use --linear-attention-freq"),
-    ("hybrid_override_pattern", "--hybrid-override-pattern", "it builds a Mamba hybrid: use --linear-attention-freq"),
-    ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", "its layers are softmax layers: leave it out"),
-    ("hybrid_context_parallel", "--hybrid-context-parallel", "context parallelism is not supported yet: leave it out"),
-    ("fim_data", "--fim-data", "fill-in-the-middle data needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
-    ("logits_load_dir", "--logits-load-dir", "distillation needs Megatron-LM's pretrain_gpt.py --spec lightning_megatron.spec NAME"),
-    ("perform_rl_step", "--perform-rl-step", "this entry point only pretrains and fine-tunes"),
-)  # fmt: skip
+_REFUSED = {
+    "spec": "this entry point builds the lightning spec itself: leave the flag out and use the --lightning-* flags, or "
+    f"run {_UPSTREAM}",
+    "reset_attention_mask": "neither lightning layers nor causal softmax kernels read the mask, so documents would see "
+    "each other: use --dataloader-inter-document-masking",
+    "multi_latent_attention": "lightning layers have no latent projections: leave it out",
+    "experimental_attention_variant": "it would compete with the lightning layers for the same places: leave it out, and "
+    "place softmax layers with --linear-attention-freq",
+    "hybrid_layer_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
+    "hybrid_override_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
+    "heterogeneous_layers_config_path": "all its layers are softmax layers: leave it out",
+    "hybrid_context_parallel": "context parallelism is not supported yet: leave it out",
+    "fim_data": f"it is not supported here: run {_UPSTREAM}",
+    "logits_load_dir": f"it is not supported here: run {_UPSTREAM}",
+    "perform_rl_step": "this entry point only pretrains and fine-tunes: leave it out",
+}
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -61,7 +76,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("lightning", "the lightning layers, and parts used around them")
     types_of = typing.get_type_hints(LightningOptions)
     for field in dataclasses.fields(LightningOptions):
-        flag = "--" + (_PREFIX + field.name).replace("_", "-")
+        flag = _flag(_PREFIX + field.name)
         text = field.metadata["help"].replace("%", "%%")
         if types_of[field.name] is bool:
             action: dict[str, typing.Any] = {"action": argparse.BooleanOptionalAction}
@@ -76,7 +91,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--create-attention-mask-in-dataloader",
         action="store_true",
-        help="build the T x T mask that no layer here reads: opposite of --no-create-attention-mask-in-dataloader, the default",
+        help="build the T x T mask that no layer here reads (opposite of --no-create-attention-mask-in-dataloader, "
+        "which is the default here)",
     )
     defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
@@ -90,8 +106,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def _flag(attribute: str) -> str:
+    return "--" + attribute.replace("_", "-")
+
+
 def _refuse_yaml(value: str) -> str:
-    raise argparse.ArgumentTypeError(f"{value} would replace the command line, and with it every lightning option: give flags")
+    raise argparse.ArgumentTypeError(
+        f"{value} would replace the command line, and with it every lightning option: give flags"
+    )
 
 
 def _plain_type(hint: typing.Any) -> type:
@@ -111,7 +133,14 @@ def options_from_args(args: Namespace) -> LightningOptions:
 
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     """Defaults for Megatron's ``args_defaults``: values that are None unless the user gives them."""
-    return {"tokenizer_type": "NullTokenizer"} if args.mock_data else {}
+    defaults: dict[str, typing.Any] = {}
+    if (
+        args.eval_interval is None
+    ):  # Megatron promises no evaluation while training, but divides by it (training.py:4481)
+        defaults["eval_interval"] = sys.maxsize
+    if args.tokenizer_type is None and args.mock_data:
+        defaults["tokenizer_type"] = "NullTokenizer"
+    return defaults
 
 
 def refuse(args: Namespace) -> None:
@@ -120,15 +149,25 @@ def refuse(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    for attribute, flag, remedy in _REFUSED:
+    for attribute, remedy in _REFUSED.items():
         value = getattr(args, attribute, None)
         if value not in (None, False):
-            raise ValueError(f"{flag}{'' if value is True else f' {value}'} is refused: {remedy}")
+            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
+            raise ValueError(f"{_flag(attribute)}{shown} is refused: {remedy}")
     if args.context_parallel_size > 1:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} is not supported yet: use 1, and "
             "--tensor-model-parallel-size with --sequence-parallel for longer sequences"
         )
+    packed = "sft" if args.sft else "dataloader_inter_document_masking"
+    if getattr(args, packed) and args.pipeline_model_parallel_size > 1:
+        # Packing makes one sample of a microbatch, but Megatron's pipeline expects the unpacked shape to arrive.
+        for name in ("micro_batch_size", "eval_micro_batch_size"):
+            if (getattr(args, name) or 1) > 1:
+                raise ValueError(
+                    f"{_flag(packed)} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} needs "
+                    f"{_flag(name)} 1, not {getattr(args, name)}: use 1, and more microbatches or a longer --seq-length"
+                )
     if args.attention_backend is not None and args.attention_backend.name == "local":
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
     _refuse_missing_kernels(args)
@@ -138,26 +177,31 @@ def refuse(args: Namespace) -> None:
 def _refuse_missing_kernels(args: Namespace) -> None:
     if args.transformer_impl == "transformer_engine" and not importable(_TE):
         raise ValueError(
-            "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine.pytorch does not import: "
-            "install transformer_engine[pytorch], or use --transformer-impl local (the default without it)"
+            "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine.pytorch does not "
+            "import: install transformer_engine[pytorch], or use --transformer-impl local (the default without it)"
         )
     if args.transformer_impl == "inference_optimized":
         raise ValueError("--transformer-impl inference_optimized cannot train: use transformer_engine or local")
     for attribute, on, flag, against, module in _KERNELS:
         if getattr(args, attribute) is on and not importable(module):
-            raise ValueError(f"{flag} needs {module}, which does not import: install it, or use {against} (the default without it)")
+            raise ValueError(
+                f"{flag} needs {module}, which does not import: install it, or use {against} (the default without it)"
+            )
 
 
 def _refuse_missing_files(args: Namespace) -> None:
     for attribute in ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path"):
         value = getattr(args, attribute)
         if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
-            raise ValueError(f"--{attribute.replace('_', '-')} {value}: no such file or directory")
+            raise ValueError(f"{_flag(attribute)} {value}: no such file or directory")
     sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
     for prefix in (item for source in sources for item in source or ()):
         is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
         if not is_weight and not _may_exist(prefix if args.sft else prefix + ".idx"):
-            raise ValueError(f"data {prefix}: " + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx"))
+            raise ValueError(
+                f"data {prefix}: "
+                + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx")
+            )
     if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
     if args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
@@ -171,22 +215,24 @@ def _refuse_missing_files(args: Namespace) -> None:
 
 def _may_exist(path: str, tokenizer_type: str | bool | None = None) -> bool:
     """False only if ``path`` is surely wrong: URLs and names on the Hugging Face hub are left to their readers."""
-    hub_name = tokenizer_type in ("HuggingFaceTokenizer", "SFTTokenizer") and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)
+    hub_name = tokenizer_type in ("HuggingFaceTokenizer", "SFTTokenizer") and re.fullmatch(
+        r"\w[\w.-]*(/[\w.-]+)?", path
+    )
     return "://" in path or bool(hub_name) or Path(path).exists()
 
 
-def parts_in_use(args: Namespace) -> str:
-    """One line that says which implementation every replaceable part has, with versions."""
+def parts_in_use(args: Namespace, norm: str) -> str:
+    """One line for the log: which implementation every replaceable part has, and versions. ``norm`` names a class."""
     use_te = args.transformer_impl == "transformer_engine"
     adam = "TransformerEngine" if importable(_TE) else "apex" if importable("apex.optimizers") else "torch"
     parts = {
         "linear layers": "TransformerEngine" if use_te else "megatron-core local",
-        "norms": "TransformerEngine" if use_te else "torch",
+        "layer norms": norm,
         "softmax core": "TransformerEngine" if use_te else "torch scaled_dot_product_attention",
-        "rope fusion": args.apply_rope_fusion,
-        "gradient accumulation fusion": "apex" if args.gradient_accumulation_fusion else False,
+        "rope fusion": "TransformerEngine" if args.apply_rope_fusion else "off",
+        "gradient accumulation fusion": "apex" if args.gradient_accumulation_fusion else "off",
         "Adam": adam,
     }
-    versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton", "transformer-engine", "apex"))
-    names = {True: "on", False: "off"}
-    return "lightning: parts in use: " + "; ".join(f"{k} {names.get(v, v)}" for k, v in parts.items()) + f" ({versions})"
+    names = ("megatron-core", "torch", "triton", "transformer-engine", "apex")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return "lightning: parts in use: " + "; ".join(f"{k} {v}" for k, v in parts.items()) + f" ({versions})"

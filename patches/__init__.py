@@ -6,9 +6,9 @@ Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all`
 from __future__ import annotations
 
 from ..config import LightningOptions
-from . import dataset_helpers, flops
+from . import checkpoint_args, dataset_helpers, flops
 
-PATCHES = (dataset_helpers, flops)
+PATCHES = (dataset_helpers, checkpoint_args, flops)
 
 
 def apply_all(options: LightningOptions) -> None:
@@ -18,4 +18,5 @@ def apply_all(options: LightningOptions) -> None:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.
     """
     dataset_helpers.apply()
+    checkpoint_args.apply()
     flops.apply(options)

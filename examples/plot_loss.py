@@ -1,0 +1,84 @@
+"""Draw the loss from the log that Megatron printed.
+
+    python examples/plot_loss.py --log train.log --out loss.png [--stats data/stats.json]
+
+With the stats.json of prepare_data.py, a line shows the entropy of single tokens: what a model that has learnt only
+how frequent every token is would score. A lower loss comes from context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+TRAIN = re.compile(r" iteration +(\d+)/ *\d+ \|.* lm loss: ([\d.E+-]+)")
+VALID = re.compile(r"validation loss at iteration (\d+)\b.*lm loss value: ([\d.E+-]+)")
+
+INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
+BLUE, ORANGE, RED = "#2a6fb0", "#d9822b", "#a8323e"
+
+
+def read_losses(log: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Training and validation loss by iteration, in nats per token. Of a repeated iteration, the last counts."""
+    train, valid = ({int(i): float(loss) for i, loss in pattern.findall(log)} for pattern in (TRAIN, VALID))
+    return train, valid
+
+
+def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None, title: str, out: Path) -> None:
+    """Write the picture; the ending of `out` picks its format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK})
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    last = max(train)
+    if unigram is not None:
+        axes.axhline(unigram, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
+        label = f"unigram entropy {unigram:.2f}: token frequencies alone"
+        axes.annotate(label, (last, unigram), (0, 4), textcoords="offset points", ha="right", va="bottom", color=MUTED)
+    axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1.8, label="training")
+    note = f"{train[last]:.2f}"
+    if unigram is not None:
+        note += f"\n{train[last] / unigram:.0%} of unigram"
+    axes.plot(last, train[last], "o", color=BLUE, markersize=5)
+    axes.annotate(note, (last, train[last]), (8, 0), textcoords="offset points", va="center", color=BLUE, annotation_clip=False)
+    if valid:
+        axes.plot(list(valid), list(valid.values()), "D", color=ORANGE, markersize=6, label="held-out documents", zorder=3)
+    axes.set_title(title, loc="left", fontsize=13, pad=12)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlim(0, last * 1.16)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log", type=Path, required=True, help="what the training printed")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write: .png, .svg or .pdf")
+    parser.add_argument("--stats", type=Path, help="stats.json of prepare_data.py")
+    parser.add_argument("--title", default="Loss", help="line above the picture")
+    args = parser.parse_args(argv)
+    for path in (args.log, args.stats):
+        if path and not path.is_file():
+            raise SystemExit(f"plot_loss: {path} does not exist")
+    train, valid = read_losses(args.log.read_text("utf-8", "replace"))
+    if not train:
+        raise SystemExit(f"plot_loss: {args.log} has no line `iteration N/M | ... | lm loss: X`; did the training start?")
+    unigram = json.loads(args.stats.read_text())["unigram_entropy"] if args.stats else None
+    plot(train, valid, unigram, args.title, args.out)
+    print(f"  {args.out}: {len(train)} points, last loss {train[max(train)]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""For all tests: Triton's interpreter where there is no GPU, seeded random values, poisoned memory, the gpu marker."""
+
+import functools
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
+
+SEED = int(os.environ.get("LIGHTNING_TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_report_header() -> str:
+    return f"random values: LIGHTNING_TEST_SEED={SEED} repeats them"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of random values of this test, the same whether it runs alone or with others."""
+    print(f"random values: LIGHTNING_TEST_SEED={SEED}")  # pytest shows it if the test fails
+    return torch.Generator().manual_seed((SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31)
+
+
+def _poisoned(allocate):
+    """``allocate``, with the memory it returns filled with NaN, or the largest integer."""
+
+    @functools.wraps(allocate)
+    def wrapper(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if x.is_floating_point() or x.is_complex():
+                x.fill_(float("nan"))
+            else:
+                x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+        return x
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is often zero, which hides a value nobody wrote; here it is NaN."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

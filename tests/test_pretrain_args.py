@@ -1,0 +1,396 @@
+"""The command line of the own entry point, the patches, and the FLOPs count. No process group, no training."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import package_info
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.transformer import TransformerConfig
+from megatron.training import arguments as megatron_arguments
+from megatron.training import checkpointing, global_vars
+from megatron.training import training as megatron_training
+
+from lightning_megatron import arguments, compat, patches, pretrain, training
+from lightning_megatron.arguments import add_arguments, options_from_args, parts_in_use, refuse
+from lightning_megatron.config import LightningOptions
+
+MODEL = (
+    "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
+)
+KERNELS = {
+    "apply_rope_fusion": ("--rope-fusion", "--no-rope-fusion", True),
+    "no_persist_layer_norm": ("--persist-layer-norm", "--no-persist-layer-norm", False),
+    "masked_softmax_fusion": ("--masked-softmax-fusion", "--no-masked-softmax-fusion", True),
+    "gradient_accumulation_fusion": ("--gradient-accumulation-fusion", "--no-gradient-accumulation-fusion", True),
+}
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse MODEL and more flags as Megatron does."""
+
+    def run(flags="", model=MODEL):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *model.split(), *flags.split()])
+        return megatron_arguments.parse_args(add_arguments)
+
+    return run
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that exactly the optional packages whose names start so are installed."""
+
+    def pretend(*names):
+        monkeypatch.setattr(arguments, "importable", lambda module: module.startswith(names) if names else False)
+
+    return pretend
+
+
+EVERYTHING = ("transformer_engine", "apex", "scaled", "fused")
+
+
+# ---- flags and defaults ----
+
+
+def test_options_default(parse):
+    assert options_from_args(parse()) == LightningOptions()
+
+
+def test_options_all_flags(parse):
+    wanted = LightningOptions(
+        decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
+        scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6, gate="linear",
+        backend="torch",
+    )  # fmt: skip
+    default, flags = LightningOptions(), []
+    for field in dataclasses.fields(wanted):
+        value, name = getattr(wanted, field.name), field.name.replace("_", "-")
+        assert value != getattr(default, field.name), f"{field.name} is not tested"
+        flags.append(
+            {True: f"--lightning-{name}", False: f"--no-lightning-{name}"}[value]
+            if isinstance(value, bool)
+            else f"--lightning-{name} {value}"
+        )
+    assert options_from_args(parse(" ".join(flags))) == wanted
+
+
+def test_help_names_every_option(parse, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(LightningOptions):
+        assert "--lightning-" + field.name.replace("_", "-") in text
+    assert "--tensor-model-parallel-size" in text
+
+
+def test_defaults_with_nothing_installed(parse, installed):
+    installed()
+    args = parse()
+    refuse(args)
+    assert args.transformer_impl == "local"
+    assert args.no_persist_layer_norm
+    assert not (args.apply_rope_fusion or args.masked_softmax_fusion or args.gradient_accumulation_fusion)
+    assert not args.create_attention_mask_in_dataloader
+
+
+def test_defaults_with_everything_installed(parse, installed):
+    installed(*EVERYTHING)
+    args = parse()
+    refuse(args)
+    assert args.transformer_impl == "transformer_engine"
+    assert not args.no_persist_layer_norm
+    assert args.apply_rope_fusion and args.masked_softmax_fusion and args.gradient_accumulation_fusion
+    assert not args.create_attention_mask_in_dataloader
+
+
+def test_defaults_with_transformer_engine_alone(parse, installed):
+    installed("transformer_engine")
+    args = parse()
+    refuse(args)
+    assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
+    assert not args.gradient_accumulation_fusion  # the output layer is Megatron's own, and that needs apex
+
+
+@pytest.mark.parametrize("attribute", KERNELS)
+def test_user_overrides_kernel_defaults(parse, installed, attribute):
+    flag, against, on = KERNELS[attribute]
+    installed(*EVERYTHING)
+    assert getattr(parse(against), attribute) is not on
+    assert getattr(parse(f"{against} {flag}"), attribute) is on
+    installed()
+    args = parse(flag)
+    assert getattr(args, attribute) is on
+    with pytest.raises(ValueError, match=f"{flag} needs .* does not import.*{against}"):
+        refuse(args)
+
+
+def test_user_overrides_other_defaults(parse, installed):
+    installed(*EVERYTHING)
+    args = parse("--transformer-impl local --create-attention-mask-in-dataloader")
+    assert args.transformer_impl == "local" and args.create_attention_mask_in_dataloader
+    assert not parse(
+        "--create-attention-mask-in-dataloader --no-create-attention-mask-in-dataloader"
+    ).create_attention_mask_in_dataloader
+    assert arguments.args_defaults(args) == {"eval_interval": sys.maxsize, "tokenizer_type": "NullTokenizer"}
+    args = parse("--eval-interval 5 --tokenizer-type HuggingFaceTokenizer")
+    assert arguments.args_defaults(args) == {}
+
+
+def test_parts_in_use(parse, installed):
+    installed()
+    line = parts_in_use(parse(), "TorchNorm")
+    assert "\n" not in line and "linear layers megatron-core local" in line and "layer norms TorchNorm" in line
+    assert "gradient accumulation fusion off" in line and "torch 2." in line
+    installed(*EVERYTHING)
+    line = parts_in_use(parse(), "TENorm")
+    assert "linear layers TransformerEngine" in line and "gradient accumulation fusion apex" in line
+
+
+# ---- refusals ----
+
+REFUSALS = [
+    ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
+    ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
+    ("--context-parallel-size 2", ["--context-parallel-size 2", "not supported yet"]),
+    ("--multi-latent-attention", ["--multi-latent-attention"]),
+    ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
+    ("--hybrid-layer-pattern M*M", ["M*M"]),
+    ("--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4", ["--micro-batch-size 1", "not 4"]),
+    ("--attention-backend local", ["--transformer-impl local"]),
+    ("--transformer-impl transformer_engine", ["TransformerEngine", "--transformer-impl local"]),
+    ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such/dir", ["--tokenizer-model /no/such/dir"]),
+    ("--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model", ["missing.model"]),
+    ("--lightning-norm-groups 2", ["norm_groups=2", "norm='group'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", REFUSALS, ids=[flags.split()[0] for flags, _ in REFUSALS])
+def test_main_refuses(parse, installed, capsys, flags, words):
+    installed()
+    parse(flags)  # sets sys.argv
+    with pytest.raises(SystemExit) as exit:
+        pretrain.main()
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lightning-pretrain: ") and len(message.splitlines()) == 1
+    assert all(word in message for word in words), message
+
+
+def test_refuses_missing_data(parse):
+    without = MODEL.replace("--mock-data", "")
+    with pytest.raises(ValueError, match="--data-path PREFIX .* or --mock-data"):
+        refuse(parse(model=without))
+    with pytest.raises(ValueError, match=r"no /no/such\.idx"):
+        refuse(parse("--data-path 0.5 /no/such", model=without))
+
+
+def test_refuses_missing_tokenizer(parse, tmp_path):
+    (tmp_path / "text.idx").touch()
+    without = MODEL.replace("--mock-data", "")
+    with pytest.raises(ValueError, match="--tokenizer-type"):
+        refuse(parse(f"--data-path {tmp_path}/text", model=without))
+    with pytest.raises(ValueError, match="--vocab-size"):
+        refuse(parse(model=MODEL.replace("--vocab-size 128", "")))
+    refuse(parse("--tokenizer-type HuggingFaceTokenizer --tokenizer-model some/name"))  # may be on the hub
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [("--lightning-decay fast", "'fast'"), ("--yaml-cfg some.yaml", "some.yaml"), ("--no-such 1", "--no-such")],
+)
+def test_argparse_error_is_short(parse, capsys, flags, value):
+    with pytest.raises(SystemExit) as exit:
+        parse(flags)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert value in message and len(message.splitlines()) < 5
+
+
+def test_bare_assert_of_megatron_is_shown(parse, installed, capsys):
+    installed()
+    parse(model=MODEL.replace("--micro-batch-size 1", ""))
+    with pytest.raises(SystemExit) as exit:
+        pretrain.main()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "lightning-pretrain: assert args.micro_batch_size is not None\n"
+
+
+def test_unexpected_error_keeps_its_traceback(parse, monkeypatch):
+    parse()
+    monkeypatch.setattr(training, "configure", lambda: {}["bug"])
+    with pytest.raises(KeyError):
+        pretrain.main()
+
+
+# ---- patches ----
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """Give the patched symbols back after the test."""
+    symbols = (
+        (dataset_utils, "compile_helpers"),
+        (checkpointing, "check_checkpoint_args"),
+        (megatron_training, "num_floating_point_operations"),
+    )
+    for module, name in symbols:
+        assert not hasattr(getattr(module, name), "__lightning_patch__"), "a patch was applied at import, or leaked"
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+def test_patches_are_idempotent_and_logged(unpatched, caplog):
+    before = dataset_utils.compile_helpers, megatron_training.num_floating_point_operations
+    with caplog.at_level("INFO", logger="lightning_megatron.patches"):
+        patches.apply_all(LightningOptions())
+        after = dataset_utils.compile_helpers, megatron_training.num_floating_point_operations
+        patches.apply_all(LightningOptions(gate="none"))
+    assert (dataset_utils.compile_helpers, megatron_training.num_floating_point_operations) == after
+    assert tuple(function.__wrapped__ for function in after) == before
+    for patch, record in zip(patches.PATCHES, caplog.records, strict=True):
+        assert patch.SYMBOL in record.getMessage()
+        assert all(word in patch.__doc__ for word in ("Symbol:", "Why:", "Versions:", "Can go:", patch.SYMBOL))
+
+
+def test_patch_of_a_missing_symbol(unpatched, monkeypatch):
+    monkeypatch.delattr(megatron_training, "num_floating_point_operations")
+    with pytest.raises(
+        ImportError, match=r"megatron\.training\.training\.num_floating_point_operations.*>=0\.19,<0\.20"
+    ):
+        patches.flops.apply(LightningOptions())
+
+
+def test_patch_of_another_signature(unpatched, monkeypatch):
+    monkeypatch.setattr(dataset_utils, "compile_helpers", lambda jobs: None)
+    with pytest.raises(RuntimeError, match=r"utils\.compile_helpers.*>=0\.19,<0\.20.*'jobs'"):
+        patches.dataset_helpers.apply()
+
+
+def test_other_megatron_versions_are_refused(unpatched, monkeypatch, capsys):
+    compat.check_megatron()
+    monkeypatch.setattr(package_info, "VERSION", (0, 20, 0, "rc1"))
+    monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
+    for check in (compat.check_megatron, patches.dataset_helpers.apply):
+        with pytest.raises(RuntimeError, match=r">=0\.19,<0\.20.*0\.20\.0"):
+            check()
+    with pytest.raises(SystemExit) as exit:
+        pretrain.main()
+    assert exit.value.code == 2 and "found 0.20.0" in capsys.readouterr().err
+
+
+def test_compiled_helpers_are_used(unpatched, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dataset_utils, "compile_helpers", lambda: calls.append("make"))
+    patches.dataset_helpers.apply()
+    dataset_utils.compile_helpers()
+    assert not calls
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)  # as if not built
+    dataset_utils.compile_helpers()
+    assert calls == ["make"]
+
+
+def test_resuming_with_other_options_is_refused(unpatched, monkeypatch, parse):
+    monkeypatch.setattr(checkpointing, "check_checkpoint_args", lambda checkpoint_args, skip_args=None: None)
+    patches.checkpoint_args.apply()
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", parse("--lightning-scale 1 --lightning-backend torch"))
+    checkpointing.check_checkpoint_args(parse("--lightning-scale 1.0"))  # the backend may change
+    checkpointing.check_checkpoint_args(SimpleNamespace(num_layers=4))  # saved without our options
+    with pytest.raises(ValueError, match=r"--lightning-scale 0\.5, but this run has 1\.0.*--finetune"):
+        checkpointing.check_checkpoint_args(parse("--lightning-scale 0.5"), skip_args=None)
+
+
+# ---- FLOPs ----
+
+
+@pytest.fixture
+def count(parse, unpatched):
+    """Megatron's count, and the patched one, for MODEL and more flags: two samples of 32 tokens, or the sums given."""
+
+    def run(flags="", options=None, **sums):
+        args = parse("--linear-attention-freq ([1,0,1]) " + flags)
+        megatron_arguments.validate_args(args)
+        args.padded_vocab_size = 128
+        patches.flops.apply(options or LightningOptions())
+        patched = megatron_training.num_floating_point_operations
+        return patched.__wrapped__(args, 2, **sums), patched(args, 2, **sums), args
+
+    return run
+
+
+def test_flops_by_hand(count):
+    # One lightning layer, per token: projections 64 (256 + 64); 4 heads of 64/2 (16 + 16) + 2 16 16. 64 tokens.
+    lightning = 6 * 64 * (64 * (256 + 64) + 4 * (32 * 32 + 512))
+    # One softmax layer: q, k, v and output are 64 x 64; 2 samples with two triangles of 32 x 32 / 2, of width 64.
+    softmax = 6 * (64 * 4 * 64 * 64 + 2 * 32 * 32 * 64)
+    assert (lightning, softmax) == (10_223_616, 7_077_888)
+    original, patched, _ = count()
+    assert patched == original + 2 * (lightning - softmax)
+
+
+def test_flops_by_hand_without_gate_and_shared_heads(count):
+    # q 4 x 8, k 2 x 8, v 2 x 24 and the output 4 x 24; 4 heads of 32 (8 + 24) + 2 8 24.
+    lightning = 6 * 64 * (64 * (32 + 16 + 48 + 96) + 4 * (32 * 32 + 384))
+    original, patched, _ = count(
+        options=LightningOptions(num_kv_heads=2, key_head_dim=8, value_head_dim=24, gate="none")
+    )
+    assert patched == original + 2 * (lightning - 7_077_888)
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--group-query-attention --num-query-groups 2", "--attention-output-gate", "--kv-channels 32"]
+)
+@pytest.mark.parametrize("sums", [{}, {"seqlen_squared_sum_in_batch": 700, "total_real_tokens_in_batch": 50}])
+def test_flops_of_softmax_layers_are_megatrons(count, flags, sums):
+    _, _, args = count(flags)
+    args.ffn_hidden_size = args.padded_vocab_size = 0  # leaves Megatron's three attention layers
+    original = megatron_training.num_floating_point_operations.__wrapped__(args, 2, **sums)
+    tokens, squared = sums.get("total_real_tokens_in_batch", 64), sums.get("seqlen_squared_sum_in_batch", 2048)
+    assert original == 3 * patches.flops.softmax_layer_flops(args, tokens, squared)
+    patched = megatron_training.num_floating_point_operations(args, 2, **sums)
+    lightning = patches.flops.lightning_layer_flops(args, LightningOptions(), tokens)
+    assert patched == pytest.approx(original / 3 + 2 * lightning, rel=1e-12)
+
+
+def test_flops_leave_the_rest_alone(count):
+    dense = count()
+    for flags in (
+        "--swiglu",
+        "--num-experts 4 --moe-router-topk 2",
+        "--mtp-num-layers 1 --position-embedding-type rope",
+    ):
+        other = count(flags)
+        assert other[0] != dense[0]
+        assert other[1] - other[0] == dense[1] - dense[0]
+
+
+@pytest.mark.parametrize("sums", [{}, {"seqlen_squared_sum_in_batch": 700, "total_real_tokens_in_batch": 50}])
+def test_flops_of_a_softmax_model_are_megatrons(count, sums):
+    original, patched, _ = count("--linear-attention-freq ([0]*3) --swiglu", **sums)
+    assert patched == original
+
+
+# ---- what the training loop calls ----
+
+
+def test_embedding_ranks():
+    config = TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=2)
+    assert training.embedding_ranks(config, True, [3]) == [3]
+    assert training.embedding_ranks(config, True, [0, 2, 4]) == [0, 4]
+    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0]
+    config.mtp_num_layers = 1
+    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
+
+
+def test_packed_seq_params():
+    batch = dict.fromkeys(training._BATCH)
+    assert training.packed_seq_params(batch, 8) is None
+    batch.update(cu_seqlens=torch.tensor([[0, 3, 8]], dtype=torch.int32), max_seqlen=torch.tensor([5]))
+    params = training.packed_seq_params(batch, 8)
+    assert params.cu_seqlens_q.tolist() == [0, 3, 8] and params.max_seqlen_q == 5 and params.cu_seqlens_q_padded is None
+    batch["cu_seqlens_padded"] = torch.tensor([[0, 4, 8]], dtype=torch.int32)
+    params = training.packed_seq_params(batch, 8)
+    assert params.cu_seqlens_kv.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 4, 8]

@@ -1,0 +1,67 @@
+"""The own entry point under Megatron's real pretrain(), on the CPU."""
+
+import pytest
+
+from tests.launch import run_pretrain
+
+FLAGS = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --train-iters 6 "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --mock-data --vocab-size 128 "
+    "--make-vocab-size-divisible-by 8 --position-embedding-type none --normalization RMSNorm --swiglu "
+    "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --linear-attention-freq 4 --log-interval 1 "
+    "--eval-iters 0 --num-workers 0 --log-throughput"
+).split()
+RESUME = ["--no-save-rng", "--no-load-rng", "--dataloader-inter-document-masking"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint after 2 iterations on packed documents, and the losses of the 4 that follow it in the same layout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    run_pretrain([*FLAGS, *RESUME, "--save", folder, "--save-interval", 2, "--exit-interval", 2])
+    return folder, run_pretrain([*FLAGS, *RESUME, "--load", folder]).losses
+
+
+def test_loss_falls_and_log_says_what_runs():
+    run = run_pretrain(FLAGS)
+    assert len(run.losses) == 6
+    assert run.losses[-1] < run.losses[0] - 0.5
+    for line in (
+        "3 lightning layers (L), 1 softmax layers (s)",
+        "LLLs",
+        "lightning: parts in use: linear layers megatron-core local; layer norms TorchNorm",
+        "lightning: patched megatron.core.datasets.utils.compile_helpers",
+        "lightning: patched megatron.training.training.num_floating_point_operations",
+        "lightning: patched megatron.training.checkpointing.check_checkpoint_args",
+    ):
+        assert run.log.count(line) == 1, line
+    assert "throughput per GPU (TFLOP/s/GPU)" in run.log
+
+
+@pytest.mark.parametrize(
+    "nproc, flags",
+    [
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+        (4, "--pipeline-model-parallel-size 4"),  # two stages in the middle, which read nothing but boundaries
+    ],
+    ids=["tp2-sp", "pp2-vp2", "pp4"],
+)
+def test_packed_documents_reach_every_stage(checkpoint, nproc, flags):
+    folder, losses = checkpoint
+    run = run_pretrain([*FLAGS, *RESUME, "--load", folder, *flags.split()], nproc=nproc)
+    assert run.losses == pytest.approx(losses, abs=5e-6)
+
+
+def test_resuming_with_another_decay_is_refused(checkpoint):
+    folder, _ = checkpoint
+    run = run_pretrain([*FLAGS, *RESUME, "--load", folder, "--lightning-decay", "minimax"], check=False)
+    assert not run.ok and not run.losses
+    assert "trained with --lightning-decay tnl, but this run has minimax" in run.log
+
+
+def test_user_errors_end_every_rank():
+    run = run_pretrain([*FLAGS, "--reset-attention-mask"], nproc=2, check=False, timeout=60)
+    assert not run.ok
+    assert run.log.count("lightning-pretrain: --reset-attention-mask is refused") == 2
+    assert "Traceback" not in run.log
