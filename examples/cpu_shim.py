@@ -4,13 +4,14 @@
     python examples/cpu_shim.py script.py --its --flags
     torchrun --nproc-per-node 2 examples/cpu_shim.py -m some.module --its --flags
 
-Megatron-core assumes CUDA and NCCL. `enable()` maps the device "cuda" to the CPU, the CUDA random
-generator to the CPU generator and NCCL to gloo, and stubs the torch.cuda calls that only order or
-measure work. No line of Megatron is replaced and no value is changed, so a run proves the wiring:
-parallel groups, schedules, optimizers and checkpoints. It proves nothing about kernels or NCCL.
+Megatron-core assumes CUDA and NCCL. enable() patches torch: the device "cuda" means the CPU, the CUDA random
+generator the CPU's, NCCL gloo, and the torch.cuda calls that only order or measure work do nothing.
+enable_pretrain() also patches the two calls of pretrain() that insist on a GPU. Nothing else of Megatron changes
+and no value does, so that a run proves the wiring: parallel groups, schedules, optimizers, checkpoints. It proves
+nothing about kernels or NCCL.
 
-For tests and demos only; written for torch 2.11 and megatron-core 0.19. Paths below are relative to
-the megatron package.
+For tests and demos, never for a machine with a GPU; written for torch 2.11 and megatron-core 0.19. Paths in the
+comments are relative to the megatron package and name a caller that needs the patch.
 """
 
 import contextlib
@@ -24,12 +25,8 @@ from types import SimpleNamespace
 import torch
 import torch.utils.data.dataloader
 
-# Functions that take device=, each called by Megatron with "cuda" or torch.cuda.current_device().
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
-    "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like",
-)  # fmt: skip
-_METHODS = ("to", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+# What Megatron calls with device="cuda" or torch.cuda.current_device(). Others fail loudly: add them here.
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
 
 _enabled = False
 
@@ -61,13 +58,8 @@ def _map_device() -> None:
     """Turn every request for the device "cuda" into one for "cpu"."""
 
     def on_cpu(device):
-        if isinstance(device, int) and not isinstance(device, bool):  # a device index: torch.cuda.current_device()
-            return "cpu"
-        if isinstance(device, str) and device.startswith("cuda"):
-            return "cpu"
-        if isinstance(device, torch.device) and device.type == "cuda":
-            return "cpu"
-        return device
+        index = type(device) is int  # torch.cuda.current_device()
+        return "cpu" if index or (isinstance(device, str | torch.device) and str(device)[:4] == "cuda") else device
 
     def mapped(function):
         @functools.wraps(function)
@@ -81,10 +73,9 @@ def _map_device() -> None:
 
     for name in _FACTORIES:
         setattr(torch, name, mapped(getattr(torch, name)))
-    for name in _METHODS:
-        setattr(torch.Tensor, name, mapped(getattr(torch.Tensor, name)))
+    torch.Tensor.new_empty = mapped(torch.Tensor.new_empty)
 
-    to = torch.Tensor.to  # x.to(device) also takes it by position
+    to = mapped(torch.Tensor.to)  # takes the device by position too
     torch.Tensor.to = lambda self, *args, **kwargs: to(self, *map(on_cpu, args), **kwargs)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
@@ -117,7 +108,6 @@ def _stub_cuda() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the same line asks for it where major < 10
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
     cuda.Stream = Stream
     cuda.current_stream = lambda device=None: Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
@@ -148,31 +138,22 @@ def _map_rng() -> None:
 
 
 def _map_backend() -> None:
-    """Use gloo where NCCL is asked for, by name or by default."""
-
-    def on_gloo(function):
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            if kwargs.get("backend") == "nccl":
-                kwargs["backend"] = "gloo"
-            return function(*args, **kwargs)
-
-        return call
-
+    """Use gloo where NCCL is asked for. It has every collective that Megatron uses, in bf16 too."""
     dist = torch.distributed
-    dist.init_process_group = on_gloo(dist.init_process_group)
-    dist.new_group = on_gloo(dist.new_group)
+    init, new_group, all_to_all = dist.init_process_group, dist.new_group, dist.all_to_all_single
+
+    def name(backend):
+        return "gloo" if backend == "nccl" else backend
+
+    dist.init_process_group = lambda backend=None, **kwargs: init(name(backend), **kwargs)
+    dist.new_group = lambda ranks=None, *, backend=None, **kwargs: new_group(ranks, backend=name(backend), **kwargs)
 
     # Expert parallelism passes split sizes that it leaves as tensors unless they are CUDA ones
     # (core/transformer/moe/token_dispatcher.py:927).
-    all_to_all = dist.all_to_all_single
-
-    @functools.wraps(all_to_all)
     def all_to_all_single(*args, **kwargs):
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = kwargs[name].tolist()
-        return all_to_all(*args, **kwargs)
+        return all_to_all(
+            *args, **{k: v.tolist() if "split_sizes" in k and torch.is_tensor(v) else v for k, v in kwargs.items()}
+        )
 
     dist.all_to_all_single = all_to_all_single
 

@@ -17,7 +17,7 @@ TRAIN = re.compile(r" iteration +(\d+)/ *\d+ \|.* lm loss: ([\d.E+-]+)")
 VALID = re.compile(r"validation loss at iteration (\d+)\b.*lm loss value: ([\d.E+-]+)")
 
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
-BLUE, ORANGE, RED = "#2a6fb0", "#d9822b", "#a8323e"
+BLUE, ORANGE = "#2a6fb0", "#d9822b"
 
 
 def read_losses(log: str) -> tuple[dict[int, float], dict[int, float]]:
@@ -51,7 +51,7 @@ def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None
     axes.set_title(title, loc="left", fontsize=13, pad=12)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(0, last * 1.16)
+    axes.set_xlim(0, last * 1.2)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)

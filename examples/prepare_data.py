@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import sysconfig
 import time
 import warnings
@@ -183,6 +184,7 @@ def write_dataset(documents: list[str], processor: sentencepiece.SentencePiecePr
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+    shutil.rmtree(prefix / "cache", ignore_errors=True)  # Megatron's indices into an earlier file of this name
     vocab, eod = processor.get_piece_size(), processor.eos_id()
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab))
     counts = np.zeros(vocab, dtype=np.int64)

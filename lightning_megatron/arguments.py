@@ -44,7 +44,7 @@ _KERNELS = (
     ),
 )
 
-_UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec NAME"
+_UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec lightning_spec"
 
 # Flags of Megatron that select another model, another loss or another input than this entry point builds.
 _REFUSED = {

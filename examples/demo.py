@@ -1,0 +1,181 @@
+"""From text to a trained model in a few minutes: the whole path on this machine, with the commands a user would give.
+
+    make demo                                     (or: .venv/bin/python examples/demo.py --out demo_out)
+
+1. corpus      the sources of Python's standard library, a tokenizer trained on them, Megatron's indexed datasets
+2. training    Megatron's own pretrain(), 3 lightning layers to 1 softmax layer; saves a checkpoint
+3. plot        the loss against the unigram entropy of the text
+4. generation  continues a prompt from the checkpoint
+
+Runs on a GPU where there is one, else on the CPU through cpu_shim.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent
+ROOT = EXAMPLES.parent
+sys.path.insert(0, str(EXAMPLES))
+
+from plot_loss import read_losses  # noqa: E402
+
+MARKER = ".lightning_demo"  # this folder is ours to overwrite
+PROMPT = "class Reader:\n    def __init__(self"
+
+ITERATIONS, LOG_INTERVAL, SHOW_INTERVAL = 900, 10, 50
+MODEL = """
+    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --linear-attention-freq 4
+    --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+"""
+TRAINING = f"""
+    --micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --num-workers 0
+    --lr 4e-3 --min-lr 2e-4 --lr-warmup-iters 50 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
+    --eval-interval {ITERATIONS // 3} --eval-iters 8 --log-interval {LOG_INTERVAL} --save-interval {ITERATIONS}
+"""
+
+ITERATION = re.compile(
+    r"iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+) \|.* lm loss: ([\d.E+-]+)"
+)
+
+
+def cores() -> int:
+    """Cores this process may use: torch counts those of the machine, and too many threads wait for each other."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return count
+
+
+def folded(command: list[str]) -> str:
+    """The command as one would type it, a line for every few options."""
+    lines = [""]
+    for word in map(shlex.quote, command):
+        if word.startswith("-") and len(lines[-1]) > 80:
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    return "$" + " \\\n".join(lines)
+
+
+def run(title: str, command: list[str], log: Path, show: Callable[[str], str | None]) -> None:
+    """Run one step. All that it writes goes to the log, and to the screen what `show` makes of its standard output."""
+    print(f"\n==> {title}\n{folded(command)}", flush=True)
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores())), "PYTHONUNBUFFERED": "1"}
+    start = time.time()
+    log.unlink(missing_ok=True)
+    with log.open("a", buffering=1) as file:  # appending: the step itself writes there, too
+        process = subprocess.Popen(command, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=file)
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            if (shown := show(line)) is not None:
+                print(shown, flush=True)
+    if process.wait():
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise SystemExit(f"{end}\n\ndemo: the step `{title}` failed; all that it wrote is in {log}")
+    print(f"    took {time.time() - start:.0f} s", flush=True)
+
+
+def everything(line: str) -> str:
+    return line.rstrip("\n")
+
+
+class Progress:
+    """Makes Megatron's log readable: which layers are lightning, then a line every few iterations."""
+
+    def __init__(self) -> None:
+        self.in_summary = False
+
+    def __call__(self, line: str) -> str | None:
+        if match := ITERATION.search(line):
+            iteration, last, milliseconds, loss = (float(group) for group in match.groups())
+            if iteration % SHOW_INTERVAL and iteration != last:
+                return None
+            left = (last - iteration) * milliseconds / 1000
+            return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {milliseconds:4.0f} ms each   {left:3.0f} s left"
+        if match := re.search(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)", line):
+            return f"  held-out documents at iteration {match[1]}: loss {float(match[2]):.3f}"
+        if "number of parameters" in line:
+            return f"  {int(line.split()[-1]):,} parameters"
+        self.in_summary = line.startswith("lightning_megatron ") or (self.in_summary and line.startswith("  "))
+        if self.in_summary or "saved checkpoint" in line:
+            return "  " + line.strip()
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "demo_out", help="folder for the results (demo_out)")
+    parser.add_argument("--prompt", default=PROMPT, help="text to continue at the end")
+    options = parser.parse_args()
+    out: Path = options.out.resolve()
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
+        raise SystemExit(f"demo: {out} holds files that are not the demo's; give another folder, or an empty one")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARKER).touch()
+    out = Path(os.path.relpath(out, ROOT)) if out.is_relative_to(ROOT) else out  # shorter to read
+    os.chdir(ROOT)
+    start = time.time()
+
+    import torch
+
+    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
+    gpu = torch.cuda.is_available()
+    print(f"Training on {torch.cuda.get_device_name() if gpu else f'{cores()} CPU cores'}; everything goes to {out}/")
+
+    data, log, checkpoint, picture = out / "data", out / "train.log", out / "checkpoint", out / "loss.png"
+    run(
+        "corpus, tokenizer and datasets",
+        [python, "examples/prepare_data.py", "--out", str(data)],
+        out / "prepare.log",
+        everything,
+    )
+
+    launcher = [python, "-m", "torch.distributed.run", "--standalone"] if gpu else [python, "examples/cpu_shim.py"]
+    command = [*launcher, "-m", "lightning_megatron.pretrain", *MODEL.split(), *TRAINING.split()]
+    command += ["--bf16"] if gpu else []
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")]
+    command += ["--train-data-path", str(data / "train_text_document")]
+    command += ["--valid-data-path", str(data / "valid_text_document"), "--save", str(checkpoint)]
+    run("training: 3 lightning layers, 1 softmax layer", command, log, Progress())
+
+    run(
+        "plot",
+        [python, "examples/plot_loss.py", "--log", str(log), "--stats", str(data / "stats.json"), "--out", str(picture)]
+        + ["--title", "Lightning hybrid on the sources of Python's standard library"],
+        out / "plot.log",
+        everything,
+    )
+
+    launcher = [python] if gpu else [python, "examples/cpu_shim.py"]
+    generate = [*launcher, "examples/generate.py", "--load", str(checkpoint), "--prompt", options.prompt]
+    generate += ["--tokenizer-model", str(data / "tokenizer.model"), "--tokens", "150"]
+    run("generation", generate, out / "generate.log", everything)
+
+    train, valid = read_losses(log.read_text())
+    loss, unigram = train[max(train)], json.loads((data / "stats.json").read_text())["unigram_entropy"]
+    print(f"\n==> done in {time.time() - start:.0f} s")
+    print(f"  final loss        {loss:.3f} nats per token, {loss / unigram:.0%} of the unigram entropy {unigram:.3f}")
+    print(f"  held-out loss     {valid[max(valid)]:.3f}")
+    print(f"  loss curve        {picture}")
+    print(f"  checkpoint        {checkpoint}")
+    print(f"  full log          {log}")
+    print(f"  another prompt    {shlex.join(generate[: generate.index('--prompt')])} --prompt 'def main('")
+
+
+if __name__ == "__main__":
+    main()
