@@ -170,12 +170,16 @@ def _skip_compile() -> None:
 def enable_pretrain() -> None:
     """enable(), and let megatron.training.pretrain() start without CUDA. Imports megatron.training."""
     enable()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import training
 
     # pretrain() gives no way to pass the argument on (training/training.py:1091).
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # Warms the compiler up on random "cuda" tensors, whose draws would here move the CPU generator.
     training.set_jit_fusion_options = lambda tp_size=None: None
+    # A checkpoint's first save spawns a helper process that imports the main module, and so Megatron: 5 s for
+    # nothing. Without CUDA it can be forked.
+    filesystem_async.get_write_results_queue.__defaults__ = ("fork",)
 
 
 def main() -> None:

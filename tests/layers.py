@@ -121,6 +121,7 @@ def sliced_dim(name: str) -> int | None:
 
 
 def slice_of(name: str, whole: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
+    """A rank's slice of a parameter or its gradient ("d name")."""
     dim = sliced_dim(name)
     return whole if dim is None else whole.chunk(tp, dim)[rank]
 

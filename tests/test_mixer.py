@@ -10,10 +10,12 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from lightning_megatron.spec import get_lightning_layer_spec
 from tests import layers
 from tests.launch import spawn
-from tests.layers import TOLERANCE, Variant, assert_close, reference
+from tests.layers import TOLERANCE, Variant, assert_close, reference, rms
 
 BATCH, LENGTH = 2, 40
 
@@ -77,14 +79,15 @@ def check_values(rank: int, world: int, variant: Variant, sp: bool, seed: int) -
     want = layers.with_gradients(judge, whole, x, weight.double())
     want = {name: layers.slice_of(name, y, rank, world) for name, y in want.items()}
 
-    here = functools.partial(layers.tokens_here, rank=rank, world=world) if sp else lambda x: x
-    want |= {name: here(want[name]) for name in ("output", "d input")}
+    if sp:
+        want |= {name: layers.tokens_here(want[name], rank, world) for name in ("output", "d input")}
+        x, weight = (layers.tokens_here(y, rank, world) for y in (x, weight))
     model = layers.trainable(mixer, mixer.config)
-    x = here(x).clone().requires_grad_()
+    x = x.clone().requires_grad_()
     output, bias = model(x, None, rotary_pos_emb=layers.rotary(variant, LENGTH))
     output = output if bias is None else output + bias
     assert output.dtype == dtype
-    output.backward(here(weight))
+    output.backward(weight)
     before = layers.gradients(model)
     got = {"output": output, "d input": x.grad}
     got |= {f"d {name}": g for name, g in layers.reduce_gradients(model).items()}
@@ -101,3 +104,76 @@ def check_values(rank: int, world: int, variant: Variant, sp: bool, seed: int) -
 @pytest.mark.parametrize("tp, sp", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layer_equals_formulas(variant, tp, sp, rng):
     print("largest relative errors of the ranks:", spawn(check_values, tp, variant, sp, rng.initial_seed()))
+
+
+# ---- inside Megatron's TransformerLayer ------------------------------------------------------------------------------
+
+BLOCKS = {
+    "rmsnorm": Variant(VARIANTS["everything"].options, layer=3, rotary_percent=0.5),
+    "rmsnorm-1p-swiglu": Variant(
+        dict(qk_norm=True, norm="all"), dict(layernorm_zero_centered_gamma=True, gated_linear_unit=True, activation_func=F.silu)
+    ),
+    "layernorm-bias": Variant(dict(norm="group", norm_groups=2), dict(normalization="LayerNorm", add_bias_linear=True)),
+    "fp32-residual": Variant(
+        dict(qk_norm=True, norm="all"), dict(params_dtype=torch.bfloat16, bf16=True, fp32_residual_connection=True)
+    ),
+}  # fmt: skip
+
+
+def layer_reference(variant: Variant, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """x + attention(norm(x)), then the same with the MLP."""
+    config = layers.transformer_config(**variant.config)
+
+    def part(prefix):
+        return {name.removeprefix(prefix): y for name, y in p.items() if name.startswith(prefix)}
+
+    def norm(x, weight, bias=0):
+        centered = x if config.normalization == "RMSNorm" else x - x.mean(-1, keepdim=True)
+        return rms(centered, config.layernorm_epsilon) * (weight + config.layernorm_zero_centered_gamma) + bias
+
+    def mlp(x, p):
+        h = x @ p["linear_fc1.weight"].T + p.get("linear_fc1.bias", 0)
+        if config.gated_linear_unit:  # a rank holds its part of the gate, then its part of the values
+            gate, h = h.chunk(2, -1)
+            h = F.silu(gate) * h
+        else:
+            h = F.gelu(h)
+        return h @ p["linear_fc2.weight"].T + p.get("linear_fc2.bias", 0)
+
+    attention = part("self_attention.")
+    output, _ = reference(variant, attention, norm(x, **part("input_layernorm.")))
+    x = x + output + attention.get("linear_proj.bias", 0)
+    return x + mlp(norm(x, **part("pre_mlp_layernorm.")), part("mlp."))
+
+
+def check_transformer_layer(rank: int, world: int, variant: Variant, sp: bool, seed: int) -> float:
+    layers.start(tp=world)
+    rng = torch.Generator().manual_seed(seed)
+    config = layers.transformer_config(**layers.layout(world, sp), **variant.config)
+    layer = get_lightning_layer_spec(config, variant.values)(config=config, layer_number=variant.layer)
+    layer.to(config.params_dtype)  # norms are in fp32 until Float16Module converts the model
+    whole = layers.draw_parameters(layer, world, rng)
+    layers.set_parameters(layer, whole, rank, world)
+    x, weight = (torch.randn(LENGTH, BATCH, 64, generator=rng) for _ in range(2))
+    if not config.fp32_residual_connection:
+        x, weight = x.to(config.params_dtype), weight.to(config.params_dtype)
+
+    want = layers.with_gradients(functools.partial(layer_reference, variant), whole, x, weight.double())
+    want = {name: layers.slice_of(name, y, rank, world) for name, y in want.items()}
+    if sp:
+        want |= {name: layers.tokens_here(want[name], rank, world) for name in ("output", "d input")}
+        x, weight = (layers.tokens_here(y, rank, world) for y in (x, weight))
+    model = layers.trainable(layer, config)
+    x = x.clone().requires_grad_()
+    output, _ = model(x, rotary_pos_emb=layers.rotary(variant, LENGTH))
+    assert output.dtype == x.dtype
+    output.backward(weight)
+    got = {"output": output, "d input": x.grad}
+    got |= {f"d {name}": g for name, g in layers.reduce_gradients(model).items()}
+    return assert_close(got, want, TOLERANCE[config.params_dtype])
+
+
+@pytest.mark.parametrize("variant", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("tp, sp", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_transformer_layer_equals_formulas(variant, tp, sp, rng):
+    print("largest relative errors of the ranks:", spawn(check_transformer_layer, tp, variant, sp, rng.initial_seed()))

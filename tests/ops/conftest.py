@@ -1,39 +1,50 @@
-"""The implementations under test: every test that asks for ``impl`` runs once for each."""
+"""The implementations under test: a test that asks for ``impl`` or ``every_impl`` runs once for each of them."""
 
 import pytest
 import torch
 
 from .cases import Impl
 
-CPU = [
-    Impl("torch", torch.float32),
+# One for each algorithm and machine ...
+MAIN = [
     Impl("torch", torch.float64),
-    Impl("torch", torch.bfloat16),
     Impl("triton", torch.float32),
-    Impl("triton", torch.float16),  # bfloat16 in the interpreter of Triton 3.6 multiplies bit patterns
-]
-GPU = [
     Impl("triton", torch.bfloat16, "cuda"),
-    Impl("triton", torch.float16, "cuda"),
     Impl("triton", torch.float32, "cuda"),
+]
+# ... and the other dtypes. No bfloat16 in the interpreter of Triton 3.6, which multiplies its bit patterns.
+MORE = [
+    Impl("torch", torch.float32),
+    Impl("torch", torch.bfloat16),
+    Impl("torch", torch.float16),
+    Impl("triton", torch.float16),
+    Impl("triton", torch.float16, "cuda"),
     Impl("torch", torch.float32, "cuda"),
 ]
 
 
+def runs_here(impl: Impl) -> bool:
+    """With CUDA, Triton compiles and cannot interpret in the same process."""
+    return torch.cuda.is_available() == (impl.device == "cuda") or impl.backend == "torch" and impl.device == "cpu"
+
+
 def parameters(impls: list[Impl]) -> list:
-    """Of pytest: with CUDA, Triton compiles, and what needs its interpreter is skipped."""
-    with_cuda = torch.cuda.is_available()
-    interpreted = pytest.mark.skipif(with_cuda, reason="Triton's interpreter runs only where there is no CUDA device")
+    interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter needs a machine without CUDA")
     marks = {("torch", "cpu"): [], ("triton", "cpu"): [interpreted]}
     return [pytest.param(x, id=str(x), marks=marks.get((x.backend, x.device), [pytest.mark.gpu])) for x in impls]
 
 
-@pytest.fixture(params=parameters(CPU + GPU))
+@pytest.fixture(params=parameters(MAIN))
 def impl(request: pytest.FixtureRequest) -> Impl:
     return request.param
 
 
-@pytest.fixture(params=parameters([x for x in CPU + GPU if x.backend == "triton"]))
+@pytest.fixture(params=parameters(MAIN + MORE))
+def every_impl(request: pytest.FixtureRequest) -> Impl:
+    return request.param
+
+
+@pytest.fixture(params=parameters([x for x in MAIN if x.backend == "triton"]))
 def triton_impl(request: pytest.FixtureRequest) -> Impl:
     return request.param
 
@@ -48,3 +59,12 @@ def cut(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(kernels, "_segment_len", lambda T: tokens)
 
     return set_length
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tensors here are tiny: threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,61 @@
+"""Memory layouts of inputs and gradients: the same numbers, wherever they lie."""
+
+import pytest
+import torch
+
+from .cases import Case, check, make_case
+
+
+def time_first(case: Case) -> Case:
+    """[T, B, ...] in memory, as Megatron has it; the gradient of o as well."""
+    names = ("q", "k", "v", "do")
+    return case.replace(**{n: getattr(case, n).transpose(0, 1).contiguous().transpose(0, 1) for n in names})
+
+
+def fused(case: Case) -> Case:
+    """Slices of one projection, per head [q | k | v]."""
+    dims = [case.q.shape[3], case.k.shape[3], case.v.shape[3]]
+    q, k, v = torch.cat([case.q, case.k, case.v], dim=3).split(dims, dim=3)
+    return case.replace(q=q, k=k, v=v)
+
+
+def inside(case: Case) -> Case:
+    """Slices of larger tensors along every axis, from an odd offset, with NaN around them."""
+
+    def slice_of_larger(x: torch.Tensor) -> torch.Tensor:
+        larger = x.new_full([n + 3 for n in x.shape], float("nan"))
+        return larger[tuple(slice(1, n + 1) for n in x.shape)].copy_(x)
+
+    return case.replace(**{name: slice_of_larger(x) for name, x in vars(case).items() if getattr(x, "ndim", 0) == 4})
+
+
+def head_dim_not_last(case: Case) -> Case:
+    names = ("q", "k", "v", "do", "initial_state", "dfinal")
+    return case.replace(**{n: getattr(case, n).transpose(1, 3).contiguous().transpose(1, 3) for n in names})
+
+
+def expanded(case: Case) -> Case:
+    """Stride 0: one q for all heads, one k for all rows, one v for all tokens; gradients as from ``.sum()``."""
+    parts = {
+        "q": case.q[:, :, :1], "k": case.k[:1], "v": case.v[:, :1], "initial_state": case.initial_state[:1],
+        "do": case.do[:1, :1, :1, :1], "dfinal": case.dfinal[:1, :1, :1, :1],
+    }  # fmt: skip
+    return case.replace(**{name: part.expand_as(getattr(case, name)) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("layout", [time_first, fused, inside, head_dim_not_last, expanded])
+@pytest.mark.parametrize("documents", [None, (17, 0, 18)])
+def test_layout(impl, rng, cut, layout, documents):
+    cut(32)
+    case = layout(make_case(rng, impl, B=2, T=35, V=32, documents=documents))
+    if documents is None:
+        assert not case.q.is_contiguous(), "the layout changes nothing"
+    check(impl, case)
+
+
+def test_inputs_are_left_alone(impl, rng, cut):
+    cut(32)
+    case = make_case(rng, impl, T=35)
+    before = {name: x.clone() for name, x in vars(case).items() if isinstance(x, torch.Tensor)}
+    check(impl, case)
+    assert all(torch.equal(getattr(case, name), x) for name, x in before.items())
