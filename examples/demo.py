@@ -7,7 +7,7 @@
 3. plot        the loss against the unigram entropy of the text
 4. generation  continues a prompt from the checkpoint
 
-Runs on a GPU where there is one, else on the CPU through cpu_shim.py.
+Runs on a GPU where there is one. Else cpu_shim.py maps it to the CPU, data parallel: a process for each of up to 4 cores.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from plot_loss import read_losses  # noqa: E402
 MARKER = ".lightning_demo"  # this folder is ours to overwrite
 PROMPT = "class Reader:\n    def __init__(self"
 
-ITERATIONS, LOG_INTERVAL, SHOW_INTERVAL = 900, 10, 50
+VOCABULARY, ITERATIONS, BATCH, SHOW_INTERVAL = 1024, 1800, 4, 100
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --linear-attention-freq 4
-    --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
+    --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --untie-embeddings-and-output-weights
     --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
 """
 TRAINING = f"""
-    --micro-batch-size 8 --global-batch-size 8 --train-iters {ITERATIONS} --num-workers 0
-    --lr 4e-3 --min-lr 2e-4 --lr-warmup-iters 50 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
-    --eval-interval {ITERATIONS // 3} --eval-iters 8 --log-interval {LOG_INTERVAL} --save-interval {ITERATIONS}
+    --global-batch-size {BATCH} --train-iters {ITERATIONS} --num-workers 0
+    --lr 8e-3 --min-lr 2e-4 --lr-warmup-iters 100 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
+    --eval-interval {ITERATIONS // 2} --eval-iters 32 --log-interval 10 --save-interval {ITERATIONS}
 """
 
 ITERATION = re.compile(
@@ -51,12 +51,12 @@ ITERATION = re.compile(
 
 
 def cores() -> int:
-    """Cores this process may use: torch counts those of the machine, and too many threads wait for each other."""
+    """Cores this process may use; os.cpu_count() counts those of the machine, also in a container that has fewer."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no limit there ("max")
         return count
 
 
@@ -73,7 +73,7 @@ def folded(command: list[str]) -> str:
 def run(title: str, command: list[str], log: Path, show: Callable[[str], str | None]) -> None:
     """Run one step. All that it writes goes to the log, and to the screen what `show` makes of its standard output."""
     print(f"\n==> {title}\n{folded(command)}", flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores())), "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # waiting threads spin: slow on a busy machine
     start = time.time()
     log.unlink(missing_ok=True)
     with log.open("a", buffering=1) as file:  # appending: the step itself writes there, too
@@ -87,6 +87,11 @@ def run(title: str, command: list[str], log: Path, show: Callable[[str], str | N
         end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         raise SystemExit(f"{end}\n\ndemo: the step `{title}` failed; all that it wrote is in {log}")
     print(f"    took {time.time() - start:.0f} s", flush=True)
+
+
+def short(path: Path) -> Path:
+    """Relative to the repository's root, if it is inside."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def everything(line: str) -> str:
@@ -127,26 +132,29 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARKER).touch()
-    out = Path(os.path.relpath(out, ROOT)) if out.is_relative_to(ROOT) else out  # shorter to read
     os.chdir(ROOT)
+    out, bin = short(out), Path(sys.executable).parent
+    python, torchrun = str(short(bin / "python")), str(short(bin / "torchrun"))
     start = time.time()
 
     import torch
 
-    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
     gpu = torch.cuda.is_available()
-    print(f"Training on {torch.cuda.get_device_name() if gpu else f'{cores()} CPU cores'}; everything goes to {out}/")
+    processes = 1 if gpu else max(n for n in (1, 2, 4) if n <= cores())
+    where = torch.cuda.get_device_name() if gpu else f"{processes} of {cores()} CPU cores"
+    print(f"Training on {where}; everything goes to {out}/")
 
     data, log, checkpoint, picture = out / "data", out / "train.log", out / "checkpoint", out / "loss.png"
     run(
         "corpus, tokenizer and datasets",
-        [python, "examples/prepare_data.py", "--out", str(data)],
+        [python, "examples/prepare_data.py", "--out", str(data), "--vocab-size", str(VOCABULARY)],
         out / "prepare.log",
         everything,
     )
 
-    launcher = [python, "-m", "torch.distributed.run", "--standalone"] if gpu else [python, "examples/cpu_shim.py"]
-    command = [*launcher, "-m", "lightning_megatron.pretrain", *MODEL.split(), *TRAINING.split()]
+    command = [torchrun, "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "lightning_megatron.pretrain"] if gpu else ["examples/cpu_shim.py", "-m", "lightning_megatron.pretrain"]
+    command += [*MODEL.split(), "--micro-batch-size", str(BATCH // processes), *TRAINING.split()]
     command += ["--bf16"] if gpu else []
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")]
     command += ["--train-data-path", str(data / "train_text_document")]

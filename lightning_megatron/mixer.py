@@ -155,6 +155,7 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         inference_context = inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
+        state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
 
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
         q, gate, k, v = self._split(mixed)  # q [s, b, H, K], gate [s, b, H * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
@@ -166,7 +167,6 @@ class LightningAttention(MegatronModule):
         if self.options.rope:
             q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context)
 
-        state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
         o, state = lightning_attn(
             *(x.transpose(0, 1) for x in (q, k, v)),
             self.log_decay,
@@ -211,6 +211,11 @@ class LightningAttention(MegatronModule):
         if rotary_pos_emb is None:
             raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
         freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+        if freqs[0].shape[-1] > self.shape.key_dim:
+            raise ValueError(
+                f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
+                f"{self.shape.key_dim}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
+            )
         if inference_context is not None:
             start = inference_context.sequence_len_offset
             freqs = tuple(f[start : start + q.shape[0]] for f in freqs)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -203,7 +202,7 @@ def reference(variant: Variant, p: dict[str, torch.Tensor], x: torch.Tensor) -> 
         v = v * v.sigmoid()
     if options.qk_norm:
         q, k = rms(q, eps) * p["q_norm.weight"], rms(k, eps) * p["k_norm.weight"]
-    if options.rope:
+    if options.rope and not (config.no_rope_freq and config.no_rope_freq[variant.layer - 1]):
         turn = functools.partial(
             rotate, dim=int(config.kv_channels * variant.rotary_percent), interleaved=config.rotary_interleaved
         )

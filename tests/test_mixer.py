@@ -35,7 +35,8 @@ VARIANTS = {
     "rope": Variant(dict(rope=True)),
     "rope-half": Variant(dict(rope=True), dict(kv_channels=32), rotary_percent=0.5),
     "rope-interleaved": Variant(dict(rope=True), dict(rotary_interleaved=True)),
-    "rope-not-here": Variant(dict(rope=False), dict(no_rope_freq=[0, 1, 0, 0])),
+    "rope-wide": Variant(dict(rope=True, key_head_dim=48)),  # as in Megatron, --kv-channels say how many channels turn
+    "rope-not-here": Variant(dict(rope=True), dict(no_rope_freq=[0, 1, 0, 0])),
     "scale-1": Variant(dict(scale=1.0, decay="none")),
     "grouped-heads": Variant(dict(num_kv_heads=2)),
     "K<V": Variant(dict(key_head_dim=16, value_head_dim=32)),
@@ -120,7 +121,7 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def layer_reference(variant: Variant, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def layer_reference(variant: Variant, tp: int, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """x + attention(norm(x)), then the same with the MLP."""
     config = layers.transformer_config(**variant.config)
 
@@ -133,9 +134,9 @@ def layer_reference(variant: Variant, p: dict[str, torch.Tensor], x: torch.Tenso
 
     def mlp(x, p):
         h = x @ p["linear_fc1.weight"].T + p.get("linear_fc1.bias", 0)
-        if config.gated_linear_unit:  # a rank holds its part of the gate, then its part of the values
-            gate, h = h.chunk(2, -1)
-            h = F.silu(gate) * h
+        if config.gated_linear_unit:
+            gate, h = h.unflatten(-1, (tp, 2, -1)).unbind(-2)  # each rank holds its part of both
+            h = (F.silu(gate) * h).flatten(-2)
         else:
             h = F.gelu(h)
         return h @ p["linear_fc2.weight"].T + p.get("linear_fc2.bias", 0)
@@ -158,7 +159,7 @@ def check_transformer_layer(rank: int, world: int, variant: Variant, sp: bool, s
     if not config.fp32_residual_connection:
         x, weight = x.to(config.params_dtype), weight.to(config.params_dtype)
 
-    want = layers.with_gradients(functools.partial(layer_reference, variant), whole, x, weight.double())
+    want = layers.with_gradients(functools.partial(layer_reference, variant, world), whole, x, weight.double())
     want = {name: layers.slice_of(name, y, rank, world) for name, y in want.items()}
     if sp:
         want |= {name: layers.tokens_here(want[name], rank, world) for name in ("output", "d input")}

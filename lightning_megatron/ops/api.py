@@ -193,12 +193,16 @@ def _check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: i
         (log_decay, _check_log_decay, None),
         (cu_seqlens, functools.partial(_check_cu_seqlens, T=T), T),
     ):
-        if tensor is None or getattr(tensor, "_lightning_checked", None) == (tensor._version, key):
+        if tensor is None:
+            continue
+        # tensors made in torch.inference_mode have no version and are checked every time
+        mark = None if tensor.is_inference() else (tensor._version, key)
+        if mark is not None and getattr(tensor, "_lightning_checked", None) == mark:
             continue
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             continue  # reading would break the capture; the warm-up before it has checked
         check(tensor)
-        tensor._lightning_checked = (tensor._version, key)
+        tensor._lightning_checked = mark
 
 
 def _check_log_decay(log_decay: torch.Tensor) -> None:

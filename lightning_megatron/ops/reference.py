@@ -40,5 +40,5 @@ def recurrent_lightning_attn(
             state = decay * state + k[b, t, :, :, None] * v[b, t, :, None, :]
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[b, t], state))
         states.append(state)
-    o = torch.stack(outputs).reshape(*q.shape[:3], v.shape[3]) if outputs else v.new_zeros(*q.shape[:3], v.shape[3])
+    o = torch.stack(outputs).reshape(*q.shape[:3], v.shape[3]) if outputs else q[..., :1] * v  # no token: no element
     return o, torch.stack(states)

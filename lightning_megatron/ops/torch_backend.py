@@ -37,7 +37,7 @@ def _attend(
     C = min(CHUNK, T)
     N = -(-T // C)
     pad = N * C - T
-    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).view(B, H, N, C, -1) for x in (q, k, v))
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).view(B, H, N, C, x.shape[3]) for x in (q, k, v))
 
     ld = log_decay.to(q.dtype).view(H, 1, 1, 1)
     i = torch.arange(C, device=q.device, dtype=q.dtype)

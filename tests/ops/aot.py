@@ -1,11 +1,16 @@
-"""Compile the kernels ahead of time for GPUs that are not here: ``python -m tests.ops.aot sm_90 ...`` prints one line each.
+"""Compile the kernels for GPUs that are not here, and say what they need.
 
-Run in a process of its own without TRITON_INTERPRET, which would replace the compiler.
+``python -m tests.ops.aot 80 90 ...`` prints a line for every kernel and compute capability; ``--few`` only those that
+need most. In a process of its own without TRITON_INTERPRET, which would replace the compiler.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,59 +19,87 @@ from triton.compiler import ASTSource
 
 from lightning_megatron.ops import kernels
 
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+from .launches import SEGMENTED, Launch, record
+
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_LONG = 8192
+
+CONFIGS = [
+    dict(dtype=dtype, K=K, V=V, T=T, documents=documents)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for K, V in ((64, 64), (128, 128), (96, 192), (256, 256))
+    for T, documents in ((_LONG, 0), (_LONG, 4), (1, 0))
+]
+# For each GPU, kernels that need most of its shared memory; for one of them also one of each kind, and decoding.
+_FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("o",))
+_FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o",))
+_BF16_256 = (dict(dtype=torch.bfloat16, K=256, V=256, T=_LONG, documents=4), ("o",))
+FEW = {
+    80: [_FP16_128, _BF16_256],
+    86: [_FP16_128, _BF16_256],
+    89: [_FP16_128],
+    90: [
+        _FP16_256,
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=1), ("o",)),
+    ],
+    100: [_FP16_128, _FP16_256],
+}
 
 
-def compile_walk(arch: int, dtype: torch.dtype, K: int, V: int, **flags: bool) -> triton.compiler.CompiledKernel:
-    """``_walk`` for one GPU as ``kernels._run_walk`` would launch it on a long sequence."""
-    options = {"REVERSE": False, "STATE_ONLY": False, "HAS_IN": True, "HAS_OUT": False} | flags
-    options |= {name: flags.get(name, False) for name in ("VARLEN", "EDGE_IN", "EDGE_OUT")}
-    config = kernels._config(dtype, K, V, T=8192)
-    launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    constants = dict(K=K, V=V, PRECISION="ieee" if dtype == torch.float32 else "tf32")
-    constants |= dict(WIDE_STATE=dtype == torch.float16) | config | options
-    fp32 = {"log_decay", "s_in", "s_out", "edge_in", "edge_out"}
-    signature, attrs = {}, {}
-    for index, name in enumerate(kernels._walk.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("q", "k", "v", "o"):
-            signature[name] = _TYPES[dtype]
-        elif name in fp32 or name in ("doc", "cu_seqlens"):
-            signature[name] = "*fp32" if name in fp32 else "*i32"
-        elif name.endswith("_scale"):
-            signature[name] = "fp32"
+class Needs(NamedTuple):
+    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (spilled registers) per thread."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledKernel:
+    """Compile for a GPU as Triton's launcher would, which makes constants of None, of 1 and of ``tl.constexpr``."""
+    function = getattr(kernels, launch.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(function.params):
+        value = launch.arguments[parameter.name]
+        divisible = isinstance(value, torch.Tensor)  # addresses are multiples of 16
+        if parameter.is_constexpr or value is None or type(value) is int and value == 1:
+            constants[parameter.name], kind = value, "constexpr"
+        elif isinstance(value, torch.Tensor):
+            kind = _TYPES[value.dtype]
+        elif isinstance(value, int):
+            kind, divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
         else:
-            signature[name] = "i32"
-            if name in ("in_sv", "out_sv", "ein_sv", "eout_sv"):
-                constants[name], signature[name] = 1, "constexpr"
-        if signature[name].startswith("*") or "_s" in name and signature[name] == "i32":
-            attrs[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernels._walk, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
+            kind = "fp32"
+        signature[parameter.name] = kind
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
 
 
-def spills(kernel: triton.compiler.CompiledKernel) -> int:
-    """Bytes of local memory a thread uses, from the ELF's own section sizes via cuobjdump; -1 where that is missing."""
-    import re
-    import subprocess
-    import tempfile
-
-    tool = triton.knobs.nvidia.cuobjdump.path
+def needs(kernel: triton.compiler.CompiledKernel) -> Needs:
+    """What the compiled kernel needs, from its metadata and Triton's own cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return (-1, -1) if match is None else (int(match[1]), int(match[2]))
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, f"cuobjdump speaks otherwise now: {text}"
+    return Needs(kernel.metadata.shared, int(found[1]), int(found[2]))
+
+
+def main(arguments: list[str]) -> None:
+    for capability in [int(a) for a in arguments if a != "--few"] or [90]:
+        for config, wanted in FEW[capability] if "--few" in arguments else [(config, SEGMENTED) for config in CONFIGS]:
+            for launch in record(**config):
+                if launch.what in wanted:
+                    numbers = needs(compile_launch(launch, capability))
+                    dtype = str(config["dtype"]).removeprefix("torch.")
+                    packed = "packed" if config.get("documents") else "plain"
+                    name = f"sm_{capability} {dtype} {config['K']}x{config['V']} T={config['T']} {packed} {launch.what}"
+                    print(name, *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
 
 
 if __name__ == "__main__":
-    for arch in sys.argv[1:] or ["90"]:
-        for dtype in _TYPES:
-            for K, V in ((64, 64), (128, 128), (256, 256), (96, 192)):
-                for flags in ({}, {"REVERSE": True}, {"STATE_ONLY": True, "HAS_IN": False, "HAS_OUT": True},
-                              {"VARLEN": True, "EDGE_IN": True, "EDGE_OUT": True}):  # fmt: skip
-                    kernel = compile_walk(int(arch), dtype, K, V, **flags)
-                    regs, stack = spills(kernel)
-                    print(arch, dtype, K, V, flags, "shared", kernel.metadata.shared, "regs", regs, "stack", stack, flush=True)
+    main(sys.argv[1:])

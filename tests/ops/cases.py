@@ -124,6 +124,7 @@ def evaluate(attn: Callable, case: Case, uses: Sequence[str] = EVERYTHING) -> di
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
     o, final = attn(**leaves, log_decay=case.log_decay, scale=case.scale, cu_seqlens=case.cu_seqlens)
     outputs, given = {"o": o, "final_state": final}, {"o": case.do, "final_state": case.dfinal}
+    uses = [name for name in uses if outputs[name].requires_grad]  # the reference's state of no token is a constant
     gradients = torch.autograd.grad(
         [outputs[name] for name in uses], list(leaves.values()), [given[name].to(outputs[name].dtype) for name in uses],
         allow_unused=True, materialize_grads=True,
@@ -142,7 +143,7 @@ def check(impl: Impl, case: Case, uses: Sequence[str] = EVERYTHING) -> dict[str,
     got = evaluate(impl.attn, case, uses)
     for name, x in got.items():
         assert x.dtype == (impl.wide if "state" in name else impl.dtype) and x.device.type == impl.device, name
-    assert got["o"].is_contiguous()
+    assert got["o"].is_contiguous() and got["o"].requires_grad and got["final_state"].requires_grad
     assert_close(got, judge(case, uses), impl.backend, impl.dtype)
     return got
 

@@ -13,9 +13,10 @@ def time_first(case: Case) -> Case:
 
 
 def fused(case: Case) -> Case:
-    """Slices of one projection, per head [q | k | v]."""
-    dims = [case.q.shape[3], case.k.shape[3], case.v.shape[3]]
-    q, k, v = torch.cat([case.q, case.k, case.v], dim=3).split(dims, dim=3)
+    """Slices [Q | K | V] of one projection."""
+    parts = (case.q, case.k, case.v)
+    slices = torch.cat([x.flatten(2) for x in parts], dim=2).split([x.shape[2] * x.shape[3] for x in parts], dim=2)
+    q, k, v = (part.unflatten(2, x.shape[2:]) for part, x in zip(slices, parts, strict=True))
     return case.replace(q=q, k=k, v=v)
 
 

@@ -1,0 +1,61 @@
+"""What a call of the operator launches, recorded instead of launched: works with and without a GPU, at any size."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from lightning_megatron.ops import kernels
+
+SEGMENTED = ("state", "scan", "o", "dq", "dstate", "dscan", "dk", "dv")
+SINGLE = ("o", "dq", "dk", "dv")  # of a sequence of one segment
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    what: str  # a name of SEGMENTED
+    kernel: str  # name of the function in kernels.py
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by name, constants included
+    options: dict[str, int]
+
+
+class _Recorder:
+    """Stands in for a kernel: ``recorder[grid](...)`` notes the launch."""
+
+    def __init__(self, name: str, launches: list[tuple]) -> None:
+        self.name, self.launches, self.arg_names = name, launches, getattr(kernels, name).arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*positional: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in OPTIONS if name in named}
+            arguments = dict(zip(self.arg_names, positional, strict=False)) | named
+            assert arguments.keys() == set(self.arg_names), f"{self.name} misses or repeats an argument"
+            self.launches.append((self.name, grid, arguments, options))
+
+        return launch
+
+
+def record(
+    *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
+    states: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0."""
+    Hkv, N = Hkv or H, documents or B
+    q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
+    log_decay = torch.empty(H, device="meta")
+    state = torch.empty(N, H, K, V, device="meta") if states else None
+    cu_seqlens = torch.empty(N + 1, dtype=torch.int32, device="meta") if documents else None
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in ("_walk", "_scan"):
+            stack.enter_context(patch.object(kernels, name, _Recorder(name, launches)))
+        *_, entering = kernels.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
+        kernels.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, entering, do, state)
+    names = SEGMENTED if len(launches) == len(SEGMENTED) else SINGLE
+    return [Launch(what, *launch) for what, launch in zip(names, launches, strict=True)]

@@ -1,0 +1,224 @@
+"""The softmax layers' core attention and the layer norm, each against plain formulas in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+
+from lightning_megatron.norm import TorchNorm
+from lightning_megatron.softmax import SDPACoreAttention
+from tests import layers
+from tests.launch import spawn
+from tests.layers import TOLERANCE, assert_close, transformer_config
+
+BATCH, D = 3, 16
+
+
+def core(mask_type=AttnMaskType.causal, scale=None, dropout=None, **config) -> SDPACoreAttention:
+    return SDPACoreAttention(
+        transformer_config(**config), 1, mask_type, "self", attention_dropout=dropout, softmax_scale=scale
+    )
+
+
+def softmax_attention(q, k, v, allowed: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """q [sq, b, h, d], k, v [sk, b, g, d], allowed [b or 1, 1, sq, sk] -> [sq, b, h * d]."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~allowed, float("-inf")).exp()
+    return torch.einsum("bhqk,kbhd->qbhd", weights / weights.sum(-1, keepdim=True), v).flatten(2)
+
+
+def causal(n: int) -> torch.Tensor:
+    return torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+
+
+def draw(rng, *shapes, dtype=torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(*shape, generator=rng).to(dtype).requires_grad_() for shape in shapes]
+
+
+def check(got: torch.Tensor, inputs: list[torch.Tensor], want: torch.Tensor, doubles: list[torch.Tensor]) -> None:
+    """Output and gradients, for a random gradient of the output."""
+    assert got.dtype == inputs[0].dtype
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(got.dtype)
+    names = [f"d {i}" for i in range(len(inputs))]
+    got = {"output": got} | dict(zip(names, torch.autograd.grad(got, inputs, weight), strict=True))
+    want = {"output": want} | dict(zip(names, torch.autograd.grad(want, doubles, weight.double()), strict=True))
+    assert_close(got, want, TOLERANCE[inputs[0].dtype])
+
+
+def doubled(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.detach().double().requires_grad_() for x in inputs]
+
+
+# ---- core attention --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.1])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_causal(groups, scale, dtype, rng):
+    inputs = draw(rng, (37, BATCH, 4, D), (37, BATCH, groups, D), (37, BATCH, groups, D), dtype=dtype)
+    q, k, v = doubled(inputs)
+    # the mask is not read in causal layers: it allows nothing
+    got = core(scale=scale)(*inputs, torch.ones(BATCH, 1, 37, 37, dtype=torch.bool))
+    check(got, inputs, softmax_attention(q, k, v, causal(37), scale), [q, k, v])
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_one_token_sees_all_keys(groups, rng):
+    """Generation: Megatron turns the mask off."""
+    inputs = draw(rng, (1, BATCH, 4, D), (23, BATCH, groups, D), (23, BATCH, groups, D))
+    q, k, v = doubled(inputs)
+    got = core()(*inputs, None, attn_mask_type=AttnMaskType.no_mask)
+    check(got, inputs, softmax_attention(q, k, v, torch.ones(1, 1, 1, 23, dtype=torch.bool), None), [q, k, v])
+
+
+@pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding])
+def test_mask_is_true_where_forbidden(mask_type, rng):
+    inputs = draw(rng, (9, BATCH, 4, D), (23, BATCH, 2, D), (23, BATCH, 2, D))
+    q, k, v = doubled(inputs)
+    allowed = torch.rand(BATCH, 1, 9, 23, generator=rng) < 0.5
+    allowed[..., 0] = True  # no row without a key
+    got = core(mask_type)(*inputs, ~allowed)
+    check(got, inputs, softmax_attention(q, k, v, allowed, None), [q, k, v])
+    got = core(mask_type)(*inputs, None)
+    check(got, inputs, softmax_attention(q, k, v, torch.ones_like(allowed), None), [q, k, v])
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("documents", [(5, 0, 1, 17, 1, 0), (24,), (0, 24)])
+def test_packed_documents(documents, groups, padded, rng):
+    inputs = draw(rng, (24, 4, D), (24, groups, D), (24, groups, D))
+    q, k, v = doubled(inputs)
+    document = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))
+    allowed = causal(24) & (document[:, None] == document)
+    want = softmax_attention(*(x[:, None] for x in (q, k, v)), allowed, 0.2)[:, 0]
+    bounds = torch.tensor([0, *documents]).cumsum(0).to(torch.int32)
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(documents), max_seqlen_kv=max(documents))
+    if padded:  # documents lie at the padded bounds
+        shorter = (bounds - 1).clamp(min=0)
+        packed = dataclasses.replace(
+            packed, cu_seqlens_q=shorter, cu_seqlens_kv=shorter, cu_seqlens_q_padded=bounds, cu_seqlens_kv_padded=bounds
+        )
+    got = core(scale=0.2)(*inputs, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=packed)
+    check(got, inputs, want, [q, k, v])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(context_parallel_size=2), "--context-parallel-size 2 is not supported .*SDPA; use 1, or install TransformerEngine"),
+        (dict(window_size=(8, 0)), r"--window-size \(8, 0\) is not supported .*; leave it out, or install TransformerEngine"),
+        (dict(softmax_type="off-by-one"), "--softmax-type off-by-one is not supported .*; use vanilla, or install"),
+        (dict(qk_clip=True), r"--qk-clip .*is not supported .*; leave it out, or install"),
+        (dict(log_max_attention_logit=True), r"--qk-clip \(or --log-max-attention-logit\) is not supported"),
+    ],
+)
+def test_refusals_of_the_config(config, message):
+    changed = transformer_config()
+    for name, value in config.items():  # after Megatron's own checks, which ask for more
+        setattr(changed, name, value)
+    with pytest.raises(ValueError, match=message):
+        SDPACoreAttention(changed, 1, AttnMaskType.causal, "self")
+
+
+def test_window_of_other_layers_is_none_of_ours():
+    config = transformer_config()
+    config.window_size, config.window_attn_skip_freq = (8, 0), 2
+    SDPACoreAttention(config, 2, AttnMaskType.causal, "self")
+    with pytest.raises(ValueError, match="--window-size"):
+        SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def test_refusals_of_a_call(rng):
+    q, k, v = draw(rng, (3, 1, 4, D), (5, 1, 4, D), (5, 1, 4, D))
+    with pytest.raises(ValueError, match="causal attention needs as many queries as keys, got 3 and 5"):
+        core()(q, k, v, None)
+    with pytest.raises(ValueError, match="attention_bias is not supported .*; use TransformerEngine"):
+        core()(q, q, q, None, attention_bias=q)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def dropout_pattern(rank: int, world: int, packed: bool, sp: bool) -> tuple[torch.Tensor, ...]:
+    """Attention weights times 64 of 64 equal keys, which v = 1 lays bare: evaluated, and trained twice."""
+    layers.start(tp=world)
+    attention = core(AttnMaskType.no_mask, dropout=0.25, **layers.layout(world, sp))
+    q, k = torch.zeros(64, 1, 2, 64), torch.zeros(64, 1, 2, 64)
+    v = torch.eye(64)[:, None, None].expand(64, 1, 2, 64) * 64
+    extra = {}
+    if packed:
+        q, k, v = (x[:, 0] for x in (q, k, v))
+        bounds = torch.tensor([0, 64], dtype=torch.int32)
+        extra["packed_seq_params"] = PackedSeqParams("thd", bounds, bounds)
+    # where Megatron's attention module already runs in the ranks' own generator
+    with get_cuda_rng_tracker().fork() if sp else torch.random.fork_rng():
+        return tuple(attention.train(mode)(q, k, v, None, **extra) for mode in (False, True, True))
+
+
+@pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
+def test_dropout_in_training_only_and_apart_on_each_rank(sp):
+    patterns = spawn(dropout_pattern, 2, False, sp)
+    for evaluated, first, second in patterns:
+        assert torch.allclose(evaluated, torch.ones_like(evaluated))
+        for trained in (first, second):
+            assert ((trained.abs() < 1e-5) | ((trained - 1 / 0.75).abs() < 1e-5)).all()
+            assert abs(float((trained == 0).float().mean()) - 0.25) < 0.03  # 8192 draws: 6 standard deviations
+        assert not torch.equal(first, second)
+    assert not torch.equal(patterns[0][1], patterns[1][1])
+
+
+def test_dropout_of_packed_documents():
+    ((evaluated, trained, _),) = spawn(dropout_pattern, 1, True, False)
+    causal_weights = 64 / torch.arange(1, 65)[:, None] * torch.ones(64, 64).tril()
+    assert torch.allclose(evaluated.unflatten(1, (2, 64)), causal_weights[:, None].expand(64, 2, 64), rtol=1e-5)
+    kept = trained.unflatten(1, (2, 64)).movedim(1, 0)[:, causal_weights > 0] * 0.75 / causal_weights[causal_weights > 0]
+    assert ((kept.abs() < 1e-5) | ((kept - 1).abs() < 1e-5)).all()
+    assert abs(float((kept < 0.5).float().mean()) - 0.25) < 0.04
+
+
+# ---- layer norm ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameters, inputs", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("zero_centered", [False, True], ids=["", "1p"])
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_norm(normalization, zero_centered, parameters, inputs, rng):
+    config = transformer_config(normalization=normalization, layernorm_zero_centered_gamma=zero_centered)
+    norm = TorchNorm(config, 48, eps=0.05)
+    fresh = 0.0 if zero_centered else 1.0
+    assert torch.equal(norm.weight, torch.full((48,), fresh))
+    assert norm.bias is None if normalization == "RMSNorm" else torch.equal(norm.bias, torch.zeros(48))
+    norm.to(getattr(torch, parameters))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(48, generator=rng))
+    (x,) = draw(rng, (5, BATCH, 48), dtype=getattr(torch, inputs))
+    with torch.no_grad():
+        x += 0.5
+
+    y, weight, *bias = doubled([x, *norm.parameters()])
+    centered = y if normalization == "RMSNorm" else y - y.mean(-1, keepdim=True)
+    want = centered / (centered.square().mean(-1, keepdim=True) + 0.05).sqrt() * (weight + zero_centered)
+    want = want + bias[0] if bias else want
+    got = norm(x)
+    assert got.dtype == norm.weight.dtype
+    upstream = torch.randn(5, BATCH, 48, generator=rng).to(got.dtype)
+    leaves = ["x", *dict(norm.named_parameters())]
+    got = {"y": got} | dict(zip(leaves, torch.autograd.grad(got, [x, *norm.parameters()], upstream), strict=True))
+    want = {"y": want} | dict(zip(leaves, torch.autograd.grad(want, [y, weight, *bias], upstream.double()), strict=True))
+    assert_close(got, want, TOLERANCE[norm.weight.dtype])
+
+
+@pytest.mark.parametrize("normalization, names", [("RMSNorm", {"weight"}), ("LayerNorm", {"weight", "bias"})])
+@pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
+def test_norm_parameters_are_marked_for_the_sum_over_ranks(normalization, names, sp):
+    norm = TorchNorm(transformer_config(normalization=normalization, **layers.layout(2, sp)), 8)
+    assert {name: p.sequence_parallel for name, p in norm.named_parameters()} == dict.fromkeys(names, sp)

@@ -1,0 +1,304 @@
+"""Which layer is what: patterns, the log's layer map, what specs refuse, and modules built from them in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.training import global_vars
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from lightning_megatron import patches, spec
+from lightning_megatron.config import LightningOptions, lightning_pattern
+from lightning_megatron.mixer import LightningAttention
+from lightning_megatron.spec import layer_map, lightning_layer_spec, lightning_spec, make_spec
+from tests import layers
+from tests.launch import spawn
+from tests.layers import decay_of, transformer_config
+
+# ---- patterns --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "freq, wanted",
+    [(None, "LLLLLLLL"), (2, "LsLsLsLs"), (3, "LLsLLsLL"), (8, "LLLLLLLs"), (9, "LLLLLLLL"), ([1, 0, 0, 1, 1, 1, 0, 0], "LssLLLss")],
+)
+def test_pattern(freq, wanted):
+    assert "".join("L" if lightning else "s" for lightning in lightning_pattern(freq, 8)) == wanted
+
+
+@pytest.mark.parametrize(
+    "freq, message",
+    [
+        (1, "--linear-attention-freq 1 would leave no lightning layer; leave the flag out for all-lightning, or give N >= 2"),
+        (0, "--linear-attention-freq 0 would leave no lightning layer"),
+        ([1, 0, 1], "lists 3 layers, but --num-layers is 4: give one entry a layer"),
+        ([1, 0, 1, 2], r"\[1, 0, 1, 2\] may hold only 1 \(lightning\) and 0 \(softmax\)"),
+        (2.5, r"--linear-attention-freq 2.5 must be a whole number or a list such as \(\[1\]\*7\+\[0\]\)\*4"),
+        (True, "--linear-attention-freq True must be a whole number"),
+    ],
+)
+def test_pattern_refuses(freq, message):
+    with pytest.raises(ValueError, match=message):
+        lightning_pattern(freq, 4)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(linear_attention_freq=[0, 0, 0, 0]), r"\[0, 0, 0, 0\] has no lightning layer; leave it out for all-lightning"),
+        (dict(context_parallel_size=2), "context-parallel size 2 is not supported by lightning layers yet"),
+        (dict(transformer_impl="inference_optimized"), "inference_optimized is not supported .*; use local or transformer_engine"),
+        (dict(transformer_impl="transformer_engine"), "transformer_engine is not installed; install it, or pass --transformer-"),
+        (dict(multi_latent_attention=True), "multi_latent_attention=True chooses another attention .*; leave it out"),
+        (dict(experimental_attention_variant="gated_delta_net"), "experimental_attention_variant='gated_delta_net' chooses"),
+        (dict(heterogeneous_block_specs=True), "heterogeneous_block_specs=True chooses another attention"),
+    ],
+)
+def test_config_is_refused(config, message, monkeypatch):
+    monkeypatch.setattr(spec, "importable", lambda module: False)
+    changed = transformer_config()
+    for name, value in config.items():  # past Megatron's own checks, which want more of such a config
+        setattr(changed, name, value)
+    with pytest.raises(ValueError, match=message):
+        lightning_spec(changed)
+
+
+# ---- the layer map in the log ----------------------------------------------------------------------------------------
+
+
+def test_layer_map_says_what_is_trained():
+    config = transformer_config(linear_attention_freq=2)
+    text = layer_map(config, LightningOptions(num_kv_heads=2, value_head_dim=32, scale=0.5, rope=True, gate="linear"))
+    for line in (
+        "2 lightning layers (L), 2 softmax layers (s)\n     0  LsLs\n",
+        "4 heads, 2 of k and v, K 16, V 32, scale 0.5, feature map silu, norm head, gate linear, rope on, q/k norm off, backend",
+        "TorchNorm for layer norms, torch's scaled_dot_product_attention for softmax layers; megatron-core 0.19",
+    ):
+        assert line in text, text
+    text = layer_map(transformer_config(), LightningOptions())
+    assert "4 lightning layers (L), 0 softmax layers (s)\n     0  LLLL\n" in text and "scale 0.25," in text
+    assert "for softmax layers" not in text
+
+
+def test_layer_map_breaks_long_models():
+    text = layer_map(transformer_config(num_layers=80, linear_attention_freq=8), LightningOptions())
+    assert f"\n     0  {'LLLLLLLs' * 8}\n    64  {'LLLLLLLs' * 2}\n" in text
+
+
+@pytest.mark.parametrize("preset", ["tnl", "paper", "none"])
+def test_layer_map_decays_are_those_of_the_lightning_layers(preset):
+    """Of freq 2: the decays of layers 1 and 3; the softmax layers 2 and 4 have none."""
+    options = LightningOptions(decay=preset)
+    decays = torch.cat([decay_of(options, 4, layer, 4) for layer in (1, 3)])
+    low, high, life = re.search(
+        rf"decay {preset}: log_decay (\S+) to (\S+) per token, half-life (.*) tokens",
+        layer_map(transformer_config(linear_attention_freq=2), options),
+    ).groups()
+    assert float(low) == pytest.approx(float(decays.min()), rel=5e-3)
+    assert float(high) == pytest.approx(float(decays.max()), rel=5e-3, abs=1e-9)
+    halves = ["infinitely many" if x == 0 else f"{float(0.5 ** torch.tensor(0.0)) * 0.6931472 / -x:.3g}" for x in (decays.min(), decays.max())]
+    assert life == " to ".join(halves)
+
+
+SIZES = {
+    "defaults": (dict(), dict()),
+    "bias": (dict(add_bias_linear=True), dict(num_kv_heads=2, value_head_dim=32)),
+    "qkv-bias": (dict(add_qkv_bias=True, num_query_groups=2), dict(gate="none", norm="all")),
+    "qk-norm": (dict(qk_layernorm=True), dict(qk_norm=True, norm_affine=False)),
+    "qk-layernorm": (dict(qk_layernorm=True, normalization="LayerNorm"), dict(norm="none")),
+    "qk-l2-norm": (dict(qk_layernorm=True, qk_l2_norm=True), dict(key_head_dim=32)),
+    "softmax-gate": (dict(attention_output_gate=True), dict(norm="group", norm_groups=2)),
+}
+
+
+def check_parameter_counts(rank: int, world: int) -> None:
+    layers.start()
+    for name, (config, options) in SIZES.items():
+        config, options = transformer_config(linear_attention_freq=2, **config), LightningOptions(**options)
+        decoder = gpt(config, make_spec(options)).decoder
+        counted = [sum(p.numel() for p in layer.self_attention.parameters()) for layer in decoder.layers[:2]]
+        text = layer_map(config, options)
+        assert f"attention parameters a layer: lightning {counted[0]:,}, softmax {counted[1]:,}\n" in text, (name, counted, text)
+
+
+def test_layer_map_counts_the_parameters_of_the_modules():
+    spawn(check_parameter_counts, 1)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+def gpt(config, layer_spec) -> GPTModel:
+    """The model as Megatron's training builds it."""
+    model = GPTModelConfig(
+        transformer=config, transformer_layer_spec=layer_spec, vocab_size=64, seq_length=32, position_embedding_type="rope"
+    )
+    return GPTModelBuilder(model).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def loss_of(model: GPTModel) -> torch.Tensor:
+    tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(32).expand(2, 32)
+    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+
+
+def check_options_reach_modules(rank: int, world: int) -> None:
+    layers.start()
+    config = transformer_config(linear_attention_freq=[1, 0, 1, 1], layernorm_epsilon=1e-3)
+    options = LightningOptions(
+        decay="paper", feature_map="none", num_kv_heads=2, key_head_dim=32, value_head_dim=48, scale=0.3, rope=True, qk_norm=True,
+        norm="all", norm_eps=0.02, gate="none", backend="torch",
+    )  # fmt: skip
+    changed = dataclasses.replace(options, gate="linear")
+    for layer_spec, wanted in (
+        (make_spec(options), options),
+        (make_spec(**vars(options)), options),
+        (make_spec(options, gate="linear"), changed),
+        (ModuleSpec(lightning_layer_spec.module, params={"options": options}), options),
+    ):
+        model = gpt(config, layer_spec)
+        kinds = [type(layer.self_attention) for layer in model.decoder.layers]
+        assert kinds == [LightningAttention, SelfAttention, LightningAttention, LightningAttention]
+        for number in (1, 3, 4):
+            mixer = model.decoder.layers[number - 1].self_attention
+            assert mixer.options == wanted and mixer.layer_number == number
+            assert torch.equal(mixer.log_decay, decay_of(wanted, 4, number, 4).float())
+            assert (mixer.scale, mixer.q_norm.eps, mixer.out_norm.eps) == (0.3, 0.02, 0.02)
+        assert loss_of(model).isfinite()
+
+
+def test_options_reach_the_modules():
+    spawn(check_options_reach_modules, 1)
+
+
+def check_uncalled_spec(rank: int, world: int) -> None:
+    layers.start()
+    config = transformer_config(linear_attention_freq=2)
+    block, uncalled = gpt(config, lightning_spec), gpt(config, lightning_layer_spec)
+    assert list(block.state_dict()) == list(uncalled.state_dict())
+    uncalled.load_state_dict(block.state_dict())
+    losses = loss_of(block), loss_of(uncalled)
+    assert torch.equal(*losses), losses
+    for model, loss in zip((block, uncalled), losses, strict=True):
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    for (name, a), b in zip(block.named_parameters(), uncalled.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_uncalled_spec_builds_the_same_model():
+    spawn(check_uncalled_spec, 1)
+
+
+def check_moe(rank: int, world: int) -> None:
+    layers.start()
+    config = transformer_config(
+        linear_attention_freq=[1, 0, 0, 1], num_moe_experts=4, moe_layer_freq=2, moe_router_load_balancing_type="none", moe_ffn_hidden_size=64
+    )
+    model = gpt(config, lightning_spec)
+    parts = [(type(layer.self_attention), isinstance(layer.mlp, MoELayer)) for layer in model.decoder.layers]
+    assert parts == [
+        (LightningAttention, True), (SelfAttention, False), (SelfAttention, True), (LightningAttention, False)
+    ]  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 1, losses
+
+
+def test_moe_trains():
+    spawn(check_moe, 1)
+
+
+# ---- what must not go unnoticed --------------------------------------------------------------------------------------
+
+
+def check_broken_imports(rank: int, world: int) -> None:
+    names = ("lightning_megatron.spec", "lightning_spec")
+
+    def forget():
+        for module in [m for m in sys.modules if m.startswith("lightning_megatron")]:
+            del sys.modules[module]
+
+    assert import_module(("no_such_package", "spec")) is None, "Megatron reports such errors by now: simplify spec.py"
+    for broken in ("lightning_megatron.ops", "lightning_megatron.mixer", "megatron.core.transformer.spec_utils"):
+        forget()
+        kept = sys.modules.get(broken)
+        sys.modules[broken] = None
+        with pytest.raises(RuntimeError, match=f"lightning_megatron.spec cannot be used, an import failed: .*{broken}"):
+            import_module(names)
+        del sys.modules[broken]
+        if kept is not None:
+            sys.modules[broken] = kept
+    forget()
+    package_info = importlib.import_module("megatron.core.package_info")
+    version, package_info.VERSION = package_info.VERSION, (0, 12, 0)
+    with pytest.raises(RuntimeError, match="needs megatron-core >=0.19,<0.20, but found .*pip install"):
+        import_module(names)
+    package_info.VERSION = version
+    forget()
+    assert callable(import_module(names))
+
+
+def test_broken_import_is_no_import_error():
+    """Megatron logs an ImportError of a --spec module and goes on with softmax attention."""
+    spawn(check_broken_imports, 1)
+
+
+@pytest.fixture
+def megatron_args(monkeypatch):
+    """The arguments of a Megatron training in progress, as far as the announcement reads them."""
+    args = SimpleNamespace(reset_attention_mask=False, create_attention_mask_in_dataloader=False, rank=0, seq_length=64)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    counted = []
+    monkeypatch.setattr(patches.flops, "apply", counted.append)
+    return args, counted
+
+
+def test_announcement_prints_the_map_once_and_patches_the_flops_count(megatron_args, capsys, caplog):
+    _, counted = megatron_args
+    options = LightningOptions(gate="linear")
+    config = transformer_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=2)
+    for vp_stage in (0, 1):
+        spec.get_hybrid_block_spec(config, options, vp_stage=vp_stage, pp_rank=0)
+    assert capsys.readouterr().out.count(layer_map(config, options)) == 1
+    assert counted == [options]
+    assert not caplog.records
+
+
+def test_announcement_warns_of_the_attention_mask(megatron_args, caplog):
+    args, _ = megatron_args
+    args.create_attention_mask_in_dataloader = True
+    with caplog.at_level(logging.WARNING):
+        lightning_spec(transformer_config())
+    (record,) = caplog.records
+    assert "builds a 64 x 64 attention mask" in record.getMessage() and "--no-create-attention-mask" in record.getMessage()
+    caplog.clear()
+    args.rank = 1
+    lightning_spec(transformer_config())
+    assert not caplog.records
+
+
+def test_announcement_refuses_reset_attention_mask(megatron_args):
+    args, counted = megatron_args
+    args.reset_attention_mask = True
+    with pytest.raises(ValueError, match="--reset-attention-mask has no effect .*use --dataloader-inter-document-masking"):
+        lightning_spec(transformer_config())
+    assert not counted
