@@ -6,15 +6,14 @@
 
 Megatron-core assumes CUDA and NCCL. enable() patches torch: the device "cuda" means the CPU, the CUDA random
 generator the CPU's, NCCL gloo, and the torch.cuda calls that only order or measure work do nothing.
-enable_pretrain() also patches the two calls of pretrain() that insist on a GPU. Nothing else of Megatron changes
-and no value does, so that a run proves the wiring: parallel groups, schedules, optimizers, checkpoints. It proves
-nothing about kernels or NCCL.
+enable_pretrain() also patches the three places of pretrain() that insist on a GPU or lose time for one. Nothing
+else of Megatron changes, and no value does: a run proves the wiring (parallel groups, schedules, optimizers,
+checkpoints), nothing about kernels or NCCL.
 
 For tests and demos, never for a machine with a GPU; written for torch 2.11 and megatron-core 0.19. Paths in the
 comments are relative to the megatron package and name a caller that needs the patch.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -26,11 +25,10 @@ import torch
 import torch.utils.data.dataloader
 
 # What Megatron calls with device="cuda" or torch.cuda.current_device(). Others fail loudly: add them here.
-_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
-
-_enabled = False
+_FACTORIES = ("arange", "empty", "empty_like", "ones", "tensor", "zeros")
 
 
+@functools.cache
 def enable() -> None:
     """Patch torch so that Megatron runs on the CPU. Call it before the first import of Megatron.
 
@@ -39,9 +37,6 @@ def enable() -> None:
     Raises:
         RuntimeError: if this machine has a usable GPU, or if Megatron was imported first.
     """
-    global _enabled
-    if _enabled:
-        return
     if torch.cuda.is_available():
         raise RuntimeError("cpu_shim.enable(): this machine has a GPU; run Megatron on it without the shim")
     if "megatron.core" in sys.modules:
@@ -51,7 +46,6 @@ def enable() -> None:
     _map_rng()
     _map_backend()
     _skip_compile()
-    _enabled = True
 
 
 def _map_device() -> None:
@@ -110,7 +104,6 @@ def _stub_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.Stream = Stream
     cuda.current_stream = lambda device=None: Stream()
-    cuda.stream = lambda stream: contextlib.nullcontext()
 
 
 def _map_rng() -> None:
@@ -167,6 +160,7 @@ def _skip_compile() -> None:
     torch.compile = identity
 
 
+@functools.cache
 def enable_pretrain() -> None:
     """enable(), and let megatron.training.pretrain() start without CUDA. Imports megatron.training."""
     enable()

@@ -28,16 +28,16 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 sys.path.insert(0, str(EXAMPLES))
 
-from plot_loss import read_losses  # noqa: E402
+from plot_loss import final_loss, read_losses  # noqa: E402
 
 MARKER = ".lightning_demo"  # this folder is ours to overwrite
-PROMPT = "class Reader:\n    def __init__(self"
+PROMPT = "    def read_line(self, "
 
 VOCABULARY, ITERATIONS, BATCH, SHOW_INTERVAL = 1024, 1800, 4, 100
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --linear-attention-freq 4
     --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --untie-embeddings-and-output-weights
-    --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06
 """
 TRAINING = f"""
     --global-batch-size {BATCH} --train-iters {ITERATIONS} --num-workers 0
@@ -79,10 +79,14 @@ def run(title: str, command: list[str], log: Path, show: Callable[[str], str | N
     with log.open("a", buffering=1) as file:  # appending: the step itself writes there, too
         process = subprocess.Popen(command, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=file)
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if (shown := show(line)) is not None:
-                print(shown, flush=True)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if (shown := show(line)) is not None:
+                    print(shown, flush=True)
+        except BaseException:
+            process.terminate()
+            raise
     if process.wait():
         end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         raise SystemExit(f"{end}\n\ndemo: the step `{title}` failed; all that it wrote is in {log}")
@@ -103,22 +107,35 @@ class Progress:
 
     def __init__(self) -> None:
         self.in_summary = False
+        self.first: tuple[float, float] | None = None  # iteration and time of the first line
 
     def __call__(self, line: str) -> str | None:
         if match := ITERATION.search(line):
             iteration, last, milliseconds, loss = (float(group) for group in match.groups())
+            self.first = self.first or (iteration, time.time())
             if iteration % SHOW_INTERVAL and iteration != last:
                 return None
-            left = (last - iteration) * milliseconds / 1000
+            left = (last - iteration) * (time.time() - self.first[1]) / max(1, iteration - self.first[0])
             return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {milliseconds:4.0f} ms each   {left:3.0f} s left"
         if match := re.search(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)", line):
             return f"  held-out documents at iteration {match[1]}: loss {float(match[2]):.3f}"
-        if "number of parameters" in line:
-            return f"  {int(line.split()[-1]):,} parameters"
+        if match := re.search(r"number of parameters on .*: (\d+)$", line):
+            return f"  {int(match[1]):,} parameters"
         self.in_summary = line.startswith("lightning_megatron ") or (self.in_summary and line.startswith("  "))
-        if self.in_summary or "saved checkpoint" in line:
-            return "  " + line.strip()
-        return None
+        if self.in_summary:
+            return "  " + line.rstrip()
+        return "  checkpoint saved" if "successfully saved checkpoint" in line else None
+
+
+class From:
+    """Hides what comes before a line."""
+
+    def __init__(self, start: str) -> None:
+        self.start, self.reached = start, False
+
+    def __call__(self, line: str) -> str | None:
+        self.reached = self.reached or line.startswith(self.start)
+        return line.rstrip("\n") if self.reached else None
 
 
 def main() -> None:
@@ -164,7 +181,7 @@ def main() -> None:
     run(
         "plot",
         [python, "examples/plot_loss.py", "--log", str(log), "--stats", str(data / "stats.json"), "--out", str(picture)]
-        + ["--title", "Lightning hybrid on the sources of Python's standard library"],
+        + ["--title", "Lightning hybrid on the sources of the Python standard library"],
         out / "plot.log",
         everything,
     )
@@ -172,10 +189,10 @@ def main() -> None:
     launcher = [python] if gpu else [python, "examples/cpu_shim.py"]
     generate = [*launcher, "examples/generate.py", "--load", str(checkpoint), "--prompt", options.prompt]
     generate += ["--tokenizer-model", str(data / "tokenizer.model"), "--tokens", "150"]
-    run("generation", generate, out / "generate.log", everything)
+    run("generation", generate, out / "generate.log", From(options.prompt.split("\n")[0]))
 
     train, valid = read_losses(log.read_text())
-    loss, unigram = train[max(train)], json.loads((data / "stats.json").read_text())["unigram_entropy"]
+    loss, unigram = final_loss(train), json.loads((data / "stats.json").read_text())["unigram_entropy"]
     print(f"\n==> done in {time.time() - start:.0f} s")
     print(f"  final loss        {loss:.3f} nats per token, {loss / unigram:.0%} of the unigram entropy {unigram:.3f}")
     print(f"  held-out loss     {valid[max(valid)]:.3f}")

@@ -26,6 +26,13 @@ def read_losses(log: str) -> tuple[dict[int, float], dict[int, float]]:
     return train, valid
 
 
+def final_loss(train: dict[int, float]) -> float:
+    """Mean of the last twentieth of the logged losses, each of which is one of few batches."""
+    losses = list(train.values())
+    last = losses[-max(1, len(losses) // 20) :]
+    return sum(last) / len(last)
+
+
 def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None, title: str, out: Path) -> None:
     """Write the picture; the ending of `out` picks its format."""
     import matplotlib
@@ -35,24 +42,28 @@ def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None
 
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK})
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    last = max(train)
+    points = {"textcoords": "offset points"}
+    blank = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    last, final = max(train), final_loss(train)
     if unigram is not None:
-        axes.axhline(unigram, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
+        axes.hlines(unigram, 0, last, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
         label = f"unigram entropy {unigram:.2f}: token frequencies alone"
-        axes.annotate(label, (last, unigram), (0, 4), textcoords="offset points", ha="right", va="bottom", color=MUTED)
+        axes.annotate(label, (last, unigram), (0, 5), color=MUTED, ha="right", va="bottom", bbox=blank, **points)
     axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1.8, label="training")
-    note = f"{train[last]:.2f}"
-    if unigram is not None:
-        note += f"\n{train[last] / unigram:.0%} of unigram"
-    axes.plot(last, train[last], "o", color=BLUE, markersize=5)
-    axes.annotate(note, (last, train[last]), (8, 0), textcoords="offset points", va="center", color=BLUE, annotation_clip=False)
+    note = f"{final:.2f}" + (f"\n{final / unigram:.0%} of unigram" if unigram is not None else "")
+    axes.plot(last, final, "o", color=BLUE, markersize=5)
+    axes.annotate(note, (last, final), (9, 2), color=BLUE, va="top", **points)
     if valid:
         axes.plot(list(valid), list(valid.values()), "D", color=ORANGE, markersize=6, label="held-out documents", zorder=3)
+        end = max(valid)
+        axes.annotate(f"{valid[end]:.2f}", (end, valid[end]), (9, 0), color=ORANGE, va="center", **points)
     axes.set_title(title, loc="left", fontsize=13, pad=12)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_xlim(0, last * 1.2)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.set_xlim(0, last * 1.22)  # room for the notes
     axes.set_ylim(bottom=0)
+    axes.spines["bottom"].set_bounds(0, last)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0)
@@ -77,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"plot_loss: {args.log} has no line `iteration N/M | ... | lm loss: X`; did the training start?")
     unigram = json.loads(args.stats.read_text())["unigram_entropy"] if args.stats else None
     plot(train, valid, unigram, args.title, args.out)
-    print(f"  {args.out}: {len(train)} points, last loss {train[max(train)]:.3f}")
+    print(f"  {args.out}: {len(train)} points, final loss {final_loss(train):.3f}")
 
 
 if __name__ == "__main__":

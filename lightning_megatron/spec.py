@@ -205,7 +205,8 @@ def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
     query = config.kv_channels * config.num_attention_heads
     gate = query if config.attention_output_gate else 0
     key_value = 2 * config.kv_channels * config.num_query_groups
-    softmax_norms = 2 * config.kv_channels * (1 if config.normalization == "RMSNorm" else 2) * config.qk_layernorm
+    qk_weights = config.qk_layernorm and not config.qk_l2_norm
+    softmax_norms = 2 * config.kv_channels * (1 if config.normalization == "RMSNorm" else 2) * qk_weights
     return projections(shape.projection_dim, shape.output_dim) + norms, projections(query + gate + key_value, query) + softmax_norms
 
 

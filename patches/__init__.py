@@ -6,9 +6,9 @@ Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all`
 from __future__ import annotations
 
 from ..config import LightningOptions
-from . import checkpoint_args, dataset_helpers, flops
+from . import checkpoint_args, dataset_helpers, distributed_optimizer, flops
 
-PATCHES = (dataset_helpers, checkpoint_args, flops)
+PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, flops)
 
 
 def apply_all(options: LightningOptions) -> None:
@@ -19,4 +19,5 @@ def apply_all(options: LightningOptions) -> None:
     """
     dataset_helpers.apply()
     checkpoint_args.apply()
+    distributed_optimizer.apply()
     flops.apply(options)

@@ -20,7 +20,7 @@ def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable],
     """Put ``wrap(original)`` in the place of a function of Megatron.
 
     Args:
-        symbol: dotted path, e.g. ``megatron.core.datasets.utils.compile_helpers``.
+        symbol: dotted path of a function or method, e.g. ``megatron.core.datasets.utils.compile_helpers``.
         parameters: names of the original's parameters, in order; the patch is written for exactly these.
         wrap: gets the original, returns its replacement. The replacement gets ``__wrapped__`` and the marker.
         effect: end of the log line: what is different now.
@@ -33,11 +33,11 @@ def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable],
         ImportError: no such symbol.
     """
     check_megatron()
-    module_name, _, name = symbol.rpartition(".")
+    owner_name, _, name = symbol.rpartition(".")
     known = f"lightning_megatron patches {symbol} of megatron-core {MEGATRON_RANGE}"
     try:
-        module = importlib.import_module(module_name)
-        original: Any = getattr(module, name)
+        owner = _owner(owner_name)
+        original: Any = getattr(owner, name)
     except (ImportError, AttributeError) as error:
         raise ImportError(f"{known}, but it does not exist here ({error})") from error
     if getattr(original, MARKER, None) == symbol:
@@ -48,9 +48,20 @@ def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable],
 
     replacement = functools.update_wrapper(wrap(original), original)  # sets __wrapped__
     setattr(replacement, MARKER, symbol)
-    setattr(module, name, replacement)
+    setattr(owner, name, replacement)
 
     from megatron.core.utils import log_single_rank
 
     log_single_rank(logger, logging.INFO, f"lightning: patched {symbol}: {effect}")
     return True
+
+
+def _owner(path: str) -> Any:
+    """The module, or the class in a module, that a dotted path names."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module_name, _, name = path.rpartition(".")
+        if not module_name:
+            raise
+        return getattr(importlib.import_module(module_name), name)

@@ -18,14 +18,14 @@ TOLERANCES = {
     ("torch", torch.float16): dict.fromkeys(OUTPUTS, 3e-4) | dict.fromkeys(STATES, 1e-5),
     # 1e-5 is what users are promised; measured 1e-7 to 3e-7
     ("triton", torch.float32): dict.fromkeys(OUTPUTS + STATES, 1e-5),
-    # The tensor cores take bf16 (fp16): an output sums products of two rounded factors (the decayed q k^T, the state)
-    # and is rounded itself, together sqrt(3) 1.7e-3 = 2.9e-3 (fp16 3.6e-4); a state sums v with the decay, rounded once.
+    # The tensor cores take bf16 (fp16): an output sums products of two rounded factors (decayed q k^T, and the state)
+    # and is rounded itself, together sqrt(3) 1.7e-3 = 2.9e-3 (fp16 3.6e-4); a state sums decayed v, rounded once.
     ("triton", torch.bfloat16): dict.fromkeys(OUTPUTS, 5e-3) | dict.fromkeys(STATES, 3e-3),
     ("triton", torch.float16): dict.fromkeys(OUTPUTS, 6e-4) | dict.fromkeys(STATES, 4e-4),
 }
 
 # A head whose RMS is below this is compared with this instead: the dtype cannot hold its values to the tolerance.
-SMALLEST = {torch.float64: 1e-280, torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-4}
+SMALLEST = {torch.float64: 1e-280, torch.float32: 1e-20, torch.bfloat16: 1e-20, torch.float16: 1e-4}
 
 HEADS = dict.fromkeys(OUTPUTS, 2) | dict.fromkeys(STATES, 1)  # [B, T, H, *] and [N, H, K, V]
 

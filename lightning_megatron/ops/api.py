@@ -74,7 +74,8 @@ def lightning_attn(
 class _LightningAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, implementation, q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens):
-        o, final, states = implementation.forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final)
+        with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sees to it in the backward
+            o, final, states = implementation.forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final)
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, states)
         ctx.implementation, ctx.scale = implementation, scale
         ctx.set_materialize_grads(False)

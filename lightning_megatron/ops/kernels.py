@@ -56,7 +56,10 @@ def _walk(
 
     WIDE_STATE keeps the state in fp32 for its product with q (tf32): fp16 has too small a range for a long sum.
     """
-    i_v, i_s, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # all on the grid's first axis, for the others end at 65535; columns of one segment run side by side and share q and k
+    columns = tl.cdiv(V, BV)
+    i_v, i_bhs = tl.program_id(0) % columns, tl.program_id(0) // columns
+    i_s, i_bh = i_bhs % segments, i_bhs // segments
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     dtype = v.dtype.element_ty
     p = tl.arange(0, BC)
@@ -190,7 +193,7 @@ def _scan(
     T, H, KV, segment_len, segments,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_IN: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    i_x, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_bh, i_x = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b_ld = tl.load(log_decay + i_bh % H)
     o_x = i_x * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < KV
@@ -227,8 +230,9 @@ def _config(dtype: torch.dtype, K: int, V: int, T: int) -> dict[str, int]:
     BV = max(16, triton.next_power_of_2(V))
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return dict(BK=BK, BV=min(BV, 32), BC=16 if BK > 128 else 32, num_warps=4, num_stages=1)
+    # Triton 3.6.0 miscompiles a [256, 16] or [256, 32] state on 4 warps (H100: out-of-range shared address): never below 64
+    BV = 64 if BK > 128 else min(BV, 128)
     BC = 16 if T <= 16 else 64
-    BV = min(BV, 128 if BK <= 128 else 64)
     return dict(BK=BK, BV=BV, BC=BC, num_warps=8 if BK * BV >= 128 * 128 else 4, num_stages=2 if BK <= 128 else 1)
 
 
@@ -248,8 +252,7 @@ def _run_walk(
     def strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
         return (0,) * count if x is None else x.stride()[:count]
 
-    grid = (triton.cdiv(V, config["BV"]), segments, B * heads)
-    _walk[grid](
+    _walk[(triton.cdiv(V, config["BV"]) * segments * B * heads,)](
         q, k, v, o, log_decay, s_in, s_out, edge_in, edge_out, doc, cu_seqlens,
         *strides(q, 3), *strides(k, 3), *strides(v, 3), *strides(o, 3),
         *strides(s_in, 5), *strides(s_out, 5), *strides(edge_in, 4), *strides(edge_out, 4),
@@ -278,7 +281,7 @@ def _entering_states(
         reverse=reverse, segment_len=segment_len, write_scale=write_scale,
     )  # fmt: skip
     block = 1024
-    _scan[(triton.cdiv(K * V, block), B * heads)](
+    _scan[(B * heads, triton.cdiv(K * V, block))](
         states, None if packed else initial, log_decay, docs[0] if packed else None,
         T, heads, K * V, segment_len, segments,
         BLOCK=block, REVERSE=reverse, HAS_IN=initial is not None and not packed, VARLEN=packed,

@@ -6,9 +6,22 @@ Python loop only over the running state. Packed sequences are walked one documen
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 CHUNK = 64
+
+
+def _without_autocast(function):
+    """Autocast would run these fp32 matmuls in half precision."""
+
+    @functools.wraps(function)
+    def wrapper(q, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args)
+
+    return wrapper
 
 
 def _attend(
@@ -77,6 +90,7 @@ def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[sl
     return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
 
 
+@_without_autocast
 def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
     """See ``kernels.forward``; the third result is None, since the backward recomputes its states."""
     del need_final  # it costs nothing here
@@ -95,6 +109,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
     return o.contiguous(), torch.cat(finals), None
 
 
+@_without_autocast
 def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, segment_states, do, dfinal):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
     del segment_states

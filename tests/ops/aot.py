@@ -48,7 +48,7 @@ FEW = {
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (spilled registers) per thread."""
+    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (spills) per thread."""
 
     shared: int
     registers: int

@@ -29,7 +29,9 @@ def runs_here(impl: Impl) -> bool:
 
 
 def parameters(impls: list[Impl]) -> list:
-    interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter needs a machine without CUDA")
+    interpreted = pytest.mark.skipif(
+        torch.cuda.is_available(), reason="Triton's interpreter needs a machine without CUDA"
+    )
     marks = {("torch", "cpu"): [], ("triton", "cpu"): [interpreted]}
     return [pytest.param(x, id=str(x), marks=marks.get((x.backend, x.device), [pytest.mark.gpu])) for x in impls]
 

@@ -1,4 +1,4 @@
-"""What autograd asks of the operator: any subset of gradients, none, twice, recomputed, and values changed in between."""
+"""What autograd asks of the operator: any subset of gradients, none, twice, recomputed; inputs changed in between."""
 
 import pytest
 import torch
@@ -106,3 +106,12 @@ def test_layer_in_a_graph(impl, rng):
     with torch.no_grad():
         want = want["dq"] * (1 - x.tanh() ** 2) + want["dv"] * 2 * x
     torch.testing.assert_close(x.grad, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(every_impl, rng, dtype):
+    """fp32 inputs mean fp32 results, whatever matmul's autocast dtype is: the same bits."""
+    case = small(rng, every_impl)
+    with torch.autocast(every_impl.device, dtype=dtype):
+        got = evaluate(every_impl.attn, case)
+    assert_same_bits(got, evaluate(every_impl.attn, case))

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: the message names the value received and says what to do. And choice of the backend."""
+"""All a user can get wrong: the message names the value received and the remedy. And the choice of the backend."""
 
 import ast
 import importlib.util
@@ -40,8 +40,8 @@ WRONG = {  # call -> what its message says: value received, then remedy
     "q without heads": (arguments(q=zeros(2, 8, 64)), ["[2, 8, 64]", "q must", "[B,T,H,K]"]),
     "k with 5 dimensions": (arguments(k=zeros(1, 2, 8, 2, 16)), ["[1, 2, 8, 2, 16]", "k must", "[B,T,Hkv,K]"]),
     "v without heads": (arguments(v=zeros(2, 8, 32)), ["[2, 8, 32]", "v must", "[B,T,Hkv,V]"]),
-    "k of another dtype": (arguments(k=zeros(2, 8, 2, 16, dtype=HALF)), ["k is torch.float16 on cpu", "must share dtype"]),
-    "v elsewhere": (arguments(v=zeros(2, 8, 2, 32, device="meta")), ["v is torch.float32 on meta", "q is torch.float32 on cpu"]),
+    "k of another dtype": (arguments(k=zeros(2, 8, 2, 16, dtype=HALF)), ["k is torch.float16", "must share dtype"]),
+    "v elsewhere": (arguments(v=zeros(2, 8, 2, 32, device="meta")), ["torch.float32 on meta", "torch.float32 on cpu"]),
     "integers": (
         arguments(**{n: zeros(2, 8, 4, 16, dtype=torch.int32) for n in "qkv"}),
         ["torch.int32", "bfloat16, float16 and float32"],
@@ -54,7 +54,7 @@ WRONG = {  # call -> what its message says: value received, then remedy
     "2 heads, 4 kv heads": (heads(2, 4), ["2 query heads", "4 key/value heads", "must divide"]),
     "no kv heads": (heads(4, 0), ["0 key/value heads"]),
     "no heads": (heads(0, 2), ["0 query heads"]),
-    "K = 8": (arguments(q=zeros(2, 8, 4, 8), k=zeros(2, 8, 2, 8)), ["K=8", "multiple of 16 from 16 to 256", "pad q and k"]),
+    "K = 8": (arguments(q=zeros(2, 8, 4, 8), k=zeros(2, 8, 2, 8)), ["K=8", "multiple of 16 from 16", "pad q and k"]),
     "K = 0": (arguments(q=zeros(2, 8, 4, 0), k=zeros(2, 8, 2, 0)), ["K=0", "multiple of 16"]),
     "V = 24": (arguments(v=zeros(2, 8, 2, 24)), ["V=24", "multiple of 16", "with zeros"]),
     "V = 272": (arguments(v=zeros(2, 8, 2, 272)), ["V=272", "256"]),
@@ -88,7 +88,7 @@ WRONG = {  # call -> what its message says: value received, then remedy
         packed([0, 3, 8]) | dict(initial_state=zeros(1, 4, 16, 32)), ["[2,4,16,32]", "documents in cu_seqlens"],
     ),
     "half state": (
-        arguments(initial_state=zeros(2, 4, 16, 32, dtype=HALF)), ["torch.float16", "must be torch.float32", "low precision"],
+        arguments(initial_state=zeros(2, 4, 16, 32, dtype=HALF)), ["torch.float16", "be torch.float32", "low precision"],
     ),
     "a slope": (decay(-0.1, 0.0, 0.5, -0.1), ["log_decay[2] = 0.5", "<= 0", "-log_decay"]),
     "a decay": (decay(0.9, 0.9, 0.9, 0.9), ["log_decay[0] = 0.89", "did you pass"]),
@@ -136,7 +136,9 @@ def compiled(monkeypatch):
 @pytest.fixture
 def no_triton(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
     api._auto_backend.cache_clear()
     yield
     api._auto_backend.cache_clear()
@@ -172,7 +174,9 @@ def backend_errors(monkeypatch) -> dict[str, tuple[dict, list[str]]]:
     monkeypatch.setattr(api, "_triton_interpreted", lambda: False)
     yield arguments(backend="triton"), ["backend='triton'", "q is on cpu", "backend='torch'"]
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
     yield arguments(backend="triton"), ["not installed", "backend='torch'"]
 
 

@@ -1,4 +1,4 @@
-"""Bit for bit: the same twice, the same in any batch. And a sequence cut anywhere, down to single tokens, is the same."""
+"""Bit for bit: the same twice, the same in any batch. And a sequence cut into pieces, down to tokens, is the same."""
 
 import pytest
 import torch

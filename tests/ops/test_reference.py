@@ -22,7 +22,10 @@ def masked_lightning_attn(q, k, v, log_decay, *, scale=None, initial_state=None,
             n = len(final)
             heads, states = [], []
             for h in range(H):
-                decay, entering = log_decay[h].exp(), q.new_zeros(K, V) if initial_state is None else initial_state[n, h]
+                decay, entering = (
+                    log_decay[h].exp(),
+                    q.new_zeros(K, V) if initial_state is None else initial_state[n, h],
+                )
                 qs, ks, vs = q[b, start:end, h], k[b, start:end, h * Hkv // H], v[b, start:end, h * Hkv // H]
                 mask = torch.zeros(end - start, end - start, dtype=q.dtype)
                 for i in range(end - start):

@@ -1,0 +1,133 @@
+"""Imports go one way: ops <- parallel <- mixer <- spec <- training <- pretrain; each part knows only what it must."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "lightning_megatron"
+
+# A part (module, or folder) may import those of the layers above its own in this list.
+LAYERS = [
+    {"__init__", "config", "compat", "ops"},
+    {"decay", "parallel", "patches", "arguments", "norm", "softmax"},
+    {"mixer"},
+    {"spec"},
+    {"training"},
+    {"pretrain"},
+]
+# ... and these parts less than that.
+ONLY = {"decay": {"config"}, "parallel": {"ops"}, "patches": {"config", "compat"}, "arguments": {"config", "compat"}}
+# Distributions a part may import; the others torch and megatron.
+OUTSIDE = {
+    "__init__": set(),
+    "config": set(),
+    "compat": {"megatron"},
+    "arguments": {"megatron"},
+    "ops": {"torch", "triton"},
+    "decay": {"torch"},
+    "parallel": {"torch"},
+    "pretrain": {"megatron"},
+}
+
+
+def sources() -> dict[str, list[Path]]:
+    """Files of each part; patches/ is installed as lightning_megatron.patches."""
+    parts = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts.setdefault(path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0], []).append(path)
+    parts["patches"] = sorted((ROOT / "patches").rglob("*.py"))
+    return parts
+
+
+def imports(text: str, package: str) -> set[str]:
+    """Full names of what a module of this package imports, ``from a import b`` as a.b, inside of functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            names |= {".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names}
+    return names
+
+
+def complaints(part: str, names: set[str]) -> list[str]:
+    """What a part imports but must not."""
+    layer = next(i for i, parts in enumerate(LAYERS) if part in parts)
+    below = set().union(*LAYERS[:layer], {part})
+    local = ONLY.get(part, below) & below | {part, "__version__"}
+    outside = OUTSIDE.get(part, {"torch", "megatron"}) | set(sys.stdlib_module_names)
+    wrong = []
+    for name in sorted(names):
+        first, *rest = name.split(".")
+        if first == PACKAGE:
+            wrong += [name] if not rest or rest[0] not in local else []
+        elif first not in outside:
+            wrong.append(name)
+    return wrong
+
+
+def package_of(path: Path) -> str:
+    folders = path.parent.relative_to(ROOT).parts
+    return ".".join(folders if folders[0] == PACKAGE else (PACKAGE, *folders))
+
+
+def test_every_part_has_a_layer():
+    placed = [part for parts in LAYERS for part in parts]
+    assert len(placed) == len(set(placed))
+    unplaced = sources().keys() - placed
+    assert not unplaced, f"{unplaced}: give each a place in LAYERS, and in OUTSIDE if it needs less than megatron"
+
+
+@pytest.mark.parametrize("part", sources())
+def test_layers(part):
+    for path in sources()[part]:
+        wrong = complaints(part, imports(path.read_text("utf-8"), package_of(path)))
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {', '.join(wrong)}"
+
+
+def test_wrong_imports_are_found():
+    """The test above can fail."""
+    text = """
+import torch.nn as nn, triton
+from . import kernels, api
+from .torch_backend import forward
+from ..config import LightningOptions
+def f():
+    from megatron.core import parallel_state
+    from lightning_megatron.mixer import LightningAttention
+    import tests.launch, examples
+"""
+    found = imports(text, f"{PACKAGE}.ops")
+    assert {f"{PACKAGE}.ops.kernels", f"{PACKAGE}.ops.torch_backend.forward", "torch.nn", "triton"} <= found
+    assert complaints("ops", found) == [
+        "examples",
+        f"{PACKAGE}.config.LightningOptions",
+        f"{PACKAGE}.mixer.LightningAttention",
+        "megatron.core.parallel_state",
+        "tests.launch",
+    ]
+    assert complaints("mixer", found) == ["examples", "tests.launch", "triton"]
+    assert complaints("decay", imports("from .spec import x\nfrom .config import y", PACKAGE)) == [f"{PACKAGE}.spec.x"]
+    assert complaints("spec", imports("from . import training, mixer", PACKAGE)) == [f"{PACKAGE}.training"]
+    assert complaints("patches", imports("from ..spec import x", f"{PACKAGE}.patches")) == [f"{PACKAGE}.spec.x"]
+
+
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("", ["torch", "megatron"]),
+        (".config", ["torch", "megatron"]),
+        (".ops", ["megatron", "triton"]),
+        (".decay", ["megatron"]),
+    ],
+)
+def test_imports_are_cheap(module, absent):
+    """Not only by the source: in a fresh process, importing the part loads none of these."""
+    code = f"import sys, {PACKAGE}{module}; sys.exit(', '.join(x for x in {absent} if x in sys.modules) or None)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, f"importing {PACKAGE}{module} loads {run.stderr}"
