@@ -37,9 +37,14 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     folder = str(checkpoint / f"iter_{int(tracker.read_text()):07d}")
     args = dist_checkpointing.load_common_state_dict(folder)["args"]
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.context_parallel_size = 1
+    args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1
     args.virtual_pipeline_model_parallel_size = args.pipeline_model_parallel_layout = None
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
     args.sequence_parallel = False
-    args.spec = None
+    by_us = hasattr(args, "lightning_decay")  # else pretrain_gpt.py --spec, and the spec itself knows its options
+    if by_us:
+        args.spec = None
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
@@ -49,7 +54,8 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
     config = core_transformer_config_from_args(args)
     model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = make_spec(options_from_args(args))
+    if by_us:
+        model_config.transformer_layer_spec = make_spec(options_from_args(args))
     model = GPTModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(torch.cuda.current_device())
     if args.bf16 or args.fp16:

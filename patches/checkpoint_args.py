@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from ._replace import replace
 
-SYMBOL = "megatron.training.checkpointing.check_checkpoint_args"
+SYMBOLS = ("megatron.training.checkpointing.check_checkpoint_args",)
 PARAMETERS = ("checkpoint_args", "skip_args")
 FREE = {"lightning_backend"}  # another way to the same numbers
 
@@ -41,4 +41,4 @@ def _wrap(original: Callable[..., None]) -> Callable[..., None]:
 
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
-    replace(SYMBOL, PARAMETERS, _wrap, "lightning options must equal those of the checkpoint")
+    replace(SYMBOLS[0], PARAMETERS, _wrap, "lightning options must equal those of the checkpoint")

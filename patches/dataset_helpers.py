@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ._replace import replace
 
-SYMBOL = "megatron.core.datasets.utils.compile_helpers"
+SYMBOLS = ("megatron.core.datasets.utils.compile_helpers",)
 
 
 def _wrap(original: Callable[[], None]) -> Callable[[], None]:
@@ -42,4 +42,4 @@ def _compiled() -> bool:
 
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
-    replace(SYMBOL, (), _wrap, "the helpers of the wheel are used as they are")
+    replace(SYMBOLS[0], (), _wrap, "the helpers of the wheel are used as they are")

@@ -20,7 +20,8 @@ import torch
 
 from ._replace import replace
 
-OWNER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_OWNER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+SYMBOLS = tuple(f"{_OWNER}.{name}" for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"))
 
 
 def _wrap_state_dict(original: Callable) -> Callable:
@@ -64,6 +65,7 @@ def _wrap_set(original: Callable) -> Callable:
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
     effect = "checkpoints resume without TransformerEngine and apex"
-    replace(f"{OWNER}.state_dict", ("self",), _wrap_state_dict, effect)
-    replace(f"{OWNER}.load_state_dict", ("self", "state_dict"), _wrap_load_state_dict, effect)
-    replace(f"{OWNER}._set_main_param_and_optimizer_states", ("self", "model_param", "tensors"), _wrap_set, effect)
+    parameters = ("self",), ("self", "state_dict"), ("self", "model_param", "tensors")
+    wraps = _wrap_state_dict, _wrap_load_state_dict, _wrap_set
+    for symbol, names, wrap in zip(SYMBOLS, parameters, wraps, strict=True):
+        replace(symbol, names, wrap, effect)

@@ -26,7 +26,7 @@ from typing import Any
 from ..config import LightningOptions, lightning_pattern, resolve_shape
 from ._replace import replace
 
-SYMBOL = "megatron.training.training.num_floating_point_operations"
+SYMBOLS = ("megatron.training.training.num_floating_point_operations",)
 PARAMETERS = ("args", "batch_size", "seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")
 CHUNK = 64
 FORWARD_BACKWARD_FMA = 3 * 2
@@ -77,5 +77,5 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
 def apply(options: LightningOptions) -> None:
     """Apply the patch; a second call only changes which options are counted."""
     global _options
-    replace(SYMBOL, PARAMETERS, _wrap, "lightning layers count as linear attention")
+    replace(SYMBOLS[0], PARAMETERS, _wrap, "lightning layers count as linear attention")
     _options = options

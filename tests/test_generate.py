@@ -1,0 +1,178 @@
+"""examples/generate.py: caches change no token, checkpoints of any layout load, and errors end with a message."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import sentencepiece
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from tests.launch import ROOT, Run, run_pretrain, spawn
+
+SCRIPT = ROOT / "examples" / "generate.py"
+SIZE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
+    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.3 "  # not one token for ever
+    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --train-iters 2 --save-interval 2 "
+    "--eval-iters 0 --num-workers 0 --log-interval 1 --mock-data"
+).split()
+NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 255"
+EVERYTHING = (
+    "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all --lightning-qk-norm "
+    "--lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
+)
+MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
+CHECKPOINTS = {
+    "everything": (1, EVERYTHING),
+    "bf16": (1, f"{EVERYTHING} --bf16"),
+    "defaults": (1, "--linear-attention-freq 2"),
+    "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
+}
+COPIES = {  # saved once more from another layout, after steps of length 0
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2-vp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "pp2-uneven": (2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"),
+    "pp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|t|t|L"),
+    "pp3-embedding": (
+        3,
+        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+    ),
+}
+PROMPT = "7 1 200 33 33 5 90 18 2"
+
+
+def generate(folder: Path, *flags: str) -> Run:
+    return run_pretrain(["--load", folder, *flags], script=SCRIPT, check=False)
+
+
+def example() -> ModuleType:
+    """The script as a module; examples/ is no package."""
+    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.inference_mode()
+def check_caches(rank: int, world: int, folder: Path, count: int) -> tuple[list[int], float]:
+    """Greedy tokens, the same with and without caches; and the largest difference of the logits, relative to their size."""
+    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
+    script = example()
+    model, args = script.load_model(folder)
+    prompt = [int(x) for x in PROMPT.split()]
+
+    def logits(tokens, context=None, start=0):
+        positions = torch.arange(start, start + len(tokens))[None]
+        return model(torch.tensor([tokens]), positions, None, inference_context=context)[0, -1].float()
+
+    without = list(prompt)
+    for _ in range(count):
+        without.append(int(logits(without).argmax()))
+    cached = [token for token, _ in script.generate(model, prompt, count, temperature=0, length=len(prompt) + count)]
+
+    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(without))
+    worst, start = 0.0, 0
+    for end in range(len(prompt), len(without)):
+        got, want = logits(without[start:end], context, start), logits(without[:end])
+        context.sequence_len_offset = start = end
+        worst = max(worst, float((got - want).norm() / want.norm()))
+    if not args.bf16:
+        assert cached == without[len(prompt) :]
+    return cached, worst
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint(name): the folder that a short training of CHECKPOINTS or COPIES saved."""
+
+    @functools.cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        if name in COPIES:
+            nproc, flags = COPIES[name]
+            flags += f" {EVERYTHING} --lr 0 --load {write('everything')} --finetune --no-load-optim --no-load-rng"
+        else:
+            nproc, flags = CHECKPOINTS[name]
+        run_pretrain([*SIZE, *NUMBERS.split(), *flags.split(), "--save", folder], nproc)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_caches_change_no_token(name, checkpoint):
+    ((tokens, worst),) = spawn(check_caches, 1, checkpoint(name), 24)
+    assert len(set(tokens)) > 3, tokens  # or the comparison would mean little
+    assert worst < (2e-2 if name == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_checkpoints_of_any_layout_are_the_same_model(name, checkpoint):
+    want, got = (spawn(check_caches, 1, checkpoint(x), 24)[0] for x in ("everything", name))
+    assert got == want
+
+
+def test_script_prints_what_it_generates(checkpoint):
+    ((tokens, _),) = spawn(check_caches, 1, checkpoint("tp2-sp"), 10)
+    run = generate(checkpoint("tp2-sp"), "--prompt", PROMPT, "--tokens", "10", "--temperature", "0")
+    assert run.ok
+    assert f"\n{PROMPT} {' '.join(map(str, tokens))}\n" in "\n" + run.log
+    # three lightning layers of 4 heads with 16 x 16 states; one softmax layer with 18 keys and values of 4 heads, all fp32
+    assert "[9 prompt tokens, 10 generated," in run.log
+    assert "lightning layers 12 KiB at any length, softmax layers 9 KiB at this one]" in run.log
+
+
+def test_states_are_fp32_in_bf16(checkpoint):
+    run = generate(checkpoint("bf16"), "--prompt", PROMPT, "--tokens", "30", "--temperature", "0.5")
+    assert re.search(r"lightning layers 12 KiB at any length, softmax layers 10 KiB", run.log), run.log  # 38 tokens in bf16
+
+
+def test_checkpoint_of_pretrain_gpt(tmp_path):
+    """It holds no lightning options, but the name of the spec that has them."""
+    flags = (
+        "--linear-attention-freq 4 --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm "
+        "--no-rope-fusion --no-create-attention-mask-in-dataloader --eval-interval 100 --spec lightning_megatron.spec lightning_spec"
+    )
+    run_pretrain([*SIZE, *NUMBERS.split(), *flags.split(), "--save", tmp_path], script=ROOT / "tests" / "pretrain_gpt.py")
+    ((_, worst),) = spawn(check_caches, 1, tmp_path, 10)
+    assert worst < 1e-5
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def assert_ends_with(run: Run, message: str) -> None:
+    assert not run.ok and message in run.log and "Traceback" not in run.log, run.log
+
+
+def test_missing_checkpoint(tmp_path):
+    message = "no latest_checkpointed_iteration.txt there; give the folder that --save of the training named"
+    assert_ends_with(generate(tmp_path), f"--load {tmp_path}: {message}")
+
+
+@pytest.mark.parametrize("flags", [("--tokens", "0"), ("--temperature", "-1")])
+def test_senseless_numbers(flags, tmp_path):
+    assert_ends_with(generate(tmp_path, *flags), "must be at least 1 and --temperature")
+
+
+def test_text_and_empty_prompt(tmp_path):
+    """With a SentencePiece tokenizer, as the demo has it; the training and --tokenizer-model name different paths."""
+    text = (ROOT / "lightning_megatron" / "mixer.py").read_text("utf-8").splitlines()
+    for name in ("a", "b"):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_prefix=str(tmp_path / name), vocab_size=400, byte_fallback=True,
+            normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=2,
+        )  # fmt: skip
+    flags = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {tmp_path}/a.model --save {tmp_path}/run"
+    run_pretrain([*SIZE, *flags.split()])
+    (tmp_path / "a.model").unlink()
+    other = ("--tokenizer-model", f"{tmp_path}/b.model")
+    run = generate(tmp_path / "run", *other, "--prompt", "def forward(", "--tokens", "5")
+    assert run.ok and "def forward(" in run.log and "5 generated" in run.log
+    assert_ends_with(generate(tmp_path / "run", *other, "--prompt", ""), "--prompt '' has no tokens; give some text to continue")
