@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from lightning_megatron import patches, spec
 from lightning_megatron.config import LightningOptions, lightning_pattern
 from lightning_megatron.mixer import LightningAttention
-from lightning_megatron.spec import layer_map, lightning_layer_spec, lightning_spec, make_spec
+from lightning_megatron.spec import get_lightning_layer_spec, layer_map, lightning_layer_spec, lightning_spec, make_spec
 from tests import layers
 from tests.launch import spawn
 from tests.layers import decay_of, transformer_config
@@ -182,6 +182,14 @@ def check_options_reach_modules(rank: int, world: int) -> None:
 
 def test_options_reach_the_modules():
     spawn(check_options_reach_modules, 1)
+
+
+@pytest.mark.parametrize("freq", [None, 2, [0, 1, 1, 1]])
+def test_single_layer_spec_is_lightning_wherever_softmax_layers_are(freq):
+    config, options = transformer_config(linear_attention_freq=freq), LightningOptions(gate="none")
+    attention = get_lightning_layer_spec(config, options).submodules.self_attention
+    assert attention.module is LightningAttention and attention.params == {"options": options}
+    assert config.linear_attention_freq == freq
 
 
 def check_uncalled_spec(rank: int, world: int) -> None:

@@ -97,7 +97,7 @@ def test_decay(impl, rng, cut, log_decay):
     got = check(impl, case)
     assert all(x.isfinite().all() for x in got.values())
     for h in (h for h, value in enumerate(log_decay) if value <= -1e4):
-        want = 0.25 * (case.q * case.k).double().sum(3, keepdim=True) * case.v
+        want = 0.25 * (case.q.double() * case.k.double()).sum(3, keepdim=True) * case.v.double()
         torch.testing.assert_close(got["o"][:, :, h].double(), want[:, :, h], rtol=1e-2, atol=1e-2)
 
 
