@@ -37,12 +37,15 @@ class TorchNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., hidden]`` -> the same shape in the dtype of the parameters."""
-        weight = (self.weight + 1 if self.zero_centered else self.weight).to(x.dtype)  # x is fp32 in a fp32 residual stream
+        dtype = self.weight.dtype
+        if self.zero_centered:  # a small weight would be rounded away from 1 + weight in bf16
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = self.weight.to(x.dtype) + self.zero_centered  # x is fp32 in a fp32 residual stream, too
         if self.rms:
             y = F.rms_norm(x, weight.shape, weight, self.eps)
         else:
             y = F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
-        return y.to(self.weight.dtype)
+        return y.to(dtype)
 
 
 class OutputNorm(torch.nn.Module):

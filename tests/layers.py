@@ -25,9 +25,6 @@ from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention, LightningAttentionSubmodules
 from lightning_megatron.ops.reference import recurrent_lightning_attn
 
-# Relative RMS of the worst block, see `error`. fp32: what users are promised; measured up to 3e-6. bf16: a dozen
-# roundings of 1.7e-3 each on the way through a layer; measured up to 1.3e-2.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}
 ROTARY_BASE = 10000
 SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16}
 
@@ -176,6 +173,16 @@ def rotate(x: torch.Tensor, dim: int, interleaved: bool, positions: torch.Tensor
     pair = (first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos())
     y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat((y, x[..., dim:]), -1)
+
+
+def parameter_names(variant: Variant) -> set[str]:
+    """What a mixer of this variant has to learn."""
+    options, config = variant.values, transformer_config(**variant.config)
+    names = {"linear_qkv.weight", "linear_proj.weight"}
+    names |= {"linear_qkv.bias"} if config.add_bias_linear or config.add_qkv_bias else set()
+    names |= {"linear_proj.bias"} if config.add_bias_linear else set()
+    names |= {"q_norm.weight", "k_norm.weight"} if options.qk_norm else set()
+    return names | ({"out_norm.weight"} if options.norm != "none" and options.norm_affine else set())
 
 
 def rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -31,7 +31,7 @@ MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type
 CHECKPOINTS = {
     "everything": (1, EVERYTHING),
     "bf16": (1, f"{EVERYTHING} --bf16"),
-    "defaults": (1, "--linear-attention-freq 2"),
+    "defaults": (1, "--linear-attention-freq 2 --position-embedding-type learned_absolute"),
     "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
 }
 COPIES = {  # saved once more from another layout, after steps of length 0

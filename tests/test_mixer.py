@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from lightning_megatron.spec import get_lightning_layer_spec
 from tests import layers
 from tests.launch import spawn
-from tests.layers import TOLERANCE, Variant, assert_close, reference, rms
+from tests.layers import Variant, assert_close, reference, rms
+from tests.tolerances import LAYERS as TOLERANCE
 
 BATCH, LENGTH = 2, 40
 
@@ -70,6 +71,7 @@ def check_values(rank: int, world: int, variant: Variant, sp: bool, seed: int) -
     mixer = layers.build_mixer(variant, **layers.layout(world, sp))
     dtype = mixer.config.params_dtype
     whole = layers.draw_parameters(mixer, world, rng)
+    assert whole.keys() == layers.parameter_names(variant)
     layers.set_parameters(mixer, whole, rank, world)
     x, weight = (torch.randn(LENGTH, BATCH, 64, generator=rng).to(dtype) for _ in range(2))
 

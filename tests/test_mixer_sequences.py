@@ -11,8 +11,9 @@ from megatron.core.transformer.module import Float16Module
 
 from tests import layers
 from tests.launch import spawn
-from tests.layers import TOLERANCE, Variant, assert_close, decay_of, error, reference
+from tests.layers import Variant, assert_close, decay_of, error, reference
 from tests.test_mixer import VARIANTS
+from tests.tolerances import LAYERS as TOLERANCE
 
 DOCUMENTS = (7, 1, 0, 20, 12)
 LENGTH = sum(DOCUMENTS)

@@ -18,8 +18,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from lightning_megatron.spec import make_spec
 from tests import layers
 from tests.launch import ROOT, Run, run_pretrain, spawn
-from tests.layers import TOLERANCE, assert_close
+from tests.layers import assert_close
 from tests.test_spec import gpt
+from tests.tolerances import LAYERS as TOLERANCE
 
 SIZE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "

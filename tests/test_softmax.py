@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -14,7 +15,8 @@ from lightning_megatron.norm import TorchNorm
 from lightning_megatron.softmax import SDPACoreAttention
 from tests import layers
 from tests.launch import spawn
-from tests.layers import TOLERANCE, assert_close, transformer_config
+from tests.layers import assert_close, transformer_config
+from tests.tolerances import LAYERS as TOLERANCE
 
 BATCH, D = 3, 16
 
@@ -158,9 +160,13 @@ def dropout_pattern(rank: int, world: int, packed: bool, sp: bool) -> tuple[torc
         q, k, v = (x[:, 0] for x in (q, k, v))
         bounds = torch.tensor([0, 64], dtype=torch.int32)
         extra["packed_seq_params"] = PackedSeqParams("thd", bounds, bounds)
-    # where Megatron's attention module already runs in the ranks' own generator
-    with get_cuda_rng_tracker().fork() if sp else torch.random.fork_rng():
-        return tuple(attention.train(mode)(q, k, v, None, **extra) for mode in (False, True, True))
+
+    def run(training: bool) -> torch.Tensor:
+        # under SP Megatron's attention module already runs in the rank's own generator; to take it twice repeats numbers
+        with get_cuda_rng_tracker().fork() if sp else contextlib.nullcontext():
+            return attention.train(training)(q, k, v, None, **extra)
+
+    return run(False), run(True), run(True)
 
 
 @pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
@@ -214,7 +220,10 @@ def test_norm(normalization, zero_centered, parameters, inputs, rng):
     leaves = ["x", *dict(norm.named_parameters())]
     got = {"y": got} | dict(zip(leaves, torch.autograd.grad(got, [x, *norm.parameters()], upstream), strict=True))
     want = {"y": want} | dict(zip(leaves, torch.autograd.grad(want, [y, weight, *bias], upstream.double()), strict=True))
-    assert_close(got, want, TOLERANCE[norm.weight.dtype])
+    for name in want:  # torch's bf16 kernels may round inside; of fp32 inputs only results are rounded, by at most 2^-8
+        rounded = (inputs if name == "x" else parameters) == "bfloat16"
+        once = 1e-2 if inputs == "bfloat16" else 2**-8
+        assert_close({name: got[name]}, {name: want[name]}, once if rounded else TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("normalization, names", [("RMSNorm", {"weight"}), ("LayerNorm", {"weight", "bias"})])

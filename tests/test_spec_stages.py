@@ -13,7 +13,8 @@ from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.spec import get_hybrid_block_spec, lightning_layer_spec, lightning_spec
 from tests import layers
 from tests.launch import spawn
-from tests.layers import TOLERANCE, assert_close, decay_of, transformer_config
+from tests.layers import assert_close, decay_of, transformer_config
+from tests.tolerances import LAYERS as TOLERANCE
 
 KINDS = [1, 0, 1, 1]  # the uneven one: no two stages look alike
 

@@ -54,6 +54,13 @@ def test_layout(impl, rng, cut, layout, documents):
     check(impl, case)
 
 
+def test_nothing_is_read_beyond_the_head_dims(impl, rng, cut):
+    """Tiles are powers of two: here of 64 columns for K = 48, of 16 too many."""
+    cut(32)
+    check(impl, inside(make_case(rng, impl, B=1, T=35, K=48, V=16)))
+    check(impl, inside(make_case(rng, impl, B=1, T=35, K=16, V=48)))
+
+
 def test_inputs_are_left_alone(impl, rng, cut):
     cut(32)
     case = make_case(rng, impl, T=35)
