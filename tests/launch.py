@@ -167,7 +167,7 @@ def _fork(target: Callable, args: tuple, nproc: int, env: dict[str, str], log: P
                 error = error or f"no end after {timeout} s; the log ends with every rank's stack"
                 for process in running:
                     os.kill(process.pid, signal.SIGUSR1)
-                time.sleep(1.0)
+                    time.sleep(0.5)  # one after the other, or the stacks mix
                 break
             for process in [p for p in running if not p.is_alive()]:
                 running.remove(process)

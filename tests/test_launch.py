@@ -60,9 +60,9 @@ def test_dying_rank():
 
 def test_hanging_rank():
     start = time.monotonic()
-    with pytest.raises(AssertionError, match="no end after 3 s(?s:.*)in hangs"):
-        spawn(hangs, 2, timeout=3)
-    assert time.monotonic() - start < 30
+    with pytest.raises(AssertionError, match="no end after 15 s(?s:.*)in hangs"):
+        spawn(hangs, 2, timeout=15)  # long enough for a busy machine to start both ranks
+    assert time.monotonic() - start < 60
 
 
 def test_shim_keeps_the_random_streams_of_tensor_parallelism():

@@ -106,7 +106,9 @@ def check_layer_refusals(rank: int, world: int) -> None:
             arguments = dict(rotary_pos_emb=freqs) | arguments
         with pytest.raises(ValueError, match=message):
             mixer(x, None, **arguments)
-    mixer(x, None, rotary_pos_emb=freqs, attention_bias=None, rotary_pos_cos=None, sequence_len_offset=None)
+    output, _ = mixer(x, None, rotary_pos_emb=freqs, attention_bias=None, rotary_pos_cos=None, sequence_len_offset=None)
+    assert torch.equal(output, mixer(x, None, rotary_pos_emb=(freqs, freqs))[0])  # one for q, one for k
+    assert not torch.equal(output, mixer(x, None, rotary_pos_emb=(freqs, 2 * freqs))[0])
 
     for arguments, message in (
         (dict(pg_size=3), "__init__ got pg_size, which .*leave it out"),

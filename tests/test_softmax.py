@@ -162,7 +162,7 @@ def dropout_pattern(rank: int, world: int, packed: bool, sp: bool) -> tuple[torc
         extra["packed_seq_params"] = PackedSeqParams("thd", bounds, bounds)
 
     def run(training: bool) -> torch.Tensor:
-        # under SP Megatron's attention module already runs in the rank's own generator; to take it twice repeats numbers
+        # under SP Megatron's attention module runs in the rank's own generator already
         with get_cuda_rng_tracker().fork() if sp else contextlib.nullcontext():
             return attention.train(training)(q, k, v, None, **extra)
 
