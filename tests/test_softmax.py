@@ -222,7 +222,7 @@ def test_norm(normalization, zero_centered, parameters, inputs, rng):
     want = {"y": want} | dict(zip(leaves, torch.autograd.grad(want, [y, weight, *bias], upstream.double()), strict=True))
     for name in want:  # torch's bf16 kernels may round inside; of fp32 inputs only results are rounded, by at most 2^-8
         rounded = (inputs if name == "x" else parameters) == "bfloat16"
-        once = 1e-2 if inputs == "bfloat16" else 2**-8
+        once = TOLERANCE[torch.bfloat16] if inputs == "bfloat16" else 2**-8
         assert_close({name: got[name]}, {name: want[name]}, once if rounded else TOLERANCE[torch.float32])
 
 
