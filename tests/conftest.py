@@ -18,6 +18,11 @@ def pytest_report_header() -> str:
     return f"random values: LIGHTNING_TEST_SEED={SEED} repeats them"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # of Triton 3.6's interpreter, thousands of times, on NumPy 2.3
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -1,8 +1,8 @@
-"""What the tests of mixer, norms, softmax layers and specs share: real layers on one or more ranks, and their fp64 judge.
+"""What the tests of mixer, norms, softmax layers and specs share: real layers on one or more ranks, and a fp64 judge.
 
 `reference` is the mixer written from its formulas around the token-by-token operator; it takes all heads, whatever the
-parallelism. Random parameters are drawn whole, and every rank takes its slice, so that one set of expected values serves
-every layout. Functions named `run_...` or taking `rank, world` run inside `tests.launch.spawn`.
+parallelism. Random parameters are drawn whole, and every rank takes its slice, so that one set of expected values
+serves every layout. Functions named `run_...` or taking `rank, world` run inside `tests.launch.spawn`.
 """
 
 from __future__ import annotations
@@ -52,18 +52,16 @@ class Variant:
 def transformer_config(**changes) -> TransformerConfig:
     """A small model in fp32 without dropout, as far as ``changes`` do not say otherwise."""
     defaults = dict(
-        normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, layernorm_epsilon=1e-3,
-        gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, transformer_impl="local",
-        persist_layer_norm=False, use_cpu_initialization=False,
+        normalization="RMSNorm", layernorm_epsilon=1e-3, add_bias_linear=False, hidden_dropout=0.0,
+        attention_dropout=0.0, transformer_impl="local", gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, use_cpu_initialization=False,
     )  # fmt: skip
     return TransformerConfig(**SIZES | defaults | changes)
 
 
 def start(*, tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1) -> None:
     """Megatron's process groups and random generators, in a process of `spawn`."""
-    parallel_state.initialize_model_parallel(
-        tp, pp, virtual_pipeline_model_parallel_size=vpp, context_parallel_size=cp
-    )
+    parallel_state.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(1234)
 
 
@@ -111,7 +109,9 @@ def reduce_gradients(model: DistributedDataParallel) -> dict[str, torch.Tensor]:
 
 def sliced_dim(name: str) -> int | None:
     """Along which dimension tensor-parallel ranks hold slices of a parameter; None where each holds all of it."""
-    if name.endswith(("linear_qkv.weight", "linear_qkv.bias", "out_norm.weight", "linear_fc1.weight", "linear_fc1.bias")):
+    if name.endswith(
+        ("linear_qkv.weight", "linear_qkv.bias", "out_norm.weight", "linear_fc1.weight", "linear_fc1.bias")
+    ):
         return 0
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else None
 
@@ -230,7 +230,7 @@ def reference(variant: Variant, p: dict[str, torch.Tensor], x: torch.Tensor) -> 
 def with_gradients(
     function: Callable, p: dict[str, torch.Tensor], x: torch.Tensor, weight: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """``output = function(p, x)``, and the gradients of <output, weight> by x and every parameter, in one dictionary."""
+    """``output = function(p, x)``, and the gradients of <output, weight> by x and every parameter, in one dict."""
     leaves = {"input": x} | p
     leaves = {name: y.detach().double().requires_grad_() for name, y in leaves.items()}
     output = function({name: y for name, y in leaves.items() if name != "input"}, leaves["input"])

@@ -45,7 +45,8 @@ VARIANTS = {
     "bias": Variant(config=dict(add_bias_linear=True)),
     "qkv-bias": Variant(dict(gate="none"), dict(add_qkv_bias=True)),
     "minimax": Variant(
-        dict(decay="minimax", scale=1.0, feature_map="silu-qkv", norm="all", norm_eps=1e-6), dict(kv_channels=32), layer=1
+        dict(decay="minimax", scale=1.0, feature_map="silu-qkv", norm="all", norm_eps=1e-6),
+        dict(kv_channels=32), layer=1,
     ),
     "bailing": Variant(
         dict(decay="bailing", decay_offset=1, feature_map="none", qk_norm=True, rope=True, norm="group", norm_groups=2),
@@ -54,8 +55,8 @@ VARIANTS = {
     "paper": Variant(dict(decay="paper", gate="linear", norm_affine=False), layer=3),
     "everything": Variant(
         dict(
-            decay="bailing", feature_map="silu-qkv", num_kv_heads=2, value_head_dim=48, scale=0.7, rope=True, qk_norm=True,
-            norm="all", norm_eps=0.01, gate="linear",
+            decay="bailing", feature_map="silu-qkv", num_kv_heads=2, value_head_dim=48, scale=0.7, rope=True,
+            qk_norm=True, norm="all", norm_eps=0.01, gate="linear",
         ),
         dict(add_bias_linear=True), layer=3, rotary_percent=0.5,
     ),
@@ -114,7 +115,8 @@ def test_layer_equals_formulas(variant, tp, sp, rng):
 BLOCKS = {
     "rmsnorm": Variant(VARIANTS["everything"].options, layer=3, rotary_percent=0.5),
     "rmsnorm-1p-swiglu": Variant(
-        dict(qk_norm=True, norm="all"), dict(layernorm_zero_centered_gamma=True, gated_linear_unit=True, activation_func=F.silu)
+        dict(qk_norm=True, norm="all"),
+        dict(layernorm_zero_centered_gamma=True, gated_linear_unit=True, activation_func=F.silu),
     ),
     "layernorm-bias": Variant(dict(norm="group", norm_groups=2), dict(normalization="LayerNorm", add_bias_linear=True)),
     "fp32-residual": Variant(

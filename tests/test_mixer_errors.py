@@ -17,7 +17,7 @@ from tests import layers
 from tests.launch import spawn
 from tests.layers import Variant, transformer_config
 
-# ---- options -----------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,10 @@ from tests.layers import Variant, transformer_config
         (dict(value_head_dim=0), "value_head_dim=0 must be at least 1, or left out"),
         (dict(norm="group", norm_groups=0), "norm_groups=0 must be at least 1, or left out"),
         (dict(norm="group"), "norm='group' needs norm_groups, the number of groups"),
-        (dict(norm_groups=2), "norm_groups=2 has no meaning with norm='head'; use norm='group' or leave norm_groups out"),
+        (
+            dict(norm_groups=2),
+            "norm_groups=2 has no meaning with norm='head'; use norm='group' or leave norm_groups out",
+        ),
     ],
 )
 def test_options_refuse(options, message):
@@ -44,13 +47,33 @@ def test_options_refuse(options, message):
 @pytest.mark.parametrize(
     "config, options, tp, message",
     [
-        (dict(linear_num_key_heads=4), {}, 1, "--linear-num-key-heads 4 .*set the number .* with --lightning-num-kv-heads"),
-        (dict(linear_num_value_heads=8), {}, 1, "--linear-num-value-heads 8 .*set the number .* with --lightning-num-kv-heads"),
+        (
+            dict(linear_num_key_heads=4),
+            {},
+            1,
+            "--linear-num-key-heads 4 .*set the number .* with --lightning-num-kv-heads",
+        ),
+        (
+            dict(linear_num_value_heads=8),
+            {},
+            1,
+            "--linear-num-value-heads 8 .*set the number .* with --lightning-num-kv-heads",
+        ),
         ({}, dict(num_kv_heads=3), 1, "4 query heads cannot share 3 key/value heads: the second must divide the first"),
         ({}, dict(num_kv_heads=8), 1, "4 query heads cannot share 8 key/value heads"),
-        ({}, dict(num_kv_heads=1), 2, "1 key/value heads cannot be split over tensor-parallel size 2; use a --tensor-model-"),
+        (
+            {},
+            dict(num_kv_heads=1),
+            2,
+            "1 key/value heads cannot be split over tensor-parallel size 2; use a --tensor-model-",
+        ),
         ({}, dict(norm="group", norm_groups=3), 1, "norm_groups=3 must divide the 4 heads"),
-        ({}, dict(norm="group", norm_groups=2), 4, "norm_groups=2 must be divisible by tensor-parallel size 4, .*norm='all'"),
+        (
+            {},
+            dict(norm="group", norm_groups=2),
+            4,
+            "norm_groups=2 must be divisible by tensor-parallel size 4, .*norm='all'",
+        ),
     ],
 )
 def test_sizes_refuse(config, options, tp, message):
@@ -76,7 +99,7 @@ def test_norm_refuses_unknown_normalization():
         TorchNorm(config, 64)
 
 
-# ---- the layer -----------------------------------------------------------------------------------------------------------
+# ---- the layer -------------------------------------------------------------------------------------------------------
 
 
 def check_layer_refusals(rank: int, world: int) -> None:
@@ -93,10 +116,16 @@ def check_layer_refusals(rank: int, world: int) -> None:
 
     for arguments, message in (
         (dict(), "rope needs a rotary embedding from the model; pass --position-embedding-type rope"),
-        (dict(rotary_pos_emb=freqs.repeat(1, 1, 1, 2)), "turns 32 channels, but .* have 16; use a smaller --rotary-percent"),
+        (
+            dict(rotary_pos_emb=freqs.repeat(1, 1, 1, 2)),
+            "turns 32 channels, but .* have 16; use a smaller --rotary-percent",
+        ),
         (dict(key_value_states=x), "forward got key_value_states, which .*leave it out"),
         (dict(rotary_pos_cos=freqs, attention_bias=x), "forward got rotary_pos_cos, attention_bias, which"),
-        (dict(packed_seq_params=PackedSeqParams("bshd", bounds, bounds)), "qkv_format='bshd' .*lightning layers take 'thd'"),
+        (
+            dict(packed_seq_params=PackedSeqParams("bshd", bounds, bounds)),
+            "qkv_format='bshd' .*lightning layers take 'thd'",
+        ),
         (dict(inference_context=dynamic), "StaticInferenceContext, .*got DynamicInferenceContext"),
         (dict(inference_params=dynamic), "got DynamicInferenceContext"),
         (dict(inference_context=StaticInferenceContext(1, 32), packed_seq_params=thd), "and packed sequences"),

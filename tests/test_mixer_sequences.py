@@ -1,4 +1,4 @@
-"""Packed documents, generation token by token, and what must not change with dtype, layer or layout: decays, checkpoints."""
+"""Packed documents, generation token by token, and what dtype and layout must not change: decays and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ LENGTH = sum(DOCUMENTS)
 # ---- packed documents ------------------------------------------------------------------------------------------------
 
 
-def check_packed(rank: int, world: int, variant: Variant, sp: bool, seed: int, padded: bool, rotary_length: int) -> None:
+def check_packed(
+    rank: int, world: int, variant: Variant, sp: bool, seed: int, padded: bool, rotary_length: int
+) -> None:
     """Documents in one sequence against the documents one by one."""
     layers.start(tp=world)
     rng = torch.Generator().manual_seed(seed)
@@ -87,7 +89,12 @@ def check_decoding(rank: int, world: int, variant: Variant, seed: int) -> None:
         output, _ = mixer(tokens, None, inference_context=context, rotary_pos_emb=freqs)
         context.sequence_len_offset += len(tokens)
         (state,) = context.key_value_memory_dict[variant.layer]
-        assert state.dtype == torch.float32 and state.shape == (2, 4 // world, mixer.shape.key_dim, mixer.shape.value_dim)
+        assert state.dtype == torch.float32 and state.shape == (
+            2,
+            4 // world,
+            mixer.shape.key_dim,
+            mixer.shape.value_dim,
+        )
         return output, state
 
     outputs, states = zip(*(read(tokens) for tokens in x.split([17, 6] + [1] * (LENGTH - 23))), strict=True)
@@ -138,7 +145,14 @@ def check_decays(rank: int, world: int, options: dict) -> None:
         mixer = layers.build_mixer(variant, **layers.layout(world, False))
         want = decay_of(variant.values, 4, layer, 4).float().chunk(world)[rank]
         wrapped = Float16Module(mixer.config, layers.build_mixer(variant, **layers.layout(world, False))).module
-        for converted in (mixer, mixer.bfloat16(), mixer.half(), mixer.float(), mixer.to("cpu", torch.bfloat16), wrapped):
+        for converted in (
+            mixer,
+            mixer.bfloat16(),
+            mixer.half(),
+            mixer.float(),
+            mixer.to("cpu", torch.bfloat16),
+            wrapped,
+        ):
             assert converted.log_decay.dtype == torch.float32 and torch.equal(converted.log_decay, want)
         assert wrapped.linear_qkv.weight.dtype == torch.bfloat16  # or the wrapping would prove nothing
 
@@ -146,7 +160,13 @@ def check_decays(rank: int, world: int, options: dict) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(decay="minimax"), dict(decay="bailing", decay_offset=1), dict(decay="tnl", decay_offset=-1), dict(decay="paper")],
+    [
+        dict(),
+        dict(decay="minimax"),
+        dict(decay="bailing", decay_offset=1),
+        dict(decay="tnl", decay_offset=-1),
+        dict(decay="paper"),
+    ],
     ids=str,
 )
 def test_decay_is_exact_for_layer_and_rank_in_any_dtype(options, world):

@@ -34,11 +34,11 @@ EVERYTHING = "--lightning-norm all --lightning-qk-norm --lightning-rope --lightn
 MODELS = {
     "all": "--normalization RMSNorm --swiglu --disable-bias-linear",
     "freq4": f"--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear {EVERYTHING}",
-    "freq2": "--linear-attention-freq 2 --qk-layernorm --group-query-attention --num-query-groups 2 --lightning-norm group "
-    "--lightning-norm-groups 2 --lightning-decay minimax --lightning-feature-map silu-qkv --lightning-gate linear "
-    "--lightning-value-head-dim 32",
-    "moe": "--num-experts 4 --moe-layer-freq 2 --disable-bias-linear --linear-attention-freq 4 --moe-ffn-hidden-size 64 "
-    f"--moe-router-load-balancing-type none {EVERYTHING}",
+    "freq2": "--linear-attention-freq 2 --qk-layernorm --group-query-attention --num-query-groups 2 "
+    "--lightning-norm group --lightning-norm-groups 2 --lightning-decay minimax --lightning-feature-map silu-qkv "
+    "--lightning-gate linear --lightning-value-head-dim 32",
+    "moe": "--num-experts 4 --moe-layer-freq 2 --disable-bias-linear --linear-attention-freq 4 "
+    f"--moe-ffn-hidden-size 64 --moe-router-load-balancing-type none {EVERYTHING}",
 }
 LAYOUTS = {
     "one": (1, ""),
@@ -71,7 +71,9 @@ def train(model: str, layout: str, flags: str = "", load: Path | None = None, fr
     loading = ["--load", load] if load else []
     loading += ["--finetune", "--no-load-optim", "--no-load-rng"] if load and fresh else []
     return run_pretrain(
-        [*SIZE, *TRAIN, *MODELS[model].split(), *data, *layout_flags.split(), *loading, *flags.split()], nproc, **arguments
+        [*SIZE, *TRAIN, *MODELS[model].split(), *data, *layout_flags.split(), *loading, *flags.split()],
+        nproc,
+        **arguments,
     )
 
 
@@ -198,7 +200,7 @@ LENGTHS = (33, 1, 0, 50, 2, 42)
 
 
 def losses_and_gradients(rank: int, world: int, options: dict, config: dict, packed: bool) -> dict:
-    """Of a whole model: the loss of every token of the documents, packed or one by one, and all gradients of their sum."""
+    """Of a whole model: the loss of every token of the documents, packed or one by one, and gradients of their sum."""
     layers.start()
     config = layers.transformer_config(linear_attention_freq=2, **config)
     model = gpt(config, make_spec(**options))
@@ -234,7 +236,8 @@ def test_model_treats_packed_documents_as_alone(options, config):
 # ---- pretrain_gpt.py --spec ------------------------------------------------------------------------------------------
 
 BY_HAND = (  # what the own entry point chooses by itself; the last because Megatron divides by it
-    "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --eval-interval 100"
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
+    "--eval-interval 100"
 )
 
 
@@ -256,6 +259,9 @@ def test_spec_gives_what_the_own_entry_point_gives(layout, name):
     own, run = train("all", layout, flags), train("all", layout, upstream, script=ROOT / "tests" / "pretrain_gpt.py")
     assert len(own.losses) == 6 and run.losses == own.losses
     assert gradient_norms(run) == gradient_norms(own)
-    for line in ("3 lightning layers (L), 1 softmax layers (s)", "patched megatron.training.training.num_floating_point"):
+    for line in (
+        "3 lightning layers (L), 1 softmax layers (s)",
+        "patched megatron.training.training.num_floating_point",
+    ):
         assert run.log.count(line) == 1, line
     assert run.log.count("builds a 128 x 128 attention mask that no layer here reads") == (layout == "one")

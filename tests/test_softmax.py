@@ -115,8 +115,14 @@ def test_packed_documents(documents, groups, padded, rng):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dict(context_parallel_size=2), "--context-parallel-size 2 is not supported .*SDPA; use 1, or install TransformerEngine"),
-        (dict(window_size=(8, 0)), r"--window-size \(8, 0\) is not supported .*; leave it out, or install TransformerEngine"),
+        (
+            dict(context_parallel_size=2),
+            "--context-parallel-size 2 is not supported .*SDPA; use 1, or install TransformerEngine",
+        ),
+        (
+            dict(window_size=(8, 0)),
+            r"--window-size \(8, 0\) is not supported .*; leave it out, or install TransformerEngine",
+        ),
         (dict(softmax_type="off-by-one"), "--softmax-type off-by-one is not supported .*; use vanilla, or install"),
         (dict(qk_clip=True), r"--qk-clip .*is not supported .*; leave it out, or install"),
         (dict(log_max_attention_logit=True), r"--qk-clip \(or --log-max-attention-logit\) is not supported"),
@@ -185,7 +191,9 @@ def test_dropout_of_packed_documents():
     ((evaluated, trained, _),) = spawn(dropout_pattern, 1, True, False)
     causal_weights = 64 / torch.arange(1, 65)[:, None] * torch.ones(64, 64).tril()
     assert torch.allclose(evaluated.unflatten(1, (2, 64)), causal_weights[:, None].expand(64, 2, 64), rtol=1e-5)
-    kept = trained.unflatten(1, (2, 64)).movedim(1, 0)[:, causal_weights > 0] * 0.75 / causal_weights[causal_weights > 0]
+    kept = (
+        trained.unflatten(1, (2, 64)).movedim(1, 0)[:, causal_weights > 0] * 0.75 / causal_weights[causal_weights > 0]
+    )
     assert ((kept.abs() < 1e-5) | ((kept - 1).abs() < 1e-5)).all()
     assert abs(float((kept < 0.5).float().mean()) - 0.25) < 0.04
 
@@ -193,7 +201,9 @@ def test_dropout_of_packed_documents():
 # ---- layer norm ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters, inputs", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "parameters, inputs", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
 @pytest.mark.parametrize("zero_centered", [False, True], ids=["", "1p"])
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 def test_norm(normalization, zero_centered, parameters, inputs, rng):
@@ -219,7 +229,9 @@ def test_norm(normalization, zero_centered, parameters, inputs, rng):
     upstream = torch.randn(5, BATCH, 48, generator=rng).to(got.dtype)
     leaves = ["x", *dict(norm.named_parameters())]
     got = {"y": got} | dict(zip(leaves, torch.autograd.grad(got, [x, *norm.parameters()], upstream), strict=True))
-    want = {"y": want} | dict(zip(leaves, torch.autograd.grad(want, [y, weight, *bias], upstream.double()), strict=True))
+    want = {"y": want} | dict(
+        zip(leaves, torch.autograd.grad(want, [y, weight, *bias], upstream.double()), strict=True)
+    )
     for name in want:  # torch's bf16 kernels may round inside; of fp32 inputs only results are rounded, by at most 2^-8
         rounded = (inputs if name == "x" else parameters) == "bfloat16"
         once = TOLERANCE[torch.bfloat16] if inputs == "bfloat16" else 2**-8

@@ -33,7 +33,14 @@ from tests.layers import decay_of, transformer_config
 
 @pytest.mark.parametrize(
     "freq, wanted",
-    [(None, "LLLLLLLL"), (2, "LsLsLsLs"), (3, "LLsLLsLL"), (8, "LLLLLLLs"), (9, "LLLLLLLL"), ([1, 0, 0, 1, 1, 1, 0, 0], "LssLLLss")],
+    [
+        (None, "LLLLLLLL"),
+        (2, "LsLsLsLs"),
+        (3, "LLsLLsLL"),
+        (8, "LLLLLLLs"),
+        (9, "LLLLLLLL"),
+        ([1, 0, 0, 1, 1, 1, 0, 0], "LssLLLss"),
+    ],
 )
 def test_pattern(freq, wanted):
     assert "".join("L" if lightning else "s" for lightning in lightning_pattern(freq, 8)) == wanted
@@ -42,7 +49,10 @@ def test_pattern(freq, wanted):
 @pytest.mark.parametrize(
     "freq, message",
     [
-        (1, "--linear-attention-freq 1 would leave no lightning layer; leave the flag out for all-lightning, or give N >= 2"),
+        (
+            1,
+            "freq 1 would leave no lightning layer; leave the flag out for all-lightning, or give N >= 2",
+        ),
         (0, "--linear-attention-freq 0 would leave no lightning layer"),
         ([1, 0, 1], "lists 3 layers, but --num-layers is 4: give one entry a layer"),
         ([1, 0, 1, 2], r"\[1, 0, 1, 2\] may hold only 1 \(lightning\) and 0 \(softmax\)"),
@@ -58,12 +68,24 @@ def test_pattern_refuses(freq, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dict(linear_attention_freq=[0, 0, 0, 0]), r"\[0, 0, 0, 0\] has no lightning layer; leave it out for all-lightning"),
+        (
+            dict(linear_attention_freq=[0, 0, 0, 0]),
+            r"\[0, 0, 0, 0\] has no lightning layer; leave it out for all-lightning",
+        ),
         (dict(context_parallel_size=2), "context-parallel size 2 is not supported by lightning layers yet"),
-        (dict(transformer_impl="inference_optimized"), "inference_optimized is not supported .*; use local or transformer_engine"),
-        (dict(transformer_impl="transformer_engine"), "transformer_engine is not installed; install it, or pass --transformer-"),
+        (
+            dict(transformer_impl="inference_optimized"),
+            "inference_optimized is not supported .*; use local or transformer_engine",
+        ),
+        (
+            dict(transformer_impl="transformer_engine"),
+            "transformer_engine is not installed; install it, or pass --transformer-",
+        ),
         (dict(multi_latent_attention=True), "multi_latent_attention=True chooses another attention .*; leave it out"),
-        (dict(experimental_attention_variant="gated_delta_net"), "experimental_attention_variant='gated_delta_net' chooses"),
+        (
+            dict(experimental_attention_variant="gated_delta_net"),
+            "experimental_attention_variant='gated_delta_net' chooses",
+        ),
         (dict(heterogeneous_block_specs=True), "heterogeneous_block_specs=True chooses another attention"),
     ],
 )
@@ -84,7 +106,7 @@ def test_layer_map_says_what_is_trained():
     text = layer_map(config, LightningOptions(num_kv_heads=2, value_head_dim=32, scale=0.5, rope=True, gate="linear"))
     for line in (
         "2 lightning layers (L), 2 softmax layers (s)\n     0  LsLs\n",
-        "4 heads, 2 of k and v, K 16, V 32, scale 0.5, feature map silu, norm head, gate linear, rope on, q/k norm off, backend",
+        "4 heads, 2 of k and v, K 16, V 32, scale 0.5, feature map silu, norm head, gate linear, rope on, q/k norm off",
         "TorchNorm for layer norms, torch's scaled_dot_product_attention for softmax layers; megatron-core 0.19",
     ):
         assert line in text, text
@@ -131,7 +153,11 @@ def check_parameter_counts(rank: int, world: int) -> None:
         decoder = gpt(config, make_spec(options)).decoder
         counted = [sum(p.numel() for p in layer.self_attention.parameters()) for layer in decoder.layers[:2]]
         text = layer_map(config, options)
-        assert f"attention parameters a layer: lightning {counted[0]:,}, softmax {counted[1]:,}\n" in text, (name, counted, text)
+        assert f"attention parameters a layer: lightning {counted[0]:,}, softmax {counted[1]:,}\n" in text, (
+            name,
+            counted,
+            text,
+        )
 
 
 def test_layer_map_counts_the_parameters_of_the_modules():
@@ -144,7 +170,11 @@ def test_layer_map_counts_the_parameters_of_the_modules():
 def gpt(config, layer_spec) -> GPTModel:
     """The model as Megatron's training builds it."""
     model = GPTModelConfig(
-        transformer=config, transformer_layer_spec=layer_spec, vocab_size=64, seq_length=32, position_embedding_type="rope"
+        transformer=config,
+        transformer_layer_spec=layer_spec,
+        vocab_size=64,
+        seq_length=32,
+        position_embedding_type="rope",
     )
     return GPTModelBuilder(model).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
@@ -159,8 +189,8 @@ def check_options_reach_modules(rank: int, world: int) -> None:
     layers.start()
     config = transformer_config(linear_attention_freq=[1, 0, 1, 1], layernorm_epsilon=1e-3)
     options = LightningOptions(
-        decay="paper", feature_map="none", num_kv_heads=2, key_head_dim=32, value_head_dim=48, scale=0.3, rope=True, qk_norm=True,
-        norm="all", norm_eps=0.02, gate="none", backend="torch",
+        decay="paper", feature_map="none", num_kv_heads=2, key_head_dim=32, value_head_dim=48, scale=0.3, rope=True,
+        qk_norm=True, norm="all", norm_eps=0.02, gate="none", backend="torch",
     )  # fmt: skip
     changed = dataclasses.replace(options, gate="linear")
     for layer_spec, wanted in (
@@ -214,7 +244,11 @@ def test_uncalled_spec_builds_the_same_model():
 def check_moe(rank: int, world: int) -> None:
     layers.start()
     config = transformer_config(
-        linear_attention_freq=[1, 0, 0, 1], num_moe_experts=4, moe_layer_freq=2, moe_router_load_balancing_type="none", moe_ffn_hidden_size=64
+        linear_attention_freq=[1, 0, 0, 1],
+        num_moe_experts=4,
+        moe_layer_freq=2,
+        moe_router_load_balancing_type="none",
+        moe_ffn_hidden_size=64,
     )
     model = gpt(config, lightning_spec)
     parts = [(type(layer.self_attention), isinstance(layer.mlp, MoELayer)) for layer in model.decoder.layers]
@@ -284,7 +318,9 @@ def megatron_args(monkeypatch):
 def test_announcement_prints_the_map_once_and_patches_the_flops_count(megatron_args, capsys, caplog):
     _, counted = megatron_args
     options = LightningOptions(gate="linear")
-    config = transformer_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=2)
+    config = transformer_config(
+        pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=2
+    )
     for vp_stage in (0, 1):
         spec.get_hybrid_block_spec(config, options, vp_stage=vp_stage, pp_rank=0)
     assert capsys.readouterr().out.count(layer_map(config, options)) == 1
@@ -298,7 +334,9 @@ def test_announcement_warns_of_the_attention_mask(megatron_args, caplog):
     with caplog.at_level(logging.WARNING):
         spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
     (record,) = caplog.records
-    assert "builds a 64 x 64 attention mask" in record.getMessage() and "--no-create-attention-mask" in record.getMessage()
+    assert (
+        "builds a 64 x 64 attention mask" in record.getMessage() and "--no-create-attention-mask" in record.getMessage()
+    )
     caplog.clear()
     args.rank = 1
     spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
@@ -308,6 +346,8 @@ def test_announcement_warns_of_the_attention_mask(megatron_args, caplog):
 def test_announcement_refuses_reset_attention_mask(megatron_args):
     args, counted = megatron_args
     args.reset_attention_mask = True
-    with pytest.raises(ValueError, match="--reset-attention-mask has no effect .*use --dataloader-inter-document-masking"):
+    with pytest.raises(
+        ValueError, match="--reset-attention-mask has no effect .*use --dataloader-inter-document-masking"
+    ):
         spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
     assert not counted

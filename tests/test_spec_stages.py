@@ -1,4 +1,4 @@
-"""Specs over several ranks: every pipeline stage gets its layers, and softmax layers of a hybrid agree under TP and SP."""
+"""Specs over several ranks: every pipeline stage gets its layers, and softmax layers agree under TP and SP."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def stage_layers(rank: int, world: int, config: dict, called: bool) -> list[list
     vpp = None if vpp == 1 else vpp
     layers.start(pp=world, vpp=vpp)
     model = GPTModelConfig(
-        transformer=config, transformer_layer_spec=lightning_spec if called else lightning_layer_spec, vocab_size=64, seq_length=8
+        transformer=config,
+        transformer_layer_spec=lightning_spec if called else lightning_layer_spec,
+        vocab_size=64,
+        seq_length=8,
     )
     stages = []
     for stage in range(vpp or 1):
@@ -76,7 +79,9 @@ def test_stage_without_layers_is_refused(pp_rank):
         num_layers=2, pipeline_model_parallel_size=4, pipeline_dtype=torch.float32,
         account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=rf"\(pp_rank={pp_rank}, vp_stage=None\) gets none of the 2 layers; use fewer stages, or say"):
+    with pytest.raises(
+        ValueError, match=rf"\(pp_rank={pp_rank}, vp_stage=None\) gets none of the 2 layers; use fewer stages, or say"
+    ):
         get_hybrid_block_spec(config, pp_rank=pp_rank)
     assert len(get_hybrid_block_spec(config, pp_rank=1).layer_specs) == 1
 
@@ -107,7 +112,7 @@ def run_block(rank: int, world: int, config: dict, sp: bool, seed: int) -> dict[
     output.backward(weight)
     result = {"output": output.detach(), "d input": x.grad}
     result |= {f"d {name}": g for name, g in layers.reduce_gradients(model).items()}
-    # softmax does not change if one vector is added to all keys of a head, so this gradient is 0 and has no relative error
+    # softmax does not change if one vector is added to all keys of a head: this gradient is 0, without relative error
     shift = result.pop("d layers.1.self_attention.k_layernorm.bias", torch.zeros(()))
     assert float(shift.abs().max()) < 1e-3
     return result
@@ -134,5 +139,5 @@ def check_uncalled_under_sp(rank: int, world: int) -> None:
 
 
 def test_uncalled_spec_under_sp_fails_in_megatron():
-    """Without TransformerEngine and apex, Megatron ends such a block with its own torch norm, which asserts against SP."""
+    """Without TransformerEngine and apex, Megatron ends such a block with its torch norm, which asserts against SP."""
     spawn(check_uncalled_under_sp, 2)
