@@ -35,9 +35,7 @@ setup(
     # No triton: every torch for Linux brings the one it was built with, sometimes under another name (NGC containers).
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
-        "megatron": TRAIN,
         "train": TRAIN,
-        "plot": ["matplotlib"],
         "demo": DEMO,
         "test": [*DEMO, "pytest", "ruff", "transformers"],
     },

@@ -134,9 +134,8 @@ def options_from_args(args: Namespace) -> LightningOptions:
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     """Defaults for Megatron's ``args_defaults``: values that are None unless the user gives them."""
     defaults: dict[str, typing.Any] = {}
-    if (
-        args.eval_interval is None
-    ):  # Megatron promises no evaluation while training, but divides by it (training.py:4481)
+    # Megatron promises not to evaluate while training without it, but divides by it (training/training.py:4481).
+    if args.eval_interval is None:
         defaults["eval_interval"] = sys.maxsize
     if args.tokenizer_type is None and args.mock_data:
         defaults["tokenizer_type"] = "NullTokenizer"

@@ -3,6 +3,7 @@
 Names for ``--spec``:
     lightning_spec         called by Megatron >= 0.19; a block of lightning and softmax layers, by --linear-attention-freq
     lightning_layer_spec   one ModuleSpec for code that uses the object uncalled; the layer chooses by its global number
+                           (the block's final norm is then Megatron's: no sequence parallelism without TE or apex)
 Options other than the defaults: ``my_spec = make_spec(decay="minimax", scale=1.0)`` in a module of your own.
 """
 
