@@ -51,7 +51,7 @@ def lightning_attn(
         backend: ``"triton"``, ``"torch"``, or None (or ``"auto"``): triton for CUDA tensors, torch for all others.
 
     Returns:
-        ``(o, final_state)``: o ``[B, T, H, V]`` in q's dtype, contiguous; final_state ``[N, H, K, V]`` fp32, or None.
+        ``(o, final_state)``: o ``[B, T, H, V]`` in q's dtype, a view of ``[T, B, H, V]`` where q is one; final_state ``[N, H, K, V]`` fp32, or None.
 
     Raises:
         ValueError: any shape, dtype, device or value outside of the above. The values of log_decay and cu_seqlens are read
@@ -75,21 +75,23 @@ class _LightningAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, implementation, q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens):
         with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sees to it in the backward
-            o, final, states = implementation.forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final)
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, states)
-        ctx.implementation, ctx.scale = implementation, scale
+            o, final, saved, plan = implementation.forward(
+                q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final
+            )
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, *saved)
+        ctx.implementation, ctx.scale, ctx.plan = implementation, scale, plan
         ctx.set_materialize_grads(False)
         return o, final if need_final else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, log_decay, initial_state, cu_seqlens, states = ctx.saved_tensors
+        q, k, v, log_decay, initial_state, cu_seqlens, *saved = ctx.saved_tensors
         if do is None:  # only the final state was used
             do = q.new_zeros(*q.shape[:3], v.shape[3])
         do = do if do.stride(-1) == 1 else do.contiguous()
         dq, dk, dv, dinitial = ctx.implementation.backward(
-            q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens, states, do, dfinal
+            q, k, v, log_decay, ctx.scale, initial_state, cu_seqlens, saved, ctx.plan, do, dfinal
         )
         return None, dq, dk, dv, None, None, dinitial if initial_state is not None else None, None, None
 
@@ -124,9 +126,9 @@ def _implementation(backend: str | None, q: torch.Tensor) -> ModuleType:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, but q is on {q.device}; use backend='torch' or leave backend out"
         )
-    from . import kernels
+    from . import triton_backend
 
-    return kernels
+    return triton_backend
 
 
 def _check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:

@@ -92,7 +92,7 @@ def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[sl
 
 @_without_autocast
 def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
-    """See ``kernels.forward``; the third result is None, since the backward recomputes its states."""
+    """See ``triton_backend.forward``; the backward recomputes its states."""
     del need_final  # it costs nothing here
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
@@ -106,13 +106,13 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
         outputs.append(o)
         finals.append(final)
     o = torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
-    return o.contiguous(), torch.cat(finals), None
+    return o.contiguous(), torch.cat(finals), (), None
 
 
 @_without_autocast
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, segment_states, do, dfinal):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
-    del segment_states
+    del saved, plan
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
     parts: list[list[torch.Tensor]] = [[], [], [], []]

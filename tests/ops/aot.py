@@ -61,13 +61,14 @@ def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledK
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
         divisible = isinstance(value, torch.Tensor)  # addresses are multiples of 16
-        if parameter.is_constexpr or value is None or type(value) is int and value == 1:
+        if parameter.is_constexpr or value is None or special and type(value) is int and value == 1:
             constants[parameter.name], kind = value, "constexpr"
         elif isinstance(value, torch.Tensor):
             kind = _TYPES[value.dtype]
         elif isinstance(value, int):
-            kind, divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+            kind, divisible = "i32" if value < 2**31 else "i64", special and value % 16 == 0
         else:
             kind = "fp32"
         signature[parameter.name] = kind

@@ -143,7 +143,7 @@ def check(impl: Impl, case: Case, uses: Sequence[str] = EVERYTHING) -> dict[str,
     got = evaluate(impl.attn, case, uses)
     for name, x in got.items():
         assert x.dtype == (impl.wide if "state" in name else impl.dtype) and x.device.type == impl.device, name
-    assert got["o"].is_contiguous() and got["o"].requires_grad and got["final_state"].requires_grad
+    assert got["o"].requires_grad and got["final_state"].requires_grad
     assert_close(got, judge(case, uses), impl.backend, impl.dtype)
     return got
 

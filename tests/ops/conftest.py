@@ -53,12 +53,14 @@ def triton_impl(request: pytest.FixtureRequest) -> Impl:
 
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch):
-    """``cut(n)``: segments of n tokens, which in real life have 1024 or more."""
-    from lightning_megatron.ops import kernels
+    """``cut(n)``: segments of n tokens of two parts, and twice that for dk and dv; in real life they have 1024 or more."""
+    from lightning_megatron.ops import triton_backend
 
     def set_length(tokens: int) -> None:
+        if torch.cuda.is_available():  # tensor descriptors need parts of whole chunks
+            tokens = max(tokens, 64)
         print(f"segments of {tokens} tokens")
-        monkeypatch.setattr(kernels, "_segment_len", lambda T: tokens)
+        monkeypatch.setattr(triton_backend, "_plan", lambda *sizes: triton_backend.Plan(tokens // 2, 2, 4))
 
     return set_length
 

@@ -9,16 +9,18 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_megatron.ops import kernels
+from lightning_megatron.ops import kernels, triton_backend
 
-SEGMENTED = ("state", "scan", "o", "dq", "dstate", "dscan", "dk", "dv")
-SINGLE = ("o", "dq", "dk", "dv")  # of a sequence of one segment
+KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
+SEGMENTED = ("state", "o", "dstate", "gradients")
+SINGLE = ("o", "gradients")  # of a sequence of one segment
+DECODING = ("step", "gradients")
 OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
 class Launch:
-    what: str  # a name of SEGMENTED
+    what: str  # a name of SEGMENTED or DECODING
     kernel: str  # name of the function in kernels.py
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by name, constants included
@@ -53,9 +55,14 @@ def record(
     cu_seqlens = torch.empty(N + 1, dtype=torch.int32, device="meta") if documents else None
     launches: list[tuple] = []
     with ExitStack() as stack:
-        for name in ("_walk", "_scan"):
-            stack.enter_context(patch.object(kernels, name, _Recorder(name, launches)))
-        *_, entering = kernels.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
-        kernels.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, entering, do, state)
-    names = SEGMENTED if len(launches) == len(SEGMENTED) else SINGLE
-    return [Launch(what, *launch) for what, launch in zip(names, launches, strict=True)]
+        for name in KERNELS:
+            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
+        triton_backend.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, saved, plan, do, state)
+    return [Launch(_what(*launch[::2]), *launch) for launch in launches]
+
+
+def _what(kernel: str, arguments: dict[str, Any]) -> str:
+    if kernel == "walk_kernel" and arguments["STATE_ONLY"]:
+        return "dstate" if arguments["REVERSE"] else "state"
+    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}[kernel]

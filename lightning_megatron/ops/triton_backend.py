@@ -1,0 +1,221 @@
+"""What the Triton kernels are launched with: tile sizes, segments, memory. Forward and backward of the operator."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .kernels import gradients_kernel, step_kernel, walk_kernel
+
+# Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
+PROGRAMS = 256
+MIN_PART, MAX_PARTS = 1024, 16
+
+
+class Tiles(NamedTuple):
+    """Of one walk: padded head dim, columns per program, tokens per chunk."""
+
+    BK: int
+    BV: int
+    BC: int
+    num_warps: int
+    num_stages: int
+
+
+def _pad(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _tiles(dtype: torch.dtype, K: int, V: int, T: int) -> Tiles:
+    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV."""
+    BK, BV = _pad(K), _pad(V)
+    if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
+        return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
+    if BK > 128:
+        return Tiles(BK, min(BV, 64), 16, 4, 3)
+    return Tiles(BK, min(BV, 64), 16 if T <= 16 else 32, 4, 4)
+
+
+class Plan(NamedTuple):
+    """How a sequence is cut: tokens per part, a multiple of 64, and parts per segment of the walks."""
+
+    part: int
+    parts: int  # for o and dq
+    parts_grad: int  # for dk and dv
+
+
+def _plan(T: int, programs: int, programs_grad: int) -> Plan:
+    """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
+
+    Parts are shorter than segments: their states are computed by more programs. Results of another plan differ by
+    rounding. Under ``torch.use_deterministic_algorithms`` it depends on T alone, so that a sequence gets the same bits in
+    any batch and a head the same on any tensor-parallel rank.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        programs, programs_grad = PROGRAMS // 4, PROGRAMS // 2
+    segments, segments_grad = (min(-(-PROGRAMS // n), max(1, T // (2 * MIN_PART)), MAX_PARTS) for n in (programs, programs_grad))
+    count = max(1, min(4 * segments, T // MIN_PART, MAX_PARTS))
+    part = -(-T // (64 * count)) * 64
+    return Plan(part, -(-count // segments), -(-count // segments_grad))
+
+
+@functools.cache
+def _has_copy_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether tiles are moved by the copy engine: tensor descriptors need addresses and strides of 16 bytes."""
+    if not _has_copy_engine(tensors[0].device) or tensors[0].dtype == torch.float32:
+        return False
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors
+    )
+    if aligned:
+        triton.set_allocator(_scratch)
+    return aligned
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory where programs put their descriptors."""
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+def _precision(dtype: torch.dtype) -> dict:
+    return dict(PRECISION="ieee" if dtype == torch.float32 else "tf32", WIDE_STATE=dtype == torch.float16)
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=False, part, parts, scale=1.0) -> None:
+    """Launch ``walk_kernel``: o and the final states, edge_out, or without q the parts' own states."""
+    B, T, heads, K = k.shape
+    V, H = v.shape[-1], log_decay.numel()
+    segments = triton.cdiv(T, part * parts)
+    tiles = _tiles(v.dtype, K, V, T)
+    states_only = q is None
+    doc, cu_seqlens = docs
+    rows = (segments - 1) * parts if states_only else segments
+    walk_kernel[(triton.cdiv(V, tiles.BV) * H * rows * B,)](
+        q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
+        *_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
+        T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0,
+        K=K, V=V, BK=tiles.BK, BV=tiles.BV, BC=tiles.BC, REVERSE=reverse, STATE_ONLY=states_only,
+        OWN=own is not None, EDGE_IN=edge_in is not None, EDGE_OUT=edge_out is not None, VARLEN=doc is not None,
+        DESCRIPTORS=False, **_precision(v.dtype), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+
+
+def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0) -> torch.Tensor | None:
+    """State of every part that another segment needs ``[B, (segments - 1) * parts, H, K, V]`` fp32; None of one segment."""
+    B, T, _, K = k.shape
+    rows = (triton.cdiv(T, part * parts) - 1) * parts
+    if rows == 0:
+        return None
+    own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
+    packed = docs[0] is not None  # their states enter and leave inside parts
+    _walk(
+        None, k, v, None, log_decay, own, edge_in=edge if packed else None, docs=docs, reverse=reverse, part=part, parts=parts,
+        scale=scale,
+    )  # fmt: skip
+    return own
+
+
+def _documents(cu_seqlens: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(document of each token [T], bounds [N+1]) in int32, made on the device without waiting for it."""
+    if cu_seqlens is None:
+        return None, None
+    bounds = cu_seqlens.to(torch.int32).contiguous()
+    tokens = torch.arange(T, device=bounds.device, dtype=torch.int32)
+    return torch.bucketize(tokens, bounds[1:], right=True, out_int32=True), bounds
+
+
+def _leaving_state(entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device) -> torch.Tensor:
+    """Where kernels put states that leave. They skip empty sequences, which hand on what entered: that is put there first."""
+    if not has_empty:
+        return torch.empty(like, device=device, dtype=torch.float32)
+    return torch.zeros(like, device=device, dtype=torch.float32) if entering is None else entering.clone()
+
+
+def _tokens_like(x: torch.Tensor, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[B, T, heads, dim]``; as a view of ``[T, B, heads, dim]``, Megatron's order, where x is one."""
+    B, T = x.shape[:2]
+    if B > 1 and x.stride(0) < x.stride(1):
+        return torch.empty(T, B, heads, dim, device=x.device, dtype=dtype).transpose(0, 1)
+    return torch.empty(B, T, heads, dim, device=x.device, dtype=dtype)
+
+
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
+    """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    packed = cu_seqlens is not None
+    sequences = cu_seqlens.numel() - 1 if packed else B
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    o = _tokens_like(q, H, V, q.dtype)
+    final = _leaving_state(initial_state, (sequences, H, K, V), packed or T == 0, q.device) if need_final else None
+    columns_v, columns_k = triton.cdiv(V, _tiles(q.dtype, K, V, T).BV), triton.cdiv(K, _tiles(q.dtype, V, K, T).BV)
+    plan = _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
+    if T == 0 or B == 0:
+        return o, final, (None, None, None), plan
+    if T == 1 and not packed:
+        _step(q, k, v, o, log_decay, scale, initial_state, final)
+        return o, final, (None, None, None), plan
+    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts)
+    own = _own_states(k, v, log_decay, edge=initial_state, **cut)
+    _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
+    return o, final, (own, *cut["docs"]), plan
+
+
+def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
+    B, _, H, K = q.shape
+    V = v.shape[-1]
+    BK, BV = _pad(K), min(_pad(V), 32)
+    step_kernel[(triton.cdiv(V, BV) * H * B,)](
+        q, k, v, o, log_decay, initial_state, final,
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale,
+        K=K, V=V, BK=BK, BV=BV, INITIAL=initial_state is not None, FINAL=final is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal):
+    """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last."""
+    B, T, H, K = q.shape
+    V, kv_heads = v.shape[-1], k.shape[2]
+    own, *docs = saved
+    packed = cu_seqlens is not None
+    dq = _tokens_like(q, H, K, q.dtype)
+    # one dk and dv per query head where heads share them: summed in fp32 afterwards
+    shared = kv_heads != H
+    dk = _tokens_like(k, H, K, torch.float32 if shared else k.dtype)
+    dv = _tokens_like(v, H, V, torch.float32 if shared else v.dtype)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dinitial = None
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+        dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
+    if T > 0 and B > 0:
+        by_v, by_k = _tiles(q.dtype, K, V, T), _tiles(q.dtype, V, K, T)
+        wide = by_v if by_v.BK >= by_k.BK else by_k
+        segments, segments_q = (triton.cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
+        n_k, n_v = triton.cdiv(K, by_k.BV), triton.cdiv(V, by_v.BV)
+        own_grad = _own_states(
+            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
+        )
+        gradients_kernel[(((n_k + n_v) * segments + n_k * segments_q) * H * B,)](
+            q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
+            H // kv_heads, T, H, plan.part, plan.parts_grad, segments, plan.parts, segments_q, scale,
+            K=K, V=V, BK=by_v.BK, BV=by_k.BK, COLS_K=by_k.BV, COLS_V=by_v.BV, BC=min(by_v.BC, by_k.BC),
+            OWN=own is not None, OWN_GRAD=own_grad is not None, INITIAL=initial_state is not None,
+            DFINAL=dfinal is not None, VARLEN=packed, DESCRIPTORS=_descriptors(q, k, v, do, dq, dk, dv),
+            **_precision(q.dtype), num_warps=wide.num_warps, num_stages=wide.num_stages,
+        )  # fmt: skip
+    if shared:
+        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv, dinitial
