@@ -38,6 +38,10 @@ def lightning_attn(
     computed in chunks (Lightning Attention-2, Qin et al. 2024, arXiv:2401.04658, section 3.2), in time linear in T.
     Differentiable in q, k, v and initial_state, also through the final state. log_decay is a constant.
 
+    The same inputs give the same bits, run after run. On a GPU a long sequence is cut into as many segments as fill it, so
+    that among others in a batch, or with fewer heads, it may be rounded otherwise; after
+    ``torch.use_deterministic_algorithms(True)`` (Megatron's --deterministic-mode) not even that.
+
     Args:
         q: ``[B, T, H, K]``, bf16, fp16 or fp32 (fp64 too with the torch backend). Any strides; fp32 means fp32 results.
         k: ``[B, T, Hkv, K]``, dtype of q. Hkv divides H: query head h uses key/value head ``h // (H / Hkv)``.

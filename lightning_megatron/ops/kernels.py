@@ -293,7 +293,7 @@ def gradients_kernel(
     BC: tl.constexpr, OWN: tl.constexpr, OWN_GRAD: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
     VARLEN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv and d(initial_state) in one launch: first the programs for dk and dv, then those for dq.
+    """dq, dk, dv and d(initial_state) in one launch: first the programs for dq, then those for dk and dv.
 
     dk and dv of one segment read the same four tensors. Their programs run side by side and at the same pace, so that
     what one has read the other finds in the L2 cache.
@@ -301,8 +301,9 @@ def gradients_kernel(
     n_k, n_v = tl.cdiv(K, COLS_K), tl.cdiv(V, COLS_V)
     i = tl.program_id(0)
     batch = tl.num_programs(0) // (H * ((n_k + n_v) * segments + n_k * segments_q))
-    for_q = i >= (n_k + n_v) * H * segments * batch
-    i = tl.where(for_q, i - (n_k + n_v) * H * segments * batch, i)
+    programs_q = n_k * H * segments_q * batch
+    for_q = i < programs_q
+    i = tl.where(for_q, i, i - programs_q)
     columns, count = tl.where(for_q, n_k, n_k + n_v), tl.where(for_q, segments_q, segments)
     i_v, i = i % columns, i // columns
     i_h, i = i % H, i // H

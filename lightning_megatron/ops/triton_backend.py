@@ -12,7 +12,7 @@ from .kernels import gradients_kernel, step_kernel, walk_kernel
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
-MIN_PART, MAX_PARTS = 1024, 16
+MIN_PART, MAX_PARTS, MAX_SEGMENTS = 1024, 32, 16
 
 
 class Tiles(NamedTuple):
@@ -25,18 +25,23 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _pad(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
-def _tiles(dtype: torch.dtype, K: int, V: int, T: int) -> Tiles:
+@functools.cache
+def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool) -> Tiles:
     """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV."""
     BK, BV = _pad(K), _pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
     if BK > 128:
         return Tiles(BK, min(BV, 64), 16, 4, 3)
-    return Tiles(BK, min(BV, 64), 16 if T <= 16 else 32, 4, 4)
+    return Tiles(BK, min(BV, 64), 16 if few_tokens else 32, 4, 4)
 
 
 class Plan(NamedTuple):
@@ -55,11 +60,11 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
     any batch and a head the same on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
-        programs, programs_grad = PROGRAMS // 4, PROGRAMS // 2
-    segments, segments_grad = (min(-(-PROGRAMS // n), max(1, T // (2 * MIN_PART)), MAX_PARTS) for n in (programs, programs_grad))
-    count = max(1, min(4 * segments, T // MIN_PART, MAX_PARTS))
-    part = -(-T // (64 * count)) * 64
-    return Plan(part, -(-count // segments), -(-count // segments_grad))
+        programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
+    most = 1 if T <= 2 * MIN_PART else min(T // MIN_PART, MAX_SEGMENTS)  # a short sequence is not worth two launches
+    segments, segments_grad = (min(_cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
+    count = max(segments, min(8 * segments, T // MIN_PART, MAX_PARTS))
+    return Plan(_cdiv(T, 64 * count) * 64, _cdiv(count, segments), _cdiv(count, segments_grad))
 
 
 @functools.cache
@@ -71,12 +76,13 @@ def _descriptors(*tensors: torch.Tensor) -> bool:
     """Whether tiles are moved by the copy engine: tensor descriptors need addresses and strides of 16 bytes."""
     if not _has_copy_engine(tensors[0].device) or tensors[0].dtype == torch.float32:
         return False
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors
-    )
-    if aligned:
-        triton.set_allocator(_scratch)
-    return aligned
+    for x in tensors:
+        multiple = 16 // x.element_size()
+        batch, token, head, _ = x.stride()
+        if x.data_ptr() % 16 or batch % multiple or token % multiple or head % multiple or token == 0:
+            return False
+    triton.set_allocator(_scratch)
+    return True
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -96,12 +102,12 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
     """Launch ``walk_kernel``: o and the final states, edge_out, or without q the parts' own states."""
     B, T, heads, K = k.shape
     V, H = v.shape[-1], log_decay.numel()
-    segments = triton.cdiv(T, part * parts)
-    tiles = _tiles(v.dtype, K, V, T)
+    segments = _cdiv(T, part * parts)
+    tiles = _tiles(v.dtype, K, V, T <= 16)
     states_only = q is None
     doc, cu_seqlens = docs
     rows = (segments - 1) * parts if states_only else segments
-    walk_kernel[(triton.cdiv(V, tiles.BV) * H * rows * B,)](
+    walk_kernel[(_cdiv(V, tiles.BV) * H * rows * B,)](
         q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
         *_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
         T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0,
@@ -114,7 +120,7 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
 def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0) -> torch.Tensor | None:
     """State of every part that another segment needs ``[B, (segments - 1) * parts, H, K, V]`` fp32; None of one segment."""
     B, T, _, K = k.shape
-    rows = (triton.cdiv(T, part * parts) - 1) * parts
+    rows = (_cdiv(T, part * parts) - 1) * parts
     if rows == 0:
         return None
     own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
@@ -159,7 +165,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
     final = _leaving_state(initial_state, (sequences, H, K, V), packed or T == 0, q.device) if need_final else None
-    columns_v, columns_k = triton.cdiv(V, _tiles(q.dtype, K, V, T).BV), triton.cdiv(K, _tiles(q.dtype, V, K, T).BV)
+    columns_v, columns_k = _cdiv(V, _tiles(q.dtype, K, V, T <= 16).BV), _cdiv(K, _tiles(q.dtype, V, K, T <= 16).BV)
     plan = _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
@@ -176,7 +182,7 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     B, _, H, K = q.shape
     V = v.shape[-1]
     BK, BV = _pad(K), min(_pad(V), 32)
-    step_kernel[(triton.cdiv(V, BV) * H * B,)](
+    step_kernel[(_cdiv(V, BV) * H * B,)](
         q, k, v, o, log_decay, initial_state, final,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale,
         K=K, V=V, BK=BK, BV=BV, INITIAL=initial_state is not None, FINAL=final is not None, num_warps=4,
@@ -200,10 +206,10 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         initial_state = initial_state.contiguous()
         dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
     if T > 0 and B > 0:
-        by_v, by_k = _tiles(q.dtype, K, V, T), _tiles(q.dtype, V, K, T)
+        by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
         wide = by_v if by_v.BK >= by_k.BK else by_k
-        segments, segments_q = (triton.cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
-        n_k, n_v = triton.cdiv(K, by_k.BV), triton.cdiv(V, by_v.BV)
+        segments, segments_q = (_cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
+        n_k, n_v = _cdiv(K, by_k.BV), _cdiv(V, by_v.BV)
         own_grad = _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
         )

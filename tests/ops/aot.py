@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from lightning_megatron.ops import kernels
 
-from .launches import SEGMENTED, Launch, record
+from .launches import DECODING, SEGMENTED, Launch, record
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 _LONG = 8192
@@ -31,19 +31,20 @@ CONFIGS = [
     for T, documents in ((_LONG, 0), (_LONG, 4), (1, 0))
 ]
 # For each GPU, kernels that need most of its shared memory; for one of them also one of each kind, and decoding.
-_FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("o",))
+_FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("gradients",))
 _FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o",))
+_BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("o", "gradients"))
 _BF16_256 = (dict(dtype=torch.bfloat16, K=256, V=256, T=_LONG, documents=4), ("o",))
 FEW = {
     80: [_FP16_128, _BF16_256],
-    86: [_FP16_128, _BF16_256],
+    86: [_BF16_128, _BF16_256],
     89: [_FP16_128],
     90: [
         _FP16_256,
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
-        (dict(dtype=torch.bfloat16, K=128, V=128, T=1), ("o",)),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
     ],
-    100: [_FP16_128, _FP16_256],
+    100: [_BF16_128, _FP16_128],
 }
 
 
@@ -92,8 +93,8 @@ def needs(kernel: triton.compiler.CompiledKernel) -> Needs:
 
 def main(arguments: list[str]) -> None:
     for capability in [int(a) for a in arguments if a != "--few"] or [90]:
-        for config, wanted in FEW[capability] if "--few" in arguments else [(config, SEGMENTED) for config in CONFIGS]:
-            for launch in record(**config):
+        for config, wanted in FEW[capability] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
+            for launch in record(**config, descriptors=capability >= 90):
                 if launch.what in wanted:
                     numbers = needs(compile_launch(launch, capability))
                     dtype = str(config["dtype"]).removeprefix("torch.")

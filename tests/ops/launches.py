@@ -45,7 +45,7 @@ class _Recorder:
 
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
-    states: bool = True,
+    states: bool = True, descriptors: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0."""
     Hkv, N = Hkv or H, documents or B
@@ -57,6 +57,7 @@ def record(
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]

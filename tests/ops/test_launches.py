@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_megatron.ops import kernels
+from lightning_megatron.ops import kernels, triton_backend
 
-from .launches import SEGMENTED, SINGLE, record
+from .launches import DECODING, SEGMENTED, SINGLE, record
 
 BF16 = torch.bfloat16
 KIB = 1024
@@ -37,9 +37,12 @@ def test_compiles_and_fits(capability):
 @pytest.mark.parametrize("documents", [0, 3])
 @pytest.mark.parametrize("K, V", [(128, 128), (16, 256)])
 def test_number_of_launches(K, V, documents):
-    """Small inputs cost launches: four for one segment, twice as many from two segments on."""
-    for T, names in ((1, SINGLE), (1024, SINGLE), (1025, SEGMENTED), (10**6, SEGMENTED)):
-        assert tuple(x.what for x in record(dtype=BF16, T=T, K=K, V=V, documents=documents)) == names
+    """Small inputs cost launches: one forward and one backward for one segment, two and two from two segments on."""
+    single = SINGLE if documents else DECODING
+    for T, H, names in ((1, 32, single), (2, 32, SINGLE), (2048, 8, SINGLE), (2049, 8, SEGMENTED), (10**6, 16, SEGMENTED)):
+        assert tuple(x.what for x in record(dtype=BF16, T=T, H=H, K=K, V=V, documents=documents)) == names
+    crowd = record(dtype=BF16, T=8192, H=1024, K=K, V=V, documents=documents)
+    assert tuple(x.what for x in crowd) == SINGLE, "a full GPU needs no segments"
 
 
 @pytest.mark.parametrize("T, B, H", [(1, 2048, 64), (2048, 1024, 128), (2**20, 1, 64)])
@@ -67,9 +70,30 @@ def test_no_recompiles():
     assert constants(20, 2, 12) == constants(1000, 1, 8)
 
 
-def test_segments():
-    """Whole chunks, few enough for the scan, long enough to be worth it, and all of T."""
-    for T in [*range(1, 3000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0, 1))]:
-        length = kernels._segment_len(T)
-        assert length % 64 == 0 and length >= 1024
-        assert -(-T // length) <= 16
+LENGTHS = [*range(1, 5000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0, 1))]
+
+
+@pytest.mark.parametrize("programs", [1, 2, 24, 64, 255, 256, 5000])
+def test_plan(programs):
+    """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts that fill the GPU."""
+    for T in LENGTHS:
+        part, *parts = triton_backend._plan(T, programs, 2 * programs)
+        assert part % 64 == 0 and (part >= 1024 or -(-T // part) == 1) and -(-T // part) <= 32
+        segments = [-(-T // (part * n)) for n in parts]
+        assert 1 <= segments[1] <= segments[0] <= 16
+        assert segments[0] == 1 or (segments[0] - 1) * programs < triton_backend.PROGRAMS
+        if T >= 2**20:
+            assert segments[0] == 16 or segments[0] * programs >= triton_backend.PROGRAMS
+        assert T > 2048 or segments == [1, 1]
+
+
+def test_plan_of_deterministic_algorithms():
+    """Depends on T alone where torch.use_deterministic_algorithms asks for it."""
+    sizes = [(1, 2), (24, 48), (5000, 10000)]
+    assert len({triton_backend._plan(70000, *size) for size in sizes}) > 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        for T in LENGTHS:
+            assert len({triton_backend._plan(T, *size) for size in sizes}) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)

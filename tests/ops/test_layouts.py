@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from .cases import Case, check, make_case
+from lightning_megatron.ops import triton_backend
+
+from .cases import Case, Impl, assert_same_bits, check, evaluate, make_case
+
+BF16 = Impl("triton", torch.bfloat16, "cuda")
 
 
 def time_first(case: Case) -> Case:
@@ -59,6 +63,28 @@ def test_nothing_is_read_beyond_the_head_dims(impl, rng, cut):
     cut(32)
     check(impl, inside(make_case(rng, impl, B=1, T=35, K=48, V=16)))
     check(impl, inside(make_case(rng, impl, B=1, T=35, K=16, V=48)))
+
+
+@pytest.mark.parametrize("documents", [None, (40, 0, 1, 100)])
+def test_tensor_descriptors(rng, cut, monkeypatch, documents):
+    """What Hopper and later GPUs do, in the interpreter: tiles moved by descriptors, beyond T and the head dims too."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter needs a machine without CUDA")
+    monkeypatch.setattr(triton_backend, "_descriptors", lambda *tensors: True)
+    cut(64)
+    impl = Impl("triton", torch.float32)
+    check(impl, make_case(rng, impl, B=2, T=141, K=48, V=16, Hkv=1, documents=documents))
+
+
+@pytest.mark.gpu
+def test_addresses_that_descriptors_cannot_have(rng):
+    """Odd offsets take the other path, and give the same bits."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor descriptors here")
+    case = make_case(rng, BF16, B=1, T=5000, H=4, K=64, V=64)
+    odd = inside(case)
+    assert triton_backend._descriptors(case.q) and not triton_backend._descriptors(odd.q)
+    assert_same_bits(evaluate(BF16.attn, case), evaluate(BF16.attn, odd))
 
 
 def test_inputs_are_left_alone(impl, rng, cut):

@@ -37,6 +37,14 @@ def test_real_segments(triton_impl, rng):
     check(triton_impl, make_case(rng, triton_impl, B=1, H=1, T=1030))
 
 
+@pytest.mark.parametrize("documents", [None, (90, 0, 30, 200)])
+def test_parts_out_of_reach(triton_impl, rng, cut, documents):
+    """Decays from none to so strong that earlier parts, and their first chunks, are skipped: -1 reaches 88 tokens back."""
+    cut(128)
+    decays = (0.0, -0.001, -0.3, -1.0, -5.0, -1e9)
+    check(triton_impl, make_case(rng, triton_impl, B=1, T=320, H=6, log_decay=decays, documents=documents))
+
+
 @pytest.mark.parametrize("K, V", HEAD_DIMS)
 def test_head_dims(impl, rng, cut, K, V):
     cut(32)
