@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -220,10 +221,14 @@ class LightningAttention(MegatronModule):
             start = inference_context.sequence_len_offset
             freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
         packed = cu_seqlens is not None
+        common = dict(
+            config=self.config,
+            cu_seqlens=cu_seqlens,
+            mscale=_yarn_get_concentration_factor_from_config(self.config),  # 1 without YaRN
+            cp_group=self.pg_collection.cp,
+        )
         rotated = (
-            apply_rotary_pos_emb(
-                x.squeeze(1) if packed else x, f, config=self.config, cu_seqlens=cu_seqlens, cp_group=self.pg_collection.cp
-            )
+            apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common)
             for x, f in zip((q, k), freqs, strict=True)
         )
         return tuple(x.unsqueeze(1) if packed else x for x in rotated)

@@ -84,6 +84,11 @@ class SDPACoreAttention(MegatronModule):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
             if causal and q.shape[2] != k.shape[2]:
                 raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+            if mask_type == AttnMaskType.no_mask and 1 < q.shape[2] < k.shape[2]:  # what Megatron says while it generates
+                raise ValueError(
+                    f"{q.shape[2]} new tokens after {k.shape[2] - q.shape[2]} cached ones would see each other's future; "
+                    "generate one token at a time, or use TransformerEngine"
+                )
             o = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                 scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1],

@@ -7,6 +7,7 @@ parameter on every rank.
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -182,3 +183,22 @@ def check_transformer_layer(rank: int, world: int, variant: Variant, sp: bool, s
 @pytest.mark.parametrize("tp, sp", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_transformer_layer_equals_formulas(variant, tp, sp, rng):
     print("largest relative errors of the ranks:", spawn(check_transformer_layer, tp, variant, sp, rng.initial_seed()))
+
+
+def check_yarn(rank: int, world: int) -> None:
+    layers.start()
+    variant = Variant(dict(rope=True))
+    mixer = layers.build_mixer(variant)
+    x = torch.randn(LENGTH, BATCH, 4, 16)
+    freqs = layers.rotary(variant, LENGTH)
+    plain, _ = mixer._rotate(x, x, freqs, None, None)
+    mixer.config.yarn_rotary_scaling_factor = 4.0  # as GPTModel's configuration says where YaRN is on
+    scaled, again = mixer._rotate(x, x, freqs, None, None)
+    factor = 0.1 * math.log(4) + 1  # YaRN (Peng et al. 2023), section 3.4
+    torch.testing.assert_close(scaled, factor * plain)
+    assert torch.equal(scaled, again)
+
+
+def test_yarn_scales_the_rotation():
+    """Megatron's YaRN embedding holds frequencies; whoever applies it multiplies by the attention factor."""
+    spawn(check_yarn, 1)

@@ -80,6 +80,12 @@ def test_one_token_sees_all_keys(groups, rng):
     check(got, inputs, softmax_attention(q, k, v, torch.ones(1, 1, 1, 23, dtype=torch.bool), None), [q, k, v])
 
 
+def test_several_new_tokens_are_refused(rng):
+    inputs = draw(rng, (3, BATCH, 4, D), (23, BATCH, 4, D), (23, BATCH, 4, D))
+    with pytest.raises(ValueError, match="3 new tokens after 20 cached ones .*one token at a time"):
+        core()(*inputs, None, attn_mask_type=AttnMaskType.no_mask)
+
+
 @pytest.mark.parametrize("mask_type", [AttnMaskType.arbitrary, AttnMaskType.padding])
 def test_mask_is_true_where_forbidden(mask_type, rng):
     inputs = draw(rng, (9, BATCH, 4, D), (23, BATCH, 2, D), (23, BATCH, 2, D))

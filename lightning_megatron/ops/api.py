@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from types import ModuleType
 
 import torch
@@ -104,7 +105,8 @@ class _LightningAttention(torch.autograd.Function):
 def _triton_interpreted() -> bool:
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    knobs = getattr(triton, "knobs", None)  # since Triton 3.4
+    return bool(knobs.runtime.interpret) if knobs else os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
