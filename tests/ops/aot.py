@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not here, and say what they need.
 
-``python -m tests.ops.aot 80 90 ...`` prints a line for every kernel and compute capability; ``--few`` only those that
-need most. In a process of its own without TRITON_INTERPRET, which would replace the compiler.
+``python -m tests.ops.aot sm_80 gfx942 ...`` prints a line for every kernel and GPU; ``--few`` only those that need
+most. In a process of its own without TRITON_INTERPRET, which would replace the compiler.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ _FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o"
 _BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("o", "gradients"))
 _BF16_256 = (dict(dtype=torch.bfloat16, K=256, V=256, T=_LONG, documents=4), ("o",))
 FEW = {
-    80: [_FP16_128, _BF16_256],
-    86: [_BF16_128, _BF16_256],
-    89: [_FP16_128],
-    90: [
+    "sm_80": [_FP16_128, _BF16_256],
+    "sm_86": [_BF16_128, _BF16_256],
+    "sm_89": [_FP16_128],
+    "sm_90": [
         _FP16_256,
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
     ],
-    100: [_BF16_128, _FP16_128],
+    "sm_100": [_BF16_128, _FP16_128],
+    "gfx942": [_BF16_128],
 }
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (spills) per thread."""
+    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (AMD: registers) spilled per thread."""
 
     shared: int
     registers: int
     stack: int
 
 
-def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledKernel:
+def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
     """Compile for a GPU as Triton's launcher would, which makes constants of None, of 1 and of ``tl.constexpr``."""
     function = getattr(kernels, launch.kernel)
     signature, constants, attributes = {}, {}, {}
@@ -76,11 +77,15 @@ def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledK
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    target = GPUTarget("hip", gpu, 64) if gpu.startswith("gfx") else GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def needs(kernel: triton.compiler.CompiledKernel) -> Needs:
-    """What the compiled kernel needs, from its metadata and Triton's own cuobjdump."""
+    """What the compiled kernel needs, from its metadata and Triton's own cuobjdump, or AMD's assembly."""
+    if "amdgcn" in kernel.asm:
+        registers, spilled = (re.search(rf"\.vgpr_{what}: +(\d+)", kernel.asm["amdgcn"]) for what in ("count", "spill_count"))
+        return Needs(kernel.metadata.shared, int(registers[1]), int(spilled[1]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -92,14 +97,14 @@ def needs(kernel: triton.compiler.CompiledKernel) -> Needs:
 
 
 def main(arguments: list[str]) -> None:
-    for capability in [int(a) for a in arguments if a != "--few"] or [90]:
-        for config, wanted in FEW[capability] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
-            for launch in record(**config, descriptors=capability >= 90):
+    for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
+        for config, wanted in FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
+            for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
-                    numbers = needs(compile_launch(launch, capability))
+                    numbers = needs(compile_launch(launch, gpu))
                     dtype = str(config["dtype"]).removeprefix("torch.")
                     packed = "packed" if config.get("documents") else "plain"
-                    name = f"sm_{capability} {dtype} {config['K']}x{config['V']} T={config['T']} {packed} {launch.what}"
+                    name = f"{gpu} {dtype} {config['K']}x{config['V']} T={config['T']} {packed} {launch.what}"
                     print(name, *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
 
 
