@@ -69,15 +69,19 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
 
 @torch.inference_mode()
-def generate(model: torch.nn.Module, tokens: list[int], count: int, temperature: float, length: int):
-    """Yield ``count`` tokens that continue ``tokens``; temperature 0 takes the likeliest. ``context`` holds the caches."""
+def generate(model: torch.nn.Module, tokens: list[int], count: int, *, temperature: float, length: int, vocab_size: int):
+    """Yield ``count`` tokens that continue ``tokens``; temperature 0 takes the likeliest. ``context`` holds the caches.
+
+    The model's table is padded for tensor parallelism: its rows from ``vocab_size`` on are no tokens.
+    """
     context = StaticInferenceContext(max_batch_size=1, max_sequence_length=length)
     device = next(model.parameters()).device
     read = tokens
     for _ in range(count):
         start = context.sequence_len_offset
         positions = torch.arange(start, start + len(read), device=device)[None]
-        logits = model(torch.tensor([read], device=device), positions, None, inference_context=context)[0, -1].float()
+        logits = model(torch.tensor([read], device=device), positions, None, inference_context=context)
+        logits = logits[0, -1, :vocab_size].float()
         context.sequence_len_offset += len(read)
         token = int(logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1))
         yield token, context
@@ -123,7 +127,8 @@ def main() -> None:
     shown = tokenizer.detokenize(tokens)
     print(shown, end="", flush=True)
     began = time.perf_counter()
-    for token, context in generate(model, tokens, options.tokens, options.temperature, total):  # noqa: B007
+    how = dict(temperature=options.temperature, length=total, vocab_size=tokenizer.vocab_size)
+    for token, context in generate(model, tokens, options.tokens, **how):  # noqa: B007
         generated.append(token)
         text = tokenizer.detokenize(tokens + generated)
         if not text.endswith("\ufffd"):  # bytes of an unfinished character

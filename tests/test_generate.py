@@ -22,7 +22,8 @@ SIZE = (
     "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --train-iters 2 --save-interval 2 "
     "--eval-iters 0 --num-workers 0 --log-interval 1 --mock-data"
 ).split()
-NUMBERS = "--tokenizer-type NullTokenizer --vocab-size 255"
+VOCAB = 255  # the table has 256 rows
+NUMBERS = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}"
 EVERYTHING = (
     "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
     "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
@@ -74,8 +75,11 @@ def check_caches(rank: int, world: int, folder: Path, count: int) -> tuple[list[
 
     without = list(prompt)
     for _ in range(count):
-        without.append(int(logits(without).argmax()))
-    cached = [token for token, _ in script.generate(model, prompt, count, temperature=0, length=len(prompt) + count)]
+        without.append(int(logits(without)[:VOCAB].argmax()))
+    how = dict(length=len(prompt) + count, vocab_size=VOCAB)
+    cached = [token for token, _ in script.generate(model, prompt, count, temperature=0, **how)]
+    few = [token for token, _ in script.generate(model, prompt, count, temperature=1e3, **how | dict(vocab_size=5))]
+    assert set(few) <= set(range(5)), "a row of the table that is no token was drawn"
 
     context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(without))
     worst, start = 0.0, 0

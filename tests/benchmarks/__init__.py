@@ -1,0 +1,1 @@
+"""Benchmarks of the operator against its peers: ``python -m tests.benchmarks.attention --help``."""

@@ -1,0 +1,157 @@
+"""The registry of measured implementations: one row each, ours first.
+
+Peers are optional. Every row's ``load`` gives a function ``(q, k, v, log_decay, **features) -> (o, final_state or None)``
+on tensors in the row's own layout, so that nobody is charged for a transpose. Imports happen in ``load`` only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+BTHD, BHTD = "BTHD", "BHTD"
+EVERY_SUITE = ("speed", "length", "dims", "packed", "grouped", "decode", "memory", "error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation.
+
+    Attributes:
+        name: in tables and legends.
+        module: the package that is imported.
+        pip: what ``pip install`` takes.
+        load: imports it and returns its function.
+        suites: where it takes part; the others ask for what it does not compute.
+        colour: in plots.
+        layout: axes of q, k, v and o.
+        backward: whether there is a backward to measure.
+        autotunes: whether its first call tries many configurations (left out by ``--quick``).
+        softmax: computes softmax attention, another function, for comparison of speed only.
+        note: printed with its rows.
+    """
+
+    name: str
+    module: str
+    pip: str
+    load: Callable[[], Callable]
+    suites: tuple[str, ...]
+    colour: str
+    layout: str = BTHD
+    backward: bool = True
+    autotunes: bool = False
+    softmax: bool = False
+    note: str = ""
+
+    @property
+    def is_fla(self) -> bool:
+        return self.module == "fla"
+
+    def why_missing(self) -> str | None:
+        """None if it can be imported, else what to do."""
+        if importlib.util.find_spec(self.module) is None:
+            return f"{self.name}: skipped, package {self.module} is not installed; pip install {self.pip}"
+        try:
+            self.load()
+        except Exception as error:  # whatever a peer raises with this torch and triton, the others can be measured
+            return f"{self.name}: skipped, package {self.module} does not load ({error!r}); pip install {self.pip}"
+        return None
+
+    def version(self) -> str:
+        """Of the installed distribution; of sources on the path what the module says."""
+        for distribution in importlib.metadata.packages_distributions().get(self.module, ()):
+            return importlib.metadata.version(distribution)
+        return str(getattr(importlib.import_module(self.module), "__version__", "unknown"))
+
+
+def _lightning() -> Callable:
+    from lightning_megatron.ops import lightning_attn
+
+    return lightning_attn
+
+
+def _fla(name: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        import fla.ops.simple_gla
+
+        function = getattr(fla.ops.simple_gla, name)
+
+        def attn(q, k, v, log_decay, **features):
+            return function(q, k, v, g_gamma=log_decay, scale=q.shape[-1] ** -0.5, **features)
+
+        return attn
+
+    return load
+
+
+def _lightning_attn2(name: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        import lightning_attn.ops
+
+        function = getattr(lightning_attn.ops, name)
+        return lambda q, k, v, log_decay: (function(q, k, v, -log_decay.view(-1, 1, 1)), None)
+
+    return load
+
+
+def _linghe() -> Callable:
+    from linghe.attn.la import triton_lightning_attention_forward
+
+    def attn(q, k, v, log_decay):
+        return triton_lightning_attention_forward(
+            q, k, v, -log_decay, hpc=False, hp=False, softmax_scale=q.shape[-1] ** -0.5
+        )
+
+    return attn
+
+
+def _sdpa_flash() -> Callable:
+    # Switched once and not by a context manager around each call, which would cost it host time.
+    torch.backends.cuda.enable_flash_sdp(True)
+    for others in ("mem_efficient", "math", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{others}_sdp")(False)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return lambda q, k, v, log_decay: (sdpa(q, k, v, is_causal=True), None)
+
+
+FLA = dict(module="fla", pip="flash-linear-attention", autotunes=True)
+OPENNLPLAB = dict(module="lightning_attn", pip="git+https://github.com/OpenNLPLab/lightning-attention", layout=BHTD)
+
+ROWS = (
+    Row("lightning", "lightning_megatron", "lightning-megatron", _lightning, EVERY_SUITE, "#d62728"),
+    Row(
+        "fla chunk", load=_fla("chunk_simple_gla"), colour="#1f77b4",
+        suites=("speed", "length", "dims", "packed", "memory", "error"), **FLA,
+    ),
+    Row(
+        "fla fused", load=_fla("fused_chunk_simple_gla"), colour="#17becf",
+        suites=("speed", "length", "dims", "packed", "memory"), **FLA,
+    ),
+    Row("fla recurrent", load=_fla("fused_recurrent_simple_gla"), colour="#7fb3d5", suites=("decode",), **FLA),
+    Row(
+        "lightning-attn2", load=_lightning_attn2("lightning_attn2"), colour="#2ca02c", suites=("speed", "length"),
+        note="no scale argument", **OPENNLPLAB,
+    ),
+    Row(  # not in length: it compiles nine kernels anew for every length
+        "lightning-attn2 parallel", load=_lightning_attn2("lightning_attn2_parallel"), colour="#98d594",
+        suites=("speed",), note="no scale argument; T % 256 == 0", **OPENNLPLAB,
+    ),
+    Row(
+        "linghe", "linghe", "git+https://github.com/inclusionAI/linghe", _linghe, ("speed", "length"), "#9467bd",
+        backward=False, note="forward only: its published backward is wrong",
+    ),
+    Row(
+        "sdpa flash", "torch", "torch", _sdpa_flash, ("speed", "length"), "#7f7f7f", layout=BHTD, softmax=True,
+        note="softmax attention",
+    ),
+)  # fmt: skip
+
+
+def choose(suite: str, only: list[str] | None = None, autotune: bool = True) -> list[Row]:
+    """Rows of a suite, of the names in ``only``, without those that autotune if they are not wanted."""
+    rows = [row for row in ROWS if suite in row.suites and (only is None or row.name in only)]
+    return [row for row in rows if autotune or not row.autotunes]

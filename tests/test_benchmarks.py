@@ -1,0 +1,188 @@
+"""The benchmarks without a GPU: registry, floors, every suite on tiny shapes with the clock replaced, files and plots."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+from lightning_megatron.ops import lightning_attn
+
+from .benchmarks import attention, measure, peers, report
+from .benchmarks.measure import Shape
+
+# B,T,H,K,V,Hkv; MB (10^6 bytes) of the least traffic forward and backward. By hand: a tensor of 1,8192,32 heads of 128 in
+# bf16 is 8192 * 32 * 128 * 2 = 67.108864 MB; forward moves 4 of them, backward 7.
+FLOORS = [
+    ((1, 2048, 32, 128, 128, None), 4 * 16.777216, 7 * 16.777216),
+    ((1, 8192, 8, 128, 128, None), 4 * 16.777216, 7 * 16.777216),
+    ((1, 8192, 32, 128, 128, None), 4 * 67.108864, 7 * 67.108864),
+    ((8, 2048, 32, 128, 128, None), 4 * 134.217728, 7 * 134.217728),
+    ((1, 32768, 32, 128, 128, None), 4 * 268.435456, 7 * 268.435456),
+    ((1, 131072, 16, 128, 128, None), 4 * 536.870912, 7 * 536.870912),
+    # q, k are 16384 * 16 * 128 * 2 bytes = 67.108864 MB, v, o half of it: q k v o; q k v do dq dk dv
+    ((1, 16384, 16, 128, 64, None), 3 * 67.108864, 5.5 * 67.108864),
+    ((1, 16384, 16, 64, 128, None), 3 * 67.108864, 5 * 67.108864),
+    # q, o 134.217728 MB, k and v an eighth of it
+    ((1, 16384, 32, 128, 128, 4), 2.25 * 134.217728, 3.5 * 134.217728),
+]
+
+
+@pytest.mark.parametrize("sizes,forward,backward", FLOORS, ids=str)
+def test_floors_are_those_computed_by_hand(sizes, forward, backward):
+    shape = Shape(*sizes)
+    assert shape.forward_bytes() == round(forward * 1e6)
+    assert shape.backward_bytes() == round(backward * 1e6)
+
+
+def test_floor_time_and_state():
+    # 1,8192,32 at 3017 GB/s is 0.089 ms forward, 0.156 ms backward
+    shape = Shape(1, 8192, 32)
+    assert measure.floor_ms(shape.forward_bytes(), 3017) == pytest.approx(0.0890, abs=5e-5)
+    assert measure.floor_ms(shape.backward_bytes(), 3017) == pytest.approx(0.1557, abs=5e-5)
+    assert Shape(256, 1, 16).state_bytes() == 256 * 2**20  # 16 heads of 128 * 128 fp32 are 1 MiB
+
+
+def test_registry_is_complete():
+    names = [row.name for row in peers.ROWS]
+    assert names == [
+        "lightning", "fla chunk", "fla fused", "fla recurrent", "lightning-attn2", "lightning-attn2 parallel", "linghe",
+        "sdpa flash",
+    ]  # fmt: skip
+    assert len({row.colour for row in peers.ROWS}) == len(names)
+    assert set(attention.SUITES) == set(peers.EVERY_SUITE) == set(report.COLUMNS)
+    assert all(row.pip and set(row.suites) <= set(peers.EVERY_SUITE) for row in peers.ROWS)
+    assert [row.name for row in peers.ROWS if not row.backward] == ["linghe"]
+    for suite in attention.SUITES:
+        assert peers.choose(suite)[0].name == "lightning"
+        assert not any(row.is_fla for row in peers.choose(suite, autotune=False))
+
+
+def test_missing_peer_names_its_package():
+    row = dataclasses.replace(peers.ROWS[1], module="surely_not_installed")
+    assert row.why_missing() == (
+        "fla chunk: skipped, package surely_not_installed is not installed; pip install flash-linear-attention"
+    )
+
+
+def test_unknown_suite_is_an_error_that_names_the_suites(capsys):
+    with pytest.raises(SystemExit):
+        attention.parse_args(["--suite", "sped"])
+    message = capsys.readouterr().err
+    assert "'sped'" in message and all(suite in message for suite in [*attention.SUITES, "all"])
+    assert attention.parse_args([]).suite == ["speed"]
+    assert attention.parse_args(["--suite", "all"]).suite == list(attention.SUITES)
+
+
+def test_documents_fill_the_sequence():
+    for spread in ("uniform", "logarithmic"):
+        lengths = attention.documents(65536, spread)
+        assert sum(lengths) == 65536 and 1 <= min(lengths) and max(lengths) <= attention.LONGEST and len(lengths) > 2
+
+
+def _stand_in(row: peers.Row) -> peers.Row:
+    """The row with our operator behind it, in its own layout."""
+
+    def attn(q, k, v, log_decay, **features):
+        if row.layout == peers.BTHD:
+            return lightning_attn(q, k, v, log_decay, **features)
+        o, final = lightning_attn(*(x.transpose(1, 2) for x in (q, k, v)), log_decay, **features)
+        return o.transpose(1, 2), final
+
+    return dataclasses.replace(row, load=lambda: attn)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Every suite runs on tiny shapes, every implementation is ours, and every call takes 2 ms."""
+
+    def clock(calls, repeats):
+        for call in calls:
+            call()
+        return measure.Timing(2.0, repeats, False)
+
+    def small(shape):
+        return Shape(min(shape.B, 2), min(shape.T, 70), 2, shape.K // 4, shape.V // 4, shape.Hkv and min(shape.Hkv, 2))
+
+    for name, value in {
+        "DEVICE": "cpu", "gpu_time": clock, "copies_beyond_cache": lambda footprint: 2, "copy_bandwidth": lambda: 3000.0,
+        "eager_ms": lambda calls, repeats: clock(calls, repeats).ms, "graph_ms": lambda calls, repeats: 1.0,
+        "extra_bytes": lambda attn, q, k, v, do: torch.autograd.grad(attn(q, k, v), (q, k, v), do)[0].numel(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(measure, name, value)
+    for name in ("SPEED", "SMALL", "DIMS", "GROUPED", "DECODE", "MEMORY", "ERROR"):
+        monkeypatch.setattr(attention, name, [small(shape) for shape in getattr(attention, name)[-2:]])
+    monkeypatch.setattr(attention, "LENGTHS", [Shape(1, 70, 2, 16, 16)])
+    monkeypatch.setattr(attention, "PACKED", Shape(1, 90, 2, 16, 16))
+    monkeypatch.setattr(attention, "LONGEST", 30)
+    monkeypatch.setattr(attention, "_installed", lambda row: True)
+    monkeypatch.setattr(peers, "ROWS", tuple(map(_stand_in, peers.ROWS)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.parametrize("suite", attention.SUITES)
+def test_suite(suite, on_cpu):
+    bench = attention.Bench("alibi", 1, False, None, 3000.0)
+    rows = [x for group in attention.SUITES[suite](bench) for x in group]
+    assert {x["impl"] for x in rows} == {row.name for row in peers.choose(suite)}
+    for x in rows:
+        assert "failed" not in x, x
+        text = report.line(suite, x)
+        assert text.startswith(x["impl"])
+        shown = [key for key in report.COLUMNS[suite].split() if key not in x and key not in ("shape", "kv")]
+        if x["impl"] == "lightning" and suite in ("dims", "packed", "memory", "error"):
+            assert not shown, f"no value for {shown}"
+    if suite == "error":  # the same operator behind both rows, in bf16
+        assert all(0 < x[name] < 1e-2 for x in rows for name in ("o", "dq", "dk", "dv"))
+
+
+def test_main_writes_a_file_per_suite(on_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no card")
+    attention.main(["--suite", "grouped", "memory", "--only", "lightning", "--decay", "zero", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grouped-zero.json", "memory-zero.json"]
+    about = json.loads((tmp_path / "memory-zero.json").read_text())["environment"]
+    assert about["card"] == "no card" and about["torch"] == torch.__version__ and about["copy_gb_per_s"] == 3000
+    assert set(about["packages"]) == {"lightning_megatron"} and about["decay"] == "zero"
+    assert "extra MiB" in capsys.readouterr().out
+
+
+def test_failure_is_a_row(on_cpu):
+    def measure_nothing(bench, row, shape):
+        raise RuntimeError("no luck\nand more")
+
+    x = attention.attempt(measure_nothing, None, peers.ROWS[0], Shape(1, 64, 2))
+    assert x["failed"] == "RuntimeError: no luck"
+    assert "FAILED: RuntimeError: no luck" in report.line("speed", x)
+
+
+def test_speedup_is_against_the_faster_fla_row():
+    group = [{"impl": "lightning", "forward_ms": 0.5}, {"impl": "fla chunk", "forward_ms": 1.0}]
+    group.append({"impl": "fla fused", "forward_ms": 2.0})
+    assert [x["forward_speedup"] for x in attention.add_speedups(group)] == [2.0, 1.0, 0.5]
+
+
+def test_results_to_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module(".benchmarks.plot", __package__)
+    rows = [
+        {"impl": row.name, **shape.columns(), "forward_ms": 1.0, "both_ms": 2.0}
+        | ({} if row.softmax else {"forward_floor": 70.0, "backward_floor": 50.0})
+        for shape in (Shape(1, 2048, 32), Shape(1, 8192, 32, 64, 64))
+        for row in peers.choose("speed")
+    ]
+    rows.append({"impl": "linghe", **Shape(1, 32768, 32).columns(), "failed": "out of memory"})
+    assert plot.draw_all(tmp_path) == []
+    for suite in ("speed", "length", "dims"):
+        report.write(tmp_path / f"{suite}.json", {"card": "none", "decay": "zero"}, suite, rows)
+        assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == rows
+    training = [
+        {"model": "0.4B", "attention": name, "length": length, "tokens_per_second": 1e5}
+        for name in ("lightning", "softmax", "something else")
+        for length in (2048, 4096)
+    ]
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    drawn = plot.draw_all(tmp_path)
+    assert sorted(path.name for path in drawn) == ["dims.png", "length.png", "speed.png", "training.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
