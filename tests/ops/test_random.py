@@ -12,6 +12,7 @@ from .test_packed import random_documents
 
 CUDA = torch.cuda.is_available()
 CASES = int(os.environ.get("LIGHTNING_TEST_CASES") or (200 if CUDA else 40))
+pytestmark = [pytest.mark.gpu] if CUDA else []  # `-m gpu` runs all that needs one
 DECAYS = (0.0, -1e-6, -1e-3, -0.02, -0.3, -2.0, -20.0, -1e4)
 
 
