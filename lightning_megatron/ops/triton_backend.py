@@ -63,7 +63,7 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
     most = 1 if T <= 2 * MIN_PART else min(T // MIN_PART, MAX_SEGMENTS)  # a short sequence is not worth two launches
     segments, segments_grad = (min(_cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
-    count = max(segments, min(8 * segments, T // MIN_PART, MAX_PARTS))
+    count = max(segments, min(4 * segments, T // MIN_PART, MAX_PARTS))
     return Plan(_cdiv(T, 64 * count) * 64, _cdiv(count, segments), _cdiv(count, segments_grad))
 
 
@@ -90,8 +90,37 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-def _precision(dtype: torch.dtype) -> dict:
-    return dict(PRECISION="ieee" if dtype == torch.float32 else "tf32", WIDE_STATE=dtype == torch.float16)
+def _precision(dtype: torch.dtype) -> tuple[str, bool]:
+    """PRECISION and WIDE_STATE of the kernels."""
+    return "ieee" if dtype == torch.float32 else "tf32", dtype == torch.float16
+
+
+_compiled: dict[tuple, object] = {}
+# Triton 3.6's compiled kernels take the constants too; with another release every launch goes through Triton's front door.
+_KNOWN_TRITON = triton.__version__.startswith("3.6.")
+
+
+def _launch(kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, tiles: Tiles) -> None:
+    """``kernel[grid](...)``, whose parameters are tensors, then numbers, then constants.
+
+    Triton looks at every argument of every launch to find the compiled kernel: for 60 of them half of the time of a launch.
+    What it looks for follows from the numbers, the constants, the types and the alignment of the tensors: with the same
+    ones as before, its own compiled kernel is called at once.
+    """
+    key = None
+    if _KNOWN_TRITON and tensors[1].is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
+        types = tuple([None if x is None else x.dtype for x in tensors])
+        key = (kernel, tensors[1].device, types, numbers, constants, tiles)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[grid, 1, 1](*tensors, *numbers, *constants)
+            return
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    compiled = kernel[(grid,)](*tensors, *numbers, *constants, **options)
+    if key is not None:
+        if len(_compiled) >= 4096:  # lengths that never return
+            _compiled.clear()
+        _compiled[key] = compiled
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
@@ -107,13 +136,14 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
     states_only = q is None
     doc, cu_seqlens = docs
     rows = (segments - 1) * parts if states_only else segments
-    walk_kernel[(_cdiv(V, tiles.BV) * H * rows * B,)](
-        q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
-        T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0,
-        K=K, V=V, BK=tiles.BK, BV=tiles.BV, BC=tiles.BC, REVERSE=reverse, STATE_ONLY=states_only,
-        OWN=own is not None, EDGE_IN=edge_in is not None, EDGE_OUT=edge_out is not None, VARLEN=doc is not None,
-        DESCRIPTORS=False, **_precision(v.dtype), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    _launch(
+        walk_kernel, _cdiv(V, tiles.BV) * H * rows * B,
+        (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
+        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
+         T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0),
+        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
+         own is not None, edge_in is not None, edge_out is not None, doc is not None, False, *_precision(v.dtype)),
+        tiles,
     )  # fmt: skip
 
 
@@ -181,11 +211,13 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
 def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     B, _, H, K = q.shape
     V = v.shape[-1]
-    BK, BV = _pad(K), min(_pad(V), 32)
-    step_kernel[(_cdiv(V, BV) * H * B,)](
-        q, k, v, o, log_decay, initial_state, final,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale,
-        K=K, V=V, BK=BK, BV=BV, INITIAL=initial_state is not None, FINAL=final is not None, num_warps=4,
+    tiles = Tiles(_pad(K), min(_pad(V), 32), 1, 4, 1)
+    _launch(
+        step_kernel, _cdiv(V, tiles.BV) * H * B,
+        (q, k, v, o, log_decay, initial_state, final),
+        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale),
+        (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
+        tiles,
     )  # fmt: skip
 
 
@@ -213,14 +245,15 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         own_grad = _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
         )
-        gradients_kernel[(((n_k + n_v) * segments + n_k * segments_q) * H * B,)](
-            q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-            H // kv_heads, T, H, plan.part, plan.parts_grad, segments, plan.parts, segments_q, scale,
-            K=K, V=V, BK=by_v.BK, BV=by_k.BK, COLS_K=by_k.BV, COLS_V=by_v.BV, BC=min(by_v.BC, by_k.BC),
-            OWN=own is not None, OWN_GRAD=own_grad is not None, INITIAL=initial_state is not None,
-            DFINAL=dfinal is not None, VARLEN=packed, DESCRIPTORS=_descriptors(q, k, v, do, dq, dk, dv),
-            **_precision(q.dtype), num_warps=wide.num_warps, num_stages=wide.num_stages,
+        _launch(
+            gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
+            (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
+             H // kv_heads, T, H, plan.part, plan.parts_grad, segments, plan.parts, segments_q, scale),
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, min(by_v.BC, by_k.BC),
+             own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
+             _descriptors(q, k, v, do, dq, dk, dv), *_precision(q.dtype)),
+            wide,
         )  # fmt: skip
     if shared:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
