@@ -1,0 +1,281 @@
+"""Training speed against sequence length, as in Table 1 of Lightning Attention-2 (arXiv 2401.04658), through Megatron.
+
+    python -m tests.benchmarks.training --models 0.4B --attentions lightning softmax --recompute
+    python -m tests.benchmarks.training --models 3B --lengths 8K 64K --tensor-parallel 2 --append
+    python -m tests.benchmarks.training --models 0.4B --lengths 8K --attentions lightning --profile
+    python -m tests.benchmarks.training --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
+
+Prints tokens per GPU and second, and writes <out>/training.json. Every step has the same number of tokens at every length
+(to the nearest whole sequence), and so has every microbatch up to --tokens-per-microbatch; beyond, a microbatch is one
+sequence. One process per model and attention trains at all lengths (training_run.py says how; it is Megatron's pretrain()
+with lightning_megatron's model, optimizer, data and train_step); --no-in-process starts ``-m lightning_megatron.pretrain``
+anew for every cell and reads Megatron's log. The first WARMUP steps at a length are dropped, the median of the others counts.
+
+Attention: "lightning" in all layers; "softmax" in all layers, through torch's flash kernels, with rope; "hybrid", every
+eighth layer softmax. Lightning layers have an output gate: their models are larger (0.4B: 0.40 and 0.37 billion).
+
+MFU is of 989 TFLOP/s; training_models.py has the formula. Where a length does not fit, longer ones are not tried; with
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it is not fragmentation that decides.
+
+The paper's numbers for 0.4B on A100s: Lightning Attention-2 38,615 tokens/s at 1K and 38,596 at 92K; FlashAttention-2
+35,931 and 4,078.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.launch import excerpt
+
+from .training_models import MODELS, PEAK, WARMUP, batch, command, parse_length, show_length
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = "1K 2K 4K 8K 16K 32K 64K 80K 92K 128K"
+ATTENTIONS = ("lightning", "softmax", "hybrid")
+NO_MEMORY = "does not fit"
+OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+RAISED = re.compile(
+    r"^(?:\[rank\d+\]: )?((?!torch\.distributed\.elastic)\w[\w.]*(?:Error|Exception)\b.*|\S+\.py: error: .*)$",
+    re.MULTILINE,
+)
+ITERATION = re.compile(
+    r"iteration +\d+/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|(?:.* lm loss: (\S+) \|)?"
+)
+
+
+def from_log(log: str, length: int) -> dict:
+    """The row that training_run would have written, from the log of a plain pretrain()."""
+    iterations = ITERATION.findall(log)
+    vocabulary = re.search(r"padded vocab .*new size: (\d+)", log)
+    return {
+        "length": length,
+        "seconds": [float(ms) / 1e3 for ms, _ in iterations[WARMUP:]],
+        "losses": [float(loss or "nan") for _, loss in iterations],
+        "peak_gib": max([float(mb) / 1024 for mb in re.findall(r"\| max allocated: ([\d.]+)", log)], default=0),
+        "vocabulary": vocabulary and int(vocabulary[1]),
+    }
+
+
+def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:
+    """A row of the table from the times of the steps."""
+    length, seconds = raw["length"], statistics.median(raw["seconds"])
+    micro, whole = batch(length, options)
+    row = {"model": name, "attention": attention, "length": length, "recompute": options.recompute or "none"}
+    row |= {"tensor_parallel": options.tensor_parallel, "micro_batch": micro, "tokens_per_step": whole * length}
+    microbatches = whole // micro * len(raw["losses"])
+    if raw.get("batches", {f"{micro}x{length}": microbatches}) != {f"{micro}x{length}": microbatches}:
+        return row | {"error": f"the model got {raw['batches']}, not {microbatches} times {micro}x{length}"}
+    if not all(map(math.isfinite, raw["losses"])):
+        return row | {"error": f"losses {raw['losses']}"}
+    speed = whole * length / seconds / options.tensor_parallel
+    row |= {"tokens_per_second": speed, "ms_per_step": seconds * 1e3, "peak_gib": raw["peak_gib"]}
+    row |= {"mfu": speed * MODELS[name].flops(attention, length, raw["vocabulary"]) / PEAK, "loss": raw["losses"][-1]}
+    row |= {"seconds": raw["seconds"]}
+    return row | {key: raw[key] for key in ("sizes", "profile") if key in raw}
+
+
+def measure(name: str, attention: str, lengths: list[int], options: argparse.Namespace) -> Iterator[dict]:
+    """Run one process; a row for each length, as soon as it is there. The last one has an "error" if the process fails."""
+    env = {"OMP_NUM_THREADS": "1"} if options.cpu else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        path, left, text, ended = Path(folder, "rows"), list(lengths), "", False
+        line = command(name, attention, lengths, options, str(path))
+        with Path(folder, "log").open("w+", errors="replace") as out, path.open("w+") as file:
+            process = subprocess.Popen(line, cwd=ROOT, env={**env, **os.environ}, stdout=out, stderr=out)
+            try:
+                while not ended:
+                    ended = process.poll() is not None  # before the last look at the file
+                    *raw, text = (text + file.read()).split("\n")
+                    for row in raw:
+                        yield finish(json.loads(row), name, attention, options)
+                        left.pop(0)
+                    time.sleep(0 if ended else 0.5)
+            finally:
+                if not ended:
+                    process.terminate()  # torchrun ends its ranks
+                    process.wait()
+            out.seek(0)
+            log = out.read()
+    if not options.in_process and process.returncode == 0 and (row := from_log(log, lengths[0]))["seconds"]:
+        yield finish(row, name, attention, options)
+        left.pop(0)
+    if left:
+        said = RAISED.search(log)
+        error = f"exit status {process.returncode}" + (f", {said[1]}" if said else "")
+        if OUT_OF_MEMORY.search(log):
+            error = NO_MEMORY
+        else:
+            print(f"\n{shlex.join(line)}\n{excerpt(log)}\n")
+        missing = {"model": name, "attention": attention, "length": left[0], "error": error}
+        yield missing | {"recompute": options.recompute or "none", "tensor_parallel": options.tensor_parallel}
+
+
+def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[dict]:
+    """Rows of all lengths, ascending. Where one does not fit no longer one is tried: its microbatches are no smaller."""
+    left = sorted(options.lengths)
+    while left:
+        count = 0
+        for row in measure(name, attention, left if options.in_process else left[:1], options):
+            yield row
+            count += 1
+        left = left[count:]
+        error = row.get("error")
+        if error == NO_MEMORY or (error and count == 1 and options.in_process):  # nothing works, not even the first
+            yield from (row | {"length": length} for length in left)
+            break
+
+
+def describe(row: dict) -> str:
+    """One line for one cell, and its profile."""
+    start = f"{row['model']} {row['attention']:9s} {show_length(row['length']):>5s}  "
+    if "error" in row:
+        return start + row["error"]
+    text = start + (
+        f"{row['tokens_per_second']:10,.0f} tokens/GPU/s {row['ms_per_step']:9,.1f} ms/step  MFU {row['mfu']:6.1%}  "
+        f"peak {row['peak_gib']:5.1f} GiB  loss {row['loss']:.3f}"
+    )
+    if "profile" in row:
+        shown = row["profile"]
+        text += f"\n{shown['launches']:,.0f} launches a step, GPU idle {shown['idle']:.1%} of it\n"
+        text += "  ms/step  % step    calls  kernel"
+        for x in shown["kernels"]:
+            text += f"\n{x['ms']:9.2f} {x['percent']:7.1f} {x['calls']:8.0f}  {x['name'][:150]}"
+    return text
+
+
+def table(rows: list[dict]) -> str:
+    """Tokens per GPU and second: a line per model and attention, a column per length; then spread and ratios."""
+    lengths = sorted({row["length"] for row in rows})
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        key = (row["model"], row["attention"], row["recompute"], row["tensor_parallel"])
+        groups.setdefault(key, {})[row["length"]] = row
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:36s}" + "".join(f"{cell:>9s}" for cell in cells)
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        if "error" in row:
+            return "no mem" if row["error"] == NO_MEMORY else "failed"
+        return f"{row['tokens_per_second']:,.0f}"
+
+    out, below = [line("tokens/GPU/s", [show_length(length) for length in lengths])], []
+    for (model, attention, recompute, tp), found in groups.items():
+        how = (f", recompute {recompute}" if recompute != "none" else "") + (f", TP{tp}" if tp > 1 else "")
+        out.append(line(f"{model} {attention}{how}", [cell(found.get(length)) for length in lengths]))
+        if attention != "lightning":
+            continue
+        speeds = [x["tokens_per_second"] for n, x in found.items() if n >= 2048 and "error" not in x]
+        if len(speeds) > 1:
+            spread = (max(speeds) - min(speeds)) / statistics.mean(speeds)
+            below.append(f"{model} lightning{how}: (max - min) / mean from 2K up {spread:.1%}")
+        other = groups.get((model, "softmax", recompute, tp), {})
+        good = {n for n in found.keys() & other.keys() if "error" not in found[n] and "error" not in other[n]}
+        ratio = {n: found[n]["tokens_per_second"] / other[n]["tokens_per_second"] for n in good}
+        cells = [f"{ratio[n]:.2f}" if n in ratio else "-" for n in lengths]
+        out += [line(f"{model} lightning / softmax{how}", cells)] if ratio else []
+    return "\n".join(out + below)
+
+
+def _output(*line: str) -> str:
+    try:
+        return subprocess.check_output(line, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).partition("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine(cpu: bool) -> dict[str, str]:
+    """What rows must have in common to stand in one table."""
+    query = "CPU, none" if cpu else _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    card, _, driver = query.partition(", ")
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "megatron-core")}
+    return {"card": card, "driver": driver, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""), **versions}
+
+
+def save(path: Path, about: dict, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"suite": "training", "environment": about, "rows": rows}, indent=1) + "\n")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=["0.4B"])
+    add("--lengths", nargs="+", type=parse_length, default=[parse_length(x) for x in LENGTHS.split()], help=LENGTHS)
+    add("--attentions", nargs="+", choices=ATTENTIONS, default=["lightning", "softmax"])
+    add("--steps", type=int, default=5, help=f"at each length, the first {WARMUP} of which are dropped (%(default)s)")
+    add("--tokens-per-step", type=int, default=262144)
+    add("--tokens-per-microbatch", type=int, default=32768)
+    add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
+    add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
+    add("--mock-data", action="store_true", help="the default without --data")
+    add("--tokenizer", metavar="FILE", help="SentencePiece model")
+    add("--extra", default="", metavar="FLAGS", help="more flags for Megatron, in one argument: --extra='--x 1 --y'")
+    add("--in-process", action=argparse.BooleanOptionalAction, default=True, help="all lengths in one process")
+    add("--profile", action="store_true", help="two more steps of one cell: kernels by time, launches, idle share")
+    add("--out", type=Path, default=RESULTS, help="folder of training.json")
+    add("--append", action="store_true", help="keep the other rows of training.json; same machine only")
+    add("--cpu", action="store_true", help="under examples/cpu_shim.py: proves the wiring")
+    add("--dry-run", action="store_true", help="print the commands")
+    options = parser.parse_args(argv)
+    if options.steps <= WARMUP:
+        parser.error(f"--steps {options.steps} leaves none after {WARMUP} of warm-up: give {WARMUP + 1} or more")
+    if options.profile and (not options.in_process or len(options.models + options.attentions + options.lengths) != 3):
+        parser.error("--profile is for one cell in process: give one model, one attention and one length")
+    if bool(options.data) != bool(options.tokenizer) or (options.data and options.mock_data):
+        parser.error("give --data PREFIX with --tokenizer FILE, or --mock-data")
+    options.data, options.tokenizer = (x and str(Path(x).resolve()) for x in (options.data, options.tokenizer))
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    runs = [(model, attention) for model in options.models for attention in options.attentions]
+    if options.dry_run:
+        for model, attention in runs:
+            lengths = sorted(options.lengths)
+            for group in [lengths] if options.in_process else [[length] for length in lengths]:
+                print(shlex.join(command(model, attention, group, options)))
+        return 0
+    path, about, old = options.out / "training.json", machine(options.cpu), []
+    commands = [shlex.join(["python", "-m", "tests.benchmarks.training", *(sys.argv[1:] if argv is None else argv)])]
+    if options.append and path.exists():
+        before = json.loads(path.read_text())
+        if any(before["environment"].get(key) != value for key, value in about.items()):
+            raise SystemExit(f"--append: {path} is of {before['environment']}, this is {about}: use another --out")
+        old, commands = before["rows"], before["environment"]["commands"] + commands
+    about |= {"commit": _output("git", "describe", "--always", "--dirty"), "commands": commands}
+    about["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    key = lambda row: tuple(row[x] for x in ("model", "attention", "length", "recompute", "tensor_parallel"))
+    rows: list[dict] = []
+    for model, attention in runs:
+        for row in sweep(model, attention, options):
+            print(describe(row), flush=True)
+            rows.append(row)
+            new = set(map(key, rows))
+            save(path, about, [row for row in old if key(row) not in new] + rows)
+    print("\n" + table([row for row in old if key(row) not in set(map(key, rows))] + rows))
+    return any(row.get("error", NO_MEMORY) != NO_MEMORY for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

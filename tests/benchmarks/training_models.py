@@ -1,0 +1,121 @@
+"""What tests.benchmarks.training trains: model shapes, their operations per token, batches, Megatron's flags, commands.
+
+MFU is of 989 TFLOP/s, an H100 SXM in bf16 without sparsity. Operations of a token, forward and backward, recomputation not
+counted, for P parameters in matrices (the output layer is one, the embedding is not), head dims K = V = h / H, length T:
+
+    6 P  +  3 * 4 K V H for each lightning layer  +  3 * 2 T h for each softmax layer
+
+A multiply-add is 2 operations, backward twice forward. A lightning head needs k^T v and q S, 2 K V each, at the least, by
+whichever chunks a kernel computes them; softmax needs q k^T and p v with the T/2 tokens that a token sees on average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+
+PEAK = 989e12  # FLOP/s
+WARMUP = 2  # the first step compiles, and Megatron's log gives the second as the mean of both
+PROFILED = 2  # steps
+HYBRID = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder like TransNormerLLM's: SwiGLU, RMSNorm, no biases, embedding and output layer apart."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int = 32000
+
+    @property
+    def ffn(self) -> int:
+        return math.ceil(8 / 3 * self.hidden / 256) * 256
+
+    def softmax_layers(self, attention: str) -> int:
+        period = {"lightning": self.layers + 1, "softmax": 1, "hybrid": min(HYBRID, self.layers)}[attention]
+        return self.layers // period
+
+    def matrices(self, attention: str, vocabulary: int | None = None) -> int:
+        """Parameters that are multiplied with every token: q, k, v, gate (lightning only), output, MLP, vocabulary."""
+        softmax = self.softmax_layers(attention)
+        square = 5 * (self.layers - softmax) + 4 * softmax
+        mlp = 3 * self.layers * self.ffn
+        return self.hidden * (square * self.hidden + mlp + (vocabulary or self.vocabulary))
+
+    def flops(self, attention: str, length: int, vocabulary: int | None = None) -> float:
+        """Operations of one token, see the module's docstring."""
+        softmax = self.softmax_layers(attention)
+        lightning = (self.layers - softmax) * 12 * self.hidden * (self.hidden // self.heads)
+        return 6 * self.matrices(attention, vocabulary) + lightning + softmax * 6 * length * self.hidden
+
+
+MODELS = {
+    "toy": Model(2, 64, 2, 512),
+    "0.4B": Model(24, 1024, 8),
+    "1B": Model(16, 2048, 16),
+    "3B": Model(36, 2560, 20),
+}
+
+
+def parse_length(text: str) -> int:
+    """Tokens of "92K" or of "94208"."""
+    return int(text[:-1]) * 1024 if text.upper().endswith("K") else int(text)
+
+
+def show_length(length: int) -> str:
+    return str(length) if length % 1024 else f"{length // 1024}K"
+
+
+def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
+    """Sequences in a microbatch and in a step, for equal tokens."""
+    micro = max(1, options.tokens_per_microbatch // length)
+    return micro, micro * max(1, round(options.tokens_per_step / (micro * length)))
+
+
+def flags(name: str, attention: str, lengths: list[int], options: argparse.Namespace) -> list[str]:
+    """Megatron's flags for a model that starts at the first length and must be able to take all."""
+    model, (micro, whole), tp = MODELS[name], batch(lengths[0], options), options.tensor_parallel
+    steps = options.steps + PROFILED * options.profile
+    text = f"""
+        --num-layers {model.layers} --hidden-size {model.hidden} --num-attention-heads {model.heads} --swiglu
+        --ffn-hidden-size {model.ffn} --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
+        --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --seq-length {lengths[0]}
+        --max-position-embeddings {max(lengths)} --micro-batch-size {micro} --global-batch-size {whole}
+        --train-iters {steps} --lr 1e-4 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --bf16
+        --use-distributed-optimizer --cross-entropy-loss-fusion --log-interval 1 --log-memory-interval 1 --eval-iters 0
+    """
+    if attention == "hybrid":
+        text += f" --linear-attention-freq {min(HYBRID, model.layers)}"
+    if tp > 1:
+        text += f" --tensor-model-parallel-size {tp} --sequence-parallel"
+    if options.recompute == "full":
+        text += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    elif options.recompute:
+        text += f" --recompute-granularity selective --recompute-modules {options.recompute}"
+    data = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {model.vocabulary - 1}".split()
+    if options.data:
+        data = ["--data-path", options.data, "--split", "1,0,0", "--tokenizer-type", "SentencePieceTokenizer"]
+        data += ["--tokenizer-model", options.tokenizer]
+    return text.split() + data + shlex.split(options.extra)
+
+
+def command(
+    name: str, attention: str, lengths: list[int], options: argparse.Namespace, rows: str = "ROWS"
+) -> list[str]:
+    """What trains at all ``lengths`` in one process per GPU; without --in-process there is one length."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += [f"--nproc-per-node={options.tensor_parallel}", *(["examples/cpu_shim.py"] if options.cpu else [])]
+    cells = [(length, *batch(length, options)) for length in lengths] if options.in_process else []
+    plan = dict(softmax=attention == "softmax", cells=cells, warmup=WARMUP, steps=options.steps)
+    plan |= dict(profiled=PROFILED * options.profile, rows=rows)
+    if cells or plan["softmax"]:
+        line += ["-m", "tests.benchmarks.training_run", json.dumps(plan)]
+    else:
+        line += ["-m", "lightning_megatron.pretrain"]
+    return line + flags(name, attention, lengths, options)
