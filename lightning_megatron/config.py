@@ -53,7 +53,9 @@ class LightningOptions:
     norm_affine: bool = _option(True, "give the output norm a weight (TransNormerLLM's SRMS has none)")
     norm_eps: float | None = _option(None, "epsilon of q, k and output norms (default: --norm-epsilon)")
     gate: str = _option("sigmoid", "output gate: sigmoid(g) * o, g * o (linear), or none", GATES)
-    backend: str = _option("auto", "implementation of the operator; auto is triton on a GPU, torch elsewhere", BACKENDS)
+    backend: str = _option(
+        "auto", "implementation of the operator and around it; auto is triton on a GPU, torch elsewhere", BACKENDS
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

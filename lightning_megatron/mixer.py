@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,7 +21,7 @@ from megatron.core.transformer.utils import (
 from .config import LightningOptions, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
-from .ops import lightning_attn
+from .ops import lightning_attn, norm_gate, split_heads
 
 
 @dataclass
@@ -76,7 +75,6 @@ class LightningAttention(MegatronModule):
         refuse_context_parallel(self.pg_collection.cp.size())
         tp = self.tp_group.size()
         self.shape = shape = resolve_shape(config, options, tp)
-        self.local_heads, self.local_kv_heads = shape.num_heads // tp, shape.num_kv_heads // tp
         self.scale = shape.key_dim**-0.5 if options.scale is None else options.scale
         eps = config.layernorm_epsilon if options.norm_eps is None else options.norm_eps
 
@@ -101,7 +99,7 @@ class LightningAttention(MegatronModule):
             )
         if shape.norm_groups:
             self.out_norm = OutputNorm(
-                self.local_heads * shape.value_dim,
+                shape.output_dim // tp,
                 shape.norm_groups,
                 tp_group=self.tp_group,
                 eps=eps,
@@ -154,18 +152,18 @@ class LightningAttention(MegatronModule):
         """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``; attention is causal, so attention_mask is not read."""
         del attention_mask, sequence_len_offset
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
-        inference_context = inference_context or inference_params
+        options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
 
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
-        q, gate, k, v = self._split(mixed)  # q [s, b, H, K], gate [s, b, H * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
-        if self.options.feature_map != "none":
-            q, k = F.silu(q), F.silu(k)
-            v = F.silu(v) if self.options.feature_map == "silu-qkv" else v
+        # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
+        q, gate, k, v = split_heads(
+            mixed, self.shape.group_dims, feature_map=options.feature_map, backend=options.backend
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.options.rope:
+        if options.rope:
             q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context)
 
         o, state = lightning_attn(
@@ -175,26 +173,13 @@ class LightningAttention(MegatronModule):
             initial_state=state,
             output_final_state=caching,
             cu_seqlens=cu_seqlens,
-            backend=self.options.backend,
+            backend=options.backend,
         )
         if caching:
             inference_context.key_value_memory_dict[self.layer_number] = (state,)
 
-        o = o.transpose(0, 1).flatten(2)  # [s, b, H * V]
-        if self.out_norm is not None:
-            o = self.out_norm(o)
-        if self.options.gate == "sigmoid":
-            o = o * torch.sigmoid(gate)
-        elif self.options.gate == "linear":
-            o = o * gate
-        return self.linear_proj(o)
-
-    def _split(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape = self.shape
-        groups = mixed.unflatten(-1, (self.local_kv_heads, sum(shape.group_dims)))
-        q, gate, k, v = groups.split(shape.group_dims, dim=-1)
-        q = q.unflatten(-1, (shape.heads_per_group, shape.key_dim)).flatten(2, 3)
-        return q, gate.flatten(2), k, v
+        finish = norm_gate if self.out_norm is None else self.out_norm
+        return self.linear_proj(finish(o.transpose(0, 1), gate, kind=options.gate, backend=options.backend))
 
     def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
         if packed is None:

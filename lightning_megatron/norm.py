@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from .ops import norm_gate
+
 
 class TorchNorm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says, built as Megatron builds norms.
@@ -68,18 +70,16 @@ class OutputNorm(torch.nn.Module):
             self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype, device=torch.cuda.current_device()))
             set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x ``[..., size]`` -> the same shape and dtype."""
-        if self.over_ranks:
-            x32 = x.float()
-            squares = reduce_from_tensor_model_parallel_region(x32.square().sum(-1, keepdim=True), self.tp_group)
-            inverse = torch.rsqrt(squares / (self.width * self.tp) + self.eps)
-            # every rank scales its own heads by `inverse`, so its gradient is the sum over the ranks
-            y = (x32 * copy_to_tensor_model_parallel_region(inverse, self.tp_group)).to(x.dtype)
-        else:
-            grouped = x.unflatten(-1, (-1, self.width))
-            y = F.rms_norm(grouped, (self.width,), None, self.eps).flatten(-2)
-        return y if self.weight is None else y * self.weight
+    def forward(self, o: torch.Tensor, gate: torch.Tensor | None = None, **options) -> torch.Tensor:
+        """o ``[s, b, heads, V]`` -> ``[s, b, heads * V]``, gated at once; gate, kind and backend are those of norm_gate."""
+        if not self.over_ranks:
+            return norm_gate(o, gate, self.weight, width=self.width, eps=self.eps, **options)
+        o32 = o.float()
+        squares = reduce_from_tensor_model_parallel_region(o32.square().sum((-2, -1), keepdim=True), self.tp_group)
+        inverse = torch.rsqrt(squares / (self.width * self.tp) + self.eps)
+        # every rank scales its own heads by `inverse`, so its gradient is the sum over the ranks
+        y = (o32 * copy_to_tensor_model_parallel_region(inverse, self.tp_group)).to(o.dtype)
+        return norm_gate(y, gate, self.weight, **options)
 
 
 class HeadNorm(torch.nn.Module):

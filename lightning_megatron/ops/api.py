@@ -64,8 +64,6 @@ def lightning_attn(
     """
     _check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     implementation = _implementation(backend, q)
-    if q.dtype == torch.float64 and implementation is not torch_backend:
-        raise ValueError("q is float64, which the triton backend does not compute; use backend='torch', or fp32 inputs")
     _check_values(log_decay, cu_seqlens, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # the kernels read along the head dim with stride 1; every other stride is free
@@ -132,6 +130,8 @@ def _implementation(backend: str | None, q: torch.Tensor) -> ModuleType:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, but q is on {q.device}; use backend='torch' or leave backend out"
         )
+    if q.dtype == torch.float64:
+        raise ValueError("q is float64, which the triton backend does not compute; use backend='torch', or fp32 inputs")
     from . import triton_backend
 
     return triton_backend

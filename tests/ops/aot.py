@@ -17,9 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_megatron.ops import kernels
-
-from .launches import DECODING, SEGMENTED, Launch, record
+from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_pointwise
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 _LONG = 8192
@@ -47,6 +45,11 @@ FEW = {
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128],
 }
+# Around the operator: typical layers, and the widest norm.
+AROUND = [
+    dict(dtype=torch.bfloat16, s=_LONG, K=128, V=128, width=128),
+    dict(dtype=torch.bfloat16, s=_LONG, H=64, K=128, V=128, width=8192),
+]
 
 
 class Needs(NamedTuple):
@@ -59,7 +62,7 @@ class Needs(NamedTuple):
 
 def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
     """Compile for a GPU as Triton's launcher would, which makes constants of None, of 1 and of ``tl.constexpr``."""
-    function = getattr(kernels, launch.kernel)
+    function = kernel(launch.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = launch.arguments[parameter.name]
@@ -81,31 +84,38 @@ def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
     return triton.compile(source, target=target, options=launch.options)
 
 
-def needs(kernel: triton.compiler.CompiledKernel) -> Needs:
+def needs(compiled: triton.compiler.CompiledKernel) -> Needs:
     """What the compiled kernel needs, from its metadata and Triton's own cuobjdump, or AMD's assembly."""
-    if "amdgcn" in kernel.asm:
-        registers, spilled = (re.search(rf"\.vgpr_{what}: +(\d+)", kernel.asm["amdgcn"]) for what in ("count", "spill_count"))
-        return Needs(kernel.metadata.shared, int(registers[1]), int(spilled[1]))
+    if "amdgcn" in compiled.asm:
+        registers, spilled = (re.search(rf"\.vgpr_{what}: +(\d+)", compiled.asm["amdgcn"]) for what in ("count", "spill_count"))
+        return Needs(compiled.metadata.shared, int(registers[1]), int(spilled[1]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, f"cuobjdump speaks otherwise now: {text}"
-    return Needs(kernel.metadata.shared, int(found[1]), int(found[2]))
+    return Needs(compiled.metadata.shared, int(found[1]), int(found[2]))
 
 
 def main(arguments: list[str]) -> None:
     for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
         for config, wanted in FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
+            packed = "packed" if config.get("documents") else "plain"
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
-                    numbers = needs(compile_launch(launch, gpu))
-                    dtype = str(config["dtype"]).removeprefix("torch.")
-                    packed = "packed" if config.get("documents") else "plain"
-                    name = f"{gpu} {dtype} {config['K']}x{config['V']} T={config['T']} {packed} {launch.what}"
-                    print(name, *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
+                    report(gpu, config, f"T={config['T']} {packed}", launch)
+        for config in AROUND:
+            for launch in record_pointwise(**config):
+                report(gpu, config, f"norm={config['width']}", launch)
+
+
+def report(gpu: str, config: dict, details: str, launch: Launch) -> None:
+    numbers = needs(compile_launch(launch, gpu))
+    dtype = str(config["dtype"]).removeprefix("torch.")
+    name = f"{gpu} {dtype} {config['K']}x{config['V']} {details} {launch.what}"
+    print(name, *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,24 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_megatron.ops import kernels, triton_backend
+from lightning_megatron.ops import kernels, pointwise, pointwise_kernels, triton_backend
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
+POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 OPTIONS = ("num_warps", "num_stages")
+
+
+def kernel(name: str):
+    return getattr(pointwise_kernels if name in POINTWISE else kernels, name)
 
 
 @dataclass(frozen=True)
 class Launch:
-    what: str  # a name of SEGMENTED or DECODING
-    kernel: str  # name of the function in kernels.py
+    what: str  # a name of SEGMENTED or DECODING, or the kernel's
+    kernel: str  # one of KERNELS or POINTWISE
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by name, constants included
     options: dict[str, int]
@@ -31,7 +36,7 @@ class _Recorder:
     """Stands in for a kernel: ``recorder[grid](...)`` notes the launch."""
 
     def __init__(self, name: str, launches: list[tuple]) -> None:
-        self.name, self.launches, self.arg_names = name, launches, getattr(kernels, name).arg_names
+        self.name, self.launches, self.arg_names = name, launches, kernel(name).arg_names
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*positional: Any, **named: Any) -> None:
@@ -61,6 +66,30 @@ def record(
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
+
+
+def record_pointwise(
+    *, dtype: torch.dtype, s: int, b: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, kind: str = "sigmoid",
+    width: int | None = None, affine: bool = True, silu: tuple[bool, bool] = (True, False),
+) -> list[Launch]:  # fmt: skip
+    """The launches around the operator, forward and backward; ``width`` is that of the norm."""
+    Hkv = Hkv or H
+    gated = kind != "none"
+    dims = H // Hkv * K, gated * H // Hkv * V, K, V
+    mixed = torch.empty(s, b, Hkv * sum(dims), dtype=dtype, device="meta")
+    q, k, v, o = (torch.empty(s, b, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
+    weight = torch.empty(H * V, dtype=dtype, device="meta") if affine else None
+    gate = pointwise._views(mixed, dims)[1] if gated else None
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in POINTWISE:
+            stack.enter_context(patch.object(pointwise_kernels, name, _Recorder(name, launches)))
+        if silu[0]:
+            pointwise_kernels.split_forward(mixed, dims, silu[1])
+        y = pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, 1e-6)
+        _, dgate, _ = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, 1e-6, y, affine)
+        pointwise_kernels.split_backward(mixed, dims, silu, q, dgate, k, v)
+    return [Launch(launch[0], *launch) for launch in launches]
 
 
 def _what(kernel: str, arguments: dict[str, Any]) -> str:

@@ -1,0 +1,150 @@
+"""What a layer does around the operator, in one launch each: heads out of the fused projection, and output norm with gate.
+
+Both are bound by memory, and torch's own operations would read and write the same values several times over. The formulas
+are in the torch functions below, which also compute on the CPU; everything is fp32 inside and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import torch_backend
+from .api import _implementation
+
+_SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
+_GATES = ("sigmoid", "linear", "none")
+
+Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+
+def split_heads(
+    mixed: torch.Tensor, dims: tuple[int, int, int, int], *, feature_map: str = "silu", backend: str | None = None
+) -> Heads:
+    """q, gate, k and v out of the fused projection, with the feature map applied.
+
+    Args:
+        mixed: ``[s, b, Hkv * sum(dims)]``, for every key/value head the columns ``q..., gate..., k, v``.
+        dims: columns of q (of all query heads of one key/value head), gate (0: none), k and v in one such group.
+        feature_map: ``"silu"`` on q and k, ``"silu-qkv"`` on v as well, or ``"none"``.
+        backend: as of ``lightning_attn``.
+
+    Returns:
+        q ``[s, b, H, K]``, gate ``[s, b, Hkv, H / Hkv * V]`` or None, k ``[s, b, Hkv, K]``, v ``[s, b, Hkv, V]``. What is
+        not activated is a view of mixed; only q without feature map is a copy where heads share k and v.
+    """
+    silu = _SILU[feature_map]
+    assert mixed.shape[-1] % sum(dims) == 0 and dims[0] % dims[2] == 0, f"{list(mixed.shape)} is not groups of {dims}"
+    if _implementation(backend, mixed) is torch_backend:
+        return _split_heads(mixed, dims, silu)
+    return _SplitHeads.apply(mixed, dims, silu)
+
+
+def norm_gate(
+    o: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    *,
+    kind: str = "none",
+    width: int | None = None,
+    eps: float = 0.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """y = act(gate) * o * rsqrt(mean over a group of o^2 + eps) * weight
+
+    Args:
+        o: ``[s, b, H, V]``.
+        gate: ``[s, b, G, H * V / G]``, G any; not read if kind is none.
+        weight: ``[H * V]``, or None for 1.
+        kind: act is the ``"sigmoid"``, or nothing (``"linear"``); ``"none"`` is no gate.
+        width: neighbouring channels that are normalised together; divides H * V. None for no norm.
+        backend: as of ``lightning_attn``.
+
+    Returns:
+        ``[s, b, H * V]`` in the dtype of o.
+    """
+    assert kind in _GATES and (kind == "none" or gate is not None and gate.shape[2:].numel() == o.shape[2:].numel())
+    if kind == "none":
+        gate = None
+    if gate is None and weight is None and width is None:
+        return o.flatten(2)
+    if _implementation(backend, o) is torch_backend:
+        return _norm_gate(o, gate, weight, kind, width, eps)
+    return _NormGate.apply(o, gate, weight, kind, width, eps)
+
+
+def _views(mixed: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """The four parts of every key/value head, [s, b, Hkv, dim] each."""
+    return mixed.unflatten(-1, (mixed.shape[-1] // sum(dims), sum(dims))).split(dims, dim=-1)
+
+
+def _split_heads(mixed: torch.Tensor, dims: tuple[int, ...], silu: tuple[bool, bool]) -> Heads:
+    q, gate, k, v = _views(mixed, dims)
+    q = q.unflatten(-1, (dims[0] // dims[2], dims[2])).flatten(2, 3)
+    if silu[0]:
+        q, k = F.silu(q), F.silu(k)
+    return q, gate if dims[1] else None, k, F.silu(v) if silu[1] else v
+
+
+def _norm_gate(o, gate, weight, kind: str, width: int | None, eps: float) -> torch.Tensor:
+    wide = torch.promote_types(o.dtype, torch.float32)
+    y = o.flatten(2).to(wide)
+    if width is not None:
+        y = F.rms_norm(y.unflatten(-1, (y.shape[-1] // width, width)), (width,), None, eps).flatten(-2)
+    if weight is not None:
+        y = y * weight.to(wide)
+    if gate is not None:
+        gate = gate.flatten(2).to(wide)
+        y = y * (gate.sigmoid() if kind == "sigmoid" else gate)
+    return y.to(o.dtype)
+
+
+class _SplitHeads(torch.autograd.Function):
+    """``_split_heads`` by Triton; its backward writes the gradient of mixed whole."""
+
+    @staticmethod
+    def forward(ctx, mixed, dims, silu):
+        from . import pointwise_kernels
+
+        if silu[0]:
+            _, gate, k, v = _views(mixed, dims)
+            gate = gate if dims[1] else None
+            with torch.cuda.device_of(mixed):
+                q, k, activated_v = pointwise_kernels.split_forward(mixed, dims, silu[1])
+            v = activated_v if silu[1] else v
+        else:
+            q, gate, k, v = _split_heads(mixed, dims, silu)
+        ctx.save_for_backward(mixed)
+        ctx.dims, ctx.silu = dims, silu
+        ctx.set_materialize_grads(False)
+        return q, gate, k, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dq, dgate, dk, dv):
+        from . import pointwise_kernels
+
+        (mixed,) = ctx.saved_tensors
+        return pointwise_kernels.split_backward(mixed, ctx.dims, ctx.silu, dq, dgate, dk, dv), None, None
+
+
+class _NormGate(torch.autograd.Function):
+    """``_norm_gate`` by Triton; keeps nothing but its inputs for the backward."""
+
+    @staticmethod
+    def forward(ctx, o, gate, weight, kind, width, eps):
+        from . import pointwise_kernels
+
+        ctx.save_for_backward(o, gate, weight)
+        ctx.options = kind, width, eps
+        with torch.cuda.device_of(o):
+            return pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        from . import pointwise_kernels
+
+        o, gate, weight = ctx.saved_tensors
+        learns = ctx.needs_input_grad[2]
+        return *pointwise_kernels.norm_gate_backward(o, gate, weight, *ctx.options, dy, learns), None, None, None
