@@ -56,7 +56,8 @@ def lightning_attn(
         backend: ``"triton"``, ``"torch"``, or None (or ``"auto"``): triton for CUDA tensors, torch for all others.
 
     Returns:
-        ``(o, final_state)``: o ``[B, T, H, V]`` in q's dtype, a view of ``[T, B, H, V]`` where q is one; final_state ``[N, H, K, V]`` fp32, or None.
+        ``(o, final_state)``: o ``[B, T, H, V]`` in q's dtype, dense, in memory ``[B, T, H, V]`` or, from the triton backend
+        where q is such a view, ``[T, B, H, V]``; final_state ``[N, H, K, V]`` fp32, or None.
 
     Raises:
         ValueError: any shape, dtype, device or value outside of the above. The values of log_decay and cu_seqlens are read

@@ -254,11 +254,12 @@ def walk_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
     OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """o and the final states, or with STATE_ONLY the own states of all parts that another segment needs.
 
-    All programs are on the grid's first axis, for the others end at 65535. Columns of one segment run side by side.
+    All programs are on the grid's first axis, for the others end at 65535. Columns of one segment run side by side. Tensor
+    descriptors gain nothing here.
     """
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
@@ -274,7 +275,7 @@ def walk_kernel(
     _walk(
         q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), own, edge_in, edge_out, doc, cu_seqlens,
         i_b, i_h, i_v, i_s, T, H, part, parts, segments, read_scale, write_scale,
-        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
+        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, False, PRECISION, WIDE_STATE,
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
          T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         own is not None, edge_in is not None, edge_out is not None, doc is not None, False, *_precision(v.dtype)),
+         own is not None, edge_in is not None, edge_out is not None, doc is not None, *_precision(v.dtype)),
         tiles,
     )  # fmt: skip
 
@@ -241,7 +241,8 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
         wide = by_v if by_v.BK >= by_k.BK else by_k
         segments, segments_q = (_cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
-        n_k, n_v = _cdiv(K, by_k.BV), _cdiv(V, by_v.BV)
+        n_k, n_v, BC = _cdiv(K, by_k.BV), _cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
+        descriptors = plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
         own_grad = _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
         )
@@ -250,9 +251,9 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
             (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
              H // kv_heads, T, H, plan.part, plan.parts_grad, segments, plan.parts, segments_q, scale),
-            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, min(by_v.BC, by_k.BC),
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
-             _descriptors(q, k, v, do, dq, dk, dv), *_precision(q.dtype)),
+             descriptors, *_precision(q.dtype)),
             wide,
         )  # fmt: skip
     if shared:

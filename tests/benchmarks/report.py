@@ -56,11 +56,20 @@ def line(suite: str, x: dict | None = None) -> str:
     return "  ".join(cells).rstrip()
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """The first line that a program prints."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().partition("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def when() -> dict[str, str]:
+    """Of which code and when."""
+    return {
+        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    }
 
 
 def environment(rows: Iterable[Row], gb_per_s: float, **options) -> dict:
@@ -69,12 +78,11 @@ def environment(rows: Iterable[Row], gb_per_s: float, **options) -> dict:
 
     return {
         "card": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "packages": {row.module: row.version() for row in rows if row.module != "torch"},
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        **when(),
         "command": shlex.join(["python", "-m", "tests.benchmarks.attention", *sys.argv[1:]]),
         "copy_gb_per_s": round(gb_per_s, 1),
         **options,

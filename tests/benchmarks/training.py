@@ -24,7 +24,6 @@ The paper's numbers for 0.4B on A100s: Lightning Attention-2 38,615 tokens/s at 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import math
@@ -41,6 +40,7 @@ from pathlib import Path
 
 from tests.launch import excerpt
 
+from .report import output, when, write
 from .training_models import MODELS, PEAK, WARMUP, batch, command, parse_length, show_length
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,24 +194,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(out + below)
 
 
-def _output(*line: str) -> str:
-    try:
-        return subprocess.check_output(line, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).partition("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def machine(cpu: bool) -> dict[str, str]:
     """What rows must have in common to stand in one table."""
-    query = "CPU, none" if cpu else _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    query = "CPU, none" if cpu else output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     card, _, driver = query.partition(", ")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "megatron-core")}
     return {"card": card, "driver": driver, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""), **versions}
-
-
-def save(path: Path, about: dict, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"suite": "training", "environment": about, "rows": rows}, indent=1) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -263,8 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         if any(before["environment"].get(key) != value for key, value in about.items()):
             raise SystemExit(f"--append: {path} is of {before['environment']}, this is {about}: use another --out")
         old, commands = before["rows"], before["environment"]["commands"] + commands
-    about |= {"commit": _output("git", "describe", "--always", "--dirty"), "commands": commands}
-    about["date"] = datetime.datetime.now().isoformat(timespec="seconds")
+    about |= when() | {"commands": commands}
     key = lambda row: tuple(row[x] for x in ("model", "attention", "length", "recompute", "tensor_parallel"))
     rows: list[dict] = []
     for model, attention in runs:
@@ -272,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(row), flush=True)
             rows.append(row)
             new = set(map(key, rows))
-            save(path, about, [row for row in old if key(row) not in new] + rows)
+            write(path, about, "training", [row for row in old if key(row) not in new] + rows)
     print("\n" + table([row for row in old if key(row) not in set(map(key, rows))] + rows))
     return any(row.get("error", NO_MEMORY) != NO_MEMORY for row in rows)
 

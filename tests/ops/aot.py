@@ -43,7 +43,7 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
     ],
     "sm_100": [_BF16_128, _FP16_128],
-    "gfx942": [_BF16_128],
+    "gfx942": [_BF16_128, _FP16_128],
 }
 # Around the operator: typical layers, and the widest norm.
 AROUND = [

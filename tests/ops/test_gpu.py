@@ -72,9 +72,9 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("T", [1, 20])
 def test_more_than_65535_heads_in_a_batch(rng, cut, T):
-    """The second and third axis of a CUDA grid end there; T = 70 has two segments here."""
+    """The second and third axis of a CUDA grid end there; T = 20 has two segments here."""
     cut(16)
     check_long(BF16, make_case(rng, BF16, B=66, T=T, H=1024))
 

@@ -31,7 +31,7 @@ def test_compiles_and_fits(gpu):
     lines = run.stdout.splitlines()
     assert lines and all(line.startswith(f"{gpu} ") for line in lines)
     shared = [int(re.search(r"shared=(\d+)", line)[1]) for line in lines]
-    assert max(shared) >= 40 * KIB, "the kernels that need most are not among them"
+    assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
     usual = [line for line in lines if "bfloat16 128x128" in line]
     assert all(line.endswith("stack=0") for line in usual), "registers of the usual case are spilled"
