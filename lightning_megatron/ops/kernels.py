@@ -62,6 +62,39 @@ def _rows(x, stride, start, p, o_d):
 
 
 @triton.jit
+def _wide(b_s):
+    """fp32 rounded to tf32, for the tensor cores cut the digits off: all errors would have one sign."""
+    rounded = (b_s.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(b_s == b_s, rounded.to(tl.float32, bitcast=True), b_s)  # not a number stays that
+
+
+@triton.jit
+def _chunk_documents(doc, cu_seqlens, start, n, p, T, current, c_start, c_end, REVERSE: tl.constexpr):
+    """Documents of a chunk: of its tokens [BC], of the tokens before and after it, of its first and last token.
+
+    Then ``current``, the document that the walk goes on with, and where that starts and ends. Where the chunk lies wholly
+    in the current document nothing is loaded: these loads are not pipelined, so that each would stop the walk.
+    """
+    m_p = p < n
+    if (c_start <= start) & (start + n <= c_end):
+        b_doc = tl.where(m_p, current, -2)
+        before = tl.where(c_start < start, current, -1)
+        after = tl.where(start + n < c_end, current, -1)
+        first = current
+        last = current
+    else:
+        b_doc = tl.load(doc + start + p, mask=m_p, other=-2)
+        before = tl.load(doc + start - 1, mask=start > 0, other=-1)
+        after = tl.load(doc + start + n, mask=start + n < T, other=-1)
+        first = tl.load(doc + start)
+        last = tl.load(doc + start + n - 1)
+        current = first if REVERSE else last
+        c_start = tl.load(cu_seqlens + current)
+        c_end = tl.load(cu_seqlens + current + 1)
+    return b_doc, before, after, first, last, current, c_start, c_end
+
+
+@triton.jit
 def _entering(
     own, edge_in, doc, b_ld, i_b, i_h, i_s, o_k, o_v, m_vk, begin, end, T, H, part, parts, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -144,6 +177,9 @@ def _walk(
         if not STATE_ONLY:
             d_q, d_o = _descriptor(q, q_st, T, K, BC, BK), _descriptor(o, o_st, T, V, BC, BV)
 
+    if VARLEN:  # no document yet
+        current = tl.full([], -1, tl.int32)
+        c_start, c_end = current, current
     chunks = tl.cdiv(end - begin, BC)
     for i_c in range(skip, chunks):
         start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
@@ -161,10 +197,9 @@ def _walk(
         b_write = tl.exp(b_ld * e_write.to(tl.float32))
         b_carry = tl.exp(b_ld * n.to(tl.float32))
         if VARLEN:
-            b_doc = tl.load(doc + start + p, mask=m_p, other=-2)  # [BC]
-            before = tl.load(doc + start - 1, mask=start > 0, other=-1)
-            after = tl.load(doc + start + n, mask=start + n < T, other=-1)
-            first, last = tl.load(doc + start), tl.load(doc + start + n - 1)
+            b_doc, before, after, first, last, current, c_start, c_end = _chunk_documents(
+                doc, cu_seqlens, start, n, p, T, current, c_start, c_end, REVERSE
+            )
             # `source` is the document that the incoming state belongs to, `sink` the one that the outgoing state will
             source, sink = (after, first) if REVERSE else (before, last)
             b_read = tl.where(b_doc == source, b_read, 0.0)
@@ -180,7 +215,7 @@ def _walk(
             if VARLEN:
                 b_a = tl.where(b_doc[:, None] == b_doc[None, :], b_a, 0.0)
             if WIDE_STATE:
-                b_o = tl.dot(b_s, tl.trans(b_q.to(tl.float32)), input_precision="tf32")
+                b_o = tl.dot(_wide(b_s), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
             else:
                 b_o = tl.dot(b_s.to(dtype), tl.trans(b_q), input_precision=PRECISION)
             b_o = b_o * (b_read * read_scale)[None, :]
@@ -199,7 +234,7 @@ def _walk(
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
                         b_f = tl.where(b_doc == i_n, tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32)), 0.0)
                         if WIDE_STATE:
-                            b_x = tl.dot(b_e, tl.trans(b_q.to(tl.float32)), input_precision="tf32")
+                            b_x = tl.dot(_wide(b_e), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
                         else:
                             b_x = tl.dot(b_e.to(dtype), tl.trans(b_q), input_precision=PRECISION)
                         b_o += b_x * (b_f * read_scale)[None, :]

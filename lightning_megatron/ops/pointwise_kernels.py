@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_backend import _cdiv, _pad
+from .launch import cdiv, launch, pad
 
 TILE = 4096  # elements
 # The weight's gradient is summed over this many tokens, or fewer if there would be less than this many programs otherwise.
@@ -202,8 +202,9 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _split_constants(dims: tuple[int, ...]) -> dict[str, int]:
+    """Of both kernels, in their order."""
     q, gate, K, V = dims
-    BK, BV = _pad(K), _pad(V)
+    BK, BV = pad(K), pad(V)
     return dict(GROUP=q // K, WIDTH=sum(dims), K_AT=q + gate, K=K, V=V, BK=BK, BV=BV, BR=max(1, TILE // max(BK, BV)))
 
 
@@ -214,9 +215,10 @@ def split_forward(mixed: torch.Tensor, dims: tuple[int, ...], silu_v: bool) -> t
     sizes = (heads * group, dims[2]), (heads, dims[2]), (heads, dims[3])
     q, k, v = (mixed.new_empty(s, b, *size) if i < 2 or silu_v else None for i, size in enumerate(sizes))
     if s * b:
-        grid = (group + 1 + silu_v) * heads * _cdiv(s * b, constants["BR"])
+        grid = (group + 1 + silu_v) * heads * cdiv(s * b, constants["BR"])
         mixed = _flat(mixed)
-        split_kernel[(grid,)](mixed, q, k, v, mixed.stride(0), s * b, heads, **constants, num_warps=4)
+        numbers = mixed.stride(0), s * b, heads
+        launch(split_kernel, grid, (mixed, q, k, v), numbers, tuple(constants.values()), num_warps=4)
     return q, k, v
 
 
@@ -226,24 +228,29 @@ def split_backward(mixed, dims, silu, dq, dgate, dk, dv) -> torch.Tensor:
     heads, group = width // sum(dims), constants["GROUP"]
     dmixed = mixed.new_empty(s, b, width)
     if s * b:
-        grid = (group * (2 if dims[1] else 1) + 2) * heads * _cdiv(s * b, constants["BR"])
+        grid = (group * (2 if dims[1] else 1) + 2) * heads * cdiv(s * b, constants["BR"])
         mixed, dq, dgate, dk, dv = (_flat(x) for x in (mixed, dq, dgate, dk, dv))
-        split_grad_kernel[(grid,)](
-            mixed, dmixed, dq, dgate, dk, dv,
-            mixed.stride(0), *_strides(dq), *_strides(dgate), *_strides(dk), *_strides(dv), s * b, heads,
-            **constants, SILU_QK=silu[0], SILU_V=silu[1], GATED=dims[1] > 0, num_warps=4,
+        launch(
+            split_grad_kernel, grid, (mixed, dmixed, dq, dgate, dk, dv),
+            (mixed.stride(0), *_strides(dq), *_strides(dgate), *_strides(dk), *_strides(dv), s * b, heads),
+            (*constants.values(), *silu, dims[1] > 0), num_warps=4,
         )  # fmt: skip
     return dmixed
 
 
 def _norm_gate_constants(o: torch.Tensor, gate: torch.Tensor | None, kind: str, width: int | None) -> dict[str, int]:
+    """Of both kernels, in their order."""
     V = o.shape[-1]
     columns = width or V
-    BW = _pad(columns)
+    BW = pad(columns)
     return dict(
         WIDTH=columns, BW=BW, BR=max(1, TILE // BW), V=V, GATE_DIM=V if gate is None else gate.shape[-1],
-        NORM=width is not None, SIGMOID=kind == "sigmoid", num_warps=16 if BW > TILE else 8,
+        NORM=width is not None, SIGMOID=kind == "sigmoid",
     )  # fmt: skip
+
+
+def _norm_gate_warps(constants: dict[str, int]) -> int:
+    return 16 if constants["BW"] > TILE else 8
 
 
 def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
@@ -251,9 +258,11 @@ def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
     y, groups = o.new_empty(s, b, H * V), H * V // constants["WIDTH"]
     if s * b:
         o, gate = _flat(o), _flat(gate)
-        norm_gate_kernel[(groups * _cdiv(s * b, constants["BR"]),)](
-            o, gate, weight, y, *_strides(o), *_strides(gate), s * b, groups, eps, **constants
-        )
+        launch(
+            norm_gate_kernel, groups * cdiv(s * b, constants["BR"]), (o, gate, weight, y),
+            (*_strides(o), *_strides(gate), s * b, groups, eps), tuple(constants.values()),
+            num_warps=_norm_gate_warps(constants),
+        )  # fmt: skip
     return y
 
 
@@ -262,14 +271,15 @@ def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> t
     (s, b, H, V), constants = o.shape, _norm_gate_constants(o, gate, kind, width)
     groups, BR = H * V // constants["WIDTH"], constants["BR"]
     steps = max(1, min(SUMMED // BR, s * b * groups // (BR * PROGRAMS)))
-    programs = _cdiv(s * b, BR * steps)
+    programs = cdiv(s * b, BR * steps)
     do = o.new_empty(s, b, H, V)
     dgate = None if gate is None else gate.new_empty(gate.shape)
     dweight = torch.empty(programs, H * V, device=o.device, dtype=torch.float32) if learns else None
     if s * b:
         o, gate = _flat(o), _flat(gate)
-        norm_gate_grad_kernel[(groups * programs,)](
-            o, gate, weight, dy.contiguous(), do, dgate, dweight, *_strides(o), *_strides(gate),
-            s * b, groups, steps, eps, **constants,
+        launch(
+            norm_gate_grad_kernel, groups * programs, (o, gate, weight, dy.contiguous(), do, dgate, dweight),
+            (*_strides(o), *_strides(gate), s * b, groups, steps, eps), tuple(constants.values()),
+            num_warps=_norm_gate_warps(constants),
         )  # fmt: skip
     return do, dgate, dweight.sum(0).to(weight.dtype) if learns else None

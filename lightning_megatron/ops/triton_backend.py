@@ -9,6 +9,7 @@ import torch
 import triton
 
 from .kernels import gradients_kernel, step_kernel, walk_kernel
+from .launch import cdiv, launch, pad
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
@@ -25,18 +26,10 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _pad(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 @functools.cache
 def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool) -> Tiles:
     """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV."""
-    BK, BV = _pad(K), _pad(V)
+    BK, BV = pad(K), pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
     if BK > 128:
@@ -62,9 +55,9 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
     if torch.are_deterministic_algorithms_enabled():
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
     most = 1 if T <= 2 * MIN_PART else min(T // MIN_PART, MAX_SEGMENTS)  # a short sequence is not worth two launches
-    segments, segments_grad = (min(_cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
+    segments, segments_grad = (min(cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
     count = max(segments, min(4 * segments, T // MIN_PART, MAX_PARTS))
-    return Plan(_cdiv(T, 64 * count) * 64, _cdiv(count, segments), _cdiv(count, segments_grad))
+    return Plan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
 @functools.cache
@@ -95,34 +88,6 @@ def _precision(dtype: torch.dtype) -> tuple[str, bool]:
     return "ieee" if dtype == torch.float32 else "tf32", dtype == torch.float16
 
 
-_compiled: dict[tuple, object] = {}
-# Triton 3.6's compiled kernels take the constants too; with another release every launch goes through Triton's front door.
-_KNOWN_TRITON = triton.__version__.startswith("3.6.")
-
-
-def _launch(kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, tiles: Tiles) -> None:
-    """``kernel[grid](...)``, whose parameters are tensors, then numbers, then constants.
-
-    Triton looks at every argument of every launch to find the compiled kernel: for 60 of them half of the time of a launch.
-    What it looks for follows from the numbers, the constants, the types and the alignment of the tensors: with the same
-    ones as before, its own compiled kernel is called at once.
-    """
-    key = None
-    if _KNOWN_TRITON and tensors[1].is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
-        types = tuple([None if x is None else x.dtype for x in tensors])
-        key = (kernel, tensors[1].device, types, numbers, constants, tiles)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[grid, 1, 1](*tensors, *numbers, *constants)
-            return
-    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    compiled = kernel[(grid,)](*tensors, *numbers, *constants, **options)
-    if key is not None:
-        if len(_compiled) >= 4096:  # lengths that never return
-            _compiled.clear()
-        _compiled[key] = compiled
-
-
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
@@ -131,26 +96,26 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
     """Launch ``walk_kernel``: o and the final states, edge_out, or without q the parts' own states."""
     B, T, heads, K = k.shape
     V, H = v.shape[-1], log_decay.numel()
-    segments = _cdiv(T, part * parts)
+    segments = cdiv(T, part * parts)
     tiles = _tiles(v.dtype, K, V, T <= 16)
     states_only = q is None
     doc, cu_seqlens = docs
     rows = (segments - 1) * parts if states_only else segments
-    _launch(
-        walk_kernel, _cdiv(V, tiles.BV) * H * rows * B,
+    launch(
+        walk_kernel, cdiv(V, tiles.BV) * H * rows * B,
         (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
          T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
          own is not None, edge_in is not None, edge_out is not None, doc is not None, *_precision(v.dtype)),
-        tiles,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
 def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0) -> torch.Tensor | None:
     """State of every part that another segment needs ``[B, (segments - 1) * parts, H, K, V]`` fp32; None of one segment."""
     B, T, _, K = k.shape
-    rows = (_cdiv(T, part * parts) - 1) * parts
+    rows = (cdiv(T, part * parts) - 1) * parts
     if rows == 0:
         return None
     own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
@@ -195,7 +160,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
     final = _leaving_state(initial_state, (sequences, H, K, V), packed or T == 0, q.device) if need_final else None
-    columns_v, columns_k = _cdiv(V, _tiles(q.dtype, K, V, T <= 16).BV), _cdiv(K, _tiles(q.dtype, V, K, T <= 16).BV)
+    columns_v, columns_k = cdiv(V, _tiles(q.dtype, K, V, T <= 16).BV), cdiv(K, _tiles(q.dtype, V, K, T <= 16).BV)
     plan = _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
@@ -211,13 +176,13 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
 def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     B, _, H, K = q.shape
     V = v.shape[-1]
-    tiles = Tiles(_pad(K), min(_pad(V), 32), 1, 4, 1)
-    _launch(
-        step_kernel, _cdiv(V, tiles.BV) * H * B,
+    tiles = Tiles(pad(K), min(pad(V), 32), 1, 4, 1)
+    launch(
+        step_kernel, cdiv(V, tiles.BV) * H * B,
         (q, k, v, o, log_decay, initial_state, final),
         (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale),
         (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
-        tiles,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
@@ -228,10 +193,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     own, *docs = saved
     packed = cu_seqlens is not None
     dq = _tokens_like(q, H, K, q.dtype)
-    # one dk and dv per query head where heads share them: summed in fp32 afterwards
-    shared = kv_heads != H
-    dk = _tokens_like(k, H, K, torch.float32 if shared else k.dtype)
-    dv = _tokens_like(v, H, V, torch.float32 if shared else v.dtype)
+    dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None
     if initial_state is not None:
@@ -240,13 +202,13 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if T > 0 and B > 0:
         by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
         wide = by_v if by_v.BK >= by_k.BK else by_k
-        segments, segments_q = (_cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
-        n_k, n_v, BC = _cdiv(K, by_k.BV), _cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
+        segments, segments_q = (cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
+        n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
         descriptors = plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
         own_grad = _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
         )
-        _launch(
+        launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
@@ -254,8 +216,8 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
              descriptors, *_precision(q.dtype)),
-            wide,
+            num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
-    if shared:
-        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
+    if kv_heads != H:  # torch adds in fp32
+        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     return dq, dk, dv, dinitial
