@@ -3,6 +3,10 @@
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +52,7 @@ def test_registry_is_complete():
     names = [row.name for row in peers.ROWS]
     assert names == [
         "lightning", "fla chunk", "fla fused", "fla recurrent", "lightning-attn2", "lightning-attn2 parallel", "linghe",
-        "sdpa flash",
+        "sdpa flash", "sdpa cudnn",
     ]  # fmt: skip
     assert len({row.colour for row in peers.ROWS}) == len(names)
     assert set(attention.SUITES) == set(peers.EVERY_SUITE) == set(report.COLUMNS)
@@ -146,6 +150,103 @@ def test_main_writes_a_file_per_suite(on_cpu, monkeypatch, tmp_path, capsys):
     assert about["card"] == "no card" and about["torch"] == torch.__version__ and about["copy_gb_per_s"] == 3000
     assert set(about["packages"]) == {"lightning_megatron"} and about["decay"] == "zero"
     assert "extra MiB" in capsys.readouterr().out
+
+
+# In a process without Triton's interpreter, on an H100 that is not there: it has a target, and launches do nothing.
+PRECOMPILE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton import language as tl
+from triton.backends.compiler import GPUTarget
+
+from lightning_megatron.ops import lightning_attn
+from tests.benchmarks import attention, measure, peers, precompile
+
+nothing = lambda *args, **kwargs: None
+properties = dict(max_shared_mem=232448, max_num_regs=65536, warpSize=32)
+utils = SimpleNamespace(get_device_properties=lambda device: properties, load_binary=lambda *args: (1, 1, 0, 0, 1024))
+triton.runtime.driver.set_active(SimpleNamespace(
+    utils=utils, launcher_cls=lambda *args: nothing, get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+))
+
+
+@triton.autotune([triton.Config(dict(N=N)) for N in (16, 32, 64)], key=[])
+@triton.jit
+def fill_kernel(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), 1)
+
+
+def tuned(q, k, v, log_decay, **features):
+    fill_kernel[(1,)](v)
+    return v, None
+
+
+attention.DECODE = attention.DECODE[:1]
+attention.MEMORY = [measure.Shape(1, 4096, 2, 64, 64)]
+peers.ROWS = (peers.ROWS[0], peers.Row("tuned", "torch", "torch", lambda: tuned, ("decode",), "", autotunes=True))
+claims = Path(sys.argv[1])
+assert precompile.compile_all(["decode", "memory"], None, False, claims) == []
+compiled = len(list(claims.iterdir()))
+
+
+def forbidden(**details):
+    raise AssertionError(f"not compiled: {details['repr']}")
+
+
+kept = ("_check_values", "_implementation", "_has_copy_engine", "_check_shapes")
+for target, name, value in precompile._replacements(claims):
+    if name in kept:
+        setattr(target, name, value)
+triton.knobs.runtime.jit_cache_hook = forbidden
+measure.DEVICE = "cpu"
+q, k, v, do = measure.random_inputs(attention.MEMORY[0], peers.BTHD, grad=True)
+lightning_attn(q, k, v, -torch.rand(2))[0].backward(do)
+q, k, v, _ = measure.random_inputs(attention.DECODE[0], peers.BTHD, grad=False)
+lightning_attn(q, k, v, -torch.rand(16), initial_state=torch.empty(1, 16, 128, 128), output_final_state=True)
+fill_kernel.do_bench = lambda call, quantiles: call() or [1.0] * 3
+fill_kernel[(1,)](v)
+print("compiled", compiled)
+"""
+
+
+def test_precompile_compiles_what_is_launched(tmp_path):
+    (tmp_path / "script.py").write_text(PRECOMPILE)
+    (tmp_path / "claims").mkdir()
+    root = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "claims")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    # three configurations, a step, and of a long sequence states forward and backward, o and the gradients
+    assert run.stdout.split() == ["compiled", "8"]
+
+
+def test_shapes_do_not_share_what_was_tuned(monkeypatch):
+    from triton.runtime import Autotuner
+
+    tuner = Autotuner(lambda: None, [], [], [], None, None)
+    monkeypatch.setattr(peers, "_tuners", lambda: [tuner])
+    peers.tune_for(1, 2048)
+    tuner.cache["key"] = "choice"
+    peers.tune_for(1, 4096)
+    assert not tuner.cache
+    peers.tune_for(1, 2048)
+    assert tuner.cache == {"key": "choice"}
+
+
+@pytest.mark.parametrize("name", ["sdpa flash", "sdpa cudnn"])
+def test_softmax_kernels_have_a_backward(name):
+    attn = next(row for row in peers.ROWS if row.name == name).load()
+    q, k, v = (torch.empty(1, 2, 256, 128, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    o, _ = attn(q, k, v, None)
+    assert name.split()[1] in type(o.grad_fn).__name__.lower()
+    assert [x.shape for x in torch.autograd.grad(o, (q, k, v), o.detach())] == [q.shape] * 3
 
 
 def test_failure_is_a_row(on_cpu):

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.attention                        # speed: forward, backward, both; eager and CUDA graph
     python -m tests.benchmarks.attention --suite all            # everything; plots: python -m tests.benchmarks.plot
     python -m tests.benchmarks.attention --suite dims packed --only lightning "fla chunk"
+    python -m tests.benchmarks.attention --precompile 16        # compile in 16 processes first: minutes less with fla
 
 Prints tables and writes <out>/<suite>.json. Peers that are not installed are skipped. ``speedup`` is the time of the
 faster fla row over the time of this row; ``% floor`` is the time of the least traffic, at the bandwidth of a copy measured
@@ -37,7 +38,8 @@ SPEED = [Shape(*sizes) for sizes in (
 )]  # fmt: skip
 SMALL = SPEED[:2]  # where launches cost as much as the work: eager and as a CUDA graph too
 LENGTHS = [Shape(1, 1 << n, 16) for n in range(10, 21)]
-SLOW_MS = 1000.0  # no longer sequences for an implementation this slow
+TUNED_T = 32768  # autotuners do not choose again only because a sequence is longer than this
+SLOW_MS = 400.0  # no longer sequences for an implementation this slow
 DIMS = [Shape(1, 16384, 16, K, V) for K, V in (
     (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (128, 64), (64, 128), (128, 256),
 )]  # fmt: skip
@@ -85,6 +87,9 @@ def attempt(measure: Callable[..., dict], bench: Bench, row: peers.Row, shape: S
     result = {"impl": row.name, **shape.columns(), "note": row.note}
     torch.manual_seed(SEED)
     try:
+        if row.autotunes:
+            documents = kwargs["cu_seqlens"].numel() - 1 if "cu_seqlens" in kwargs else None
+            peers.tune_for(shape.B, min(shape.T, TUNED_T), shape.H, shape.K, shape.V, documents)
         result |= measure(bench, row, shape, **kwargs)
     except torch.OutOfMemoryError:
         result["failed"] = "out of memory"
@@ -186,7 +191,7 @@ def packed(bench: Bench) -> Iterator[Group]:
         x |= {"documents": 1, "longest": PACKED.T}
     for spread in ("uniform", "logarithmic"):
         lengths = documents(PACKED.T, spread)
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(measure.DEVICE, torch.int32)
+        bounds = measure.bounds(lengths)
         for row in bench.rows("packed"):
             x = attempt(times, bench, row, PACKED, what=what, cu_seqlens=bounds)
             group.append(x | {"documents": len(lengths), "longest": max(lengths)})
@@ -245,6 +250,13 @@ def results_of(attn: Callable, q, k, v, log_decay, state, do, dfinal) -> dict[st
     return {name: x.detach() for name, x in zip(RESULT_NAMES, (*outputs, *gradients), strict=True)}
 
 
+def exact_results(*inputs) -> dict[str, torch.Tensor]:
+    """In fp64."""
+    from lightning_megatron.ops import lightning_attn
+
+    return results_of(functools.partial(lightning_attn, backend="torch"), *(x.double() for x in inputs))
+
+
 def errors(bench: Bench, row: peers.Row, shape: Shape, *, inputs, expected: dict[str, torch.Tensor]) -> dict:
     """Norm of the difference over norm."""
     got = results_of(row.load(), *inputs)
@@ -260,8 +272,6 @@ def mark_largest(group: Group) -> Group:
 
 
 def error(bench: Bench) -> Iterator[Group]:
-    from lightning_megatron.ops import lightning_attn
-
     for shape in ERROR:
         torch.manual_seed(SEED)
         q, k, v, do = measure.random_inputs(shape, peers.BTHD, grad=False)
@@ -270,8 +280,7 @@ def error(bench: Bench) -> Iterator[Group]:
         alibi = decay.log_decay("alibi", shape.H, 0, 1).to(measure.DEVICE)
         for name, log_decay in {"zero": zero, "alibi": alibi, "strong": zero - 1}.items():
             inputs = (q, k, v, log_decay, state, do, dfinal)
-            exact = functools.partial(lightning_attn, backend="torch")
-            expected = results_of(exact, *(x.double() for x in inputs))
+            expected = exact_results(*inputs)
             rows = bench.rows("error")
             group = [attempt(errors, bench, row, shape, inputs=inputs, expected=expected) for row in rows]
             yield mark_largest([x | {"decay": name} for x in group])
@@ -294,6 +303,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[row.name for row in peers.ROWS], help="these implementations")
     parser.add_argument("--decay", default="alibi", choices=PRESETS, help="of all suites but error, which has its own")
     parser.add_argument("--quick", action="store_true", help="few repetitions, no peers that autotune")
+    parser.add_argument("--precompile", type=int, default=0, metavar="N", help="first compile in N processes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     args = parser.parse_args(argv)
     args.suite = list(SUITES) if "all" in args.suite else list(dict.fromkeys(args.suite))
@@ -304,6 +314,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device, and torch finds none")
+    missing = {}
+    if args.precompile:
+        from . import precompile
+
+        precompile.fill(args.precompile, args.suite, args.only, args.quick)
+        missing = precompile.watch()
     repeats = QUICK_REPEATS if args.quick else REPEATS
     bench = Bench(PRESETS[args.decay], repeats, args.quick, args.only, measure.copy_bandwidth())
     used = {row.name: row for suite in args.suite for row in bench.rows(suite)}
@@ -319,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         finally:  # what was measured before a failure is kept
             write(result_path(args.out, suite, args), about, suite, rows)
         print(f"written: {result_path(args.out, suite, args)}")
+    if missing:
+        print(f"not precompiled: {dict(missing)}")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,11 @@ def copies_beyond_cache(footprint: int) -> int:
     return min(MAX_COPIES, math.ceil(2 * cache / footprint))
 
 
+def bounds(lengths: Sequence[int]) -> torch.Tensor:
+    """``cu_seqlens`` of documents of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+
 def random_inputs(shape: Shape, layout: str, grad: bool) -> tuple[torch.Tensor, ...]:
     """q, k, v and do in bf16, contiguous in ``layout``, from the global generator."""
     B, T, H, Hkv = shape.B, shape.T, shape.H, shape.kv_heads

@@ -6,9 +6,11 @@ on tensors in the row's own layout, so that nobody is charged for a transpose. I
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +111,19 @@ def _linghe() -> Callable:
     return attn
 
 
+# What scaled_dot_product_attention calls once it has chosen. Called directly, neither can give way to another kernel, and no
+# context manager costs host time.
 def _sdpa_flash() -> Callable:
-    # Switched once and not by a context manager around each call, which would cost it host time.
-    torch.backends.cuda.enable_flash_sdp(True)
-    for others in ("mem_efficient", "math", "cudnn"):
-        getattr(torch.backends.cuda, f"enable_{others}_sdp")(False)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    return lambda q, k, v, log_decay: (sdpa(q, k, v, is_causal=True), None)
+    sdpa = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return lambda q, k, v, log_decay: (sdpa(q, k, v, 0.0, True)[0], None)
 
 
+def _sdpa_cudnn() -> Callable:
+    sdpa = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    return lambda q, k, v, log_decay: (sdpa(q, k, v, None, q.requires_grad, 0.0, True)[0], None)
+
+
+SDPA = dict(module="torch", pip="torch", layout=BHTD, softmax=True, note="softmax attention")
 FLA = dict(module="fla", pip="flash-linear-attention", autotunes=True)
 OPENNLPLAB = dict(module="lightning_attn", pip="git+https://github.com/OpenNLPLab/lightning-attention", layout=BHTD)
 
@@ -144,10 +150,8 @@ ROWS = (
         "linghe", "linghe", "git+https://github.com/inclusionAI/linghe", _linghe, ("speed", "length"), "#9467bd",
         backward=False, note="forward only: its published backward is wrong",
     ),
-    Row(
-        "sdpa flash", "torch", "torch", _sdpa_flash, ("speed", "length"), "#7f7f7f", layout=BHTD, softmax=True,
-        note="softmax attention",
-    ),
+    Row("sdpa flash", load=_sdpa_flash, colour="#7f7f7f", suites=("speed", "length"), **SDPA),
+    Row("sdpa cudnn", load=_sdpa_cudnn, colour="#bcbd22", suites=("speed", "length"), **SDPA),
 )  # fmt: skip
 
 
@@ -155,3 +159,32 @@ def choose(suite: str, only: list[str] | None = None, autotune: bool = True) -> 
     """Rows of a suite, of the names in ``only``, without those that autotune if they are not wanted."""
     rows = [row for row in ROWS if suite in row.suites and (only is None or row.name in only)]
     return [row for row in rows if autotune or not row.autotunes]
+
+
+TUNING_MS = dict(warmup=2, rep=8)  # of each configuration: dozens of calls of most; Triton's own are 25 and 100
+_choices: dict[tuple, dict] = {}
+
+
+def tune_for(*sizes) -> None:
+    """Let fla's autotuners choose for these sizes, if they have not.
+
+    By themselves they keep the choice of the first length that comes, some of them also that of the first heads and head
+    dims, and on disk for later runs: good for a model, but in a benchmark the shapes that come later would be slower.
+    """
+    import triton
+
+    for tuner in _tuners():
+        tuner.cache = _choices.setdefault((id(tuner), *sizes), {})
+        tuner.cache_results = False
+        tuner.do_bench = functools.partial(triton.testing.do_bench, **TUNING_MS)
+
+
+def _tuners() -> Iterator:
+    from triton.runtime import Autotuner, Heuristics
+
+    for name, module in list(sys.modules.items()):
+        for kernel in list(vars(module).values()) if name.startswith("fla.") else ():
+            while isinstance(kernel, Heuristics):
+                kernel = kernel.fn
+            if isinstance(kernel, Autotuner):
+                yield kernel
