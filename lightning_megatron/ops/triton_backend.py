@@ -13,7 +13,9 @@ from .launch import cdiv, launch, pad
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
-MIN_PART, MAX_PARTS, MAX_SEGMENTS = 1024, 32, 16
+MIN_SEGMENT, MAX_SEGMENTS = 256, 32
+MIN_PART, MAX_PARTS = 1024, 32  # where there are more parts than segments
+ONE_LAUNCH = 1024  # shorter sequences are not worth two
 
 
 class Tiles(NamedTuple):
@@ -54,7 +56,7 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
     """
     if torch.are_deterministic_algorithms_enabled():
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
-    most = 1 if T <= 2 * MIN_PART else min(T // MIN_PART, MAX_SEGMENTS)  # a short sequence is not worth two launches
+    most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
     segments, segments_grad = (min(cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
     count = max(segments, min(4 * segments, T // MIN_PART, MAX_PARTS))
     return Plan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))

@@ -38,6 +38,7 @@ SPEED = [Shape(*sizes) for sizes in (
 )]  # fmt: skip
 SMALL = SPEED[:2]  # where launches cost as much as the work: eager and as a CUDA graph too
 LENGTHS = [Shape(1, 1 << n, 16) for n in range(10, 21)]
+SOFTMAX_T = 32768  # longer sequences take softmax seconds a call
 TUNED_T = 32768  # autotuners do not choose again only because a sequence is longer than this
 SLOW_MS = 400.0  # no longer sequences for an implementation this slow
 DIMS = [Shape(1, 16384, 16, K, V) for K, V in (
@@ -155,7 +156,7 @@ def add_speedups(group: Group) -> Group:
 
 def speed(bench: Bench) -> Iterator[Group]:
     for shape in SPEED:
-        rows = bench.rows("speed")
+        rows = [row for row in bench.rows("speed") if not (row.softmax and shape.T > SOFTMAX_T)]
         yield add_speedups([attempt(times, bench, row, shape, launches=shape in SMALL) for row in rows])
 
 

@@ -42,7 +42,7 @@ def test_compiles_and_fits(gpu):
 def test_number_of_launches(K, V, documents):
     """Small inputs cost launches: one forward and one backward for one segment, two and two from two segments on."""
     single = SINGLE if documents else DECODING
-    for T, H, names in ((1, 32, single), (2, 32, SINGLE), (2048, 8, SINGLE), (2049, 8, SEGMENTED), (10**6, 16, SEGMENTED)):
+    for T, H, names in ((1, 32, single), (2, 32, SINGLE), (1023, 8, SINGLE), (1024, 8, SEGMENTED), (10**6, 16, SEGMENTED)):
         assert tuple(x.what for x in record(dtype=BF16, T=T, H=H, K=K, V=V, documents=documents)) == names
     crowd = record(dtype=BF16, T=8192, H=1024, K=K, V=V, documents=documents)
     assert tuple(x.what for x in crowd) == SINGLE, "a full GPU needs no segments"
@@ -81,13 +81,15 @@ def test_plan(programs):
     """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts that fill the GPU."""
     for T in LENGTHS:
         part, *parts = triton_backend._plan(T, programs, 2 * programs)
-        assert part % 64 == 0 and (part >= 1024 or -(-T // part) == 1) and -(-T // part) <= 32
         segments = [-(-T // (part * n)) for n in parts]
-        assert 1 <= segments[1] <= segments[0] <= 16
+        count = -(-T // part)
+        assert part % 64 == 0 and count <= 32
+        assert count == 1 or part >= (256 if count == segments[0] else 1024)
+        assert 1 <= segments[1] <= segments[0] <= 32
         assert segments[0] == 1 or (segments[0] - 1) * programs < triton_backend.PROGRAMS
         if T >= 2**20:
-            assert segments[0] == 16 or segments[0] * programs >= triton_backend.PROGRAMS
-        assert T > 2048 or segments == [1, 1]
+            assert segments[0] == 32 or segments[0] * programs >= triton_backend.PROGRAMS
+        assert T >= 1024 or segments == [1, 1]
 
 
 def test_plan_of_deterministic_algorithms():
