@@ -279,11 +279,11 @@ def test_results_to_plots(tmp_path):
         report.write(tmp_path / f"{suite}.json", {"card": "none", "decay": "zero"}, suite, rows)
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == rows
     training = [
-        {"model": "0.4B", "attention": name, "length": length, "tokens_per_second": 1e5}
+        {"model": "0.4B", "attention": name, "recompute": "none", "length": length, "tokens_per_second": 1e5}
         for name in ("lightning", "softmax", "something else")
         for length in (2048, 4096)
     ]
-    (tmp_path / "training.json").write_text(json.dumps(training))
+    (tmp_path / "training.json").write_text(json.dumps({"rows": training}))
     drawn = plot.draw_all(tmp_path)
     assert sorted(path.name for path in drawn) == ["dims.png", "length.png", "speed.png", "training.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

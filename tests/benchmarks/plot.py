@@ -3,8 +3,7 @@
 speed.json     -> speed.png     percent of the least possible time, per shape
 length.json    -> length.png    time against length, log-log
 dims.json      -> dims.png      percent of the least possible time, per head dim
-training.json  -> training.png  tokens/s against length: a list of
-                                {"model": ..., "attention": ..., "length": ..., "tokens_per_second": ...}
+training.json  -> training.png  tokens per GPU and second against length
 """
 
 from __future__ import annotations
@@ -152,21 +151,22 @@ def draw_dims(data: dict, path: Path) -> Path:
     return _draw_floors(data, path, lambda x: f"{x['K']}, {x['V']}", "head dims K, V", title)
 
 
-def draw_training(rows: list[dict], path: Path) -> Path:
-    """Tokens per second against length, a panel per model and a line per attention."""
-    models, names = _names(rows, "model"), _names(rows, "attention")
-    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4.6), squeeze=False, layout="constrained")
-    for axis, model in zip(axes[0], models, strict=True):
-        of_model = [x for x in rows if x["model"] == model]
-        for name in _names(of_model, "attention"):
-            points = [(x["length"], x["tokens_per_second"]) for x in of_model if x["attention"] == name]
+def draw_training(data: dict, path: Path) -> Path:
+    """Tokens per GPU and second against length: a panel per model and recomputation, a line per attention."""
+    rows = [x for x in data["rows"] if "tokens_per_second" in x]
+    panels, names = list(dict.fromkeys((x["model"], x["recompute"]) for x in rows)), _names(rows, "attention")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
+    for axis, (model, recompute) in zip(axes[0], panels, strict=True):
+        shown = [x for x in rows if (x["model"], x["recompute"]) == (model, recompute)]
+        for name in _names(shown, "attention"):
+            points = [(x["length"], x["tokens_per_second"]) for x in shown if x["attention"] == name]
             _line(axis, points, name, _colour(name, names))
-        _lengths_axis(axis, [x["length"] for x in of_model])
+        _lengths_axis(axis, [x["length"] for x in shown])
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.set_title(model)
-    axes[0, 0].set_ylabel("tokens per second")
-    figure.suptitle("Training throughput against length")
+        axis.set_title(model if recompute == "none" else f"{model}, recompute {recompute}")
+    axes[0, 0].set_ylabel("tokens per GPU and second")
+    figure.suptitle(f"Training speed against length; {_where(data)}")
     return _save(figure, path, *_all_handles(axes[0]))
 
 
