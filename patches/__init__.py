@@ -6,9 +6,9 @@ Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all`
 from __future__ import annotations
 
 from ..config import LightningOptions
-from . import checkpoint_args, dataset_helpers, distributed_optimizer, flops
+from . import checkpoint_args, cross_entropy, dataset_helpers, distributed_optimizer, flops
 
-PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, flops)
+PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entropy, flops)
 
 
 def apply_all(options: LightningOptions) -> None:
@@ -20,4 +20,5 @@ def apply_all(options: LightningOptions) -> None:
     dataset_helpers.apply()
     checkpoint_args.apply()
     distributed_optimizer.apply()
+    cross_entropy.apply()
     flops.apply(options)

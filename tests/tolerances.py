@@ -30,11 +30,15 @@ TOLERANCES = {
 # number by more than half a unit in the last place.
 POINTWISE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
+# Cross entropy, relative RMS of all tokens: fp32 inside, nothing is rounded to the dtype of the logits.
+LOSS = {torch.float64: 1e-12, torch.float32: 1e-6}
+
 # Layers and models, relative RMS of the worst block. fp32 agrees to 3e-6; but the output norm divides by the RMS of a
 # head's output, which at a sequence's first token is q k^T v alone and may be almost 0, and then amplifies what was
 # rounded off: 1.7e-5 was seen in a thousand draws. bf16: a dozen roundings of 1.7e-3 each on the way through a layer;
-# measured up to 1.3e-2.
-LAYERS = {torch.float32: 2e-4, torch.bfloat16: 2.5e-2}
+# measured up to 1.3e-2, and 4.3e-2 with q/k norm where one token's q was almost 0 (LIGHTNING_TEST_SEED=592099910): the
+# gradient is divided by its RMS, so that this token alone makes the gradient of its head's weights. A mistake is of order 1.
+LAYERS = {torch.float32: 2e-4, torch.bfloat16: 7e-2}
 
 # A head whose RMS is below this is compared with this instead: the dtype cannot hold its values to the tolerance.
 SMALLEST = {torch.float64: 1e-280, torch.float32: 1e-20, torch.bfloat16: 1e-20, torch.float16: 1e-4}

@@ -1,6 +1,7 @@
 """The operator, and what a layer does around it. Imports torch and triton only, never megatron."""
 
 from .api import lightning_attn
+from .loss import vocab_parallel_cross_entropy
 from .pointwise import norm_gate, split_heads
 
-__all__ = ["lightning_attn", "norm_gate", "split_heads"]
+__all__ = ["lightning_attn", "norm_gate", "split_heads", "vocab_parallel_cross_entropy"]

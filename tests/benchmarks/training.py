@@ -155,6 +155,9 @@ def describe(row: dict) -> str:
         text += "  ms/step  % step    calls  kernel"
         for x in shown["kernels"]:
             text += f"\n{x['ms']:9.2f} {x['percent']:7.1f} {x['calls']:8.0f}  {x['name'][:150]}"
+        text += "\n  ms/step    calls  longest gaps, after -> before"
+        for x in shown["gaps"]:
+            text += f"\n{x['ms']:9.2f} {x['calls']:8.0f}  {x['after'][:70]} -> {x['before'][:70]}"
     return text
 
 

@@ -33,6 +33,7 @@ from unittest import mock
 
 PROGRAM_START = time.time()
 TOP_KERNELS = 30
+TOP_GAPS = 12
 
 
 class StepClock:
@@ -66,7 +67,8 @@ class StepClock:
 
 
 def summarize(events, device_type, steps: int, seconds: float) -> dict:
-    """The kernels of ``steps`` steps by time, and how long the device does nothing in a step of ``seconds``.
+    """The kernels of ``steps`` steps by time, how long the device does nothing in a step of ``seconds``, and between which
+    kernels.
 
     Percentages are of a step without the profiler, whose own cost would count as idle time.
     """
@@ -75,17 +77,25 @@ def summarize(events, device_type, steps: int, seconds: float) -> dict:
     for event in events:
         if event.device_type == device_type and event.cpu_parent is None and not event.is_user_annotation:
             span = event.time_range
-            spans.append((span.start, span.end))
+            spans.append((span.start, span.end, event.name))
             totals[event.name][0] += (span.end - span.start) / 1e3 / steps
             totals[event.name][1] += 1
-    busy, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):  # kernels of several streams overlap
+    gaps: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    busy, end, last = 0.0, float("-inf"), ""
+    for start, stop, name in sorted(spans):  # kernels of several streams overlap
+        if last and start > end:
+            gaps[last, name][0] += (start - end) / 1e3 / steps
+            gaps[last, name][1] += 1
         busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
+        end, last = max((end, last), (stop, name))
+    longest = sorted(gaps.items(), key=lambda item: -item[1][0])[:TOP_GAPS]
     top = sorted(totals.items(), key=lambda item: -item[1][0])[:TOP_KERNELS]
     return {
         "idle": 1 - busy / steps / 1e6 / seconds,
         "launches": len(spans) / steps,
+        "gaps": [
+            {"after": after, "before": before, "ms": ms, "calls": calls / steps} for (after, before), (ms, calls) in longest
+        ],
         "kernels": [
             {"name": name, "ms": ms, "percent": ms / seconds / 10, "calls": calls / steps} for name, (ms, calls) in top
         ],

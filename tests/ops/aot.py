@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_pointwise
+from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_loss, record_pointwise
 
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 _LONG = 8192
 
 CONFIGS = [
@@ -105,17 +105,17 @@ def main(arguments: list[str]) -> None:
             packed = "packed" if config.get("documents") else "plain"
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
-                    report(gpu, config, f"T={config['T']} {packed}", launch)
+                    report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)
         for config in AROUND:
             for launch in record_pointwise(**config):
-                report(gpu, config, f"norm={config['width']}", launch)
+                report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+        for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
+            report(gpu, torch.bfloat16, "columns=32000", launch)
 
 
-def report(gpu: str, config: dict, details: str, launch: Launch) -> None:
+def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:
     numbers = needs(compile_launch(launch, gpu))
-    dtype = str(config["dtype"]).removeprefix("torch.")
-    name = f"{gpu} {dtype} {config['K']}x{config['V']} {details} {launch.what}"
-    print(name, *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
+    print(f"{gpu} {str(dtype).removeprefix('torch.')} {details} {launch.what}", *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,20 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_megatron.ops import kernels, pointwise, pointwise_kernels, triton_backend
+from lightning_megatron.ops import kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
+LOSS = ("sums_kernel", "loss_grad_kernel")
 OPTIONS = ("num_warps", "num_stages")
 
 
 def kernel(name: str):
-    return getattr(pointwise_kernels if name in POINTWISE else kernels, name)
+    module = pointwise_kernels if name in POINTWISE else loss_kernels if name in LOSS else kernels
+    return getattr(module, name)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,19 @@ def record_pointwise(
         y = pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, 1e-6)
         _, dgate, _ = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, 1e-6, y, affine)
         pointwise_kernels.split_backward(mixed, dims, silu, q, dgate, k, v)
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
+    """The launches of a cross entropy, forward and backward."""
+    logits = torch.empty(rows, columns, dtype=dtype, device="meta")
+    index = torch.empty(rows, dtype=torch.int64, device="meta")
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in LOSS:
+            stack.enter_context(patch.object(loss_kernels, name, _Recorder(name, launches)))
+        top, total, _ = loss_kernels.sums(logits, index)
+        loss_kernels.gradient(logits, index, top, total)
     return [Launch(launch[0], *launch) for launch in launches]
 
 
