@@ -69,29 +69,43 @@ def _wide(b_s):
 
 
 @triton.jit
-def _chunk_documents(doc, cu_seqlens, start, n, p, T, current, c_start, c_end, REVERSE: tl.constexpr):
-    """Documents of a chunk: of its tokens [BC], of the tokens before and after it, of its first and last token.
+def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE: tl.constexpr):
+    """What a walk must know of the documents in a chunk, in scalars alone: layouts of vectors cost shared memory.
 
-    Then ``current``, the document that the walk goes on with, and where that starts and ends. Where the chunk lies wholly
-    in the current document nothing is loaded: these loads are not pipelined, so that each would stop the walk.
+    ``inside``: the chunk lies wholly in the document ``current``, that of the chunk before. Nothing is loaded then: these
+    loads are not pipelined, so that each would stop the walk.
+    ``first`` and ``last`` are the documents of its first and last token, ``source`` the one that the incoming state belongs
+    to (-1: none). Its tokens end before ``r_edge``, reversed they begin there. The outgoing state's document begins at
+    ``w_edge``, reversed it ends before it. Then the new ``current``, and where it starts and ends.
     """
-    m_p = p < n
-    if (c_start <= start) & (start + n <= c_end):
-        b_doc = tl.where(m_p, current, -2)
-        before = tl.where(c_start < start, current, -1)
-        after = tl.where(start + n < c_end, current, -1)
+    inside = (c_start <= start) & (start + n <= c_end)
+    if inside:
         first = current
         last = current
+        if REVERSE:
+            goes_on = start + n < c_end
+            r_edge = tl.where(goes_on, c_start, start + n)
+            w_edge = c_end
+        else:
+            goes_on = c_start < start
+            r_edge = tl.where(goes_on, c_end, start)
+            w_edge = c_start
+        source = tl.where(goes_on, current, -1)
     else:
-        b_doc = tl.load(doc + start + p, mask=m_p, other=-2)
-        before = tl.load(doc + start - 1, mask=start > 0, other=-1)
-        after = tl.load(doc + start + n, mask=start + n < T, other=-1)
         first = tl.load(doc + start)
         last = tl.load(doc + start + n - 1)
-        current = first if REVERSE else last
+        if REVERSE:
+            source = tl.load(doc + start + n, mask=start + n < T, other=-1)
+            r_edge = tl.load(cu_seqlens + source, mask=source >= 0, other=T)
+            current = first
+        else:
+            source = tl.load(doc + start - 1, mask=start > 0, other=-1)
+            r_edge = tl.load(cu_seqlens + source + 1)  # no source: the bounds begin with 0
+            current = last
         c_start = tl.load(cu_seqlens + current)
         c_end = tl.load(cu_seqlens + current + 1)
-    return b_doc, before, after, first, last, current, c_start, c_end
+        w_edge = c_end if REVERSE else c_start
+    return inside, first, last, source, r_edge, w_edge, current, c_start, c_end
 
 
 @triton.jit
@@ -197,14 +211,13 @@ def _walk(
         b_write = tl.exp(b_ld * e_write.to(tl.float32))
         b_carry = tl.exp(b_ld * n.to(tl.float32))
         if VARLEN:
-            b_doc, before, after, first, last, current, c_start, c_end = _chunk_documents(
-                doc, cu_seqlens, start, n, p, T, current, c_start, c_end, REVERSE
+            inside, first, last, source, r_edge, w_edge, current, c_start, c_end = _chunk_documents(
+                doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE
             )
-            # `source` is the document that the incoming state belongs to, `sink` the one that the outgoing state will
-            source, sink = (after, first) if REVERSE else (before, last)
-            b_read = tl.where(b_doc == source, b_read, 0.0)
-            b_write = tl.where(b_doc == sink, b_write, 0.0)
-            b_carry = tl.where(source == sink, b_carry, 0.0)
+            token = start + p
+            b_read = tl.where((token >= r_edge) if REVERSE else (token < r_edge), b_read, 0.0)
+            b_write = tl.where((token < w_edge) if REVERSE else (token >= w_edge), b_write, 0.0)
+            b_carry = tl.where(source == current, b_carry, 0.0)
 
         if not STATE_ONLY:
             if DESCRIPTORS:
@@ -213,13 +226,21 @@ def _walk(
                 b_q = tl.load(_rows(q, q_st, start, p, o_k), mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_w  # [BC of j, BC of i]
             if VARLEN:
-                b_a = tl.where(b_doc[:, None] == b_doc[None, :], b_a, 0.0)
+                if not inside:
+                    b_j = tl.load(doc + start + p[:, None], mask=m_p[:, None], other=-1)
+                    b_i = tl.load(doc + start + p[None, :], mask=m_p[None, :], other=-1)
+                    b_a = tl.where(b_j == b_i, b_a, 0.0)
             if WIDE_STATE:
                 b_o = tl.dot(_wide(b_s), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
             else:
                 b_o = tl.dot(b_s.to(dtype), tl.trans(b_q), input_precision=PRECISION)
             b_o = b_o * (b_read * read_scale)[None, :]
-            b_o += tl.dot(tl.trans(b_v), b_a.to(dtype), input_precision=PRECISION)  # [BV, BC]
+            b_p = b_a.to(dtype)
+            b_o += tl.dot(tl.trans(b_v), b_p, input_precision=PRECISION)  # [BV, BC]
+            if dtype == tl.bfloat16 and not REVERSE:
+                # What bf16 cut off. Short chunks make more of o and dq come from the state, which is rounded to bf16 as well:
+                # this is the cheaper one to mend.
+                b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
         if VARLEN and EDGE_IN:
@@ -232,15 +253,16 @@ def _walk(
                     b_e = tl.load(p_e, mask=m_vk, other=0.0)
                     if not STATE_ONLY:
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
-                        b_f = tl.where(b_doc == i_n, tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32)), 0.0)
+                        b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32))
+                        b_f = tl.where((token >= d_start) & (token < d_end), b_f, 0.0)
                         if WIDE_STATE:
                             b_x = tl.dot(_wide(b_e), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
                         else:
                             b_x = tl.dot(b_e.to(dtype), tl.trans(b_q), input_precision=PRECISION)
                         b_o += b_x * (b_f * read_scale)[None, :]
-                    if i_n == sink:
-                        inside = (d_end - start) if REVERSE else (start + n - d_start)
-                        b_enter = b_e * tl.exp(b_ld * inside.to(tl.float32))
+                    if i_n == current:
+                        after = (d_end - start) if REVERSE else (start + n - d_start)
+                        b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
         if VARLEN and EDGE_OUT:
             # documents whose leaving edge (end, or start if reversed) lies in this chunk
             for i_n in range(first, last + 1):
@@ -249,7 +271,8 @@ def _walk(
                 if leaves & (d_end > d_start):
                     lo, hi = tl.maximum(d_start, start), tl.minimum(d_end, start + n)
                     e_edge = (start + p - d_start + 1) if REVERSE else (d_end - 1 - start - p)
-                    b_f = tl.where(b_doc == i_n, tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32)), 0.0)
+                    b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32))
+                    b_f = tl.where((token >= d_start) & (token < d_end), b_f, 0.0)
                     b_l = tl.dot(tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
                     b_l += tl.where(i_n == source, b_s * tl.exp(b_ld * (hi - lo).to(tl.float32)), 0.0)
                     if EDGE_IN:

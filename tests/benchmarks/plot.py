@@ -154,17 +154,18 @@ def draw_dims(data: dict, path: Path) -> Path:
 def draw_training(data: dict, path: Path) -> Path:
     """Tokens per GPU and second against length: a panel per model and recomputation, a line per attention."""
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
-    panels, names = list(dict.fromkeys((x["model"], x["recompute"]) for x in rows)), _names(rows, "attention")
+    panels = list(dict.fromkeys((x["model"], x["recompute"], x["cuda_graph"]) for x in rows))
+    names = _names(rows, "attention")
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
-    for axis, (model, recompute) in zip(axes[0], panels, strict=True):
-        shown = [x for x in rows if (x["model"], x["recompute"]) == (model, recompute)]
+    for axis, (model, recompute, graph) in zip(axes[0], panels, strict=True):
+        shown = [x for x in rows if (x["model"], x["recompute"], x["cuda_graph"]) == (model, recompute, graph)]
         for name in _names(shown, "attention"):
             points = [(x["length"], x["tokens_per_second"]) for x in shown if x["attention"] == name]
             _line(axis, points, name, _colour(name, names))
         _lengths_axis(axis, [x["length"] for x in shown])
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.set_title(model if recompute == "none" else f"{model}, recompute {recompute}")
+        axis.set_title(model + f", recompute {recompute}" * (recompute != "none") + ", CUDA graph" * graph)
     axes[0, 0].set_ylabel("tokens per GPU and second")
     figure.suptitle(f"Training speed against length; {_where(data)}")
     return _save(figure, path, *_all_handles(axes[0]))

@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = "1K 2K 4K 8K 16K 32K 64K 80K 92K 128K"
 ATTENTIONS = ("lightning", "softmax", "hybrid")
+KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "cuda_graph")
 NO_MEMORY = "does not fit"
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 RAISED = re.compile(
@@ -71,13 +72,18 @@ def from_log(log: str, length: int) -> dict:
     }
 
 
+def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
+    """What tells a row from the others."""
+    row = {"model": name, "attention": attention, "length": length, "recompute": options.recompute or "none"}
+    return row | {"tensor_parallel": options.tensor_parallel, "cuda_graph": options.cuda_graph}
+
+
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:
     """A row of the table from the times of the steps."""
     length, seconds = raw["length"], statistics.median(raw["seconds"])
     micro, whole = batch(length, options)
-    row = {"model": name, "attention": attention, "length": length, "recompute": options.recompute or "none"}
-    row |= {"tensor_parallel": options.tensor_parallel, "micro_batch": micro, "tokens_per_step": whole * length}
-    microbatches = whole // micro * len(raw["losses"])
+    row = cell(name, attention, length, options) | {"micro_batch": micro, "tokens_per_step": whole * length}
+    microbatches = whole // micro * raw.get("passes", len(raw["losses"]))
     if raw.get("batches", {f"{micro}x{length}": microbatches}) != {f"{micro}x{length}": microbatches}:
         return row | {"error": f"the model got {raw['batches']}, not {microbatches} times {micro}x{length}"}
     if not all(map(math.isfinite, raw["losses"])):
@@ -121,8 +127,7 @@ def measure(name: str, attention: str, lengths: list[int], options: argparse.Nam
             error = NO_MEMORY
         else:
             print(f"\n{shlex.join(line)}\n{excerpt(log)}\n")
-        missing = {"model": name, "attention": attention, "length": left[0], "error": error}
-        yield missing | {"recompute": options.recompute or "none", "tensor_parallel": options.tensor_parallel}
+        yield cell(name, attention, left[0], options) | {"error": error}
 
 
 def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[dict]:
@@ -166,13 +171,13 @@ def table(rows: list[dict]) -> str:
     lengths = sorted({row["length"] for row in rows})
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
-        key = (row["model"], row["attention"], row["recompute"], row["tensor_parallel"])
+        key = tuple(row[name] for name in KEY if name != "length")
         groups.setdefault(key, {})[row["length"]] = row
 
     def line(name: str, cells: list[str]) -> str:
-        return f"{name:36s}" + "".join(f"{cell:>9s}" for cell in cells)
+        return f"{name:46s}" + "".join(f"{cell:>9s}" for cell in cells)
 
-    def cell(row: dict | None) -> str:
+    def show(row: dict | None) -> str:
         if row is None:
             return "-"
         if "error" in row:
@@ -180,16 +185,17 @@ def table(rows: list[dict]) -> str:
         return f"{row['tokens_per_second']:,.0f}"
 
     out, below = [line("tokens/GPU/s", [show_length(length) for length in lengths])], []
-    for (model, attention, recompute, tp), found in groups.items():
+    for (model, attention, recompute, tp, graph), found in groups.items():
         how = (f", recompute {recompute}" if recompute != "none" else "") + (f", TP{tp}" if tp > 1 else "")
-        out.append(line(f"{model} {attention}{how}", [cell(found.get(length)) for length in lengths]))
+        how += ", CUDA graph" if graph else ""
+        out.append(line(f"{model} {attention}{how}", [show(found.get(length)) for length in lengths]))
         if attention != "lightning":
             continue
         speeds = [x["tokens_per_second"] for n, x in found.items() if n >= 2048 and "error" not in x]
         if len(speeds) > 1:
             spread = (max(speeds) - min(speeds)) / statistics.mean(speeds)
             below.append(f"{model} lightning{how}: (max - min) / mean from 2K up {spread:.1%}")
-        other = groups.get((model, "softmax", recompute, tp), {})
+        other = groups.get((model, "softmax", recompute, tp, graph), {})
         good = {n for n in found.keys() & other.keys() if "error" not in found[n] and "error" not in other[n]}
         ratio = {n: found[n]["tokens_per_second"] / other[n]["tokens_per_second"] for n in good}
         cells = [f"{ratio[n]:.2f}" if n in ratio else "-" for n in lengths]
@@ -217,6 +223,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens-per-microbatch", type=int, default=32768)
     add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
+    add("--cuda-graph", action="store_true", help="a step's forward and backward as one graph: the host does not count")
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")
     add("--tokenizer", metavar="FILE", help="SentencePiece model")
@@ -255,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(f"--append: {path} is of {before['environment']}, this is {about}: use another --out")
         old, commands = before["rows"], before["environment"]["commands"] + commands
     about |= when() | {"commands": commands}
-    key = lambda row: tuple(row[x] for x in ("model", "attention", "length", "recompute", "tensor_parallel"))
+    key = lambda row: tuple(row[name] for name in KEY)
     rows: list[dict] = []
     for model, attention in runs:
         for row in sweep(model, attention, options):

@@ -92,6 +92,8 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     """
     if attention == "hybrid":
         text += f" --linear-attention-freq {min(HYBRID, model.layers)}"
+    if options.cuda_graph:  # captured in the second step, which WARMUP drops
+        text += " --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"
     if tp > 1:
         text += f" --tensor-model-parallel-size {tp} --sequence-parallel"
     if options.recompute == "full":
