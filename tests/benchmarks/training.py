@@ -133,14 +133,15 @@ def measure(name: str, attention: str, lengths: list[int], options: argparse.Nam
 def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[dict]:
     """Rows of all lengths, ascending. Where one does not fit no longer one is tried: its microbatches are no smaller."""
     left = sorted(options.lengths)
+    together = options.in_process and not options.cuda_graph  # Megatron keeps a graph as long as its process lives
     while left:
         count = 0
-        for row in measure(name, attention, left if options.in_process else left[:1], options):
+        for row in measure(name, attention, left if together else left[:1], options):
             yield row
             count += 1
         left = left[count:]
         error = row.get("error")
-        if error == NO_MEMORY or (error and count == 1 and options.in_process):  # nothing works, not even the first
+        if error == NO_MEMORY or (error and count == 1 and together):  # nothing works, not even the first
             yield from (row | {"length": length} for length in left)
             break
 
@@ -223,7 +224,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens-per-microbatch", type=int, default=32768)
     add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
-    add("--cuda-graph", action="store_true", help="a step's forward and backward as one graph: the host does not count")
+    add("--cuda-graph", action="store_true", help="a step as one graph, so that the host does not count; a process a length")
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")
     add("--tokenizer", metavar="FILE", help="SentencePiece model")

@@ -154,8 +154,6 @@ def train_lengths(
             data = training.build_train_valid_test_data_iterators(provider)[0]
             torch.compiler.reset()
             training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)  # as pretrain() does
-        if graphed := args.cuda_graph_impl == "full_iteration":
-            forget_graph()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -165,6 +163,7 @@ def train_lengths(
         with mock.patch.object(training, "train_step", clock), counted(unwrap_model(model[0]).embedding, batches):
             result = train(forward_step, model, optimizer, scheduler, data, *rest, **named)
         row = {"length": length, "seconds": clock.seconds(plan["warmup"]), "losses": clock.losses, "batches": batches}
+        graphed = args.cuda_graph_impl == "full_iteration"  # Python sees no batch once the graph is captured
         row["passes"] = args.cuda_graph_warmup_steps + 1 if graphed else len(clock.losses)
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         row["vocabulary"], row["sizes"] = args.padded_vocab_size, describe(model[0])
@@ -175,14 +174,6 @@ def train_lengths(
             with Path(plan["rows"]).open("a") as file:
                 file.write(json.dumps(row) + "\n")
     return result
-
-
-def forget_graph() -> None:
-    """Megatron keeps the graph of an iteration, and the tensors with its batches, as long as the process lives."""
-    from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
-
-    FullCudaGraphWrapper(None).reset_cuda_graph()
-    StaticBufferLoader.static_buffers = {"training": [], "validation": []}
 
 
 @contextlib.contextmanager
