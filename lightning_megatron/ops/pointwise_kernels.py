@@ -14,7 +14,7 @@ from .launch import cdiv, launch, pad
 
 TILE = 4096  # elements
 # The weight's gradient is summed over this many tokens, or fewer if there would be less than this many programs otherwise.
-SUMMED, PROGRAMS = 32, 512
+SUMMED, PROGRAMS = 128, 1024
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def norm_gate_grad_kernel(
     o_st, o_sh, gate_st, gate_sh,
     rows, groups, steps, eps,
     WIDTH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
-    V: tl.constexpr, GATE_DIM: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr,
+    V: tl.constexpr, GATE_DIM: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``steps`` tiles of tokens per program, and the sum over them for the weight.
 
@@ -155,7 +155,7 @@ def norm_gate_grad_kernel(
     """
     i_g, i_s = tl.program_id(0) % groups, tl.program_id(0) // groups
     b_dw = tl.zeros([BR, BW], dtype=tl.float32)
-    for i in range(steps):
+    for i in tl.range(steps, num_stages=STAGES):
         p, c, m = _tile(i_s * steps + i, rows, WIDTH, BR, BW)
         c += i_g * WIDTH
         at = p * (groups * WIDTH) + c
@@ -249,10 +249,6 @@ def _norm_gate_constants(o: torch.Tensor, gate: torch.Tensor | None, kind: str, 
     )  # fmt: skip
 
 
-def _norm_gate_warps(constants: dict[str, int]) -> int:
-    return 16 if constants["BW"] > TILE else 8
-
-
 def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
     (s, b, H, V), constants = o.shape, _norm_gate_constants(o, gate, kind, width)
     y, groups = o.new_empty(s, b, H * V), H * V // constants["WIDTH"]
@@ -261,7 +257,7 @@ def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
         launch(
             norm_gate_kernel, groups * cdiv(s * b, constants["BR"]), (o, gate, weight, y),
             (*_strides(o), *_strides(gate), s * b, groups, eps), tuple(constants.values()),
-            num_warps=_norm_gate_warps(constants),
+            num_warps=16 if constants["BW"] > TILE else 8,
         )  # fmt: skip
     return y
 
@@ -269,7 +265,7 @@ def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
 def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> tuple[torch.Tensor | None, ...]:
     """``(do, dgate, dweight)``; dweight only if the weight ``learns``."""
     (s, b, H, V), constants = o.shape, _norm_gate_constants(o, gate, kind, width)
-    groups, BR = H * V // constants["WIDTH"], constants["BR"]
+    groups, BW, BR = H * V // constants["WIDTH"], constants["BW"], constants["BR"]
     steps = max(1, min(SUMMED // BR, s * b * groups // (BR * PROGRAMS)))
     programs = cdiv(s * b, BR * steps)
     do = o.new_empty(s, b, H, V)
@@ -279,7 +275,8 @@ def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> t
         o, gate = _flat(o), _flat(gate)
         launch(
             norm_gate_grad_kernel, groups * programs, (o, gate, weight, dy.contiguous(), do, dgate, dweight),
-            (*_strides(o), *_strides(gate), s * b, groups, steps, eps), tuple(constants.values()),
-            num_warps=_norm_gate_warps(constants),
+            (*_strides(o), *_strides(gate), s * b, groups, steps, eps),
+            (*constants.values(), 3 if BW <= TILE else 1),  # tiles in flight, as shared memory has room
+            num_warps=8 if BW < 1024 else 4 if BW <= TILE else 16,
         )  # fmt: skip
     return do, dgate, dweight.sum(0).to(weight.dtype) if learns else None

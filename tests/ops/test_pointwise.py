@@ -409,8 +409,11 @@ def test_grids_are_within_cuda_limits(s, b, H):
 
 @pytest.mark.parametrize("width", [64, 768, 8192, 16384])
 def test_sums_of_the_weight_are_short(width):
-    """Its partial sums in fp32 are a small part of what is read and written, and programs enough to fill a GPU."""
+    """Its partial sums in fp32 are a small part of what is read and written, and programs enough to fill a GPU.
+
+    Up to a tenth: sums twice as long, in half as many programs, were 4% slower on an H100.
+    """
     for launch in record_pointwise(dtype=torch.bfloat16, s=8192, H=16384 // 64, K=64, V=64, width=width):
         if launch.what == "norm_gate_grad_kernel":
             programs = launch.arguments["dweight"].shape[0]
-            assert programs * 2 * 4 <= 0.05 * 8192 * 5 * 2 and launch.grid[0] >= 256
+            assert programs * 2 * 4 <= 0.1 * 8192 * 5 * 2 and launch.grid[0] >= 256
