@@ -279,7 +279,7 @@ def test_results_to_plots(tmp_path):
         report.write(tmp_path / f"{suite}.json", {"card": "none", "decay": "zero"}, suite, rows)
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == rows
     training = [
-        {"model": "0.4B", "attention": name, "recompute": "none", "length": length, "tokens_per_second": 1e5}
+        {"model": "0.4B", "attention": name, "recompute": "none", "cuda_graph": False, "length": length, "tokens_per_second": 1e5}
         for name in ("lightning", "softmax", "something else")
         for length in (2048, 4096)
     ]
