@@ -51,6 +51,8 @@ LAYOUTS = {
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
     "recompute-full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
+    "fused-loss": (1, "--cross-entropy-loss-fusion"),
+    "tp2-fused-loss": (2, "--tensor-model-parallel-size 2 --cross-entropy-loss-fusion"),
     "tp2-sp-recompute": (
         2,
         "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full --recompute-method block "
