@@ -63,9 +63,9 @@ def lightning_attn(
         ValueError: any shape, dtype, device or value outside of the above. The values of log_decay and cu_seqlens are read
             once per tensor (one wait for the GPU for a new tensor; none while a CUDA graph is being captured).
     """
-    _check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    implementation = _implementation(backend, q)
-    _check_values(log_decay, cu_seqlens, q.shape[1])
+    check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    implementation = choose_implementation(backend, q)
+    check_values(log_decay, cu_seqlens, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # the kernels read along the head dim with stride 1; every other stride is free
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -118,7 +118,7 @@ def _auto_backend(device_type: str) -> str:
     return "triton"
 
 
-def _implementation(backend: str | None, q: torch.Tensor) -> ModuleType:
+def choose_implementation(backend: str | None, q: torch.Tensor) -> ModuleType:
     if backend in (None, "auto"):
         backend = _auto_backend(q.device.type)
     if backend == "torch":
@@ -138,7 +138,7 @@ def _implementation(backend: str | None, q: torch.Tensor) -> ModuleType:
     return triton_backend
 
 
-def _check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
+def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
     for name, x, axes in (("q", q, "B,T,H,K"), ("k", k, "B,T,Hkv,K"), ("v", v, "B,T,Hkv,V")):
         if x.dim() != 4:
             raise ValueError(f"{name} must have the 4 dimensions [{axes}], but has shape {list(x.shape)}")
@@ -197,7 +197,7 @@ def _check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             )
 
 
-def _check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
+def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
     """Checks that must read tensors, done once per tensor and version: a mark on the tensor remembers."""
     for tensor, check, key in (
         (log_decay, _check_log_decay, None),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import torch_backend
-from .api import _implementation
+from .api import choose_implementation
 
 
 def vocab_parallel_cross_entropy(
@@ -44,7 +44,7 @@ def vocab_parallel_cross_entropy(
         )
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
-    return _CrossEntropy.apply(logits, targets, tp_group, _implementation(backend, logits) is torch_backend)
+    return _CrossEntropy.apply(logits, targets, tp_group, choose_implementation(backend, logits) is torch_backend)
 
 
 class _CrossEntropy(torch.autograd.Function):

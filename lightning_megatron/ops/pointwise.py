@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import torch_backend
-from .api import _implementation
+from .api import choose_implementation
 
 _SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
 _GATES = ("sigmoid", "linear", "none")
@@ -35,7 +35,7 @@ def split_heads(
     """
     silu = _SILU[feature_map]
     assert mixed.shape[-1] % sum(dims) == 0 and dims[0] % dims[2] == 0, f"{list(mixed.shape)} is not groups of {dims}"
-    if _implementation(backend, mixed) is torch_backend:
+    if choose_implementation(backend, mixed) is torch_backend:
         return _split_heads(mixed, dims, silu)
     return _SplitHeads.apply(mixed, dims, silu)
 
@@ -68,7 +68,7 @@ def norm_gate(
         gate = None
     if gate is None and weight is None and width is None:
         return o.flatten(2)
-    if _implementation(backend, o) is torch_backend:
+    if choose_implementation(backend, o) is torch_backend:
         return _norm_gate(o, gate, weight, kind, width, eps)
     return _NormGate.apply(o, gate, weight, kind, width, eps)
 

@@ -17,9 +17,9 @@ def _without_autocast(function):
     """Autocast would run these fp32 matmuls in half precision."""
 
     @functools.wraps(function)
-    def wrapper(q, *args):
+    def wrapper(q, *args, **kwargs):
         with torch.autocast(q.device.type, enabled=False):
-            return function(q, *args)
+            return function(q, *args, **kwargs)
 
     return wrapper
 
@@ -133,3 +133,17 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if group > 1:
         dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), torch.cat(parts[3])
+
+
+@_without_autocast
+def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
+    """Final states ``[N, H, K, V]`` alone. With ``reverse``, of (q, do): the gradients of initial states, from those of final
+    states in initial_state's place."""
+    H = log_decay.numel()
+    kh, vh = (_heads_first(x, H) for x in (k, v))
+    finals = []
+    for states, tokens in _sequences(cu_seqlens, *k.shape[:2]):
+        ks, vs = kh[:, :, tokens], vh[:, :, tokens]
+        state = None if initial_state is None else initial_state[states]
+        finals.append(_attend(ks, ks, vs, log_decay, state, reverse=reverse, read_scale=1.0, write_scale=scale)[1])
+    return torch.cat(finals)

@@ -99,9 +99,9 @@ def _replacements(claims: Path) -> list[tuple[Any, str, Any]]:
         (driver, "get_current_stream", lambda device: 0),  # without a context on the GPU
         (torch.cuda, "synchronize", nothing),
         (torch.cuda, "empty_cache", nothing),
-        (api, "_check_shapes", nothing),  # which wants all tensors on one device
-        (api, "_check_values", nothing),
-        (api, "_implementation", lambda backend, q: triton_backend),
+        (api, "check_shapes", nothing),  # which wants all tensors on one device
+        (api, "check_values", nothing),
+        (api, "choose_implementation", lambda backend, q: triton_backend),
         (triton_backend, "_has_copy_engine", lambda device: isinstance(capability, int) and capability >= 90),
         (JITFunction, "run", _compile_only(JITFunction.run)),
         (Autotuner, "run", _every_configuration),

@@ -147,7 +147,7 @@ def no_triton(monkeypatch):
 def test_cpu_chooses_torch(compiled, monkeypatch):
     monkeypatch.setattr(triton_backend, "forward", None)
     for backend in (None, "auto", "torch"):
-        assert api._implementation(backend, zeros(1)) is torch_backend
+        assert api.choose_implementation(backend, zeros(1)) is torch_backend
         lightning_attn(**arguments(backend=backend))
 
 
@@ -163,7 +163,7 @@ def test_cuda_without_triton(no_triton, caplog):
 
 def test_triton_is_chosen_by_name(monkeypatch):
     monkeypatch.setattr(api, "_triton_interpreted", lambda: True)
-    assert api._implementation("triton", zeros(1)) is triton_backend
+    assert api.choose_implementation("triton", zeros(1)) is triton_backend
 
 
 def backend_errors(monkeypatch) -> dict[str, tuple[dict, list[str]]]:

@@ -1,0 +1,433 @@
+"""Lightning attention over a context-parallel group: every rank holds some chunks of the sequence, and only states travel.
+
+With chunks c = 0..N-1 of the whole sequence, chunk c of n_c tokens, and the formulas of ops/kernels.py,
+
+    M_c = sum_i lambda^(n_c-1-i) k_i^T v_i               what chunk c adds to the state
+    S_c = lambda^(n_(c-1)) S_(c-1) + M_(c-1)             the state that enters chunk c; S_0 is the initial state
+    G_c = scale sum_i lambda^(i+1) q_i^T do_i            what chunk c adds to the gradient of the state, in reversed time
+    D_c = lambda^(n_(c+1)) D_(c+1) + G_(c+1)             the gradient that enters chunk c; D_(N-1) is that of the final state
+
+Every rank computes the M (backward: G) of its chunks, an exchange turns them into S (D), and the operator runs on the chunks
+with S as initial states (D as gradients of final states). Tokens never move, so that what is sent does not depend on their
+number: LASP-2 (Sun et al. 2025, arXiv:2502.07563) gathers the states, LASP (Sun et al. 2024, arXiv:2404.02882) passes them on
+from rank to rank, ZeCO (Chou et al. 2025, arXiv:2507.01004) does so in blocks that follow each other. States are fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .ops import api
+
+LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
+EXCHANGES = ("auto", "all-gather", "ring", "pipelined")
+GATHERED_RANKS = 16  # with more, all-gather sends more than it saves in latency
+BLOCKS = 4  # of the pipelined exchange, along K
+
+
+def lightning_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
+    group: dist.ProcessGroup,
+    layout: str = "zigzag",
+    exchange: str = "auto",
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``lightning_megatron.ops.lightning_attn`` of a sequence whose tokens are spread over the ranks of ``group``.
+
+    Args:
+        q, k, v, log_decay, scale, backend: as of ``lightning_megatron.ops.lightning_attn``; tokens are this rank's.
+        group: the P ranks, each calling with the same arguments but for the tokens. Size 1 is the operator itself.
+        layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P; chunks may differ in length.
+            ``"zigzag"``: the sequence is cut into 2P equal chunks, and rank r holds chunk r and then chunk 2P-1-r, which is
+            how Megatron balances causal softmax attention. ``"zigzag-documents"``: every document by itself is cut so (its
+            length is a multiple of 2P), as by TransformerEngine's ``thd_get_partitioned_indices``.
+        exchange: ``"all-gather"``, ``"ring"``, ``"pipelined"``, or ``"auto"``: all-gather up to 16 ranks, pipelined beyond.
+        initial_state: as of the operator, of the whole sequence (or of whole documents) and the same on all ranks.
+        output_final_state: also return the final state of the whole sequence (of every whole document), on all ranks. Its
+            gradient must then be the same on all ranks, and that of initial_state is.
+        cu_seqlens: bounds of the documents in the whole sequence, the same on all ranks; may cross chunks anywhere.
+
+    Returns:
+        ``(o, final_state)``: o of this rank's tokens.
+
+    Raises:
+        ValueError: what the operator raises, an unknown layout or exchange, tokens that cannot be this layout, or, on every
+            rank, ranks whose arguments differ where they must not.
+    """
+    for name, value, known in (("layout", layout, LAYOUTS), ("exchange", exchange, EXCHANGES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    if layout == "zigzag-documents" and cu_seqlens is None:
+        raise ValueError("layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'")
+    if group.size() == 1:
+        return api.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
+    api.check_shapes(q, k, v, log_decay, **options)
+    tokens = _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial_state is not None, output_final_state)
+    api.check_values(log_decay, cu_seqlens, sum(tokens))
+    if layout == "zigzag-documents":
+        _check_documents(cu_seqlens, 2 * group.size())
+    if exchange == "auto":
+        exchange = "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    plan = _Plan(group, layout, exchange, tuple(tokens), scale, output_final_state, api.choose_implementation(backend, q))
+    return _ContextParallel.apply(plan, q, k, v, log_decay.detach().contiguous(), initial_state, cu_seqlens)
+
+
+_HEADER = ("B", "tokens per rank", "H", "Hkv", "K", "V", "layout", "exchange", "documents", "initial_state", "final state")
+_agreed: dict[tuple, list[int]] = {}
+
+
+def _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial: bool, final: bool) -> list[int]:
+    """Tokens of every rank, once all ranks have said that they agree on the rest.
+
+    Asked anew whenever this rank's arguments change. Should they change on one rank alone, that rank waits here and the others
+    in the exchange until the group's timeout.
+    """
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    mine = (q.shape[0], *q.shape[1:3], k.shape[2], k.shape[3], v.shape[3], LAYOUTS.index(layout), EXCHANGES.index(exchange))
+    mine += (documents, int(initial), int(final))
+    key = (group.group_name, q.dtype, q.device, mine)
+    if key in _agreed:
+        return _agreed[key]
+    header = torch.tensor([*mine, _DTYPES.index(q.dtype)], device=q.device)
+    headers = [torch.empty_like(header) for _ in range(group.size())]
+    dist.all_gather(headers, header, group=group)
+    rows = torch.stack(headers).tolist()
+    wrong = [
+        f"{name} {[row[i] for row in rows]}"
+        for i, name in enumerate((*_HEADER, "dtype"))
+        if len({row[i] for row in rows}) > 1 and not (name == "tokens per rank" and layout == "contiguous")
+    ]
+    if wrong:
+        raise ValueError(f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}")
+    tokens = [row[1] for row in rows]
+    if layout != "contiguous" and tokens[0] % 2:
+        raise ValueError(f"layout={layout!r} gives every rank two chunks of equal length, but a rank has {tokens[0]} tokens")
+    _agreed[key] = tokens
+    return tokens
+
+
+def _check_documents(cu_seqlens: torch.Tensor, chunks: int) -> None:
+    if getattr(cu_seqlens, "_lightning_chunks", None) == (cu_seqlens._version, chunks):
+        return
+    lengths = cu_seqlens.diff().tolist()
+    for n, length in enumerate(lengths):
+        if length % chunks:
+            raise ValueError(
+                f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has {length} tokens; "
+                f"pad documents to a multiple of {chunks}"
+            )
+    cu_seqlens._lightning_chunks = cu_seqlens._version, chunks
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the ranks have agreed on."""
+
+    group: dist.ProcessGroup
+    layout: str
+    exchange: str
+    tokens: tuple[int, ...]  # of each rank
+    scale: float
+    need_final: bool
+    implementation: object
+
+    @property
+    def chunks(self) -> list[tuple[int, ...]]:
+        """Of each rank, its chunks in the order of its tokens."""
+        P = self.group.size()
+        return [(r,) if self.layout == "contiguous" else (r, 2 * P - 1 - r) for r in range(P)]
+
+    @property
+    def mine(self) -> tuple[int, ...]:
+        return self.chunks[self.group.rank()]
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where chunks begin and end in the whole sequence; not for documents that are cut one by one."""
+        lengths = self.tokens if self.layout == "contiguous" else [self.tokens[0] // 2] * (2 * len(self.tokens))
+        bounds = [0]
+        for n in lengths:
+            bounds.append(bounds[-1] + n)
+        return bounds
+
+
+class _ContextParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, q, k, v, log_decay, initial_state, cu_seqlens):
+        local = _local(plan, q, log_decay, cu_seqlens)
+        whole, start = (initial_state, None) if local.packed else (None, initial_state)
+        with torch.cuda.device_of(q):
+            args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
+            own = local.last(plan.implementation.final_states(*args[1:4], local.begin(None, whole), local.cu_seqlens))
+            entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)
+            o, final, saved, ctx.cut = plan.implementation.forward(
+                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed
+            )
+        ctx.plan, ctx.local = plan, local
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, entering, *saved)
+        ctx.set_materialize_grads(False)
+        if plan.need_final and local.packed:
+            end = _sum(local.documents_ending(final, initial_state), plan.group)
+        return o.reshape(*q.shape[:3], v.shape[3]), end if plan.need_final else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dfinal):
+        plan, local = ctx.plan, ctx.local
+        q, k, v, log_decay, initial_state, cu_seqlens, entering, *saved = ctx.saved_tensors
+        if do is None:  # only the final state was used, and on all ranks
+            do = q.new_zeros(*q.shape[:3], v.shape[3])
+        do = local.split(do if do.stride(-1) == 1 else do.contiguous())
+        args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
+        (whole, start), (whole_grad, start_grad) = (
+            (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
+        )
+        own = local.first(
+            plan.implementation.final_states(
+                args[0], do, log_decay, local.end(None, whole_grad), local.cu_seqlens, reverse=True, scale=plan.scale
+            )
+        )
+        leaving, dinitial = _exchange(
+            plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
+        )
+        dq, dk, dv, dbegin = plan.implementation.backward(
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, local.end(leaving, whole_grad)
+        )
+        if initial_state is not None and local.packed:
+            dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
+        dq, dk, dv = (dx.reshape(x.shape) for dx, x in zip((dq, dk, dv), (q, k, v), strict=True))
+        return None, dq, dk, dv, None, dinitial if initial_state is not None else None, None
+
+
+def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    dist.all_reduce(x, group=group)
+    return x
+
+
+# ---- the chunks of a rank --------------------------------------------------------------------------------------------
+
+
+class _Chain:
+    """How much of a state is left from one bound of the chunks to another: nothing where a document begins on the way.
+
+    R independent chains run over the same chunks: the rows of a batch, or documents that are cut one by one.
+    """
+
+    def __init__(self, log_decay: torch.Tensor, bounds: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> None:
+        """``bounds [N+1, R or 1]`` of the N chunks, in tokens."""
+        self.log_decay, self.bounds, self.cu_seqlens = log_decay, bounds.to(log_decay.dtype), cu_seqlens
+
+    def factors(self, begin: list[int], end: list[int]) -> torch.Tensor:
+        """``[pairs, R or 1, H, 1, 1]`` from bounds ``begin`` to bounds ``end``, which are not before them."""
+        a, b = self.bounds[begin], self.bounds[end]
+        factors = torch.exp((b - a)[..., None] * self.log_decay)
+        if self.cu_seqlens is not None:
+            begins = (self.cu_seqlens >= a[..., None]) & (self.cu_seqlens <= b[..., None])
+            factors = factors * ~begins.any(-1, keepdim=True)
+        return factors[..., None, None]
+
+
+class _Rows:
+    """Chunks of rows of a batch, or of documents that are cut one by one: R rows of ``count`` pieces on this rank."""
+
+    packed = False
+
+    def __init__(self, plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+        self.count, P = len(plan.mine), plan.group.size()
+        bounds = torch.tensor(plan.bounds, device=q.device)[:, None]
+        self.cu_seqlens = None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
+            bounds = torch.arange(2 * P + 1, device=q.device)[:, None] * lengths
+            ends = lengths.repeat_interleave(2).cumsum(0)
+            self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+        self.chain = _Chain(log_decay, bounds)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens ``[B, T, ...]`` as the operator takes them."""
+        return x if self.count == 1 or self.cu_seqlens is not None else x.unflatten(1, (self.count, -1)).flatten(0, 1)
+
+    def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
+        return None if states is None else states.transpose(0, 1).flatten(0, 1)
+
+    def last(self, states: torch.Tensor) -> torch.Tensor:
+        """States of pieces as ``[chunks, R, ...]``."""
+        return states.unflatten(0, (-1, self.count)).transpose(0, 1)
+
+    end, first = begin, last
+
+
+class _Packed:
+    """Chunks of a packed sequence: a piece is what a document has in a chunk, chunk by chunk all documents, most of them empty.
+
+    Only the document of a chunk's first token may have begun before, and only that of its last token goes on behind it.
+    """
+
+    packed = True
+
+    def __init__(self, plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        bounds = torch.tensor(plan.bounds, device=q.device)
+        chunks = torch.tensor(plan.mine, device=q.device)
+        cu_seqlens = cu_seqlens.long()
+        a, b = bounds[chunks, None], bounds[chunks + 1, None]
+        inside = torch.minimum(torch.maximum(cu_seqlens, a), b) - a  # [chunks, N + 1]
+        before = (b - a).cumsum(0) - (b - a)
+        self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
+        self.documents = cu_seqlens.numel() - 1
+        offset = torch.arange(len(plan.mine), device=q.device) * self.documents
+        self.firsts = torch.searchsorted(cu_seqlens, a[:, 0], right=True) - 1 + offset
+        self.lasts = torch.searchsorted(cu_seqlens, b[:, 0] - 1, right=True) - 1 + offset
+        filled = inside[:, 1:] > inside[:, :-1]
+        self.begins = (filled & (cu_seqlens[:-1] >= a))[..., None, None, None]
+        self.ends = (filled & (cu_seqlens[1:] <= b))[..., None, None, None]
+        self.empty = (cu_seqlens.diff() == 0)[:, None, None, None] & (plan.group.rank() == 0)  # rank 0 answers for them
+        self.chain = _Chain(log_decay, bounds[:, None], cu_seqlens)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        """What enters the chunks ``[chunks, 1, ...]``, and ``whole [N, ...]`` where documents begin, as states of pieces."""
+        return self._place(states, whole, self.firsts, self.begins)
+
+    def end(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        return self._place(states, whole, self.lasts, self.ends)
+
+    def _place(self, states, whole, pieces, places):
+        if states is None and whole is None:
+            return None
+        found = None if whole is None else torch.where(places, whole, 0.0).flatten(0, 1)
+        if states is None:
+            return found
+        if found is None:
+            found = states.new_zeros(self.begins.shape[0] * self.documents, *states.shape[2:])
+        return found.index_add(0, pieces, states[:, 0])
+
+    def first(self, states: torch.Tensor) -> torch.Tensor:
+        return states[self.firsts][:, None]
+
+    def last(self, states: torch.Tensor) -> torch.Tensor:
+        return states[self.lasts][:, None]
+
+    def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
+        """States of pieces for the documents ``[N, ...]`` that begin on this rank, 0 for the others."""
+        return self._documents(states, of_empty, self.begins)
+
+    def documents_ending(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
+        return self._documents(states, of_empty, self.ends)
+
+    def _documents(self, states, of_empty, places):
+        found = torch.where(places, states.unflatten(0, (-1, self.documents)), 0.0).sum(0)
+        return found if of_empty is None else torch.where(self.empty, of_empty, found)
+
+
+def _local(plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Packed:
+    if cu_seqlens is None or plan.layout == "zigzag-documents":
+        return _Rows(plan, q, log_decay, cu_seqlens)
+    return _Packed(plan, q, log_decay, cu_seqlens)
+
+
+# ---- exchanges -------------------------------------------------------------------------------------------------------
+
+
+def _exchange(
+    plan: _Plan, own: torch.Tensor, chain: _Chain, start: torch.Tensor | None, need_end: bool, reverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Turn what chunks add to the state into the state that enters them.
+
+    Args:
+        own: ``[chunks of this rank, R, H, K, V]``.
+        start: ``[R, H, K, V]``, what enters the first chunk; None for zeros.
+        need_end: whether to return what leaves the last chunk, on all ranks.
+        reverse: states go from the last chunk to the first.
+
+    Returns:
+        What enters this rank's chunks, shaped as own, and what leaves the last chunk ``[R, H, K, V]``.
+    """
+    scan = _gather if plan.exchange == "all-gather" else _pass_on
+    return scan(plan, own.contiguous(), chain, start, need_end, reverse)
+
+
+def _gather(plan, own, chain, start, need_end, reverse):
+    """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
+    gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own, group=plan.group)
+    gathered = gathered.unflatten(0, (-1, own.shape[0]))
+    N = len(plan.bounds) - 1
+    rows = {c: (r, i) for r, chunks in enumerate(plan.chunks) for i, c in enumerate(chunks)}
+
+    def enters(place: int) -> torch.Tensor:
+        """What stands at bound ``place``."""
+        found = torch.zeros_like(own[0])
+        for c in range(place, N) if reverse else range(place):
+            factor = chain.factors([place], [c])[0] if reverse else chain.factors([c + 1], [place])[0]
+            found = found + factor * gathered[rows[c]]
+        if start is not None:
+            found = found + (chain.factors([place], [N])[0] if reverse else chain.factors([0], [place])[0]) * start
+        return found
+
+    entering = torch.stack([enters(c + 1 if reverse else c) for c in plan.mine])
+    return entering, enters(0 if reverse else N) if need_end else None
+
+
+def _pass_on(plan, own, chain, start, need_end, reverse):
+    """The state goes from chunk to chunk (LASP), in blocks along K that follow each other (ZeCO) if the exchange is pipelined."""
+    group, rank = plan.group, plan.group.rank()
+    N = len(plan.bounds) - 1
+    owner = {c: r for r, chunks in enumerate(plan.chunks) for c in chunks}
+    order = range(N - 1, -1, -1) if reverse else range(N)
+    blocks = BLOCKS if plan.exchange == "pipelined" else 1
+    entering, sent, leaves = torch.empty_like(own), [], []
+    state_blocks = [None] * blocks
+    parts = [list(x.chunk(blocks, dim=2)) for x in own]
+    zeros = torch.zeros_like(own[0]) if start is None else start
+    for step, c in enumerate(order):
+        if owner[c] != rank:
+            continue
+        i = plan.mine.index(c)
+        a, b = c, c + 1
+        through = chain.factors([a], [b])[0]
+        edge = [a] if reverse else [b]
+        on = chain.factors(edge, edge)[0]  # 0 where a document begins at the bound
+        before = owner[order[step - 1]] if step else None
+        after = owner[order[step + 1]] if step + 1 < N else None
+        for j, part in enumerate(parts[i]):
+            if before is None:
+                state = zeros.chunk(blocks, dim=2)[j]
+            elif before == rank:
+                state = state_blocks[j]
+            else:
+                state = torch.empty_like(part)
+                dist.recv(state, group=group, group_src=before)
+            entering[i].chunk(blocks, dim=2)[j].copy_(state)
+            state = (on * part + through * state).contiguous()
+            state_blocks[j] = state
+            if after is not None and after != rank:
+                sent.append((dist.isend(state, group=group, group_dst=after), state))
+        if after is None:
+            leaves = list(state_blocks)
+    for work, _ in sent:
+        work.wait()
+    if not need_end:
+        return entering, None
+    end = torch.cat(leaves, dim=2) if leaves else torch.empty_like(own[0])
+    dist.broadcast(end, group=group, group_src=owner[order[-1]])
+    return entering, end
