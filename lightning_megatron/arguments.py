@@ -58,7 +58,7 @@ _REFUSED = {
     "hybrid_layer_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
     "hybrid_override_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
     "heterogeneous_layers_config_path": "all its layers are softmax layers: leave it out",
-    "hybrid_context_parallel": "context parallelism is not supported yet: leave it out",
+    "hybrid_context_parallel": "its scheduler of samples is not wired here: leave it out (layers take its groups)",
     "fim_data": f"it is not supported here: run {_UPSTREAM}",
     "logits_load_dir": f"it is not supported here: run {_UPSTREAM}",
     "perform_rl_step": "this entry point only pretrains and fine-tunes: leave it out",
@@ -153,11 +153,6 @@ def refuse(args: Namespace) -> None:
         if value not in (None, False):
             shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
             raise ValueError(f"{_flag(attribute)}{shown} is refused: {remedy}")
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            f"--context-parallel-size {args.context_parallel_size} is not supported yet: use 1, and "
-            "--tensor-model-parallel-size with --sequence-parallel for longer sequences"
-        )
     packed = "sft" if args.sft else "dataloader_inter_document_masking"
     if getattr(args, packed) and args.pipeline_model_parallel_size > 1:
         # Packing makes one sample of a microbatch, but Megatron's pipeline expects the unpacked shape to arrive.

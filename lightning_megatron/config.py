@@ -11,6 +11,8 @@ FEATURE_MAPS = ("silu", "silu-qkv", "none")
 NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
 BACKENDS = ("auto", "triton", "torch")
+CP_LAYOUTS = ("auto", "zigzag", "zigzag-documents", "contiguous")
+CP_EXCHANGES = ("auto", "all-gather", "ring", "pipelined")
 
 # Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
 _MEGATRON_LINEAR_DEFAULTS = {
@@ -55,6 +57,14 @@ class LightningOptions:
     gate: str = _option("sigmoid", "output gate: sigmoid(g) * o, g * o (linear), or none", GATES)
     backend: str = _option(
         "auto", "implementation of the operator and around it; auto is triton on a GPU, torch elsewhere", BACKENDS
+    )
+    cp_exchange: str = _option(
+        "auto", "how context-parallel ranks pass states: auto is all-gather up to 16 ranks, pipelined beyond", CP_EXCHANGES
+    )
+    cp_layout: str = _option(
+        "auto",
+        "which tokens a context-parallel rank holds: auto is Megatron's, zigzag-documents with --sft and zigzag otherwise",
+        CP_LAYOUTS,
     )
 
     def __post_init__(self) -> None:

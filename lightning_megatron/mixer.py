@@ -21,7 +21,8 @@ from megatron.core.transformer.utils import (
 from .config import LightningOptions, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
-from .ops import lightning_attn, norm_gate, split_heads
+from .ops import norm_gate, split_heads
+from .parallel import lightning_attn, token_places
 
 
 @dataclass
@@ -49,7 +50,7 @@ class LightningAttention(MegatronModule):
         pg_collection: process groups; tp and cp are used.
 
     Raises:
-        ValueError: sizes that do not divide, context parallelism, or arguments that a lightning layer cannot honour.
+        ValueError: sizes that do not divide, or arguments that a lightning layer cannot honour.
     """
 
     def __init__(
@@ -72,7 +73,6 @@ class LightningAttention(MegatronModule):
         self.layer_number = layer_number
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = self.pg_collection.tp
-        refuse_context_parallel(self.pg_collection.cp.size())
         tp = self.tp_group.size()
         self.shape = shape = resolve_shape(config, options, tp)
         self.scale = shape.key_dim**-0.5 if options.scale is None else options.scale
@@ -154,6 +154,7 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
+        group, layout = self._context_parallel(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
 
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
@@ -164,11 +165,14 @@ class LightningAttention(MegatronModule):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if options.rope:
-            q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context)
+            q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context, group, layout)
 
         o, state = lightning_attn(
             *(x.transpose(0, 1) for x in (q, k, v)),
             self.log_decay,
+            group=group,
+            layout=layout,
+            exchange=options.cp_exchange,
             scale=self.scale,
             initial_state=state,
             output_final_state=caching,
@@ -186,11 +190,27 @@ class LightningAttention(MegatronModule):
             return None
         if packed.qkv_format != "thd":
             raise ValueError(f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'")
-        if packed.cp_group is not None:
-            refuse_context_parallel(packed.cp_group.size())
         return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
-    def _rotate(self, q, k, rotary_pos_emb, cu_seqlens, inference_context) -> tuple[torch.Tensor, torch.Tensor]:
+    def _context_parallel(self, packed: PackedSeqParams | None) -> tuple[torch.distributed.ProcessGroup | None, str]:
+        """The ranks that share the sequence, and which tokens each has; batches of dynamic size bring their own group."""
+        if packed is not None and packed.local_cp_size is not None:
+            if packed.local_cp_size > 1 and (packed.cp_group is None or packed.cp_group.size() != packed.local_cp_size):
+                size = None if packed.cp_group is None else packed.cp_group.size()
+                raise ValueError(
+                    f"packed_seq_params.local_cp_size is {packed.local_cp_size}, but packed_seq_params.cp_group has size {size}; "
+                    "give the group of the ranks that share this batch"
+                )
+            return packed.cp_group if packed.local_cp_size > 1 else None, "zigzag"
+        group = self.pg_collection.cp if packed is None or packed.cp_group is None else packed.cp_group
+        layout = "zigzag" if self.options.cp_layout == "auto" else self.options.cp_layout
+        if layout == "zigzag-documents" and packed is None:
+            layout = "zigzag"
+        return group, layout
+
+    def _rotate(
+        self, q, k, rotary_pos_emb, cu_seqlens, inference_context, group, layout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it."""
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             return q, k
@@ -206,9 +226,16 @@ class LightningAttention(MegatronModule):
             start = inference_context.sequence_len_offset
             freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
         packed = cu_seqlens is not None
+        if packed and group is not None and group.size() > 1:
+            # Megatron's packed rope takes documents for cut one by one: here every token gets its own angle
+            places = token_places(q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens)
+            if freqs[0].shape[0] != q.shape[0] * group.size():  # else angles are those of places in the whole sequence
+                bounds = cu_seqlens.long()
+                places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
+            freqs, packed = tuple(f[places] for f in freqs), False
         common = dict(
             config=self.config,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=cu_seqlens if packed else None,
             mscale=_yarn_get_concentration_factor_from_config(self.config),  # 1 without YaRN
             cp_group=self.pg_collection.cp,
         )
@@ -222,6 +249,11 @@ class LightningAttention(MegatronModule):
         """The state after the tokens seen so far: fp32 ``[b, H, K, V]``, whatever their number."""
         if context is None:
             return None
+        if self.pg_collection.cp.size() > 1:
+            raise ValueError(
+                f"lightning layers do not generate with context-parallel size {self.pg_collection.cp.size()}; load the checkpoint "
+                "with --context-parallel-size 1"
+            )
         if not context.is_static_batching() or packed is not None or context.batch_size_offset:
             raise ValueError(
                 "lightning layers generate with Megatron's StaticInferenceContext, one batch at a time from its first row; "
@@ -261,15 +293,6 @@ class LightningAttention(MegatronModule):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         set_save_original_input(self.linear_qkv)
-
-
-def refuse_context_parallel(size: int) -> None:
-    """Raises ValueError: wrong numbers would be the alternative."""
-    if size > 1:
-        raise ValueError(
-            f"context-parallel size {size} is not supported by lightning layers yet; use --context-parallel-size 1 (tensor, "
-            "sequence, pipeline and data parallelism are supported)"
-        )
 
 
 def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:

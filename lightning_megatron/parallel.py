@@ -34,7 +34,7 @@ def lightning_attn(
     v: torch.Tensor,
     log_decay: torch.Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     layout: str = "zigzag",
     exchange: str = "auto",
     scale: float | None = None,
@@ -47,7 +47,8 @@ def lightning_attn(
 
     Args:
         q, k, v, log_decay, scale, backend: as of ``lightning_megatron.ops.lightning_attn``; tokens are this rank's.
-        group: the P ranks, each calling with the same arguments but for the tokens. Size 1 is the operator itself.
+        group: the P ranks, each calling with the same arguments but for the tokens. Size 1, or
+            None, is the operator itself.
         layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P; chunks may differ in length.
             ``"zigzag"``: the sequence is cut into 2P equal chunks, and rank r holds chunk r and then chunk 2P-1-r, which is
             how Megatron balances causal softmax attention. ``"zigzag-documents"``: every document by itself is cut so (its
@@ -71,7 +72,7 @@ def lightning_attn(
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if layout == "zigzag-documents" and cu_seqlens is None:
         raise ValueError("layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'")
-    if group.size() == 1:
+    if group is None or group.size() == 1:
         return api.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
     api.check_shapes(q, k, v, log_decay, **options)
     tokens = _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial_state is not None, output_final_state)
@@ -86,7 +87,31 @@ def lightning_attn(
     return _ContextParallel.apply(plan, q, k, v, log_decay.detach().contiguous(), initial_state, cu_seqlens)
 
 
-_HEADER = ("B", "tokens per rank", "H", "Hkv", "K", "V", "layout", "exchange", "documents", "initial_state", "final state")
+def token_places(
+    tokens: int, *, group: dist.ProcessGroup, layout: str = "zigzag", cu_seqlens: torch.Tensor | None = None, device=None
+) -> torch.Tensor:
+    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of ``lightning_attn``.
+
+    contiguous: all ranks have as many tokens.
+    """
+    P, r = group.size(), group.rank()
+    device = device if cu_seqlens is None else cu_seqlens.device
+    i = torch.arange(tokens, device=device)
+    if layout == "contiguous":
+        return i + r * tokens
+    if layout == "zigzag":
+        half = tokens // 2
+        return torch.where(i < half, i + r * half, i - half + (2 * P - 1 - r) * half)
+    starts = cu_seqlens.long() // P  # of the documents on this rank
+    document = torch.searchsorted(starts, i, right=True) - 1
+    half = (starts.diff() // 2)[document]
+    offset = i - starts[document]
+    offset = torch.where(offset < half, offset + r * half, offset - half + (2 * P - 1 - r) * half)
+    return cu_seqlens.long()[document] + offset
+
+
+_HEADER = ("B", "tokens per rank", "H", "Hkv", "K", "V", "layout", "exchange", "documents", "initial_state", "final state", "dtype")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _agreed: dict[tuple, list[int]] = {}
 
 
@@ -98,17 +123,18 @@ def _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial: bool
     """
     documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     mine = (q.shape[0], *q.shape[1:3], k.shape[2], k.shape[3], v.shape[3], LAYOUTS.index(layout), EXCHANGES.index(exchange))
-    mine += (documents, int(initial), int(final))
-    key = (group.group_name, q.dtype, q.device, mine)
+    mine += (documents, int(initial), int(final), _DTYPES.index(q.dtype))
+    key = (group.group_name, q.device, mine)
     if key in _agreed:
         return _agreed[key]
-    header = torch.tensor([*mine, _DTYPES.index(q.dtype)], device=q.device)
+    header = torch.tensor(mine, device=q.device)
     headers = [torch.empty_like(header) for _ in range(group.size())]
     dist.all_gather(headers, header, group=group)
     rows = torch.stack(headers).tolist()
+    names = {"layout": LAYOUTS, "exchange": EXCHANGES, "dtype": _DTYPES}
     wrong = [
-        f"{name} {[row[i] for row in rows]}"
-        for i, name in enumerate((*_HEADER, "dtype"))
+        f"{name} {[names[name][row[i]] if name in names else row[i] for row in rows]}"
+        for i, name in enumerate(_HEADER)
         if len({row[i] for row in rows}) > 1 and not (name == "tokens per rank" and layout == "contiguous")
     ]
     if wrong:
@@ -131,9 +157,6 @@ def _check_documents(cu_seqlens: torch.Tensor, chunks: int) -> None:
                 f"pad documents to a multiple of {chunks}"
             )
     cu_seqlens._lightning_chunks = cu_seqlens._version, chunks
-
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)

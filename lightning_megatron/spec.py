@@ -30,7 +30,7 @@ try:
     from . import __version__
     from .config import LightningOptions, lightning_pattern, resolve_shape
     from .decay import log_decay
-    from .mixer import LightningAttention, LightningAttentionSubmodules, refuse_context_parallel
+    from .mixer import LightningAttention, LightningAttentionSubmodules
     from .norm import TorchNorm
     from .softmax import SDPACoreAttention
 except ImportError as error:
@@ -75,7 +75,7 @@ def get_hybrid_layer_specs(config, options: LightningOptions | None = None) -> l
     Raises:
         ValueError: a config that lightning layers cannot honour.
     """
-    options = options or LightningOptions()
+    options = _with_layout(options or LightningOptions())
     _refuse(config)
     base_specs = get_gpt_decoder_layer_specs(
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
@@ -171,8 +171,19 @@ def layer_norm(config) -> type:
     return TorchNorm
 
 
+def _with_layout(options: LightningOptions) -> LightningOptions:
+    """Say how documents are cut over context-parallel ranks, where Megatron's training loop runs."""
+    if options.cp_layout == "auto" and getattr(_training_args(), "sft", False):
+        return dataclasses.replace(options, cp_layout="zigzag-documents")
+    return options
+
+
+def _training_args():
+    """Megatron's parsed flags, or None outside of its training loop."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+
+
 def _refuse(config) -> None:
-    refuse_context_parallel(config.context_parallel_size)
     if config.transformer_impl not in ("local", "transformer_engine"):
         raise ValueError(
             f"--transformer-impl {config.transformer_impl} is not supported by lightning specs; use local or transformer_engine"
@@ -248,8 +259,7 @@ def _half_life(value: torch.Tensor) -> str:
 
 def _announce(config, options: LightningOptions) -> None:
     """Print the layer map once a model, on rank 0; where Megatron's training loop runs, look at its flags too."""
-    training = sys.modules.get("megatron.training.global_vars")
-    args = getattr(training, "_GLOBAL_ARGS", None)
+    args = _training_args()
     if args is not None:
         _check_training(args, options)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

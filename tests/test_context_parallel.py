@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import re
+import time
 
 import pytest
 import torch
@@ -119,3 +122,178 @@ def test_equals_one_rank(rng, world, layout, packed, exchange):
     seeds = torch.randint(2**31, (12,), generator=rng).tolist()
     ranks = spawn(check_many, world, layout, exchange, seeds, packed)
     assert len(ranks) == world and all(len(errors) == len(seeds) for errors in ranks)
+
+
+@pytest.mark.parametrize("world, layout, packed", [case for case in CASES if case[0] == 2])
+def test_triton_equals_one_rank(rng, world, layout, packed):
+    """The kernels in Triton's interpreter, fp32."""
+    seeds = torch.randint(2**31, (2,), generator=rng).tolist()
+    spawn(check_many, world, layout, pick(rng, EXCHANGES), seeds, packed, "triton", torch.float32)
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+
+class Sent:
+    """Counts the elements that this rank sends, by what the collectives are made of (ring algorithm for the gather)."""
+
+    def __init__(self, monkeypatch, world: int) -> None:
+        self.elements, self.dtypes = 0, set()
+
+        def count(name: str, tensor: int, copies: int) -> None:
+            function = getattr(dist, name)
+
+            def counted(*args, **kwargs):
+                self.elements += args[tensor].numel() * copies
+                self.dtypes.add(args[tensor].dtype)
+                return function(*args, **kwargs)
+
+            monkeypatch.setattr(dist, name, counted)
+
+        count("all_gather_into_tensor", 1, world - 1)
+        count("isend", 0, 1)
+        for name in ("all_reduce", "broadcast", "all_to_all_single", "send", "reduce_scatter_tensor"):
+            monkeypatch.setattr(dist, name, None)
+
+
+def count_sent(rank: int, world: int, layout: str, exchange: str, tokens: int) -> tuple[int, int]:
+    """Elements that one rank sends forward, and backward."""
+    H, K, V = 3, 16, 32
+    q, k, v = (torch.randn(1, tokens, H, d, dtype=torch.bfloat16, requires_grad=True) for d in (K, K, V))
+    with pytest.MonkeyPatch.context() as patch:
+        sent = Sent(patch, world)
+        o, _ = parallel.lightning_attn(
+            q, k, v, torch.full((H,), -0.1), group=dist.group.WORLD, layout=layout, exchange=exchange
+        )
+        forward = sent.elements
+        o.sum().backward()
+        assert sent.dtypes <= {torch.float32}, "states travel in fp32"
+        return forward, sent.elements - forward
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
+    """../shared formulas: (P-1) H K V a chunk and rank for the gather, H K V for a ring, where the last chunk sends nothing
+    and the turn of a zigzag stays on its rank."""
+    P, state = 4, 3 * 16 * 32
+    ranks = [spawn(count_sent, P, layout, exchange, tokens) for tokens in (8, 512)]
+    assert ranks[0] == ranks[1]
+    found = ranks[0]
+    chunks = 1 if layout == "contiguous" else 2
+    if exchange == "all-gather":
+        want = [(chunks * (P - 1) * state,) * 2] * P
+    elif layout == "contiguous":
+        want = [(state if r < P - 1 else 0, state if r > 0 else 0) for r in range(P)]
+    else:  # rank 0 begins and ends, rank P-1 turns
+        want = [(state if r in (0, P - 1) else 2 * state,) * 2 for r in range(P)]
+    assert found == want
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def raised(call) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def disagree(rank: int, world: int) -> list[str]:
+    def attend(tokens=8, H=2, K=16, layout="zigzag", exchange="all-gather", dtype=torch.float32, **options):
+        q = torch.zeros(1, tokens, H, K, dtype=dtype)
+        parallel.lightning_attn(
+            q, q, q, torch.zeros(H), group=dist.group.WORLD, layout=layout, exchange=exchange, **options
+        )
+
+    last = rank == world - 1
+    bounds = torch.tensor([0, 8, 12] if last else [0, 12], dtype=torch.int32)
+    calls = [
+        lambda: attend(tokens=10 if last else 8),
+        lambda: attend(H=4 if last else 2),
+        lambda: attend(layout="contiguous" if last else "zigzag"),
+        lambda: attend(exchange="ring" if last else "all-gather"),
+        lambda: attend(dtype=torch.bfloat16 if last else torch.float32),
+        lambda: attend(output_final_state=last),
+        lambda: attend(tokens=4, cu_seqlens=bounds),
+        lambda: attend(tokens=7),
+    ]
+    return [raised(call) for call in calls]
+
+
+def test_ranks_that_disagree_all_say_so():
+    ranks = spawn(disagree, 3)
+    assert ranks[0] == ranks[1] == ranks[2]
+    wanted = (
+        r"different arguments: tokens per rank \[8, 8, 10\]",
+        r"different arguments: H \[2, 2, 4\]; Hkv \[2, 2, 4\]",
+        r"different arguments: layout \['zigzag', 'zigzag', 'contiguous'\]",
+        r"different arguments: exchange \['all-gather', 'all-gather', 'ring'\]",
+        r"different arguments: dtype \[torch.float32, torch.float32, torch.bfloat16\]",
+        r"different arguments: final state \[0, 0, 1\]",
+        r"different arguments: documents \[1, 1, 2\]",
+        "two chunks of equal length, but a rank has 7 tokens",
+    )
+    for message, want in zip(ranks[0], wanted, strict=True):
+        assert re.search(want, message), message
+
+
+def wrong_arguments(rank: int, world: int) -> list[str]:
+    q, ld = torch.zeros(1, 8, 2, 16), torch.zeros(2)
+    group = dist.group.WORLD
+    attend = functools.partial(parallel.lightning_attn, q, q, q, ld, group=group)
+    return [
+        raised(lambda: attend(layout="striped")),
+        raised(lambda: attend(exchange="broadcast")),
+        raised(lambda: attend(layout="zigzag-documents")),
+        raised(lambda: attend(layout="zigzag-documents", cu_seqlens=torch.tensor([0, 6, 16]))),
+        raised(lambda: attend(cu_seqlens=torch.tensor([0, 8]))),
+        raised(lambda: attend(initial_state=torch.zeros(2, 2, 16, 16))),
+    ]
+
+
+def test_wrong_arguments():
+    ranks = spawn(wrong_arguments, 2)
+    wanted = (
+        "layout='striped' is unknown; choose one of contiguous, zigzag, zigzag-documents",
+        "exchange='broadcast' is unknown; choose one of auto, all-gather, ring, pipelined",
+        "needs cu_seqlens",
+        "document 0 has 6 tokens; pad documents to a multiple of 4",
+        "end at T = 16",
+        r"initial_state must be \[N,H,K,V\]",
+    )
+    for messages in ranks:
+        for message, want in zip(messages, wanted, strict=True):
+            assert re.search(want, message), message
+
+
+def absent(rank: int, world: int) -> str:
+    """The last rank never comes."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3))
+    if rank == world - 1:
+        time.sleep(6)
+        return "absent"
+    q = torch.zeros(1, 8, 2, 16)
+    try:
+        parallel.lightning_attn(q, q, q, torch.zeros(2), group=group)
+    except (RuntimeError, ValueError) as error:  # gloo: the wait is over
+        return str(error)
+    return "nothing"
+
+
+def test_a_missing_rank_ends_in_an_error():
+    ranks = spawn(absent, 3, timeout=60)
+    assert all("nothing" not in message for message in ranks) and ranks[2] == "absent", ranks
+
+
+def places(rank: int, world: int, layout: str, tokens: int, cu_seqlens) -> torch.Tensor:
+    return parallel.token_places(tokens, group=dist.group.WORLD, layout=layout, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("layout", RANKS)
+def test_token_places(layout):
+    cu_seqlens = torch.tensor([0, 12, 12, 36, 48], dtype=torch.int32) if layout == "zigzag-documents" else None
+    for rank, found in enumerate(spawn(places, 3, layout, 16, cu_seqlens)):
+        assert torch.equal(found, tokens_of(rank, 3, layout, [16] * 3, cu_seqlens))

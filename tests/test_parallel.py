@@ -49,6 +49,12 @@ LAYOUTS = {
     "pp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL"),
     "dp2": (2, "--use-distributed-optimizer"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp4-ring": (4, "--context-parallel-size 4 --lightning-cp-exchange ring"),
+    "tp2-cp2-sp": (
+        4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined"
+    ),
+    "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
     "recompute-full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
     "fused-loss": (1, "--cross-entropy-loss-fusion"),
@@ -61,7 +67,7 @@ LAYOUTS = {
 }
 CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
     *(("freq2", layout) for layout in ("tp2", "tp2-sp", "pp2-vp2")),
-    *(("all", layout) for layout in ("tp2-sp", "pp2-vp2")),
+    *(("all", layout) for layout in ("tp2-sp", "pp2-vp2", "cp2", "cp4-ring", "tp2-cp2-sp", "pp2-cp2")),
     *(("moe", layout) for layout in ("tp2-sp", "pp2")),
 ]
 

@@ -51,23 +51,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, tp_group, by_torch):
         shape, columns = logits.shape, logits.shape[-1]
-        logits, index = logits.reshape(-1, columns), targets.reshape(-1)
-        if tp_group is not None:
-            index = index - tp_group.rank() * columns  # among the columns of this rank, or outside
-        if by_torch:
-            top, total, hit = _sums(logits, index)
-        else:
-            from . import loss_kernels
-
-            with torch.cuda.device_of(logits):
-                top, total, hit = loss_kernels.sums(logits, index)
-        if tp_group is not None:
-            local = top.clone()
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=tp_group)
-            both = torch.stack((total * torch.exp(local - top), hit))
-            dist.all_reduce(both, group=tp_group)
-            total, hit = both
-        log_total = top + torch.log(total)
+        logits, index = logits.reshape(-1, columns), own_columns(targets.reshape(-1), columns, tp_group)
+        log_total, hit = over_ranks(*sums(logits, index, by_torch), tp_group)
         ctx.save_for_backward(logits, index, log_total)
         ctx.by_torch, ctx.shape = by_torch, shape
         return (log_total - hit).view(shape[:-1])
@@ -76,36 +61,65 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         logits, index, log_total = ctx.saved_tensors
-        dloss = dloss.reshape(-1)
-        if ctx.by_torch:
-            dlogits = _gradient(logits, index, log_total, dloss)
-        else:
-            from . import loss_kernels
-
-            dlogits = loss_kernels.gradient(logits, index, log_total, dloss)
+        dlogits = gradient(logits, index, log_total, dloss.reshape(-1), ctx.by_torch)
         return dlogits.view(ctx.shape), None, None, None
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def own_columns(targets: torch.Tensor, columns: int, tp_group) -> torch.Tensor:
+    """Targets as indices into the columns of this rank, or outside of them."""
+    return targets if tp_group is None else targets - tp_group.rank() * columns
+
+
+def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Tensor:
+    """[3, N], of every row of logits [N, C]: the largest, the sum of exp(logit - largest), and the logit at index, or 0."""
+    if by_torch:
+        return _sums(logits, index)
+    from . import loss_kernels
+
+    with torch.cuda.device_of(logits):
+        return loss_kernels.sums(logits, index)
+
+
+def over_ranks(top: torch.Tensor, total: torch.Tensor, hit: torch.Tensor, tp_group) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the sums of this rank's columns the logarithm of the sum of exp over all, and the logit at the target, or 0."""
+    if tp_group is not None:
+        local, top = top, top.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=tp_group)
+        both = torch.stack((total * torch.exp(local - top), hit))
+        dist.all_reduce(both, group=tp_group)
+        total, hit = both
+    return top + torch.log(total), hit
+
+
+def gradient(
+    logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor, by_torch: bool, *, reuse=False
+) -> torch.Tensor:
+    """(softmax - 1 at index) dloss, of rows; ``reuse`` lets it take the place of logits, which have to be contiguous."""
+    if by_torch:
+        return _gradient(logits, index, log_total, dloss)
+    from . import loss_kernels
+
+    return loss_kernels.gradient(logits, index, log_total, dloss, logits if reuse else None)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _mine(index: torch.Tensor, columns: int) -> torch.Tensor:
     return (index >= 0) & (index < columns)
 
 
-def _sums(logits: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of every row of logits [N, C]: the largest, the sum of exp(logit - largest), and the logit at index, or 0."""
-    x, columns = _wide(logits), logits.shape[-1]
+def _sums(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    x, columns = logits.to(wide(logits.dtype)), logits.shape[-1]
     top = x.amax(-1)
     total = torch.exp(x - top.clamp(min=torch.finfo(x.dtype).min)[:, None]).sum(-1)  # all of them -inf: 0
     hit = x.gather(1, index.clamp(0, columns - 1)[:, None]).squeeze(1)
-    return top, total, torch.where(_mine(index, columns), hit, 0.0)
+    return torch.stack((top, total, torch.where(_mine(index, columns), hit, 0.0)))
 
 
 def _gradient(logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
-    """(softmax - 1 at index) dloss."""
     columns = logits.shape[-1]
-    y = torch.exp(_wide(logits) - log_total[:, None])
+    y = torch.exp(logits.to(wide(logits.dtype)) - log_total[:, None])
     y.scatter_add_(1, index.clamp(0, columns - 1)[:, None], -_mine(index, columns).to(y.dtype)[:, None])
     return (y * dloss[:, None]).to(logits.dtype)

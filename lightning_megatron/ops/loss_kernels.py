@@ -40,7 +40,7 @@ def sums_kernel(x, index, out, x_st, rows, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def loss_grad_kernel(x, index, log_total, dloss, dx, x_st, columns, dloss_st, BLOCK: tl.constexpr):
-    """dx = (exp(x - log_total) - 1 at index) dloss, one block of one row; dx contiguous."""
+    """dx = (exp(x - log_total) - 1 at index) dloss, one block of one row; dx contiguous, may be x."""
     blocks = tl.cdiv(columns, BLOCK)
     i, start = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
     o_c = start + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def sums(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[3, N] fp32, as of ``loss._sums``."""
+    """[3, N] fp32, as of ``loss.sums``."""
     rows, columns = logits.shape
     out = torch.empty(3, rows, device=logits.device, dtype=torch.float32)
     if rows:
@@ -68,10 +68,12 @@ def sums(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gradient(logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
-    """As ``loss._gradient``."""
+def gradient(
+    logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``loss.gradient``; ``out`` is contiguous, and may be logits: every program reads what it writes, before it does."""
     rows, columns = logits.shape
-    dlogits = torch.empty(rows, columns, device=logits.device, dtype=logits.dtype)
+    dlogits = torch.empty(rows, columns, device=logits.device, dtype=logits.dtype) if out is None else out
     if rows:
         x, BC = _rows(logits), _block(columns)
         launch(

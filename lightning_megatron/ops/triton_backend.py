@@ -188,6 +188,24 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     )  # fmt: skip
 
 
+def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
+    """See ``torch_backend.final_states``."""
+    B, T, _, K = k.shape
+    V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
+    N = cu_seqlens.numel() - 1 if packed else B
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    final = _leaving_state(initial_state, (N, H, K, V), packed or T == 0, k.device)
+    if T == 0 or B == 0:
+        return final
+    programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))
+    plan = _plan(T, programs, programs)
+    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, reverse=reverse, scale=scale)
+    own = _own_states(k, v, log_decay, edge=initial_state, **cut)
+    q = k[:, :, :1].expand(B, T, H, K)
+    _walk(q, k, v, _tokens_like(k, H, V, v.dtype), log_decay, own, edge_in=initial_state, edge_out=final, **cut)
+    return final
+
+
 def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal):
     """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last."""
     B, T, H, K = q.shape
