@@ -64,6 +64,15 @@ _REFUSED = {
     "perform_rl_step": "this entry point only pretrains and fine-tunes: leave it out",
 }
 
+# ... and those that use the output layer otherwise than --lightning-loss-chunk does.
+_REFUSED_WITH_LOSS_CHUNK = {
+    "mtp_num_layers": "its layers take the logits of all tokens: leave out one of the two",
+    "fp8_output_proj": "chunks are multiplied in the dtype of the parameters: leave out one of the two",
+    "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
+    "use_megatron_fsdp": "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer",
+    "use_torch_fsdp2": "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer",
+}
+
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Megatron's ``extra_args_provider``: add the lightning group and set our defaults.
@@ -88,6 +97,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for attribute, on, flag, against, module in _KERNELS:
         text = f"opposite of {against}, which is the default unless {module} imports"
         group.add_argument(flag, dest=attribute, action="store_const", const=on, help=text)
+    # dest has no prefix: chunks make no other model, and a checkpoint goes on with any (patches/checkpoint_args.py)
+    group.add_argument(
+        "--lightning-loss-chunk",
+        dest="loss_chunk",
+        type=int,
+        metavar="N",
+        help="compute output layer and loss for N tokens at a time, and again in the backward, so that the logits of all "
+        "tokens never exist; takes the place of --cross-entropy-loss-fusion; in the thousands it costs no speed but that "
+        "of the repeated product (default: all tokens at once)",
+    )
     group.add_argument(
         "--create-attention-mask-in-dataloader",
         action="store_true",
@@ -148,11 +167,19 @@ def refuse(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    for attribute, remedy in _REFUSED.items():
-        value = getattr(args, attribute, None)
-        if value not in (None, False):
-            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
-            raise ValueError(f"{_flag(attribute)}{shown} is refused: {remedy}")
+    _refuse_any(args, _REFUSED, "is refused")
+    if args.loss_chunk is not None:
+        if args.loss_chunk < 1:
+            raise ValueError(
+                f"--lightning-loss-chunk {args.loss_chunk} must be 1 token or more: use some thousand, or leave it out"
+            )
+        _refuse_any(args, _REFUSED_WITH_LOSS_CHUNK, f"is refused with --lightning-loss-chunk {args.loss_chunk}")
+        if getattr(args, "gtp_weight_remat_size", 1) > 1:  # known once Megatron has validated the arguments
+            raise ValueError(
+                f"--tensor-parallel-num-weight-shards {args.tensor_parallel_num_weight_shards} is refused with "
+                f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
+                f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
+            )
     packed = "sft" if args.sft else "dataloader_inter_document_masking"
     if getattr(args, packed) and args.pipeline_model_parallel_size > 1:
         # Packing makes one sample of a microbatch, but Megatron's pipeline expects the unpacked shape to arrive.
@@ -166,6 +193,14 @@ def refuse(args: Namespace) -> None:
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
     _refuse_missing_kernels(args)
     _refuse_missing_files(args)
+
+
+def _refuse_any(args: Namespace, table: dict[str, str], refused: str) -> None:
+    for attribute, remedy in table.items():
+        value = getattr(args, attribute, None)
+        if value not in (None, False):
+            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
+            raise ValueError(f"{_flag(attribute)}{shown} {refused}: {remedy}")
 
 
 def _refuse_missing_kernels(args: Namespace) -> None:

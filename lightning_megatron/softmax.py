@@ -1,25 +1,39 @@
 """Core attention of the softmax layers of a hybrid on torch's scaled_dot_product_attention.
 
 Megatron's own (core/transformer/dot_product_attention.py) materialises the T x T scores and refuses packed documents.
+
+Over context-parallel ranks every rank gathers the keys and values of all, in their own heads only, and attends with its queries
+to the tokens before them: what is computed is the same numbers as on one rank, whatever --cp-comm-type says.
 """
 
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch.nn.attention.bias import causal_lower_right
 
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 
     Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist.
+
+    Args:
+        pg_collection: process groups; cp is used, and where a batch brings packed_seq_params.cp_group, that instead. Of P ranks,
+            rank r holds chunks r and 2P-1-r of the 2P equal chunks of the sequence, packed or not.
+        documents_cut: packed documents are cut into such chunks one by one (their lengths are multiples of 2P), as Megatron does
+            with --sft through TransformerEngine, and not the packed sequence as a whole, as it does with
+            --dataloader-inter-document-masking. PackedSeqParams does not say which; the attribute may be set later. Batches
+            with packed_seq_params.local_cp_size are cut as a whole, as Megatron always does.
     """
 
     def __init__(
@@ -32,11 +46,11 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
+        documents_cut: bool = False,
     ):
         super().__init__(config=config)
-        del attention_type, cp_comm_type, pg_collection  # self-attention on the ranks' own heads; CP is refused below
+        del attention_type, cp_comm_type  # self-attention on the ranks' own heads; there is one way to communicate
         for value, flag, remedy in (
-            (config.context_parallel_size > 1, f"--context-parallel-size {config.context_parallel_size}", "use 1"),
             (
                 is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number),
                 f"--window-size {config.window_size}",
@@ -50,6 +64,13 @@ class SDPACoreAttention(MegatronModule):
                     f"{flag} is not supported by the softmax layers on torch's SDPA; {remedy}, or install "
                     "TransformerEngine and pass --transformer-impl transformer_engine"
                 )
+        self.cp_group = getattr(pg_collection, "cp", None)
+        if config.context_parallel_size > 1 and self.cp_group is None:
+            raise ValueError(
+                f"context_parallel_size is {config.context_parallel_size}, but pg_collection has no cp; give the process groups "
+                "of this rank, as ProcessGroupCollection.use_mpu_process_groups() returns them"
+            )
+        self.documents_cut = documents_cut
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -67,6 +88,7 @@ class SDPACoreAttention(MegatronModule):
         """query ``[sq, b, heads, d]``, key and value ``[sk, b, groups, d]`` -> ``[sq, b, heads * d]``.
 
         Packed (thd): ``[t, heads, d]`` -> ``[t, heads * d]``. ``attention_mask`` is True where attention is forbidden.
+        Tokens are this rank's; cu_seqlens_q in packed_seq_params are bounds in the whole packed sequence.
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by the softmax layers on torch's SDPA; use TransformerEngine")
@@ -75,9 +97,18 @@ class SDPACoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's attention)
         own_rng = dropout > 0 and not self.config.sequence_parallel
+        group = self._group(packed_seq_params)
         with get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
+            if group is not None and group.size() > 1:
+                if query.dim() == 4 and not causal:
+                    raise ValueError(
+                        f"attention with mask type {mask_type.name} is not supported over {group.size()} context-parallel ranks, "
+                        "only causal; use --context-parallel-size 1, which generation needs too"
+                    )
+                return self._context_parallel(query, key, value, packed_seq_params, group, dropout).flatten(-2)
             if packed_seq_params is not None:
-                return self._packed(query, key, value, packed_seq_params, dropout).flatten(1)
+                bounds = _bounds(packed_seq_params)
+                return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(1)
             mask = None
             if not causal and mask_type != AttnMaskType.no_mask and attention_mask is not None:
                 mask = ~attention_mask
@@ -95,26 +126,148 @@ class SDPACoreAttention(MegatronModule):
             )  # fmt: skip
         return o.permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, q, k, v, packed: PackedSeqParams, dropout: float) -> torch.Tensor:
-        bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
+        """The ranks that share the sequence; batches of dynamic size bring their own."""
+        if packed is None or packed.cp_group is packed.local_cp_size is None:
+            return self.cp_group
+        size = 1 if packed.cp_group is None else packed.cp_group.size()
+        if packed.local_cp_size not in (None, size):
+            raise ValueError(
+                f"packed_seq_params.local_cp_size is {packed.local_cp_size}, but cp_group there is "
+                f"{'None' if packed.cp_group is None else f'of size {size}'}; give the group of the ranks that share this batch"
+            )
+        return packed.cp_group
+
+    def _packed(self, q, k, v, bounds_q, bounds_k, longest: int | None, dropout: float) -> torch.Tensor:
+        """The last query of each document stands at its last key: ``[t, heads, d]``, and keys of other bounds if chunks."""
         if q.is_cuda and dropout == 0 and q.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
 
             group = q.shape[1] // k.shape[1]
             if group > 1:  # varlen_attn documents equal head counts only
                 k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-            bounds = bounds.to(torch.int32)
-            longest = int(packed.max_seqlen_q) if packed.max_seqlen_q is not None else q.shape[0]
+            longest_q, longest_k = (int(longest) if longest is not None else x.shape[0] for x in (q, k))
             return varlen_attn(
-                q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest,
-                scale=self.softmax_scale, window_size=(-1, 0),
+                q.contiguous(), k.contiguous(), v.contiguous(), bounds_q.to(torch.int32), bounds_k.to(torch.int32),
+                longest_q, longest_k, scale=self.softmax_scale, window_size=(-1, 0),
             )  # fmt: skip
+        q, k, v = (x[:, None] for x in (q, k, v))
+        return self._one_by_one(q, k, v, bounds_q.tolist(), bounds_k.tolist(), dropout)[:, 0]
+
+    def _one_by_one(self, q, k, v, ends_q: list[int], ends_k: list[int], dropout: float) -> torch.Tensor:
+        """As ``_packed``, of ``[t, b, heads, d]``."""
         outputs = []
-        ends = bounds.tolist()
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
-            document = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, n, d]
+        for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
+            if a == b and c < d:  # a document that ended before this chunk
+                continue
             o = F.scaled_dot_product_attention(
-                *document, dropout_p=dropout, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outputs.append(o[0].transpose(0, 1))
+                *(x.permute(1, 2, 0, 3) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=causal_lower_right(b - a, d - c),
+                dropout_p=dropout, scale=self.softmax_scale, enable_gqa=q.shape[2] != k.shape[2],
+            )  # fmt: skip
+            outputs.append(o.permute(2, 0, 1, 3))
         return torch.cat(outputs)
+
+    def _context_parallel(self, q, k, v, packed: PackedSeqParams | None, group, dropout: float) -> torch.Tensor:
+        tokens, P, r = q.shape[0], group.size(), group.rank()
+        if tokens % 2 or k.shape[0] != tokens:
+            raise ValueError(
+                f"over {P} context-parallel ranks every rank has the queries and keys of two chunks of equal length, but this has "
+                f"{tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
+            )
+        n = tokens // 2
+        chunks = torch.full((1,), n, device=q.device)
+        if q.dim() == 3:
+            bounds = _bounds(packed)
+            cut = self.documents_cut and packed.local_cp_size is None
+            _check_documents(bounds, P * tokens, 2 * P if cut else 1)
+            bounds = bounds.long()
+            if cut:
+                chunks = bounds.diff() // (2 * P)
+        rows, bounds_q, bounds_k = _pieces(chunks, tokens, P, r)
+        k, v = (_Gather.apply(x, rows, group) for x in (k, v))
+        if q.dim() == 4:
+            return self._one_by_one(q, k, v, [0, n, 2 * n], [0, (r + 1) * n, (2 * P + 1) * n], dropout)
+        if not cut:  # of both chunks all documents, most of them empty
+            a, b = r * n, (2 * P - 1 - r) * n
+            bounds_q = _joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
+            bounds_k = _joined(bounds.clamp(max=a + n), bounds.clamp(max=b + n))
+        return self._packed(q, k, v, bounds_q, bounds_k, packed.max_seqlen_q, dropout)
+
+
+# ---- context parallelism ---------------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """``rows`` of the tokens ``[P * s, ...]`` of all ranks, of each rank's ``[s, ...]``; no row more than twice."""
+
+    @staticmethod
+    def forward(ctx, x, rows, group):
+        ctx.save_for_backward(rows)
+        ctx.group, ctx.tokens = group, x.shape[0]
+        everything = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(everything, x.contiguous(), group=group)
+        return everything.index_select(0, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        # In fp32, twice the bytes of bf16, because every rank adds to every token: in bf16 each of 2P - 1 sums would be rounded.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
+        everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
+        mine = everything.new_empty(ctx.tokens, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, everything, group=ctx.group)
+        return mine.to(grad.dtype), None, None
+
+
+def _pieces(chunks: torch.Tensor, tokens: int, P: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What rank r's pieces attend to: of every document chunks r and 2P-1-r, to its tokens up to their end.
+
+    Args:
+        chunks: ``[N]``, tokens of a chunk of each document.
+        tokens: of a rank.
+
+    Returns:
+        Rows of the pieces' keys among the tokens of all ranks, ``[(2P + 1) tokens / 2]``; bounds of the pieces and of their keys,
+        ``[2N + 1]``.
+    """
+    keys = torch.stack(((r + 1) * chunks, (2 * P - r) * chunks), 1).flatten()
+    bounds_q, bounds_k = (F.pad(x.cumsum(0), (1, 0)) for x in (chunks.repeat_interleave(2), keys))
+    piece = torch.repeat_interleave(keys, output_size=(2 * P + 1) * tokens // 2)
+    document, place = piece // 2, torch.arange(piece.numel(), device=keys.device) - bounds_k[piece]
+    n = chunks[document]
+    chunk, offset = place // n, place % n
+    second = chunk >= P
+    rank = torch.where(second, 2 * P - 1 - chunk, chunk)
+    return rank * tokens + bounds_q[2 * document] + second * n + offset, bounds_q, bounds_k
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Bounds of what lies one after the other."""
+    return torch.cat((first, first[-1] + second[1:]))
+
+
+def _bounds(packed: PackedSeqParams) -> torch.Tensor:
+    """Where documents lie, padded or not."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+
+
+def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
+    """Once for all layers, because reading waits for the GPU; tensors made in torch.inference_mode have no version."""
+    mark = None if bounds.is_inference() else (bounds._version, tokens, chunks)
+    if mark is not None and getattr(bounds, "_lightning_softmax", None) == mark:
+        return
+    ends = bounds.tolist()
+    if ends[-1] != tokens:
+        raise ValueError(
+            f"packed_seq_params.cu_seqlens_q ends at {ends[-1]}, but all context-parallel ranks together have {tokens} tokens; "
+            "give bounds in the whole packed sequence"
+        )
+    for document, (a, b) in enumerate(pairwise(ends)):
+        if (b - a) % chunks:
+            raise ValueError(
+                f"documents_cut=True means that every document is cut into {chunks} equal chunks, but document {document} has "
+                f"{b - a} tokens; pad documents to a multiple of {chunks}, or use documents_cut=False for a sequence cut as a whole"
+            )
+    bounds._lightning_softmax = mark

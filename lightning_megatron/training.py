@@ -43,6 +43,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from .arguments import add_arguments, args_defaults, options_from_args, parts_in_use, refuse
 from .config import LightningOptions, resolve_shape
+from .ops import linear_cross_entropy
 from .spec import get_hybrid_layer_specs, layer_norm, make_spec
 
 logger = logging.getLogger("lightning_megatron")
@@ -187,6 +188,37 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tens
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
 
+def chunked_loss(
+    hidden_states: torch.Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale_logits: Callable,
+    context: int,
+    **_: Any,
+) -> torch.Tensor:
+    """GPTModel's ``output_processor``: the loss [b, s] as of ``compute_language_model_loss``, of ``context`` tokens at a time.
+
+    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose forward
+    knows which weight, group and layout: only the product in it is another one, which returns losses instead of logits.
+    """
+
+    def product(input, weight, bias, sequence_parallel, tp_group, **_):
+        if bias is not None:
+            raise ValueError("--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out")
+        return linear_cross_entropy(
+            input, weight, labels.transpose(0, 1), tp_group, chunk=context, sequence_parallel=sequence_parallel
+        )
+
+    output_layer._forward_impl = product
+    try:
+        # scaled hidden states (--use-mup) make scaled logits
+        loss, _ = output_layer(scale_logits(hidden_states), weight=output_weight, runtime_gather_output=False)
+    finally:
+        del output_layer._forward_impl
+    return loss.transpose(0, 1).contiguous()
+
+
 def forward_step(
     data_iterator: Iterator[dict] | None, model: torch.nn.Module, return_schedule_plan: bool = False
 ) -> tuple[Any, Callable]:
@@ -205,6 +237,7 @@ def forward_step(
 
     # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
     forward = model.build_schedule_plan if return_schedule_plan else model
+    chunks = {"output_processor": chunked_loss, "output_processor_context": args.loss_chunk} if args.loss_chunk else {}
     with stimer:
         output = forward(
             batch["tokens"],
@@ -213,6 +246,7 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             packed_seq_params=packed,
+            **chunks,
         )
     return output, partial(loss_func, batch["loss_mask"])
 

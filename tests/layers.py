@@ -80,13 +80,13 @@ def build_mixer(variant: Variant, **config) -> LightningAttention:
     )
 
 
-def rotary(variant: Variant, length: int) -> torch.Tensor | None:
-    """The embedding that GPTModel passes to its layers, [length, 1, 1, dim]."""
+def rotary(variant: Variant, length: int, cp_group=None) -> torch.Tensor | None:
+    """The embedding that GPTModel passes to its layers, [length, 1, 1, dim], or the part of a context-parallel rank."""
     if not variant.values.rope:
         return None
     interleaved = variant.config.get("rotary_interleaved", False)
     kv_channels = variant.config.get("kv_channels", SIZES["kv_channels"])
-    return RotaryEmbedding(kv_channels, variant.rotary_percent, interleaved, rotary_base=ROTARY_BASE)(length)
+    return RotaryEmbedding(kv_channels, variant.rotary_percent, interleaved, rotary_base=ROTARY_BASE, cp_group=cp_group)(length)
 
 
 def trainable(module: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:

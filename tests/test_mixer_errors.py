@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import DynamicInferenceContext, StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -156,29 +155,6 @@ def build(arguments: dict) -> LightningAttention:
 
 def test_layer_refuses():
     spawn(check_layer_refusals, 1)
-
-
-def check_context_parallel(rank: int, world: int) -> None:
-    message = "context-parallel size 2 is not supported by lightning layers yet; use --context-parallel-size 1"
-    layers.start()  # two data-parallel ranks
-    mixer = build({})
-    bounds = torch.tensor([0, 32], dtype=torch.int32)
-    for group in (torch.distributed.group.WORLD, None):
-        packed = PackedSeqParams("thd", bounds, bounds, cp_group=group)
-        if group is None:
-            mixer(torch.randn(32, 1, 64), None, packed_seq_params=packed)
-        else:
-            with pytest.raises(ValueError, match=message):
-                mixer(torch.randn(32, 1, 64), None, packed_seq_params=packed)
-    parallel_state.destroy_model_parallel()
-
-    layers.start(cp=world)
-    with pytest.raises(ValueError, match=message):
-        build({})
-
-
-def test_context_parallel_is_refused():
-    spawn(check_context_parallel, 2)
 
 
 def check_too_few_heads(rank: int, world: int) -> None:

@@ -64,7 +64,7 @@ def test_options_all_flags(parse):
     wanted = LightningOptions(
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
         scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6, gate="linear",
-        backend="torch",
+        backend="torch", cp_exchange="ring", cp_layout="zigzag",
     )  # fmt: skip
     default, flags = LightningOptions(), []
     for field in dataclasses.fields(wanted):
@@ -156,7 +156,6 @@ def test_parts_in_use(parse, installed):
 REFUSALS = [
     ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
     ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
-    ("--context-parallel-size 2", ["--context-parallel-size 2", "not supported yet"]),
     ("--multi-latent-attention", ["--multi-latent-attention"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
     ("--hybrid-layer-pattern M*M", ["M*M"]),

@@ -72,7 +72,6 @@ def test_pattern_refuses(freq, message):
             dict(linear_attention_freq=[0, 0, 0, 0]),
             r"\[0, 0, 0, 0\] has no lightning layer; leave it out for all-lightning",
         ),
-        (dict(context_parallel_size=2), "context-parallel size 2 is not supported by lightning layers yet"),
         (
             dict(transformer_impl="inference_optimized"),
             "inference_optimized is not supported .*; use local or transformer_engine",
