@@ -104,8 +104,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         metavar="N",
         help="compute output layer and loss for N tokens at a time, and again in the backward, so that the logits of all "
-        "tokens never exist; takes the place of --cross-entropy-loss-fusion; in the thousands it costs no speed but that "
-        "of the repeated product (default: all tokens at once)",
+        "tokens never exist; takes the place of --cross-entropy-loss-fusion; some thousand keep the products large "
+        "(default: all tokens at once)",
     )
     group.add_argument(
         "--create-attention-mask-in-dataloader",

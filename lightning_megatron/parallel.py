@@ -15,6 +15,7 @@ from rank to rank, ZeCO (Chou et al. 2025, arXiv:2507.01004) does so in blocks t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ def lightning_attn(
     *,
     group: dist.ProcessGroup | None,
     layout: str = "zigzag",
+    tokens: Sequence[int] | None = None,
     exchange: str = "auto",
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
@@ -49,10 +51,11 @@ def lightning_attn(
         q, k, v, log_decay, scale, backend: as of ``lightning_megatron.ops.lightning_attn``; tokens are this rank's.
         group: the P ranks, each calling with the same arguments but for the tokens. Size 1, or
             None, is the operator itself.
-        layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P; chunks may differ in length.
+        layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P.
             ``"zigzag"``: the sequence is cut into 2P equal chunks, and rank r holds chunk r and then chunk 2P-1-r, which is
             how Megatron balances causal softmax attention. ``"zigzag-documents"``: every document by itself is cut so (its
             length is a multiple of 2P), as by TransformerEngine's ``thd_get_partitioned_indices``.
+        tokens: of every rank, where contiguous chunks differ in length; the same on all ranks.
         exchange: ``"all-gather"``, ``"ring"``, ``"pipelined"``, or ``"auto"``: all-gather up to 16 ranks, pipelined beyond.
         initial_state: as of the operator, of the whole sequence (or of whole documents) and the same on all ranks.
         output_final_state: also return the final state of the whole sequence (of every whole document), on all ranks. Its
@@ -75,7 +78,13 @@ def lightning_attn(
     if group is None or group.size() == 1:
         return api.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
     api.check_shapes(q, k, v, log_decay, **options)
-    tokens = _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial_state is not None, output_final_state)
+    tokens = _tokens_of_ranks(q.shape[1], group, layout, tokens)
+    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    _agree(
+        group, q.device, tokens=q.shape[1] if len(set(tokens)) == 1 else tuple(tokens), B=q.shape[0], H=q.shape[2], Hkv=k.shape[2],
+        K=k.shape[3], V=v.shape[3], dtype=q.dtype, layout=layout, exchange=exchange, documents=documents,
+        initial_state=initial_state is not None, output_final_state=output_final_state,
+    )  # fmt: skip
     api.check_values(log_decay, cu_seqlens, sum(tokens))
     if layout == "zigzag-documents":
         _check_documents(cu_seqlens, 2 * group.size())
@@ -83,7 +92,7 @@ def lightning_attn(
         exchange = "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    plan = _Plan(group, layout, exchange, tuple(tokens), scale, output_final_state, api.choose_implementation(backend, q))
+    plan = _Plan(group, layout, exchange, tokens, scale, output_final_state, api.choose_implementation(backend, q))
     return _ContextParallel.apply(plan, q, k, v, log_decay.detach().contiguous(), initial_state, cu_seqlens)
 
 
@@ -110,40 +119,45 @@ def token_places(
     return cu_seqlens.long()[document] + offset
 
 
-_HEADER = ("B", "tokens per rank", "H", "Hkv", "K", "V", "layout", "exchange", "documents", "initial_state", "final state", "dtype")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_agreed: dict[tuple, list[int]] = {}
+def _tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Sequence[int] | None) -> tuple[int, ...]:
+    if tokens is None:
+        tokens = [mine] * group.size()
+    if len(tokens) != group.size() or tokens[group.rank()] != mine or min(tokens) < 0:
+        raise ValueError(
+            f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank {group.rank()} has {mine}"
+        )
+    if layout != "contiguous" and len(set(tokens)) > 1:
+        raise ValueError(f"layout={layout!r} gives all ranks as many tokens, but tokens={list(tokens)}; leave tokens out")
+    if layout != "contiguous" and mine % 2:
+        raise ValueError(f"layout={layout!r} gives every rank two chunks of equal length, but this one has {mine} tokens")
+    return tuple(tokens)
 
 
-def _tokens_of_ranks(q, k, v, group, layout, exchange, cu_seqlens, initial: bool, final: bool) -> list[int]:
-    """Tokens of every rank, once all ranks have said that they agree on the rest.
+_agreed: set[tuple] = set()
+WORDS = 64  # of a name or number in the header
 
-    Asked anew whenever this rank's arguments change. Should they change on one rank alone, that rank waits here and the others
-    in the exchange until the group's timeout.
+
+def _agree(group: dist.ProcessGroup, device: torch.device, **arguments) -> None:
+    """Raise on every rank if arguments differ, asked whenever this rank's change: they change on all ranks together.
+
+    Should they change on one rank alone, it waits here and the others in the exchange, until the group's timeout.
     """
-    documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-    mine = (q.shape[0], *q.shape[1:3], k.shape[2], k.shape[3], v.shape[3], LAYOUTS.index(layout), EXCHANGES.index(exchange))
-    mine += (documents, int(initial), int(final), _DTYPES.index(q.dtype))
-    key = (group.group_name, q.device, mine)
+    key = (group.group_name, device, *arguments.values())
     if key in _agreed:
-        return _agreed[key]
-    header = torch.tensor(mine, device=q.device)
+        return
+    mine = "".join(f"{value!s:{WORDS}.{WORDS}}" for value in arguments.values()).encode("ascii", "replace")
+    header = torch.tensor(list(mine), dtype=torch.uint8, device=device)
     headers = [torch.empty_like(header) for _ in range(group.size())]
     dist.all_gather(headers, header, group=group)
-    rows = torch.stack(headers).tolist()
-    names = {"layout": LAYOUTS, "exchange": EXCHANGES, "dtype": _DTYPES}
-    wrong = [
-        f"{name} {[names[name][row[i]] if name in names else row[i] for row in rows]}"
-        for i, name in enumerate(_HEADER)
-        if len({row[i] for row in rows}) > 1 and not (name == "tokens per rank" and layout == "contiguous")
-    ]
+    ranks = [bytes(x.tolist()).decode() for x in headers]
+    wrong = []
+    for i, name in enumerate(arguments):
+        values = [text[i * WORDS : (i + 1) * WORDS].strip() for text in ranks]
+        if len(set(values)) > 1:
+            wrong.append(f"{name} {', '.join(values)}")
     if wrong:
         raise ValueError(f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}")
-    tokens = [row[1] for row in rows]
-    if layout != "contiguous" and tokens[0] % 2:
-        raise ValueError(f"layout={layout!r} gives every rank two chunks of equal length, but a rank has {tokens[0]} tokens")
-    _agreed[key] = tokens
-    return tokens
+    _agreed.add(key)
 
 
 def _check_documents(cu_seqlens: torch.Tensor, chunks: int) -> None:
@@ -198,10 +212,10 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
             args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
-            own = local.last(plan.implementation.final_states(*args[1:4], local.begin(None, whole), local.cu_seqlens))
+            own, parts = local.own_states(plan.implementation, *args[1:4], local.begin(None, whole))
             entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)
             o, final, saved, ctx.cut = plan.implementation.forward(
-                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed
+                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts
             )
         ctx.plan, ctx.local = plan, local
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, entering, *saved)
@@ -222,16 +236,14 @@ class _ContextParallel(torch.autograd.Function):
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
-        own = local.first(
-            plan.implementation.final_states(
-                args[0], do, log_decay, local.end(None, whole_grad), local.cu_seqlens, reverse=True, scale=plan.scale
-            )
+        own, parts = local.own_states(
+            plan.implementation, args[0], do, log_decay, local.end(None, whole_grad), reverse=True, scale=plan.scale
         )
         leaving, dinitial = _exchange(
             plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
         )
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, local.end(leaving, whole_grad)
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, local.end(leaving, whole_grad), parts
         )
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
@@ -291,11 +303,16 @@ class _Rows:
         """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
         return None if states is None else states.transpose(0, 1).flatten(0, 1)
 
-    def last(self, states: torch.Tensor) -> torch.Tensor:
-        """States of pieces as ``[chunks, R, ...]``."""
-        return states.unflatten(0, (-1, self.count)).transpose(0, 1)
+    end = begin
 
-    end, first = begin, last
+    def own_states(self, implementation, k, v, log_decay, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the chunks add ``[chunks, R, ...]``, and what the operator need not compute again."""
+        parts = None
+        if self.cu_seqlens is None:
+            states, parts = implementation.end_states(k, v, log_decay, initial, None, **how)
+        else:
+            states = implementation.final_states(k, v, log_decay, initial, self.cu_seqlens, **how)
+        return states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
 
 
 class _Packed:
@@ -315,6 +332,7 @@ class _Packed:
         before = (b - a).cumsum(0) - (b - a)
         self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
         self.documents = cu_seqlens.numel() - 1
+        self.inside, self.lengths = inside, [plan.bounds[c + 1] - plan.bounds[c] for c in plan.mine]
         offset = torch.arange(len(plan.mine), device=q.device) * self.documents
         self.firsts = torch.searchsorted(cu_seqlens, a[:, 0], right=True) - 1 + offset
         self.lasts = torch.searchsorted(cu_seqlens, b[:, 0] - 1, right=True) - 1 + offset
@@ -344,11 +362,12 @@ class _Packed:
             found = states.new_zeros(self.begins.shape[0] * self.documents, *states.shape[2:])
         return found.index_add(0, pieces, states[:, 0])
 
-    def first(self, states: torch.Tensor) -> torch.Tensor:
-        return states[self.firsts][:, None]
-
-    def last(self, states: torch.Tensor) -> torch.Tensor:
-        return states[self.lasts][:, None]
+    def own_states(self, implementation, k, v, log_decay, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the chunks add to the state of their last document, reversed of their first ``[chunks, 1, ...]``."""
+        initial = [None] * len(self.lengths) if initial is None else initial.unflatten(0, (len(self.lengths), -1))
+        chunks = zip(*(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
+        own = [implementation.end_states(k, v, log_decay, s, bounds, **how)[0] for k, v, s, bounds in chunks]
+        return torch.stack(own), None  # parts of a chunk are not those of all tokens
 
     def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
         """States of pieces for the documents ``[N, ...]`` that begin on this rank, 0 for the others."""

@@ -97,7 +97,7 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, packed: 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     local = functools.partial(
         parallel.lightning_attn, log_decay=log_decay.to(wide), group=dist.group.WORLD, layout=layout, exchange=exchange,
-        backend=backend, **common,
+        backend=backend, tokens=lengths if layout == "contiguous" else None, **common,
     )  # fmt: skip
     tokens = (x[:, mine].to(dtype) for x in (q, k, v))
     got = results(local, *tokens, state if state is None else state.to(wide), do[:, mine].to(dtype), dfinal.to(wide), used)
@@ -202,8 +202,8 @@ def raised(call) -> str:
 
 
 def disagree(rank: int, world: int) -> list[str]:
-    def attend(tokens=8, H=2, K=16, layout="zigzag", exchange="all-gather", dtype=torch.float32, **options):
-        q = torch.zeros(1, tokens, H, K, dtype=dtype)
+    def attend(T=8, H=2, K=16, layout="zigzag", exchange="all-gather", dtype=torch.float32, **options):
+        q = torch.zeros(1, T, H, K, dtype=dtype)
         parallel.lightning_attn(
             q, q, q, torch.zeros(H), group=dist.group.WORLD, layout=layout, exchange=exchange, **options
         )
@@ -211,14 +211,14 @@ def disagree(rank: int, world: int) -> list[str]:
     last = rank == world - 1
     bounds = torch.tensor([0, 8, 12] if last else [0, 12], dtype=torch.int32)
     calls = [
-        lambda: attend(tokens=10 if last else 8),
+        lambda: attend(T=10 if last else 8),
         lambda: attend(H=4 if last else 2),
         lambda: attend(layout="contiguous" if last else "zigzag"),
         lambda: attend(exchange="ring" if last else "all-gather"),
         lambda: attend(dtype=torch.bfloat16 if last else torch.float32),
         lambda: attend(output_final_state=last),
-        lambda: attend(tokens=4, cu_seqlens=bounds),
-        lambda: attend(tokens=7),
+        lambda: attend(T=4, cu_seqlens=bounds),
+        lambda: attend(layout="contiguous", tokens=[8, 8, 8] if last else [8, 9, 8] if rank == 0 else [8, 8, 9]),
     ]
     return [raised(call) for call in calls]
 
@@ -227,14 +227,14 @@ def test_ranks_that_disagree_all_say_so():
     ranks = spawn(disagree, 3)
     assert ranks[0] == ranks[1] == ranks[2]
     wanted = (
-        r"different arguments: tokens per rank \[8, 8, 10\]",
-        r"different arguments: H \[2, 2, 4\]; Hkv \[2, 2, 4\]",
-        r"different arguments: layout \['zigzag', 'zigzag', 'contiguous'\]",
-        r"different arguments: exchange \['all-gather', 'all-gather', 'ring'\]",
-        r"different arguments: dtype \[torch.float32, torch.float32, torch.bfloat16\]",
-        r"different arguments: final state \[0, 0, 1\]",
-        r"different arguments: documents \[1, 1, 2\]",
-        "two chunks of equal length, but a rank has 7 tokens",
+        "different arguments: tokens 8, 8, 10$",
+        "different arguments: H 2, 2, 4; Hkv 2, 2, 4$",
+        "different arguments: layout zigzag, zigzag, contiguous$",
+        "different arguments: exchange all-gather, all-gather, ring$",
+        "different arguments: dtype torch.float32, torch.float32, torch.bfloat16$",
+        "different arguments: output_final_state False, False, True$",
+        "different arguments: documents 1, 1, 2$",
+        r"different arguments: tokens \(8, 9, 8\), \(8, 8, 9\), 8$",
     )
     for message, want in zip(ranks[0], wanted, strict=True):
         assert re.search(want, message), message
@@ -251,6 +251,9 @@ def wrong_arguments(rank: int, world: int) -> list[str]:
         raised(lambda: attend(layout="zigzag-documents", cu_seqlens=torch.tensor([0, 6, 16]))),
         raised(lambda: attend(cu_seqlens=torch.tensor([0, 8]))),
         raised(lambda: attend(initial_state=torch.zeros(2, 2, 16, 16))),
+        raised(lambda: attend(tokens=[8, 9])),
+        raised(lambda: attend(layout="contiguous", tokens=[9, 9])),
+        raised(lambda: parallel.lightning_attn(q[:, :7], q[:, :7], q[:, :7], ld, group=group)),
     ]
 
 
@@ -263,6 +266,9 @@ def test_wrong_arguments():
         "document 0 has 6 tokens; pad documents to a multiple of 4",
         "end at T = 16",
         r"initial_state must be \[N,H,K,V\]",
+        r"layout='zigzag' gives all ranks as many tokens, but tokens=\[8, 9\]|tokens=\[8, 9\] must say .* rank 1 has 8",
+        r"tokens=\[9, 9\] must say how many tokens each of the 2 ranks has, and rank . has 8",
+        "two chunks of equal length, but this one has 7 tokens",
     )
     for messages in ranks:
         for message, want in zip(messages, wanted, strict=True):

@@ -110,26 +110,29 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
 
 @triton.jit
 def _entering(
-    own, edge_in, doc, b_ld, i_b, i_h, i_s, o_k, o_v, m_vk, begin, end, T, H, part, parts, segments,
+    own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, OWN: tl.constexpr, EDGE_IN: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """State [BV, BK] that enters segment i_s: the own states of the parts before it, as far as their decay reaches."""
+    """State [BV, BK] that enters the segment from ``begin`` to ``end``: of the parts before it, as far as their decay reaches.
+
+    The sequence's own end is a segment too: (T, T), or reversed (0, 0).
+    """
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     if OWN:
-        reach = _reach(b_ld) // part + 1
-        # rows of `own` begin with part 0, or reversed with the first part of segment 1
-        passed = tl.cdiv(T, part) - (i_s + 1) * parts if REVERSE else i_s * parts
-        for i in range(tl.minimum(passed, reach)):
-            i_o = i_s * parts + i if REVERSE else i_s * parts - 1 - i
-            b_f = tl.exp(b_ld * (i * part).to(tl.float32))
+        first = tl.cdiv(end, part) if REVERSE else tl.cdiv(begin, part) - 1  # the nearest part
+        passed = tl.cdiv(T, part) - first if REVERSE else first + 1
+        for i in range(tl.minimum(passed, _reach(b_ld) // part + 2)):
+            i_o = first + i if REVERSE else first - i
+            edge = i_o * part if REVERSE else tl.minimum((i_o + 1) * part, begin)  # of the part, on this side
+            b_f = tl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(tl.float32))
             if VARLEN:  # only the document that crosses into this segment
                 if REVERSE:
-                    same = tl.load(doc + (i_o + parts) * part) == tl.load(doc + end)
+                    same = tl.load(doc + edge) == tl.load(doc + end)
                 else:
-                    same = tl.load(doc + (i_o + 1) * part - 1) == tl.load(doc + begin - 1)
+                    same = tl.load(doc + edge - 1) == tl.load(doc + begin - 1)
                 b_f = tl.where(same, b_f, 0.0)
-            i_o += i_b * (segments - 1) * parts
+            i_o += i_b * own_rows - own_first
             b_s += b_f * tl.load(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
     if EDGE_IN and not VARLEN:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
@@ -142,13 +145,13 @@ def _walk(
     q, k, v, o,  # at token 0 of this batch row and head: [T, dim] with strides q_st .. o_st and 1
     q_st, k_st, v_st, o_st,
     b_ld,  # log_decay of this head
-    own,  # own states of parts [B, (segments - 1) * parts, H, K, V]: written if STATE_ONLY, else what enters is made of them
+    own,  # own states of parts [B, own_rows, H, K, V], from part own_first on: written if STATE_ONLY, else read
     edge_in, edge_out,  # states that enter and leave sequences [N, H, K, V]
     doc, cu_seqlens,  # VARLEN: document of each token [T], bounds [N+1]
     i_b, i_h, i_v,
-    i_s,  # segment, or with STATE_ONLY the row of ``own``
+    i_s,  # segment, or with STATE_ONLY the part
     T, H,
-    part, parts, segments,  # tokens of a part, parts of a segment
+    part, parts, segments, own_rows, own_first,  # tokens of a part, parts of a segment
     read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
@@ -166,11 +169,12 @@ def _walk(
     m_k, m_v = o_k < K, o_v < V
     m_vk = m_v[:, None] & m_k[None, :]
     if STATE_ONLY:
-        begin = (i_s + parts if REVERSE else i_s) * part
+        begin = i_s * part
         end = tl.minimum(T, begin + part)
-        # parts between this one and the segment that needs it first; nothing of it is left there if not `used`
-        between = i_s % parts if REVERSE else parts - 1 - i_s % parts
-        used = between <= _reach(b_ld) // part
+        # parts between this one and the segment (or end of the sequence) that needs it first; nothing of it is left there if
+        # not `used`: `_entering` reads no further
+        between = i_s % parts if REVERSE else tl.minimum(parts - 1 - i_s % parts, tl.cdiv(T, part) - 1 - i_s)
+        used = between < _reach(b_ld) // part + 2
         skip = tl.maximum(end - begin - _reach(b_ld), 0) // BC  # chunks of which nothing is left at the part's end
         skip = tl.where(used, skip, tl.cdiv(part, BC))
         b_s = tl.zeros([BV, BK], dtype=tl.float32)
@@ -179,7 +183,7 @@ def _walk(
         end = tl.minimum(T, begin + parts * part)
         skip = 0
         b_s = _entering(
-            own, edge_in, doc, b_ld, i_b, i_h, i_s, o_k, o_v, m_vk, begin, end, T, H, part, parts, segments,
+            own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
             K, V, BK, BV, REVERSE, TRANSPOSED, OWN, EDGE_IN, VARLEN,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
@@ -294,7 +298,7 @@ def _walk(
         b_s += tl.dot(tl.trans((b_v * (b_write * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
 
     if STATE_ONLY:
-        i_o = i_b * (segments - 1) * parts + i_s
+        i_o = i_b * own_rows + i_s - own_first
         tl.store(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:
         if EDGE_OUT and not VARLEN:
@@ -303,18 +307,18 @@ def _walk(
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
-@triton.jit(do_not_specialize=("group", "T", "H", "part", "parts", "segments"))
+@triton.jit(do_not_specialize=("group", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
 def walk_kernel(
     q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
     group,  # query heads per head of k and v
-    T, H, part, parts, segments, read_scale, write_scale,
+    T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
     OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr,
     PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
-    """o and the final states, or with STATE_ONLY the own states of all parts that another segment needs.
+    """o and the final states, or with STATE_ONLY the own states of ``own_rows`` parts.
 
     All programs are on the grid's first axis, for the others end at 65535. Columns of one segment run side by side. Tensor
     descriptors gain nothing here.
@@ -323,29 +327,34 @@ def walk_kernel(
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns
     i_h, i = i % H, i // H
-    rows = (segments - 1) * parts if STATE_ONLY else segments
+    rows = own_rows if STATE_ONLY else segments
     i_s, i_b = i % rows, (i // rows).to(tl.int64)
-    if not STATE_ONLY:
+    if STATE_ONLY:
+        i_s += own_first
+    else:
         q += i_b * q_sb + i_h.to(tl.int64) * q_sh
         o += i_b * o_sb + i_h.to(tl.int64) * o_sh
     k += i_b * k_sb + (i_h // group).to(tl.int64) * k_sh
     v += i_b * v_sb + (i_h // group).to(tl.int64) * v_sh
     _walk(
         q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), own, edge_in, edge_out, doc, cu_seqlens,
-        i_b, i_h, i_v, i_s, T, H, part, parts, segments, read_scale, write_scale,
+        i_b, i_h, i_v, i_s, T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
         K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, False, PRECISION, WIDE_STATE,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("group", "T", "H", "part", "parts", "segments", "parts_q", "segments_q"))
+_COUNTS = ("group", "T", "H", "part", "parts", "segments", "own_rows", "own_first", "parts_q", "segments_q", "own_rows_q")
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def gradients_kernel(
     q, k, v, do, dq, dk, dv, log_decay,
     own, own_grad, initial, dfinal, dinitial, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
     dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st,  # heads of these are K, K and V elements apart
     group, T, H, part,
-    parts, segments,  # of the walks for dk and dv
-    parts_q, segments_q,  # of the walk for dq
+    parts, segments, own_rows, own_first,  # of the walks for dk and dv
+    parts_q, segments_q, own_rows_q,  # of the walk for dq
     scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     COLS_K: tl.constexpr, COLS_V: tl.constexpr,  # columns of a program for dq or dk, and for dv
@@ -377,21 +386,42 @@ def gradients_kernel(
     if (i_v < n_k) & (not for_q):
         _walk(
             v, do, q, dk + i_b * dk_sb + head * K, v_st, do_st, q_st, dk_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v, segments - 1 - i_s, T, H, part, parts, segments, 1.0, scale,
+            i_b, i_h, i_v, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
             V, K, BV, COLS_K, BC, True, True, False, OWN_GRAD, DFINAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         _walk(
             k, q, do, dv + i_b * dv_sb + head * V, k_st, q_st, do_st, dv_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, part, parts, segments, 1.0, scale,
+            i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
             K, V, BK, COLS_V, BC, True, False, False, OWN_GRAD, DFINAL, INITIAL, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if for_q:
         _walk(
             do, v, k, dq + i_b * dq_sb + head * K, do_st, v_st, k_st, dq_st, b_ld, own, initial, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, scale, 1.0,
+            i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, own_rows_q, 0, scale, 1.0,
             V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("T", "H", "part", "own_rows"))
+def end_state_kernel(
+    own, out, log_decay, doc,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
+    T, H, part, own_rows,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document."""
+    columns = tl.cdiv(V, BV)
+    i = tl.program_id(0)
+    i_v, i = i % columns, i // columns
+    i_h, i_b = i % H, (i // H).to(tl.int64)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    at = 0 if REVERSE else T
+    b_s = _entering(
+        own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
+        K, V, BK, BV, REVERSE, False, True, False, VARLEN,
+    )  # fmt: skip
+    tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
 @triton.jit(do_not_specialize=("group", "H"))

@@ -91,9 +91,9 @@ def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[sl
 
 
 @_without_autocast
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None):
     """See ``triton_backend.forward``; the backward recomputes its states."""
-    del need_final  # it costs nothing here
+    del need_final, own  # the first costs nothing here, the second does not exist
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
     outputs, finals = [], []
@@ -110,9 +110,9 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
 
 
 @_without_autocast
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
-    del saved, plan
+    del saved, plan, own_grad
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
     parts: list[list[torch.Tensor]] = [[], [], [], []]
@@ -133,6 +133,15 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if group > 1:
         dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), torch.cat(parts[3])
+
+
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
+    """See ``triton_backend.end_states``; there are no parts here."""
+    states = final_states(k, v, log_decay, initial_state, cu_seqlens, reverse, scale)
+    if cu_seqlens is not None:  # of the document of the last token, reversed of the first
+        at = torch.searchsorted(cu_seqlens, 0 if reverse else k.shape[1] - 1, right=True) - 1
+        states = states[at.clamp(min=0)][None]
+    return states, None
 
 
 @_without_autocast

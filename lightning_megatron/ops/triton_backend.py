@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .kernels import gradients_kernel, step_kernel, walk_kernel
+from .kernels import end_state_kernel, gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
@@ -102,22 +102,28 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
     tiles = _tiles(v.dtype, K, V, T <= 16)
     states_only = q is None
     doc, cu_seqlens = docs
-    rows = (segments - 1) * parts if states_only else segments
+    rows, first = _rows(own, segments, parts, reverse)
     launch(
-        walk_kernel, cdiv(V, tiles.BV) * H * rows * B,
+        walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
-         T, H, part, parts, segments, 1.0 if reverse else scale, scale if reverse else 1.0),
+         T, H, part, parts, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
          own is not None, edge_in is not None, edge_out is not None, doc is not None, *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
-def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0) -> torch.Tensor | None:
-    """State of every part that another segment needs ``[B, (segments - 1) * parts, H, K, V]`` fp32; None of one segment."""
+def _rows(own: torch.Tensor | None, segments: int, parts: int, reverse: bool) -> tuple[int, int]:
+    """Rows of own states, and the part of the first: no segment needs those of the last segment, reversed of the first."""
+    rows = 0 if own is None else own.shape[1]
+    return rows, parts if reverse and rows < segments * parts else 0
+
+
+def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0, every=False) -> torch.Tensor | None:
+    """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
     B, T, _, K = k.shape
-    rows = (cdiv(T, part * parts) - 1) * parts
+    rows = (cdiv(T, part * parts) - (not every)) * parts
     if rows == 0:
         return None
     own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
@@ -153,8 +159,16 @@ def _tokens_like(x: torch.Tensor, heads: int, dim: int, dtype: torch.dtype) -> t
     return torch.empty(B, T, heads, dim, device=x.device, dtype=dtype)
 
 
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
-    """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``."""
+def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> Plan:
+    columns_v, columns_k = cdiv(V, _tiles(dtype, K, V, T <= 16).BV), cdiv(K, _tiles(dtype, V, K, T <= 16).BV)
+    return _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
+
+
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None):
+    """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
+
+    ``own`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents.
+    """
     B, T, H, K = q.shape
     V = v.shape[-1]
     packed = cu_seqlens is not None
@@ -162,15 +176,14 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final):
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
     final = _leaving_state(initial_state, (sequences, H, K, V), packed or T == 0, q.device) if need_final else None
-    columns_v, columns_k = cdiv(V, _tiles(q.dtype, K, V, T <= 16).BV), cdiv(K, _tiles(q.dtype, V, K, T <= 16).BV)
-    plan = _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
+    plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
-    if T == 1 and not packed:
+    if T == 1 and not packed and own is None:
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
     cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts)
-    own = _own_states(k, v, log_decay, edge=initial_state, **cut)
+    own = own if own is not None else _own_states(k, v, log_decay, edge=initial_state, **cut)
     _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
     return o, final, (own, *cut["docs"]), plan
 
@@ -186,6 +199,31 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
         (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+
+
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
+    """The state at the end of every row ``[B, H, K, V]``, packed that of the last document; then the own states of all parts.
+
+    With ``reverse``, of (q, do): the gradient of the state at the start of every row, packed of the first document.
+    """
+    B, T, _, K = k.shape
+    V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
+    out = torch.zeros(B, H, K, V, device=k.device, dtype=torch.float32)
+    if T == 0 or B == 0:
+        return out, None
+    plan = _plan_for(B, T, H, K, V, v.dtype)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    docs = _documents(cu_seqlens, T)
+    own = _own_states(
+        k, v, log_decay, edge=initial_state, docs=docs, part=plan.part, parts=plan.parts_grad if reverse else plan.parts,
+        reverse=reverse, scale=scale, every=True,
+    )  # fmt: skip
+    tiles = Tiles(pad(K), min(pad(V), 16), 1, 4, 1)
+    launch(
+        end_state_kernel, cdiv(V, tiles.BV) * H * B, (own, out, log_decay, docs[0]), (T, H, plan.part, own.shape[1]),
+        (K, V, tiles.BK, tiles.BV, reverse, packed), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out, own
 
 
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
@@ -206,8 +244,11 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     return final
 
 
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal):
-    """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last."""
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
+    """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
+
+    ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called.
+    """
     B, T, H, K = q.shape
     V, kv_heads = v.shape[-1], k.shape[2]
     own, *docs = saved
@@ -225,14 +266,16 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         segments, segments_q = (cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
         n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
         descriptors = plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
-        own_grad = _own_states(
+        own_grad = own_grad if own_grad is not None else _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
         )
+        own_rows, own_first = _rows(own_grad, segments, plan.parts_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, T, H, plan.part, plan.parts_grad, segments, plan.parts, segments_q, scale),
+             H // kv_heads, T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
+             plan.parts, segments_q, _rows(own, segments_q, plan.parts, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
              descriptors, *_precision(q.dtype)),

@@ -1,0 +1,133 @@
+"""--lightning-loss-chunk: training with it is training without it, and no logits of all tokens exist; what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import pytest
+import torch
+from megatron.training import arguments as megatron_arguments
+
+from lightning_megatron.arguments import add_arguments, refuse
+from lightning_megatron.spec import make_spec
+from lightning_megatron.training import chunked_loss
+from tests import layers
+from tests.launch import spawn
+from tests.layers import assert_close
+from tests.test_parallel import assert_same_training, train
+from tests.test_pretrain_args import MODEL
+from tests.test_spec import gpt
+from tests.tolerances import LAYERS as TOLERANCE
+
+CHUNK = 48  # of 128 tokens
+COUNTED = """
+from lightning_megatron import pretrain, training
+original = training.linear_cross_entropy
+def counted(hidden, *args, chunk, **kwargs):
+    print(f"chunk {chunk} of {len(hidden)}\\n", end="")  # one write, or ranks mix theirs
+    return original(hidden, *args, chunk=chunk, **kwargs)
+training.linear_cross_entropy = counted
+pretrain.main()
+"""
+
+
+UNTIED = "--untie-embeddings-and-output-weights"
+# Several buckets: the output layer's weight comes after others, and is read when its own hook has waited for it.
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 10000"
+
+
+@pytest.mark.parametrize(
+    "layout, flags, calls",
+    [
+        ("one", "", "24 of 128"),
+        ("one", f"{UNTIED} --cross-entropy-loss-fusion", "24 of 128"),
+        ("tp2-sp", "", "48 of 64"),
+        ("cp2", "", "48 of 64"),
+        ("pp2", "", "24 of 128"),
+        ("pp2", UNTIED, "24 of 128"),
+        ("dp2", f"{UNTIED} {OVERLAP}", "24 of 128"),
+    ],
+    ids=["tied", "untied", "tp2-sp-tied", "cp2-tied", "pp2-tied", "pp2-untied", "dp2-overlap-untied"],
+)
+def test_same_training(layout, flags, calls, tmp_path):
+    """From the same initial values, 4 microbatches of 6 steps; ``calls``: how many on all ranks, of so many tokens."""
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    run = train("all", layout, f"{flags} --lightning-loss-chunk {CHUNK}", script=script)
+    times, tokens = calls.split(" of ")
+    assert run.log.count(f"chunk {CHUNK} of {tokens}\n") == int(times)
+    want = train("all", layout, flags)
+    assert_same_training(run, want)
+    assert want.losses[-1] < want.losses[0] - 0.3
+
+
+def losses_and_gradients(rank: int, world: int, config: dict, chunk: int | None) -> dict:
+    """Of every token of two sequences, and gradients of their weighted sum; the shape that the output layer returns."""
+    layers.start(tp=world)
+    config = layers.transformer_config(**layers.layout(world, world > 1), **config)
+    model = gpt(config, make_spec())
+    trained = layers.trainable(model, config)
+    shapes = []
+    model.output_layer.register_forward_hook(lambda module, inputs, outputs: shapes.append(list(outputs[0].shape)))
+    tokens, labels = torch.randint(64, (2, 2, 16), generator=torch.Generator().manual_seed(2))
+    options = dict(output_processor=chunked_loss, output_processor_context=chunk) if chunk else {}
+    losses = trained(tokens, torch.arange(16).expand(2, 16), None, labels=labels, **options)
+    assert "_forward_impl" not in vars(model.output_layer)
+    (losses * torch.linspace(0, 1, 32).view(2, 16)).sum().backward()
+    return {"shapes": torch.tensor(shapes), "losses": losses.detach().T} | layers.reduce_gradients(trained)
+
+
+@pytest.mark.parametrize("config", [dict(), dict(use_mup=True, mup_output_mult=0.3)], ids=["plain", "mup"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_model_never_makes_logits(world, config):
+    for chunked, plain in zip(*(spawn(losses_and_gradients, world, config, chunk) for chunk in (5, None)), strict=True):
+        assert chunked.pop("shapes").tolist() == [[16, 2]]
+        assert plain.pop("shapes").tolist() == [[16, 2, 64 // world]]
+        assert_close(chunked, plain, TOLERANCE[torch.float32])
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    def run(flags: str):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *MODEL.split(), *flags.split()])
+        return megatron_arguments.parse_args(add_arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--lightning-loss-chunk 0", ["--lightning-loss-chunk 0", "1 token or more", "leave it out"]),
+        ("--mtp-num-layers 2", ["--mtp-num-layers 2 is refused with --lightning-loss-chunk 9", "leave out one"]),
+        ("--fp8-output-proj", ["--fp8-output-proj is refused"]),
+        ("--defer-embedding-wgrad-compute", ["--defer-embedding-wgrad-compute is refused"]),
+        ("--use-megatron-fsdp", ["--use-megatron-fsdp is refused", "--use-distributed-optimizer"]),
+        ("--use-torch-fsdp2", ["--use-torch-fsdp2 is refused", "--use-distributed-optimizer"]),
+    ],
+)
+def test_refusals(parse, flags, words):
+    with pytest.raises(ValueError) as error:
+        refuse(parse(f"--lightning-loss-chunk 9 {flags}"))
+    assert all(word in str(error.value) for word in words), error.value
+    if "chunk" not in flags:
+        refuse(parse(flags))  # alone it is no matter of this package
+
+
+def test_refuses_sharded_weights(parse):
+    args = parse("--lightning-loss-chunk 9 --tensor-parallel-num-weight-shards 4")
+    args.gtp_weight_remat_size = 4  # what Megatron makes of it
+    with pytest.raises(ValueError, match="--tensor-parallel-num-weight-shards 4 is refused.*use 1"):
+        refuse(args)
+
+
+def test_refuses_a_bias():
+    layer = torch.nn.Module()
+    layer.forward = lambda x, weight, runtime_gather_output: layer._forward_impl(
+        input=x, weight=weight, bias=torch.zeros(3), sequence_parallel=False, tp_group=None
+    )
+    call = functools.partial(chunked_loss, torch.zeros(2, 1, 4), layer, labels=torch.zeros(1, 2), context=1)
+    with pytest.raises(ValueError, match="needs an output layer without bias"):
+        call(output_weight=torch.zeros(3, 4), scale_logits=lambda x: x)
+    assert "_forward_impl" not in vars(layer)
