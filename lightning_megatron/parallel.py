@@ -15,7 +15,8 @@ from rank to rank, ZeCO (Chou et al. 2025, arXiv:2507.01004) does so in blocks t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -213,7 +214,7 @@ class _ContextParallel(torch.autograd.Function):
         with torch.cuda.device_of(q):
             args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
             own, parts = local.own_states(plan.implementation, *args[1:4], local.begin(None, whole))
-            entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)
+            entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
                 *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts
             )
@@ -239,11 +240,18 @@ class _ContextParallel(torch.autograd.Function):
         own, parts = local.own_states(
             plan.implementation, args[0], do, log_decay, local.end(None, whole_grad), reverse=True, scale=plan.scale
         )
-        leaving, dinitial = _exchange(
+        finish = _exchange(
             plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
         )
+        dinitial = None
+
+        def arrived() -> torch.Tensor:
+            nonlocal dinitial
+            leaving, dinitial = finish()
+            return local.end(leaving, whole_grad)
+
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, local.end(leaving, whole_grad), parts
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived, parts
         )
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
@@ -392,8 +400,8 @@ def _local(plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: to
 
 def _exchange(
     plan: _Plan, own: torch.Tensor, chain: _Chain, start: torch.Tensor | None, need_end: bool, reverse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Turn what chunks add to the state into the state that enters them.
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Begin to turn what chunks add to the state into the state that enters them.
 
     Args:
         own: ``[chunks of this rank, R, H, K, V]``.
@@ -402,16 +410,42 @@ def _exchange(
         reverse: states go from the last chunk to the first.
 
     Returns:
-        What enters this rank's chunks, shaped as own, and what leaves the last chunk ``[R, H, K, V]``.
+        A function that waits and returns what enters this rank's chunks, shaped as own, and what leaves the last chunk
+        ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
     """
-    scan = _gather if plan.exchange == "all-gather" else _pass_on
-    return scan(plan, own.contiguous(), chain, start, need_end, reverse)
+    own = own.contiguous()
+    if plan.exchange == "all-gather":
+        return _gather(plan, own, chain, start, need_end, reverse)
+    if not own.is_cuda:
+        return functools.partial(_pass_on, plan, own, chain, start, need_end, reverse)
+    stream, here = _stream(own.device), torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        found = _pass_on(plan, own, chain, start, need_end, reverse)
+    for x in (own, start):
+        if x is not None:
+            x.record_stream(stream)
+
+    def finish():
+        torch.cuda.current_stream().wait_stream(stream)
+        for x in found:
+            if x is not None:
+                x.record_stream(torch.cuda.current_stream())
+        return found
+
+    return finish
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where states are passed on from rank to rank, beside the operator."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _gather(plan, own, chain, start, need_end, reverse):
     """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
     gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, own, group=plan.group)
+    work = dist.all_gather_into_tensor(gathered, own, group=plan.group, async_op=True)  # on a stream of its own on a GPU
     gathered = gathered.unflatten(0, (-1, own.shape[0]))
     N = len(plan.bounds) - 1
     rows = {c: (r, i) for r, chunks in enumerate(plan.chunks) for i, c in enumerate(chunks)}
@@ -426,8 +460,12 @@ def _gather(plan, own, chain, start, need_end, reverse):
             found = found + (chain.factors([place], [N])[0] if reverse else chain.factors([0], [place])[0]) * start
         return found
 
-    entering = torch.stack([enters(c + 1 if reverse else c) for c in plan.mine])
-    return entering, enters(0 if reverse else N) if need_end else None
+    def finish():
+        work.wait()
+        entering = torch.stack([enters(c + 1 if reverse else c) for c in plan.mine])
+        return entering, enters(0 if reverse else N) if need_end else None
+
+    return finish
 
 
 def _pass_on(plan, own, chain, start, need_end, reverse):

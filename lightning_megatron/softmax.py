@@ -128,7 +128,7 @@ class SDPACoreAttention(MegatronModule):
 
     def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
         """The ranks that share the sequence; batches of dynamic size bring their own."""
-        if packed is None or packed.cp_group is packed.local_cp_size is None:
+        if packed is None or packed.cp_group is None and packed.local_cp_size is None:
             return self.cp_group
         size = 1 if packed.cp_group is None else packed.cp_group.size()
         if packed.local_cp_size not in (None, size):
@@ -146,7 +146,7 @@ class SDPACoreAttention(MegatronModule):
             group = q.shape[1] // k.shape[1]
             if group > 1:  # varlen_attn documents equal head counts only
                 k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-            longest_q, longest_k = (int(longest) if longest is not None else x.shape[0] for x in (q, k))
+            longest_q, longest_k = (x.shape[0] if longest is None else min(int(longest), x.shape[0]) for x in (q, k))
             return varlen_attn(
                 q.contiguous(), k.contiguous(), v.contiguous(), bounds_q.to(torch.int32), bounds_k.to(torch.int32),
                 longest_q, longest_k, scale=self.softmax_scale, window_size=(-1, 0),
@@ -171,7 +171,7 @@ class SDPACoreAttention(MegatronModule):
         tokens, P, r = q.shape[0], group.size(), group.rank()
         if tokens % 2 or k.shape[0] != tokens:
             raise ValueError(
-                f"over {P} context-parallel ranks every rank has the queries and keys of two chunks of equal length, but this has "
+                f"each of {P} context-parallel ranks has the queries and keys of two chunks of equal length, but this one has "
                 f"{tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
             )
         n = tokens // 2
@@ -212,7 +212,7 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        # In fp32, twice the bytes of bf16, because every rank adds to every token: in bf16 each of 2P - 1 sums would be rounded.
+        # In fp32, which sends twice the bytes of bf16: up to 2P pieces add to a token, and bf16 would round after each of them
         wide = torch.promote_types(grad.dtype, torch.float32)
         everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
         everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
@@ -254,9 +254,12 @@ def _bounds(packed: PackedSeqParams) -> torch.Tensor:
 
 
 def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
-    """Once for all layers, because reading waits for the GPU; tensors made in torch.inference_mode have no version."""
+    """Once for all layers, because reading waits for the GPU (and breaks a capture: the warm-up before it has checked)."""
+    # tensors made in torch.inference_mode have no version and are checked every time
     mark = None if bounds.is_inference() else (bounds._version, tokens, chunks)
     if mark is not None and getattr(bounds, "_lightning_softmax", None) == mark:
+        return
+    if bounds.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     ends = bounds.tolist()
     if ends[-1] != tokens:
@@ -267,7 +270,7 @@ def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
     for document, (a, b) in enumerate(pairwise(ends)):
         if (b - a) % chunks:
             raise ValueError(
-                f"documents_cut=True means that every document is cut into {chunks} equal chunks, but document {document} has "
-                f"{b - a} tokens; pad documents to a multiple of {chunks}, or use documents_cut=False for a sequence cut as a whole"
+                f"with documents_cut=True every document is cut into {chunks} equal chunks, but document {document} has {b - a} "
+                f"tokens; pad documents to a multiple of {chunks}, or set documents_cut=False for a sequence cut as a whole"
             )
     bounds._lightning_softmax = mark

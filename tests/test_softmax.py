@@ -121,10 +121,7 @@ def test_packed_documents(documents, groups, padded, rng):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (
-            dict(context_parallel_size=2),
-            "--context-parallel-size 2 is not supported .*SDPA; use 1, or install TransformerEngine",
-        ),
+        (dict(context_parallel_size=2), "context_parallel_size is 2, but pg_collection has no cp; give the process groups"),
         (
             dict(window_size=(8, 0)),
             r"--window-size \(8, 0\) is not supported .*; leave it out, or install TransformerEngine",

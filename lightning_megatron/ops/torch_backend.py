@@ -113,6 +113,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
 def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
     del saved, plan, own_grad
+    dfinal = dfinal() if callable(dfinal) else dfinal
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
     parts: list[list[torch.Tensor]] = [[], [], [], []]

@@ -247,7 +247,8 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
 def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
     """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
 
-    ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called.
+    ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called. ``dfinal`` may be a function, which waits
+    for it: dq, which does not depend on it, is then launched before the function is called.
     """
     B, T, H, K = q.shape
     V, kv_heads = v.shape[-1], k.shape[2]
@@ -255,20 +256,16 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     packed = cu_seqlens is not None
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    dinitial = None
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-        dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
-    if T > 0 and B > 0:
-        by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
-        wide = by_v if by_v.BK >= by_k.BK else by_k
-        segments, segments_q = (cdiv(T, plan.part * n) for n in (plan.parts_grad, plan.parts))
-        n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
-        descriptors = plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
-        own_grad = own_grad if own_grad is not None else _own_states(
-            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
-        )
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
+    wide = by_v if by_v.BK >= by_k.BK else by_k
+    n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
+    tokens = T > 0 and B > 0
+    segments, segments_q = (cdiv(T, plan.part * n) if tokens else 0 for n in (plan.parts_grad, plan.parts))
+    descriptors = tokens and plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
+
+    def walks(segments: int, segments_q: int, own_grad=None, dfinal=None, dinitial=None) -> None:
+        """Launch those for dk and dv in ``segments``, and those for dq in ``segments_q``; 0 for none."""
         own_rows, own_first = _rows(own_grad, segments, plan.parts_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
@@ -281,6 +278,20 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
              descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
+
+    if callable(dfinal):
+        if tokens:
+            walks(0, segments_q, dinitial=initial_state)  # which no walk for dq writes
+        dfinal, segments_q = dfinal(), 0
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    dinitial = None
+    if initial_state is not None:
+        dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
+    if tokens:
+        own_grad = own_grad if own_grad is not None else _own_states(
+            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
+        )
+        walks(segments, segments_q, own_grad, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     return dq, dk, dv, dinitial
