@@ -22,7 +22,7 @@ from .config import LightningOptions, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
-from .parallel import lightning_attn, token_places
+from .parallel import lightning_attn, packed_angles
 
 
 @dataclass
@@ -228,11 +228,8 @@ class LightningAttention(MegatronModule):
         packed = cu_seqlens is not None
         if packed and group is not None and group.size() > 1:
             # Megatron's packed rope takes documents for cut one by one: here every token gets its own angle
-            places = token_places(q.shape[0], group=group, layout=layout, cu_seqlens=cu_seqlens)
-            if freqs[0].shape[0] != q.shape[0] * group.size():  # else angles are those of places in the whole sequence
-                bounds = cu_seqlens.long()
-                places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
-            freqs, packed = tuple(f[places] for f in freqs), False
+            cut = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
+            freqs, packed = tuple(packed_angles(f, q.shape[0], **cut) for f in freqs), False
         common = dict(
             config=self.config,
             cu_seqlens=cu_seqlens if packed else None,

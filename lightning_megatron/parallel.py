@@ -120,6 +120,21 @@ def token_places(
     return cu_seqlens.long()[document] + offset
 
 
+def packed_angles(
+    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup, layout: str, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their places in their documents.
+
+    ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all ranks, of
+    the places in the whole sequence: what Megatron's GPTModel passes to its layers.
+    """
+    places = token_places(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
+    if freqs.shape[0] != tokens * group.size():
+        bounds = cu_seqlens.long()
+        places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
+    return freqs[places]
+
+
 def _tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Sequence[int] | None) -> tuple[int, ...]:
     if tokens is None:
         tokens = [mine] * group.size()

@@ -10,6 +10,7 @@ Options other than the defaults: ``my_spec = make_spec(decay="minimax", scale=1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import sys
@@ -76,7 +77,7 @@ def get_hybrid_layer_specs(config, options: LightningOptions | None = None) -> l
         ValueError: a config that lightning layers cannot honour.
     """
     options = _with_layout(options or LightningOptions())
-    _refuse(config)
+    _refuse(config, options)
     base_specs = get_gpt_decoder_layer_specs(
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
     )
@@ -95,7 +96,8 @@ def get_hybrid_layer_specs(config, options: LightningOptions | None = None) -> l
                 submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
             )
         elif local:
-            replaced = dataclasses.replace(projections, core_attention=SDPACoreAttention)
+            core = functools.partial(SDPACoreAttention, documents_cut=options.cp_layout == "zigzag-documents")
+            replaced = dataclasses.replace(projections, core_attention=core)
             if config.qk_layernorm and not config.qk_l2_norm:
                 replaced = dataclasses.replace(replaced, q_layernorm=norm, k_layernorm=norm)
             layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
@@ -183,7 +185,7 @@ def _training_args():
     return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
 
 
-def _refuse(config) -> None:
+def _refuse(config, options: LightningOptions) -> None:
     if config.transformer_impl not in ("local", "transformer_engine"):
         raise ValueError(
             f"--transformer-impl {config.transformer_impl} is not supported by lightning specs; use local or transformer_engine"
@@ -197,7 +199,20 @@ def _refuse(config) -> None:
         value = getattr(config, name, None)
         if value:
             raise ValueError(f"{name}={value!r} chooses another attention than lightning_megatron's specs; leave it out")
-    if not any(lightning_pattern(config.linear_attention_freq, config.num_layers)):
+    pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
+    if config.context_parallel_size > 1 and not all(pattern):
+        if options.cp_layout == "contiguous":
+            raise ValueError(
+                "cp_layout='contiguous' has no softmax attention, and this model has softmax layers; use cp_layout='zigzag', or leave "
+                "--linear-attention-freq out"
+            )
+        packed = getattr(_training_args(), "dataloader_inter_document_masking", False)
+        if packed and options.cp_layout != "zigzag-documents" and config.transformer_impl == "transformer_engine":
+            raise ValueError(
+                "--dataloader-inter-document-masking with context parallelism lets documents cross the ranks' chunks, which "
+                "TransformerEngine's softmax attention does not take; use --transformer-impl local"
+            )
+    if not any(pattern):
         raise ValueError(
             f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for all-lightning, "
             "or train without this spec"
@@ -279,6 +294,8 @@ def _check_training(args, options: LightningOptions) -> None:
             args.seq_length,
             args.seq_length,
         )
-    from .patches import flops
+    from .patches import flops, packed_rope
 
+    if args.context_parallel_size > 1 and args.dataloader_inter_document_masking and not args.sft:
+        packed_rope.apply()
     flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -20,7 +20,7 @@ LAYERS = [
     {"pretrain"},
 ]
 # ... and these parts less than that.
-ONLY = {"decay": {"config"}, "parallel": {"ops"}, "patches": {"config", "compat", "ops"}, "arguments": {"config", "compat"}}
+ONLY = {"decay": {"config"}, "parallel": {"ops"}, "patches": {"config", "compat", "ops", "parallel"}, "arguments": {"config", "compat"}}
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
     "__init__": set(),

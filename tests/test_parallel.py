@@ -68,7 +68,7 @@ LAYOUTS = {
 CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
     *(("freq2", layout) for layout in ("tp2", "tp2-sp", "pp2-vp2")),
     *(("all", layout) for layout in ("tp2-sp", "pp2-vp2", "cp2", "cp4-ring", "tp2-cp2-sp", "pp2-cp2")),
-    *(("moe", layout) for layout in ("tp2-sp", "pp2")),
+    *(("moe", layout) for layout in ("tp2-sp", "pp2", "cp2")),
 ]
 
 
@@ -147,6 +147,8 @@ MOVES = [
     ("all", "one", "tp2-sp"),
     ("all", "pp2", "one"),
     ("moe", "tp2-sp", "one"),
+    ("freq4", "cp2", "tp2-sp"),
+    ("all", "one", "cp2"),
 ]
 MOVES_OF_SHARDED_OPTIMIZER = [("dp2", "one"), ("dp2", "tp2-sp"), ("tp2-sp", "dp2"), ("pp2", "dp2")]
 
@@ -195,11 +197,12 @@ def on_documents(equal_documents, initial):
     return functools.cache(lambda layout, flags: train("freq4", layout, f"{data} {flags}", load=initial("freq4")))
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2", "cp4-ring", "tp2-cp2-sp"])
 def test_packed_documents_are_as_good_as_alone(layout, on_documents):
     """Four documents packed into a sequence train as four sequences of one document do, and not as one text."""
     alone = on_documents("one", f"--seq-length {DOCUMENT} --global-batch-size 16")
-    micro = 1 if layout == "pp2" else 2  # sequences that are packed once more, into one
+    # sequences that are packed once more, into one; with 4 context-parallel ranks documents of one cross its 8 chunks
+    micro = 1 if layout in ("pp2", "cp4-ring") else 2
     assert_same_training(on_documents(layout, f"--dataloader-inter-document-masking --micro-batch-size {micro}"), alone)
     assert abs(on_documents("one", "").losses[0] - alone.losses[0]) > 0.01
 
@@ -257,6 +260,7 @@ BY_HAND = (  # what the own entry point chooses by itself; the last because Mega
         ("tp2-sp", "lightning_spec"),
         ("pp2", "lightning_layer_spec"),
         ("pp2-vp2", "lightning_spec"),
+        ("cp2", "lightning_spec"),
     ],
 )
 def test_spec_gives_what_the_own_entry_point_gives(layout, name):

@@ -45,8 +45,10 @@ def test_loss_falls_and_log_says_what_runs():
         (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
         (4, "--pipeline-model-parallel-size 4"),  # two stages in the middle, which read nothing but boundaries
+        (2, "--context-parallel-size 2"),
+        (4, "--tensor-model-parallel-size 2 --context-parallel-size 2"),
     ],
-    ids=["tp2-sp", "pp2-vp2", "pp4"],
+    ids=["tp2-sp", "pp2-vp2", "pp4", "cp2", "tp2-cp2"],
 )
 def test_packed_documents_reach_every_stage(checkpoint, nproc, flags):
     folder, losses = checkpoint

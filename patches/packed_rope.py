@@ -1,0 +1,37 @@
+"""RoPE of packed documents that cross the chunks of context-parallel ranks.
+
+Symbol:   megatron.core.transformer.attention.apply_rotary_pos_emb
+Why:      with context parallelism Megatron takes packed documents for cut one by one (``cu_seqlens // cp_size``,
+          core/models/common/embeddings/rope_utils.py), but ``--dataloader-inter-document-masking`` cuts the whole sequence,
+          and documents cross chunks anywhere: softmax layers then crash, or turn by wrong angles without a word.
+Versions: megatron-core 0.19
+Can go:   when ``apply_rotary_pos_emb`` knows which of the two cuts was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..parallel import packed_angles
+from ._replace import replace
+
+SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)
+PARAMETERS = ("t", "freqs", "config", "cu_seqlens", "mscale", "cp_group", "mla_rotary_interleaved")
+
+
+def _wrap(original: Callable) -> Callable:
+    def apply_rotary_pos_emb(
+        t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None, mla_rotary_interleaved=False
+    ):
+        how = dict(config=config, mscale=mscale, cp_group=cp_group, mla_rotary_interleaved=mla_rotary_interleaved)
+        if cu_seqlens is None or cp_group is None or cp_group.size() == 1:
+            return original(t, freqs, cu_seqlens=cu_seqlens, **how)
+        freqs = packed_angles(freqs, t.shape[0], group=cp_group, layout="zigzag", cu_seqlens=cu_seqlens)
+        return original(t.unsqueeze(1), freqs, **how).squeeze(1)
+
+    return apply_rotary_pos_emb
+
+
+def apply() -> None:
+    """Apply the patch; a second call does nothing. Not where ``--sft`` cuts documents one by one."""
+    replace(SYMBOLS[0], PARAMETERS, _wrap, "packed documents may cross the chunks of context-parallel ranks")
