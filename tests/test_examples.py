@@ -225,8 +225,9 @@ def test_demo_leaves_foreign_folders_alone(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize(("script", "gpus"), [("pretrain_1gpu.sh", "1"), ("pretrain_tp2_sp.sh", "2")])
-def test_scripts_give_flags_that_exist(script: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``started(script, **variables)``: torchrun's own arguments, and what Megatron parses from the others."""
     from megatron.training.arguments import parse_args
 
     from lightning_megatron.arguments import add_arguments
@@ -234,17 +235,36 @@ def test_scripts_give_flags_that_exist(script: str, gpus: str, tmp_path: Path, m
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     torchrun.chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVE": "here and there"}
-    run = subprocess.run(
-        ["bash", str(EXAMPLES / script), "--lr", "0.5"], env=env, check=True, capture_output=True, text=True
-    )
-    words = run.stdout.split("\n")[:-1]
-    module = words.index("-m")
-    assert words[:module] == ["--standalone", "--nproc-per-node", gpus]
-    monkeypatch.setattr(sys, "argv", words[module + 1 :])
-    args = parse_args(add_arguments)
-    assert (args.num_layers, args.linear_attention_freq, args.lr, args.save) == (24, 8, 0.5, "here and there")
+
+    def start(script: str, **variables: str):
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVE": "here and there"} | variables
+        command = ["bash", str(EXAMPLES / script), "--lr", "0.5"]
+        run = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        words = run.stdout.split("\n")[:-1]
+        module = words.index("-m")
+        monkeypatch.setattr(sys, "argv", words[module + 1 :])
+        args = parse_args(add_arguments)
+        assert (args.num_layers, args.lr, args.save) == (24, 0.5, "here and there")
+        return words[:module], args
+
+    return start
+
+
+@pytest.mark.parametrize(("script", "gpus"), [("pretrain_1gpu.sh", "1"), ("pretrain_tp2_sp.sh", "2")])
+def test_scripts_give_flags_that_exist(script: str, gpus: str, started) -> None:
+    launcher, args = started(script)
+    assert launcher == ["--standalone", "--nproc-per-node", gpus]
+    assert args.linear_attention_freq == 8
     assert args.tensor_model_parallel_size == int(gpus) and args.sequence_parallel == (gpus == "2")
+
+
+def test_long_context_script(started) -> None:
+    launcher, args = started("long_context.sh", NODES="4", NODE_RANK="3", MASTER_ADDR="10.0.0.1")
+    assert " ".join(launcher) == (
+        "--nnodes 4 --node-rank 3 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8"
+    )
+    assert (args.seq_length, args.context_parallel_size, args.global_batch_size) == (2**20, 32, 1)
+    assert args.loss_chunk == 8192 and args.recompute_granularity == "full"
 
 
 def find_python(**environment: str) -> subprocess.CompletedProcess:
