@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_loss, record_pointwise
+from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_end_states, record_loss, record_pointwise
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 _LONG = 8192
@@ -109,6 +109,10 @@ def main(arguments: list[str]) -> None:
         for config in AROUND:
             for launch in record_pointwise(**config):
                 report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+        for documents in (0, 4):
+            for launch in record_end_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
+                if launch.what == "end state":
+                    report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
         for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
             report(gpu, torch.bfloat16, "columns=32000", launch)
 

@@ -11,7 +11,7 @@ import torch
 
 from lightning_megatron.ops import kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
 
-KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
+KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel", "end_state_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
@@ -94,6 +94,19 @@ def record_pointwise(
     return [Launch(launch[0], *launch) for launch in launches]
 
 
+def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0) -> list[Launch]:
+    """The launches for what context-parallel ranks send, forward and backward."""
+    k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
+    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta") if documents else None
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in KERNELS:
+            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        for reverse in (False, True):
+            triton_backend.end_states(k, v, torch.empty(H, device="meta"), None, cu_seqlens, reverse=reverse)
+    return [Launch(_what(*launch[::2]), *launch) for launch in launches]
+
+
 def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
     """The launches of a cross entropy, forward and backward."""
     logits = torch.empty(rows, columns, dtype=dtype, device="meta")
@@ -110,4 +123,4 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
 def _what(kernel: str, arguments: dict[str, Any]) -> str:
     if kernel == "walk_kernel" and arguments["STATE_ONLY"]:
         return "dstate" if arguments["REVERSE"] else "state"
-    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}[kernel]
+    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step", "end_state_kernel": "end state"}[kernel]

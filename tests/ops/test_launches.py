@@ -11,7 +11,7 @@ import torch
 
 from lightning_megatron.ops import kernels, triton_backend
 
-from .launches import DECODING, SEGMENTED, SINGLE, record
+from .launches import DECODING, SEGMENTED, SINGLE, record, record_end_states
 
 BF16 = torch.bfloat16
 KIB = 1024
@@ -102,3 +102,15 @@ def test_plan_of_deterministic_algorithms():
             assert len({triton_backend._plan(T, *size) for size in sizes}) == 1
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("documents", [0, 3])
+@pytest.mark.parametrize("T", [1, 100, 8192, 10**6])
+def test_launches_of_end_states(T, documents):
+    """Two each way, of which the operator uses the first again; their constants do not depend on lengths."""
+    launches = record_end_states(dtype=BF16, T=T, K=128, V=64, documents=documents)
+    assert [launch.what for launch in launches] == ["state", "end state", "dstate", "end state"]
+    for launch in launches:
+        assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
+    own, states = launches[0].arguments["own"], launches[1].arguments["own"]
+    assert own is states and own.shape[1] * launches[0].arguments["part"] >= T
