@@ -278,8 +278,9 @@ def test_results_to_plots(tmp_path):
     for suite in ("speed", "length", "dims"):
         report.write(tmp_path / f"{suite}.json", {"card": "none", "decay": "zero"}, suite, rows)
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == rows
+    way = {"model": "0.4B", "recompute": "none", "tensor_parallel": 1, "context_parallel": 2, "cuda_graph": False, "loss_chunk": 0}
     training = [
-        {"model": "0.4B", "attention": name, "recompute": "none", "cuda_graph": False, "length": length, "tokens_per_second": 1e5}
+        way | {"attention": name, "length": length, "tokens_per_second": 1e5}
         for name in ("lightning", "softmax", "something else")
         for length in (2048, 4096)
     ]

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
 from .peers import ROWS  # noqa: E402
+from .training_models import how  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {row.name: row.colour for row in ROWS} | {"softmax": "#7f7f7f", "hybrid": "#ff7f0e"}
@@ -152,20 +153,20 @@ def draw_dims(data: dict, path: Path) -> Path:
 
 
 def draw_training(data: dict, path: Path) -> Path:
-    """Tokens per GPU and second against length: a panel per model and recomputation, a line per attention."""
+    """Tokens per GPU and second against length: a panel per model and way of training, a line per attention."""
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
-    panels = list(dict.fromkeys((x["model"], x["recompute"], x["cuda_graph"]) for x in rows))
+    panels = list(dict.fromkeys(x["model"] + how(x) for x in rows))
     names = _names(rows, "attention")
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
-    for axis, (model, recompute, graph) in zip(axes[0], panels, strict=True):
-        shown = [x for x in rows if (x["model"], x["recompute"], x["cuda_graph"]) == (model, recompute, graph)]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        shown = [x for x in rows if x["model"] + how(x) == panel]
         for name in _names(shown, "attention"):
             points = [(x["length"], x["tokens_per_second"]) for x in shown if x["attention"] == name]
             _line(axis, points, name, _colour(name, names))
         _lengths_axis(axis, [x["length"] for x in shown])
         axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.set_title(model + f", recompute {recompute}" * (recompute != "none") + ", CUDA graph" * graph)
+        axis.set_title(panel)
     axes[0, 0].set_ylabel("tokens per GPU and second")
     figure.suptitle(f"Training speed against length; {_where(data)}")
     return _save(figure, path, *_all_handles(axes[0]))

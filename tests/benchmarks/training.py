@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.training --models 0.4B --attentions lightning softmax --recompute
     python -m tests.benchmarks.training --models 3B --lengths 8K 64K --tensor-parallel 2 --append
+    python -m tests.benchmarks.training --models 0.4B --lengths 64K 1M --context-parallel 2 --loss-chunk 8K --recompute --append
     python -m tests.benchmarks.training --models 0.4B --lengths 8K --attentions lightning --profile
     python -m tests.benchmarks.training --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
 
@@ -41,13 +42,12 @@ from pathlib import Path
 from tests.launch import excerpt
 
 from .report import output, when, write
-from .training_models import MODELS, PEAK, WARMUP, batch, command, parse_length, show_length
+from .training_models import KEY, MODELS, PEAK, WARMUP, batch, command, how, parse_length, show_length
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = "1K 2K 4K 8K 16K 32K 64K 80K 92K 128K"
 ATTENTIONS = ("lightning", "softmax", "hybrid")
-KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "cuda_graph")
 NO_MEMORY = "does not fit"
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 RAISED = re.compile(
@@ -74,8 +74,8 @@ def from_log(log: str, length: int) -> dict:
 
 def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
     """What tells a row from the others."""
-    row = {"model": name, "attention": attention, "length": length, "recompute": options.recompute or "none"}
-    return row | {"tensor_parallel": options.tensor_parallel, "cuda_graph": options.cuda_graph}
+    values = (name, attention, length, options.recompute or "none", options.tensor_parallel, options.context_parallel)
+    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk), strict=True))
 
 
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:
@@ -84,11 +84,12 @@ def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) ->
     micro, whole = batch(length, options)
     row = cell(name, attention, length, options) | {"micro_batch": micro, "tokens_per_step": whole * length}
     microbatches = whole // micro * raw.get("passes", len(raw["losses"]))
-    if raw.get("batches", {f"{micro}x{length}": microbatches}) != {f"{micro}x{length}": microbatches}:
-        return row | {"error": f"the model got {raw['batches']}, not {microbatches} times {micro}x{length}"}
+    wanted = {f"{micro}x{length // options.context_parallel}": microbatches}
+    if raw.get("batches", wanted) != wanted:
+        return row | {"error": f"the model got {raw['batches']}, not {wanted}"}
     if not all(map(math.isfinite, raw["losses"])):
         return row | {"error": f"losses {raw['losses']}"}
-    speed = whole * length / seconds / options.tensor_parallel
+    speed = whole * length / seconds / (options.tensor_parallel * options.context_parallel)
     row |= {"tokens_per_second": speed, "ms_per_step": seconds * 1e3, "peak_gib": raw["peak_gib"]}
     row |= {"mfu": speed * MODELS[name].flops(attention, length, raw["vocabulary"]) / PEAK, "loss": raw["losses"][-1]}
     row |= {"seconds": raw["seconds"]}
@@ -186,21 +187,20 @@ def table(rows: list[dict]) -> str:
         return f"{row['tokens_per_second']:,.0f}"
 
     out, below = [line("tokens/GPU/s", [show_length(length) for length in lengths])], []
-    for (model, attention, recompute, tp, graph), found in groups.items():
-        how = (f", recompute {recompute}" if recompute != "none" else "") + (f", TP{tp}" if tp > 1 else "")
-        how += ", CUDA graph" if graph else ""
-        out.append(line(f"{model} {attention}{how}", [show(found.get(length)) for length in lengths]))
+    for (model, attention, *rest), found in groups.items():
+        said = how(next(iter(found.values())))
+        out.append(line(f"{model} {attention}{said}", [show(found.get(length)) for length in lengths]))
         if attention != "lightning":
             continue
         speeds = [x["tokens_per_second"] for n, x in found.items() if n >= 2048 and "error" not in x]
         if len(speeds) > 1:
             spread = (max(speeds) - min(speeds)) / statistics.mean(speeds)
-            below.append(f"{model} lightning{how}: (max - min) / mean from 2K up {spread:.1%}")
-        other = groups.get((model, "softmax", recompute, tp, graph), {})
+            below.append(f"{model} lightning{said}: (max - min) / mean from 2K up {spread:.1%}")
+        other = groups.get((model, "softmax", *rest), {})
         good = {n for n in found.keys() & other.keys() if "error" not in found[n] and "error" not in other[n]}
         ratio = {n: found[n]["tokens_per_second"] / other[n]["tokens_per_second"] for n in good}
         cells = [f"{ratio[n]:.2f}" if n in ratio else "-" for n in lengths]
-        out += [line(f"{model} lightning / softmax{how}", cells)] if ratio else []
+        out += [line(f"{model} lightning / softmax{said}", cells)] if ratio else []
     return "\n".join(out + below)
 
 
@@ -224,6 +224,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens-per-microbatch", type=int, default=32768)
     add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
+    add("--context-parallel", type=int, default=1, metavar="N", help="GPUs that share a sequence; lengths are of the whole one")
+    add("--loss-chunk", type=parse_length, default=0, metavar="N", help="tokens of a GPU whose logits exist at a time")
     add("--cuda-graph", action="store_true", help="a step as one graph, so that the host does not count; a process a length")
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")

@@ -64,12 +64,25 @@ MODELS = {
 
 
 def parse_length(text: str) -> int:
-    """Tokens of "92K" or of "94208"."""
-    return int(text[:-1]) * 1024 if text.upper().endswith("K") else int(text)
+    """Tokens of "92K", "1M" or "94208"."""
+    factor = {"K": 1024, "M": 1024**2}.get(text[-1:].upper(), 1)
+    return int(text[:-1]) * factor if factor > 1 else int(text)
 
 
 def show_length(length: int) -> str:
     return str(length) if length % 1024 else f"{length // 1024}K"
+
+
+# What tells a row of the table from the others
+KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "context_parallel", "cuda_graph", "loss_chunk")
+
+
+def how(row: dict) -> str:
+    """How a row was trained, beyond model and attention."""
+    text = f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
+    text += "".join(f", {x.upper()}{row[n]}" for x, n in (("tp", "tensor_parallel"), ("cp", "context_parallel")) if row[n] > 1)
+    text += ", CUDA graph" if row["cuda_graph"] else ""
+    return text + (f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else "")
 
 
 def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
@@ -94,6 +107,10 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
         text += f" --linear-attention-freq {min(HYBRID, model.layers)}"
     if options.cuda_graph:  # captured in the second step, which WARMUP drops
         text += " --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"
+    if options.context_parallel > 1:
+        text += f" --context-parallel-size {options.context_parallel}"
+    if options.loss_chunk:
+        text += f" --lightning-loss-chunk {options.loss_chunk}"
     if tp > 1:
         text += f" --tensor-model-parallel-size {tp} --sequence-parallel"
     if options.recompute == "full":
@@ -112,7 +129,8 @@ def command(
 ) -> list[str]:
     """What trains at all ``lengths`` in one process per GPU; without --in-process there is one length."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += [f"--nproc-per-node={options.tensor_parallel}", *(["examples/cpu_shim.py"] if options.cpu else [])]
+    gpus = options.tensor_parallel * options.context_parallel
+    line += [f"--nproc-per-node={gpus}", *(["examples/cpu_shim.py"] if options.cpu else [])]
     cells = [(length, *batch(length, options)) for length in lengths] if options.in_process else []
     plan = dict(softmax=attention == "softmax", cells=cells, warmup=WARMUP, steps=options.steps)
     plan |= dict(profiled=PROFILED * options.profile, rows=rows)
