@@ -209,7 +209,7 @@ class LightningAttention(MegatronModule):
         return group, layout
 
     def _rotate(
-        self, q, k, rotary_pos_emb, cu_seqlens, inference_context, group, layout
+        self, q, k, rotary_pos_emb, cu_seqlens, inference_context, group=None, layout="zigzag"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it."""
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:

@@ -296,6 +296,7 @@ def _check_training(args, options: LightningOptions) -> None:
         )
     from .patches import flops, packed_rope
 
-    if args.context_parallel_size > 1 and args.dataloader_inter_document_masking and not args.sft:
+    cut_whole = getattr(args, "dataloader_inter_document_masking", False) and not args.sft
+    if cut_whole and args.context_parallel_size > 1:
         packed_rope.apply()
     flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -6,13 +6,13 @@ Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all`
 from __future__ import annotations
 
 from ..config import LightningOptions
-from . import checkpoint_args, cross_entropy, dataset_helpers, distributed_optimizer, flops, packed_rope
+from . import checkpoint_args, cross_entropy, dataset_helpers, distributed_optimizer, flops
 
-PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entropy, flops, packed_rope)
+PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entropy, flops)
 
 
 def apply_all(options: LightningOptions) -> None:
-    """Apply every patch, each with a line in rank 0's log. Calling it again is harmless.
+    """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
     ``packed_rope`` is left to ``lightning_megatron.spec``, which knows whether a model needs it.
 

@@ -13,7 +13,8 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "ops"},
-    {"decay", "parallel", "patches", "arguments", "norm", "softmax"},
+    {"parallel"},
+    {"decay", "patches", "arguments", "norm", "softmax"},
     {"mixer"},
     {"spec"},
     {"training"},
