@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .ops import api
 
@@ -94,7 +95,8 @@ def lightning_attn(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = _Plan(group, layout, exchange, tokens, scale, output_final_state, api.choose_implementation(backend, q))
-    return _ContextParallel.apply(plan, q, k, v, log_decay.detach().contiguous(), initial_state, cu_seqlens)
+    local = _local(plan, log_decay, cu_seqlens)
+    return _ContextParallel.apply(plan, local, q, k, v, initial_state)
 
 
 def token_places(
@@ -212,29 +214,28 @@ class _Plan:
         return self.chunks[self.group.rank()]
 
     @property
-    def bounds(self) -> list[int]:
+    def bounds(self) -> tuple[int, ...]:
         """Where chunks begin and end in the whole sequence; not for documents that are cut one by one."""
         lengths = self.tokens if self.layout == "contiguous" else [self.tokens[0] // 2] * (2 * len(self.tokens))
         bounds = [0]
         for n in lengths:
             bounds.append(bounds[-1] + n)
-        return bounds
+        return tuple(bounds)
 
 
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, q, k, v, log_decay, initial_state, cu_seqlens):
-        local = _local(plan, q, log_decay, cu_seqlens)
+    def forward(ctx, plan, local, q, k, v, initial_state):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
-            args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
+            args = *(local.split(x) for x in (q, k, v)), local.log_decay, plan.scale
             own, parts = local.own_states(plan.implementation, *args[1:4], local.begin(None, whole))
             entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
                 *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts
             )
         ctx.plan, ctx.local = plan, local
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, entering, *saved)
+        ctx.save_for_backward(q, k, v, initial_state, entering, *saved)
         ctx.set_materialize_grads(False)
         if plan.need_final and local.packed:
             end = _sum(local.documents_ending(final, initial_state), plan.group)
@@ -244,16 +245,16 @@ class _ContextParallel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
         plan, local = ctx.plan, ctx.local
-        q, k, v, log_decay, initial_state, cu_seqlens, entering, *saved = ctx.saved_tensors
+        q, k, v, initial_state, entering, *saved = ctx.saved_tensors
         if do is None:  # only the final state was used, and on all ranks
             do = q.new_zeros(*q.shape[:3], v.shape[3])
         do = local.split(do if do.stride(-1) == 1 else do.contiguous())
-        args = *(local.split(x) for x in (q, k, v)), log_decay, plan.scale
+        args = *(local.split(x) for x in (q, k, v)), local.log_decay, plan.scale
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
         own, parts = local.own_states(
-            plan.implementation, args[0], do, log_decay, local.end(None, whole_grad), reverse=True, scale=plan.scale
+            plan.implementation, args[0], do, local.log_decay, local.end(None, whole_grad), reverse=True, scale=plan.scale
         )
         finish = _exchange(
             plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
@@ -271,7 +272,7 @@ class _ContextParallel(torch.autograd.Function):
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
         dq, dk, dv = (dx.reshape(x.shape) for dx, x in zip((dq, dk, dv), (q, k, v), strict=True))
-        return None, dq, dk, dv, None, dinitial if initial_state is not None else None, None
+        return None, None, dq, dk, dv, dinitial if initial_state is not None else None
 
 
 def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -290,16 +291,35 @@ class _Chain:
 
     def __init__(self, log_decay: torch.Tensor, bounds: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> None:
         """``bounds [N+1, R or 1]`` of the N chunks, in tokens."""
-        self.log_decay, self.bounds, self.cu_seqlens = log_decay, bounds.to(log_decay.dtype), cu_seqlens
+        self.log_decay, self.bounds, self.cu_seqlens = log_decay, bounds, cu_seqlens
+        self._kept: dict[tuple, torch.Tensor] = {}  # forward and backward ask for the same
 
-    def factors(self, begin: list[int], end: list[int]) -> torch.Tensor:
-        """``[pairs, R or 1, H, 1, 1]`` from bounds ``begin`` to bounds ``end``, which are not before them."""
-        a, b = self.bounds[begin], self.bounds[end]
-        factors = torch.exp((b - a)[..., None] * self.log_decay)
+    def factors(self, pairs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """``[pairs, R or 1, H]`` from one bound to another that is not before it."""
+        if pairs not in self._kept:
+            self._kept[pairs] = self._factors(pairs)
+        return self._kept[pairs]
+
+    def weights(self, places: tuple[int, ...], chunks: tuple[int, ...], reverse: bool) -> torch.Tensor:
+        """``[places, chunks, R or 1, H]``: what is left at bounds ``places`` of what chunks add; 0 of those that come later."""
+        key = places, chunks, reverse
+        if key not in self._kept:
+            self._kept[key] = self._weights(*key)
+        return self._kept[key]
+
+    def _factors(self, pairs):
+        a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs]) for side in (0, 1))
+        factors = torch.exp((b - a)[..., None] * self.log_decay)  # the difference in integers: fp32 ends at 2^24 tokens
         if self.cu_seqlens is not None:
             begins = (self.cu_seqlens >= a[..., None]) & (self.cu_seqlens <= b[..., None])
             factors = factors * ~begins.any(-1, keepdim=True)
-        return factors[..., None, None]
+        return factors
+
+    def _weights(self, places, chunks, reverse):
+        pairs = {(p, c): (p, c) if reverse else (c + 1, p) for p in places for c in chunks if (c >= p if reverse else c < p)}
+        none = torch.zeros_like(self.bounds[0, :, None] * self.log_decay)
+        found = dict(zip(pairs, self.factors(tuple(pairs.values())), strict=True)) if pairs else {}
+        return torch.stack([torch.stack([found.get((p, c), none) for c in chunks]) for p in places])
 
 
 class _Rows:
@@ -307,13 +327,13 @@ class _Rows:
 
     packed = False
 
-    def __init__(self, plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
-        self.count, P = len(plan.mine), plan.group.size()
-        bounds = torch.tensor(plan.bounds, device=q.device)[:, None]
+    def __init__(self, plan: _Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+        self.log_decay, self.count, P = log_decay, len(plan.mine), plan.group.size()
+        bounds = _constant(plan.bounds, log_decay.device)[:, None]
         self.cu_seqlens = None
         if cu_seqlens is not None:
             lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
-            bounds = torch.arange(2 * P + 1, device=q.device)[:, None] * lengths
+            bounds = torch.arange(2 * P + 1, device=log_decay.device)[:, None] * lengths
             ends = lengths.repeat_interleave(2).cumsum(0)
             self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
         self.chain = _Chain(log_decay, bounds)
@@ -346,9 +366,9 @@ class _Packed:
 
     packed = True
 
-    def __init__(self, plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-        bounds = torch.tensor(plan.bounds, device=q.device)
-        chunks = torch.tensor(plan.mine, device=q.device)
+    def __init__(self, plan: _Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        self.log_decay, device = log_decay, log_decay.device
+        bounds, chunks = _constant(plan.bounds, device), _constant(plan.mine, device)
         cu_seqlens = cu_seqlens.long()
         a, b = bounds[chunks, None], bounds[chunks + 1, None]
         inside = torch.minimum(torch.maximum(cu_seqlens, a), b) - a  # [chunks, N + 1]
@@ -356,7 +376,7 @@ class _Packed:
         self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
         self.documents = cu_seqlens.numel() - 1
         self.inside, self.lengths = inside, [plan.bounds[c + 1] - plan.bounds[c] for c in plan.mine]
-        offset = torch.arange(len(plan.mine), device=q.device) * self.documents
+        offset = torch.arange(len(plan.mine), device=device) * self.documents
         self.firsts = torch.searchsorted(cu_seqlens, a[:, 0], right=True) - 1 + offset
         self.lasts = torch.searchsorted(cu_seqlens, b[:, 0] - 1, right=True) - 1 + offset
         filled = inside[:, 1:] > inside[:, :-1]
@@ -404,10 +424,24 @@ class _Packed:
         return found if of_empty is None else torch.where(self.empty, of_empty, found)
 
 
-def _local(plan: _Plan, q: torch.Tensor, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Packed:
-    if cu_seqlens is None or plan.layout == "zigzag-documents":
-        return _Rows(plan, q, log_decay, cu_seqlens)
-    return _Packed(plan, q, log_decay, cu_seqlens)
+def _local(plan: _Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Packed:
+    """Without documents the same in every call with this log_decay: kept for it, since factors cost many small launches."""
+    constant = log_decay.detach().contiguous()
+    if cu_seqlens is not None:
+        return (_Rows if plan.layout == "zigzag-documents" else _Packed)(plan, constant, cu_seqlens)
+    version = plan, None if log_decay.is_inference() else log_decay._version
+    if log_decay not in _kept or _kept[log_decay][0] != version:
+        _kept[log_decay] = version, _Rows(plan, constant, None)
+    return _kept[log_decay][1]
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """On the device, where a copy would wait for all that is launched."""
+    return torch.tensor(values, device=device)
 
 
 # ---- exchanges -------------------------------------------------------------------------------------------------------
@@ -461,24 +495,17 @@ def _gather(plan, own, chain, start, need_end, reverse):
     """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
     gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
     work = dist.all_gather_into_tensor(gathered, own, group=plan.group, async_op=True)  # on a stream of its own on a GPU
-    gathered = gathered.unflatten(0, (-1, own.shape[0]))
     N = len(plan.bounds) - 1
-    rows = {c: (r, i) for r, chunks in enumerate(plan.chunks) for i, c in enumerate(chunks)}
-
-    def enters(place: int) -> torch.Tensor:
-        """What stands at bound ``place``."""
-        found = torch.zeros_like(own[0])
-        for c in range(place, N) if reverse else range(place):
-            factor = chain.factors([place], [c])[0] if reverse else chain.factors([c + 1], [place])[0]
-            found = found + factor * gathered[rows[c]]
-        if start is not None:
-            found = found + (chain.factors([place], [N])[0] if reverse else chain.factors([0], [place])[0]) * start
-        return found
+    places = tuple(c + 1 if reverse else c for c in plan.mine) + ((0 if reverse else N,) if need_end else ())
+    weights = chain.weights(places, tuple(c for chunks in plan.chunks for c in chunks), reverse)
+    first = chain.factors(tuple((p, N) if reverse else (0, p) for p in places)) if start is not None else None
 
     def finish():
         work.wait()
-        entering = torch.stack([enters(c + 1 if reverse else c) for c in plan.mine])
-        return entering, enters(0 if reverse else N) if need_end else None
+        states = plan.implementation.combine(gathered, weights)
+        if start is not None:
+            states += first[..., None, None] * start
+        return states[: len(plan.mine)], states[-1] if need_end else None
 
     return finish
 
@@ -499,9 +526,8 @@ def _pass_on(plan, own, chain, start, need_end, reverse):
             continue
         i = plan.mine.index(c)
         a, b = c, c + 1
-        through = chain.factors([a], [b])[0]
-        edge = [a] if reverse else [b]
-        on = chain.factors(edge, edge)[0]  # 0 where a document begins at the bound
+        edge = a if reverse else b
+        through, on = chain.factors(((a, b), (edge, edge)))[..., None, None]  # the second 0 where a document begins there
         before = owner[order[step - 1]] if step else None
         after = owner[order[step + 1]] if step + 1 < N else None
         for j, part in enumerate(parts[i]):

@@ -424,6 +424,23 @@ def end_state_kernel(
     tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
+@triton.jit(do_not_specialize=("N", "R", "H"))
+def combine_kernel(states, weights, out, N, R, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """out [P, R, H, SIZE] = sum over n of weights [P, N, R, H] states [N, R, H, SIZE]; what has no weight is not read."""
+    blocks = tl.cdiv(SIZE, BLOCK)
+    i = tl.program_id(0)
+    o_e = i % blocks * BLOCK + tl.arange(0, BLOCK)
+    i = i // blocks
+    i_p, i_r = i // (R * H), i % (R * H)
+    m_e = o_e < SIZE
+    b_o = tl.zeros([BLOCK], dtype=tl.float32)
+    for n in range(N):
+        b_w = tl.load(weights + (i_p * N + n) * R * H + i_r)
+        if b_w != 0:
+            b_o += b_w * tl.load(states + (n * R * H + i_r).to(tl.int64) * SIZE + o_e, mask=m_e, other=0.0)
+    tl.store(out + i.to(tl.int64) * SIZE + o_e, b_o, mask=m_e)
+
+
 @triton.jit(do_not_specialize=("group", "H"))
 def step_kernel(
     q, k, v, o, log_decay, initial, final,  # one token: [B, 1, heads, dim]; states [B, H, K, V]

@@ -136,6 +136,11 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), torch.cat(parts[3])
 
 
+def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``."""
+    return torch.einsum("pnrh,nrhkv->prhkv", weights.expand(-1, -1, states.shape[1], -1), states)
+
+
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
     """See ``triton_backend.end_states``; there are no parts here."""
     states = final_states(k, v, log_decay, initial_state, cu_seqlens, reverse, scale)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .kernels import end_state_kernel, gradients_kernel, step_kernel, walk_kernel
+from .kernels import combine_kernel, end_state_kernel, gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
@@ -224,6 +224,19 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
         (K, V, tiles.BK, tiles.BV, reverse, packed), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, own
+
+
+def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """See ``torch_backend.combine``."""
+    N, R, H, K, V = states.shape
+    weights = weights.expand(-1, -1, R, -1).contiguous()
+    out = states.new_empty(weights.shape[0], R, H, K, V)
+    if out.numel():
+        BLOCK = 1024
+        launch(
+            combine_kernel, cdiv(K * V, BLOCK) * out.shape[:3].numel(), (states, weights, out), (N, R, H), (K * V, BLOCK), num_warps=4
+        )  # fmt: skip
+    return out
 
 
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):

@@ -34,8 +34,7 @@ def times(rank: int, world: int, layout: str) -> dict[str, list[float]]:
     found = {}
     for scheme in SCHEMES:
         plan = parallel._Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, torch_backend)
-        q = torch.zeros(1, 64, HEADS, DIM)
-        chain = parallel._local(plan, q, torch.full((HEADS,), -0.01), None).chain
+        chain = parallel._local(plan, torch.full((HEADS,), -0.01), None).chain
         own = torch.randn(len(plan.mine), 1, HEADS, DIM, DIM)
         seconds = []
         for _ in range(WARMUP + REPEATS):

@@ -11,7 +11,7 @@ import torch
 
 from lightning_megatron.ops import kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
 
-KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel", "end_state_kernel")
+KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel", "end_state_kernel", "combine_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
@@ -104,6 +104,8 @@ def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
         for reverse in (False, True):
             triton_backend.end_states(k, v, torch.empty(H, device="meta"), None, cu_seqlens, reverse=reverse)
+            states, weights = torch.empty(4, B, H, K, V, device="meta"), torch.empty(2, 4, 1, H, device="meta")
+            triton_backend.combine(states, weights)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
 
 
@@ -123,4 +125,6 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
 def _what(kernel: str, arguments: dict[str, Any]) -> str:
     if kernel == "walk_kernel" and arguments["STATE_ONLY"]:
         return "dstate" if arguments["REVERSE"] else "state"
-    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step", "end_state_kernel": "end state"}[kernel]
+    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step", "end_state_kernel": "end state"}.get(
+        kernel, kernel
+    )
