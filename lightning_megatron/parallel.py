@@ -89,7 +89,7 @@ def lightning_attn(
     )  # fmt: skip
     api.check_values(log_decay, cu_seqlens, sum(tokens))
     if layout == "zigzag-documents":
-        _check_documents(cu_seqlens, 2 * group.size())
+        api.check_once(cu_seqlens, _check_documents, 2 * group.size())
     if exchange == "auto":
         exchange = "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -179,16 +179,12 @@ def _agree(group: dist.ProcessGroup, device: torch.device, **arguments) -> None:
 
 
 def _check_documents(cu_seqlens: torch.Tensor, chunks: int) -> None:
-    if getattr(cu_seqlens, "_lightning_chunks", None) == (cu_seqlens._version, chunks):
-        return
-    lengths = cu_seqlens.diff().tolist()
-    for n, length in enumerate(lengths):
+    for n, length in enumerate(cu_seqlens.diff().tolist()):
         if length % chunks:
             raise ValueError(
                 f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has {length} tokens; "
                 f"pad documents to a multiple of {chunks}"
             )
-    cu_seqlens._lightning_chunks = cu_seqlens._version, chunks
 
 
 @dataclass(frozen=True)
@@ -229,7 +225,7 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
             args = *(local.split(x) for x in (q, k, v)), local.log_decay, plan.scale
-            own, parts = local.own_states(plan.implementation, *args[1:4], local.begin(None, whole))
+            own, parts = local.own_states(plan.implementation, *args[1:3], local.begin(None, whole))
             entering, end = _exchange(plan, own, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
                 *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts
@@ -254,7 +250,7 @@ class _ContextParallel(torch.autograd.Function):
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
         own, parts = local.own_states(
-            plan.implementation, args[0], do, local.log_decay, local.end(None, whole_grad), reverse=True, scale=plan.scale
+            plan.implementation, args[0], do, local.end(None, whole_grad), reverse=True, scale=plan.scale
         )
         finish = _exchange(
             plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
@@ -348,13 +344,13 @@ class _Rows:
 
     end = begin
 
-    def own_states(self, implementation, k, v, log_decay, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the chunks add ``[chunks, R, ...]``, and what the operator need not compute again."""
         parts = None
         if self.cu_seqlens is None:
-            states, parts = implementation.end_states(k, v, log_decay, initial, None, **how)
+            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, **how)
         else:
-            states = implementation.final_states(k, v, log_decay, initial, self.cu_seqlens, **how)
+            states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
         return states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
 
 
@@ -405,11 +401,11 @@ class _Packed:
             found = states.new_zeros(self.begins.shape[0] * self.documents, *states.shape[2:])
         return found.index_add(0, pieces, states[:, 0])
 
-    def own_states(self, implementation, k, v, log_decay, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the chunks add to the state of their last document, reversed of their first ``[chunks, 1, ...]``."""
         initial = [None] * len(self.lengths) if initial is None else initial.unflatten(0, (len(self.lengths), -1))
         chunks = zip(*(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
-        own = [implementation.end_states(k, v, log_decay, s, bounds, **how)[0] for k, v, s, bounds in chunks]
+        own = [implementation.end_states(k, v, self.log_decay, s, bounds, **how)[0] for k, v, s, bounds in chunks]
         return torch.stack(own), None  # parts of a chunk are not those of all tokens
 
     def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:

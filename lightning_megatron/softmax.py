@@ -21,6 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
+from .ops.api import check_once
+
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
@@ -179,7 +181,7 @@ class SDPACoreAttention(MegatronModule):
         if q.dim() == 3:
             bounds = _bounds(packed)
             cut = self.documents_cut and packed.local_cp_size is None
-            _check_documents(bounds, P * tokens, 2 * P if cut else 1)
+            check_once(bounds, _check_documents, P * tokens, 2 * P if cut else 1)
             bounds = bounds.long()
             if cut:
                 chunks = bounds.diff() // (2 * P)
@@ -254,13 +256,6 @@ def _bounds(packed: PackedSeqParams) -> torch.Tensor:
 
 
 def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
-    """Once for all layers, because reading waits for the GPU (and breaks a capture: the warm-up before it has checked)."""
-    # tensors made in torch.inference_mode have no version and are checked every time
-    mark = None if bounds.is_inference() else (bounds._version, tokens, chunks)
-    if mark is not None and getattr(bounds, "_lightning_softmax", None) == mark:
-        return
-    if bounds.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
     ends = bounds.tolist()
     if ends[-1] != tokens:
         raise ValueError(
@@ -273,4 +268,3 @@ def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
                 f"with documents_cut=True every document is cut into {chunks} equal chunks, but document {document} has {b - a} "
                 f"tokens; pad documents to a multiple of {chunks}, or set documents_cut=False for a sequence cut as a whole"
             )
-    bounds._lightning_softmax = mark

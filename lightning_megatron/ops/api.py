@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -198,21 +199,24 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
 
 
 def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
-    """Checks that must read tensors, done once per tensor and version: a mark on the tensor remembers."""
-    for tensor, check, key in (
-        (log_decay, _check_log_decay, None),
-        (cu_seqlens, functools.partial(_check_cu_seqlens, T=T), T),
-    ):
-        if tensor is None:
-            continue
-        # tensors made in torch.inference_mode have no version and are checked every time
-        mark = None if tensor.is_inference() else (tensor._version, key)
-        if mark is not None and getattr(tensor, "_lightning_checked", None) == mark:
-            continue
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            continue  # reading would break the capture; the warm-up before it has checked
-        check(tensor)
-        tensor._lightning_checked = mark
+    """Checks that must read tensors."""
+    check_once(log_decay, _check_log_decay)
+    if cu_seqlens is not None:
+        check_once(cu_seqlens, _check_cu_seqlens, T)
+
+
+def check_once(tensor: torch.Tensor, check: Callable, *arguments: int) -> None:
+    """``check(tensor, *arguments)``, which waits for the GPU, once per tensor and version: marks on the tensor remember."""
+    # tensors made in torch.inference_mode have no version and are checked every time
+    mark = None if tensor.is_inference() else (tensor._version, check.__name__, arguments)
+    marks = getattr(tensor, "_lightning_checked", ())
+    if mark in marks:
+        return
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # reading would break the capture; the warm-up before it has checked
+    check(tensor, *arguments)
+    if mark is not None:
+        tensor._lightning_checked = {mark}.union(x for x in marks if x[0] == tensor._version)
 
 
 def _check_log_decay(log_decay: torch.Tensor) -> None:
