@@ -1,7 +1,9 @@
-"""Start real multi-process runs from a test: Megatron's pretrain(), or a function on every rank (CPU and gloo).
+"""Start real multi-process runs from a test: Megatron's pretrain(), or a function on every rank.
 
     run = run_pretrain(FLAGS, nproc=2)       # losses, log and seconds of `lightning_megatron.pretrain FLAGS`
     results = spawn(fn, 2, *args)            # [fn(0, 2, *args), fn(1, 2, *args)], each in its own process
+
+On CPUs with gloo; with `gpus=True` on as many GPUs with NCCL.
 
 Importing torch and Megatron costs 5 s of CPU time per process, a small run itself less than 1 s. So processes are
 forked from a server (multiprocessing's forkserver) that has imported them once, and not the package under test.
@@ -19,6 +21,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -62,10 +65,12 @@ def run_pretrain(
     env: dict[str, str] | None = None,
     check: bool = True,
     torchrun: bool = False,
+    gpus: bool = False,
 ) -> Run:
     """Run `python -m module *module_args` (or the script) on nproc ranks under the CPU shim, in the repository root.
 
     Args:
+        gpus: without the shim, rank r on GPU r.
         env: variables added to the environment of every rank.
         check: raise AssertionError, with the end of the log, if a rank fails or the timeout (seconds) passes.
         torchrun: start through torchrun, as a user would, and not from the preloaded server.
@@ -77,22 +82,22 @@ def run_pretrain(
         if torchrun:
             error = _torchrun(argv, nproc, env or {}, log, timeout)
         else:
-            error = _fork(_run_main, (argv,), nproc, env or {}, log, timeout)
+            error = _fork(_run_main, (argv, gpus), nproc, env or {}, log, timeout, gpus)
         text = log.read_text(errors="replace")
     if error and check:
         raise AssertionError(f"{nproc} x cpu_shim.py {' '.join(argv)}: {error}\n{excerpt(text)}")
     return Run(parse_losses(text), text, time.monotonic() - start, ok=not error)
 
 
-def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Return [fn(rank, nproc, *args) for each rank], run in nproc processes that form the default (gloo) group.
+def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0, gpus: bool = False) -> list[Any]:
+    """Return [fn(rank, nproc, *args) for each rank], run in nproc processes that form the default group.
 
     fn must be importable (a module-level function); args and results must pickle. AssertionError carries the
     traceback of the first rank that fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        error = _fork(_run_function, (fn, args, folder), nproc, {}, log, timeout)
+        error = _fork(_run_function, (fn, args, folder, gpus), nproc, {}, log, timeout, gpus)
         if error:
             name = getattr(fn, "__qualname__", fn)
             raise AssertionError(f"{name} on {nproc} ranks: {error}\n{excerpt(log.read_text(errors='replace'))}")
@@ -143,7 +148,9 @@ def _torchrun(argv: list[str], nproc: int, env: dict[str, str], log: Path, timeo
     return f"torchrun exited with {code}" if code else None
 
 
-def _fork(target: Callable, args: tuple, nproc: int, env: dict[str, str], log: Path, timeout: float) -> str | None:
+def _fork(
+    target: Callable, args: tuple, nproc: int, env: dict[str, str], log: Path, timeout: float, gpus: bool = False
+) -> str | None:
     """Run target(*args) in nproc processes with torchrun's variables; return what went wrong, None for nothing."""
     # A store of our own, as torchrun's agent has: rank 0 need not find a port that is still free when it starts.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -155,7 +162,8 @@ def _fork(target: Callable, args: tuple, nproc: int, env: dict[str, str], log: P
     }
     log.touch()
     ranks = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
-    processes = [_context().Process(target=_enter, args=(target, args, variables, log)) for variables in ranks]
+    context = multiprocessing.get_context("spawn") if gpus else _context()  # the server's processes are for CPUs
+    processes = [context.Process(target=_enter, args=(target, args, variables, log)) for variables in ranks]
     error, deadline = None, time.monotonic() + timeout
     try:
         for process in processes:
@@ -231,13 +239,21 @@ def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> Non
     target(*args)
 
 
-def _run_main(argv: list[str]) -> None:
-    sys.argv = [str(SHIM), *argv]
-    _shim().main()
+def _run_main(argv: list[str], gpus: bool) -> None:
+    sys.argv = argv if gpus else [str(SHIM), *argv]
+    if not gpus:
+        _shim().main()
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
-def _run_function(fn: Callable, args: tuple, folder: str) -> None:
-    dist.init_process_group("gloo")
+def _run_function(fn: Callable, args: tuple, folder: str, gpus: bool) -> None:
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpus else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     result = fn(rank, world, *args)
     torch.save(result, Path(folder, f"result{rank}"))

@@ -241,8 +241,8 @@ def _walk(
             b_o = b_o * (b_read * read_scale)[None, :]
             b_p = b_a.to(dtype)
             b_o += tl.dot(tl.trans(b_v), b_p, input_precision=PRECISION)  # [BV, BC]
-            if dtype == tl.bfloat16 and not REVERSE:
-                # What bf16 cut off. Short chunks make more of o and dq come from the state, which is rounded to bf16 as well:
+            if dtype == tl.bfloat16:
+                # What bf16 cut off. Short chunks make more of the sum come from the state, which is rounded to bf16 as well:
                 # this is the cheaper one to mend.
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lightning_megatron import parallel
 from lightning_megatron.ops import torch_backend
+from lightning_megatron.parallel import chunks
+from lightning_megatron.parallel.exchange import exchange
 from tests.launch import spawn
 
 from .report import when, write
@@ -33,15 +34,15 @@ def times(rank: int, world: int, layout: str) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     found = {}
     for scheme in SCHEMES:
-        plan = parallel._Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, torch_backend)
-        chain = parallel._local(plan, torch.full((HEADS,), -0.01), None).chain
+        plan = chunks.Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, torch_backend)
+        chain = chunks.local(plan, torch.full((HEADS,), -0.01), None).chain
         own = torch.randn(len(plan.mine), 1, HEADS, DIM, DIM)
         seconds = []
         for _ in range(WARMUP + REPEATS):
             dist.barrier()
             start = time.perf_counter()
             for reverse in (False, True):
-                parallel._exchange(plan, own, chain, None, False, reverse)()
+                exchange(plan, own, chain, None, False, reverse)()
             seconds.append(time.perf_counter() - start)
         found[scheme] = seconds[WARMUP:]
     return found

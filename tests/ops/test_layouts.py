@@ -40,9 +40,13 @@ def head_dim_not_last(case: Case) -> Case:
 
 
 def expanded(case: Case) -> Case:
-    """Stride 0: one q for all heads, one k for all rows, one v for all tokens; gradients as from ``.sum()``."""
+    """Stride 0: one q for all heads, one k for all tokens, one v for all rows; gradients as from ``.sum()``.
+
+    Not one v for all tokens: its product with a gradient that is the same everywhere would be a single draw, and where that is
+    almost 0 the error of a whole head is what was rounded off it.
+    """
     parts = {
-        "q": case.q[:, :, :1], "k": case.k[:1], "v": case.v[:, :1], "initial_state": case.initial_state[:1],
+        "q": case.q[:, :, :1], "k": case.k[:, :1], "v": case.v[:1], "initial_state": case.initial_state[:1],
         "do": case.do[:1, :1, :1, :1], "dfinal": case.dfinal[:1, :1, :1, :1],
     }  # fmt: skip
     return case.replace(**{name: part.expand_as(getattr(case, name)) for name, part in parts.items()})

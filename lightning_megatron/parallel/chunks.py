@@ -1,0 +1,203 @@
+"""The chunks of a rank: as the operator takes them, what they add to the state, what of it is left between them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the ranks have agreed on."""
+
+    group: dist.ProcessGroup
+    layout: str
+    exchange: str
+    tokens: tuple[int, ...]  # of each rank
+    scale: float
+    need_final: bool
+    implementation: object
+
+    @property
+    def chunks(self) -> list[tuple[int, ...]]:
+        """Of each rank, its chunks in the order of its tokens."""
+        P = self.group.size()
+        return [(r,) if self.layout == "contiguous" else (r, 2 * P - 1 - r) for r in range(P)]
+
+    @property
+    def mine(self) -> tuple[int, ...]:
+        return self.chunks[self.group.rank()]
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Where chunks begin and end in the whole sequence; not for documents that are cut one by one."""
+        lengths = self.tokens if self.layout == "contiguous" else [self.tokens[0] // 2] * (2 * len(self.tokens))
+        bounds = [0]
+        for n in lengths:
+            bounds.append(bounds[-1] + n)
+        return tuple(bounds)
+
+
+class Chain:
+    """How much of a state is left from one bound of the chunks to another: nothing where a document begins on the way.
+
+    R independent chains run over the same chunks: the rows of a batch, or documents that are cut one by one.
+    """
+
+    def __init__(self, log_decay: torch.Tensor, bounds: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> None:
+        """``bounds [N+1, R or 1]`` of the N chunks, in tokens."""
+        self.log_decay, self.bounds, self.cu_seqlens = log_decay, bounds, cu_seqlens
+        self._kept: dict[tuple, torch.Tensor] = {}  # forward and backward ask for the same
+
+    def factors(self, pairs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """``[pairs, R or 1, H]`` from one bound to another that is not before it."""
+        if pairs not in self._kept:
+            self._kept[pairs] = self._factors(pairs)
+        return self._kept[pairs]
+
+    def weights(self, places: tuple[int, ...], chunks: tuple[int, ...], reverse: bool) -> torch.Tensor:
+        """``[places, chunks, R or 1, H]``: what is left at bounds ``places`` of what chunks add; 0 of those that come later."""
+        key = places, chunks, reverse
+        if key not in self._kept:
+            self._kept[key] = self._weights(*key)
+        return self._kept[key]
+
+    def _factors(self, pairs):
+        a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs]) for side in (0, 1))
+        factors = torch.exp((b - a)[..., None] * self.log_decay)  # the difference in integers: fp32 ends at 2^24 tokens
+        if self.cu_seqlens is not None:
+            begins = (self.cu_seqlens >= a[..., None]) & (self.cu_seqlens <= b[..., None])
+            factors = factors * ~begins.any(-1, keepdim=True)
+        return factors
+
+    def _weights(self, places, chunks, reverse):
+        pairs = {(p, c): (p, c) if reverse else (c + 1, p) for p in places for c in chunks if (c >= p if reverse else c < p)}
+        none = torch.zeros_like(self.bounds[0, :, None] * self.log_decay)
+        found = dict(zip(pairs, self.factors(tuple(pairs.values())), strict=True)) if pairs else {}
+        return torch.stack([torch.stack([found.get((p, c), none) for c in chunks]) for p in places])
+
+
+class _Rows:
+    """Chunks of rows of a batch, or of documents that are cut one by one: R rows of ``count`` pieces on this rank."""
+
+    packed = False
+
+    def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+        self.log_decay, self.count, P = log_decay, len(plan.mine), plan.group.size()
+        bounds = _constant(plan.bounds, log_decay.device)[:, None]
+        self.cu_seqlens = None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
+            bounds = torch.arange(2 * P + 1, device=log_decay.device)[:, None] * lengths
+            ends = lengths.repeat_interleave(2).cumsum(0)
+            self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
+        self.chain = Chain(log_decay, bounds)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens ``[B, T, ...]`` as the operator takes them."""
+        return x if self.count == 1 or self.cu_seqlens is not None else x.unflatten(1, (self.count, -1)).flatten(0, 1)
+
+    def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
+        return None if states is None else states.transpose(0, 1).flatten(0, 1)
+
+    end = begin
+
+    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the chunks add ``[chunks, R, ...]``, and what the operator need not compute again."""
+        parts = None
+        if self.cu_seqlens is None:
+            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, **how)
+        else:
+            states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
+        return states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
+
+
+class _Packed:
+    """Chunks of a packed sequence: a piece is what a document has in a chunk, chunk by chunk all documents, most of them empty.
+
+    Only the document of a chunk's first token may have begun before, and only that of its last token goes on behind it.
+    """
+
+    packed = True
+
+    def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        self.log_decay, device = log_decay, log_decay.device
+        bounds, chunks = _constant(plan.bounds, device), _constant(plan.mine, device)
+        cu_seqlens = cu_seqlens.long()
+        a, b = bounds[chunks, None], bounds[chunks + 1, None]
+        inside = torch.minimum(torch.maximum(cu_seqlens, a), b) - a  # [chunks, N + 1]
+        before = (b - a).cumsum(0) - (b - a)
+        self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
+        self.documents = cu_seqlens.numel() - 1
+        self.inside, self.lengths = inside, [plan.bounds[c + 1] - plan.bounds[c] for c in plan.mine]
+        offset = torch.arange(len(plan.mine), device=device) * self.documents
+        self.firsts = torch.searchsorted(cu_seqlens, a[:, 0], right=True) - 1 + offset
+        self.lasts = torch.searchsorted(cu_seqlens, b[:, 0] - 1, right=True) - 1 + offset
+        filled = inside[:, 1:] > inside[:, :-1]
+        self.begins = (filled & (cu_seqlens[:-1] >= a))[..., None, None, None]
+        self.ends = (filled & (cu_seqlens[1:] <= b))[..., None, None, None]
+        self.empty = (cu_seqlens.diff() == 0)[:, None, None, None] & (plan.group.rank() == 0)  # rank 0 answers for them
+        self.chain = Chain(log_decay, bounds[:, None], cu_seqlens)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        """What enters the chunks ``[chunks, 1, ...]``, and ``whole [N, ...]`` where documents begin, as states of pieces."""
+        return self._place(states, whole, self.firsts, self.begins)
+
+    def end(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+        return self._place(states, whole, self.lasts, self.ends)
+
+    def _place(self, states, whole, pieces, places):
+        if states is None and whole is None:
+            return None
+        found = None if whole is None else torch.where(places, whole, 0.0).flatten(0, 1)
+        if states is None:
+            return found
+        if found is None:
+            found = states.new_zeros(self.begins.shape[0] * self.documents, *states.shape[2:])
+        return found.index_add(0, pieces, states[:, 0])
+
+    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the chunks add to the state of their last document, reversed of their first ``[chunks, 1, ...]``."""
+        initial = [None] * len(self.lengths) if initial is None else initial.unflatten(0, (len(self.lengths), -1))
+        chunks = zip(*(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
+        own = [implementation.end_states(k, v, self.log_decay, s, bounds, **how)[0] for k, v, s, bounds in chunks]
+        return torch.stack(own), None  # parts of a chunk are not those of all tokens
+
+    def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
+        """States of pieces for the documents ``[N, ...]`` that begin on this rank, 0 for the others."""
+        return self._documents(states, of_empty, self.begins)
+
+    def documents_ending(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
+        return self._documents(states, of_empty, self.ends)
+
+    def _documents(self, states, of_empty, places):
+        found = torch.where(places, states.unflatten(0, (-1, self.documents)), 0.0).sum(0)
+        return found if of_empty is None else torch.where(self.empty, of_empty, found)
+
+
+def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Packed:
+    """Without documents the same in every call with this log_decay: kept for it, since factors cost many small launches."""
+    constant = log_decay.detach().contiguous()
+    if cu_seqlens is not None:
+        return (_Rows if plan.layout == "zigzag-documents" else _Packed)(plan, constant, cu_seqlens)
+    version = plan, None if log_decay.is_inference() else log_decay._version
+    if log_decay not in _kept or _kept[log_decay][0] != version:
+        _kept[log_decay] = version, _Rows(plan, constant, None)
+    return _kept[log_decay][1]
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """On the device, where a copy would wait for all that is launched."""
+    return torch.tensor(values, device=device)

@@ -1,0 +1,46 @@
+"""Where in the whole sequence the tokens of a rank are."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
+
+
+def token_places(
+    tokens: int, *, group: dist.ProcessGroup, layout: str = "zigzag", cu_seqlens: torch.Tensor | None = None, device=None
+) -> torch.Tensor:
+    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of ``lightning_attn``.
+
+    contiguous: all ranks have as many tokens.
+    """
+    P, r = group.size(), group.rank()
+    device = device if cu_seqlens is None else cu_seqlens.device
+    i = torch.arange(tokens, device=device)
+    if layout == "contiguous":
+        return i + r * tokens
+    if layout == "zigzag":
+        half = tokens // 2
+        return torch.where(i < half, i + r * half, i - half + (2 * P - 1 - r) * half)
+    starts = cu_seqlens.long() // P  # of the documents on this rank
+    document = torch.searchsorted(starts, i, right=True) - 1
+    half = (starts.diff() // 2)[document]
+    offset = i - starts[document]
+    offset = torch.where(offset < half, offset + r * half, offset - half + (2 * P - 1 - r) * half)
+    return cu_seqlens.long()[document] + offset
+
+
+def packed_angles(
+    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup, layout: str, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their places in their documents.
+
+    ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all ranks, of
+    the places in the whole sequence: what Megatron's GPTModel passes to its layers.
+    """
+    places = token_places(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
+    if freqs.shape[0] != tokens * group.size():
+        bounds = cu_seqlens.long()
+        places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
+    return freqs[places]

@@ -1,0 +1,62 @@
+"""Every kernel on small inputs, for NVIDIA's compute-sanitizer:
+
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1    # each tensor its own allocation, so that memcheck sees where it ends
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.ops.sanitize
+compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.ops.sanitize
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_megatron.ops import lightning_attn, triton_backend
+from lightning_megatron.ops.linear_loss import linear_cross_entropy
+from lightning_megatron.ops.loss import vocab_parallel_cross_entropy
+from lightning_megatron.ops.pointwise import norm_gate, split_heads
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def operator(T: int, K: int, V: int, dtype: torch.dtype, bounds: list[int] | None = None) -> None:
+    """Forward and backward with states, then the pieces that context parallelism uses."""
+    draw = lambda *shape, dtype=dtype: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+    q, k, v = draw(1, T, 4, K), draw(1, T, 2, K), draw(1, T, 2, V)
+    log_decay = torch.tensor([0.0, -0.003, -0.1, -2.0], device="cuda")
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda", dtype=torch.int32)
+    state = draw(1 if bounds is None else len(bounds) - 1, 4, K, V, dtype=torch.float32)
+    o, final = lightning_attn(q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    torch.autograd.grad([o, final], [q, k, v, state], [torch.randn_like(o), torch.randn_like(final)])
+    if T > 1:
+        own, _ = triton_backend.end_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
+        triton_backend.combine(own[None], torch.rand(2, 1, 1, 4, device="cuda"))
+        triton_backend.final_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
+
+
+def around(dtype: torch.dtype) -> None:
+    """What surrounds the operator in a model."""
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True)
+    mixed, weight = draw(70, 2, 2 * (128 + 128 + 64 + 64)), draw(256)
+    q, gate, k, v = split_heads(mixed, (128, 128, 64, 64), feature_map="silu-qkv")
+    y = norm_gate(v.repeat_interleave(2, 2), gate, weight, kind="sigmoid", width=64)
+    torch.autograd.grad([q, k, y], [mixed, weight], [torch.randn_like(x) for x in (q, k, y)])
+    targets = torch.randint(1000, (70, 2), device="cuda")
+    logits = draw(70, 2, 1000)
+    torch.autograd.grad(vocab_parallel_cross_entropy(logits, targets).sum(), logits)
+    hidden, table = draw(70, 2, 64), draw(1000, 64)
+    torch.autograd.grad(linear_cross_entropy(hidden, table, targets, chunk=32).sum(), [hidden, table])
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for K, V in ((64, 64), (128, 128), (48, 96)):
+            operator(1, K, V, dtype)
+            operator(1100, K, V, dtype)
+            operator(1100, K, V, dtype, [0, 1, 1, 500, 1037, 1100])
+        around(dtype)
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
