@@ -247,6 +247,9 @@ def wrong_arguments(rank: int, world: int) -> list[str]:
     return [
         raised(lambda: attend(layout="striped")),
         raised(lambda: attend(exchange="broadcast")),
+        raised(lambda: attend(exchange="direct")),
+        raised(lambda: attend(exchange="direct", backend="triton")),
+        raised(lambda: attend(exchange="direct", layout="zigzag-documents", cu_seqlens=torch.tensor([0, 16]))),
         raised(lambda: attend(layout="zigzag-documents")),
         raised(lambda: attend(layout="zigzag-documents", cu_seqlens=torch.tensor([0, 6, 16]))),
         raised(lambda: attend(cu_seqlens=torch.tensor([0, 8]))),
@@ -261,7 +264,10 @@ def test_wrong_arguments():
     ranks = spawn(wrong_arguments, 2)
     wanted = (
         "layout='striped' is unknown; choose one of contiguous, zigzag, zigzag-documents",
-        "exchange='broadcast' is unknown; choose one of auto, all-gather, ring, pipelined",
+        "exchange='broadcast' is unknown; choose one of auto, direct, all-gather, ring, pipelined",
+        "write into each other's memory, but it takes the triton backend; use exchange='auto' or 'all-gather'",
+        "write into each other's memory, but ranks have no NVIDIA GPUs; use",
+        "write into each other's memory, but documents that are cut one by one differ in number",
         "needs cu_seqlens",
         "document 0 has 6 tokens; pad documents to a multiple of 4",
         "end at T = 16",

@@ -19,7 +19,9 @@ def pad(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def launch(kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, *, num_warps: int, num_stages: int = 3) -> None:
+def launch(
+    kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, *, num_warps: int, num_stages: int = 3, **options
+) -> None:
     """``kernel[grid](...)`` with ``grid > 0``, whose parameters are tensors, then numbers, then constants.
 
     Triton looks at every argument of every launch to find the compiled kernel: for 60 of them half of the time of a launch.
@@ -30,12 +32,12 @@ def launch(kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, 
     first = tensors[1] if tensors[0] is None else tensors[0]
     if _KNOWN_TRITON and first.is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
         types = tuple([None if x is None else x.dtype for x in tensors])
-        key = (kernel, first.device, types, numbers, constants, num_warps, num_stages)
+        key = (kernel, first.device, types, numbers, constants, num_warps, num_stages)  # options follow from the kernel
         compiled = _compiled.get(key)
         if compiled is not None:
             compiled[grid, 1, 1](*tensors, *numbers, *constants)
             return
-    compiled = kernel[(grid,)](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[(grid,)](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages, **options)
     if key is not None:
         if len(_compiled) >= KEPT:
             _compiled.clear()

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .exchange_kernels import exchange, mailbox_words
 from .kernels import combine_kernel, end_state_kernel, gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
+
+__all__ = ["backward", "combine", "end_states", "exchange", "final_states", "forward", "mailbox_words"]
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256

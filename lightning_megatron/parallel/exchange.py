@@ -8,11 +8,31 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from . import direct
 from .chunks import Chain, Plan
 
-EXCHANGES = ("auto", "all-gather", "ring", "pipelined")
+EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined")
 GATHERED_RANKS = 16  # with more, all-gather sends more than it saves in latency
 BLOCKS = 4  # of the pipelined exchange, along K
+
+
+def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.device, implementation) -> str:
+    """What "auto" is for these ranks, which ask together; whether "direct" is possible."""
+    if exchange not in ("auto", "direct"):
+        return exchange
+    if layout == "zigzag-documents":
+        why_not = "documents that are cut one by one differ in number from batch to batch, and so would the memory for their states"
+    elif not hasattr(implementation, "exchange"):
+        why_not = "it takes the triton backend"
+    else:
+        why_not = direct.why_not(group, device)
+    if not why_not:
+        return "direct"
+    if exchange == "direct":
+        raise ValueError(
+            f"exchange='direct' needs GPUs that write into each other's memory, but {why_not}; use exchange='auto' or 'all-gather'"
+        )
+    return "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
 
 
 def exchange(
@@ -33,6 +53,9 @@ def exchange(
     own = own.contiguous()
     if plan.exchange == "all-gather":
         return _gather(plan, own, chain, start, need_end, reverse)
+    if plan.exchange == "direct":
+        found = _write(plan, own, chain, start, need_end, reverse)
+        return lambda: found
     if not own.is_cuda:
         return functools.partial(_pass_on, plan, own, chain, start, need_end, reverse)
     stream, here = _stream(own.device), torch.cuda.current_stream()
@@ -59,23 +82,40 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
+def _sums(plan: Plan, chain: Chain, need_end: bool, reverse: bool, with_start: bool):
+    """What is added up from the M of all chunks: weights of chunks, and factors of what enters the first (None without it)."""
+    N = len(plan.bounds) - 1
+    places = tuple(c + 1 if reverse else c for c in plan.mine) + ((0 if reverse else N,) if need_end else ())
+    weights = chain.weights(places, tuple(c for chunks in plan.chunks for c in chunks), reverse)
+    return weights, chain.factors(tuple((p, N) if reverse else (0, p) for p in places)) if with_start else None
+
+
+def _summed(plan: Plan, states: torch.Tensor, start: torch.Tensor | None, first: torch.Tensor | None, need_end: bool):
+    if start is not None:
+        states += first[..., None, None] * start
+    return states[: len(plan.mine)], states[-1] if need_end else None
+
+
 def _gather(plan, own, chain, start, need_end, reverse):
     """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
     gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
     work = dist.all_gather_into_tensor(gathered, own, group=plan.group, async_op=True)  # on a stream of its own on a GPU
-    N = len(plan.bounds) - 1
-    places = tuple(c + 1 if reverse else c for c in plan.mine) + ((0 if reverse else N,) if need_end else ())
-    weights = chain.weights(places, tuple(c for chunks in plan.chunks for c in chunks), reverse)
-    first = chain.factors(tuple((p, N) if reverse else (0, p) for p in places)) if start is not None else None
+    weights, first = _sums(plan, chain, need_end, reverse, start is not None)
 
     def finish():
         work.wait()
-        states = plan.implementation.combine(gathered, weights)
-        if start is not None:
-            states += first[..., None, None] * start
-        return states[: len(plan.mine)], states[-1] if need_end else None
+        return _summed(plan, plan.implementation.combine(gathered, weights), start, first, need_end)
 
     return finish
+
+
+def _write(plan, own, chain, start, need_end, reverse):
+    """The same in one launch: GPUs write into each other's memory, and add up what arrives."""
+    weights, first = _sums(plan, chain, need_end, reverse, start is not None)
+    words = plan.implementation.mailbox_words(plan.group.size(), own)
+    boxes = direct.mailboxes(plan.group, own.device, words)
+    states = plan.implementation.exchange(own, weights, boxes.addresses, plan.group.rank(), boxes.limit)
+    return _summed(plan, states, start, first, need_end)
 
 
 def _pass_on(plan, own, chain, start, need_end, reverse):

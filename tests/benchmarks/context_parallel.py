@@ -5,13 +5,15 @@
 Every rank holds ``tokens`` tokens. "one GPU" is the operator alone on as many, "exposed" what a scheme takes longer than that
 forward and backward. "states alone" is the bare all-gather of the states, once in each direction. "all-to-all" moves q, k and v
 in one message so that every rank has all tokens of H / P heads, and o back, as head-parallel layers do (Ulysses). Times are
-medians of the slowest rank, of the GPU alone. Writes <out>/context_parallel.json.
+medians of the slowest rank, of the GPU alone. --timeline TOKENS also prints what the first GPU does, stream by stream, in one
+forward and backward of each exchange. Writes <out>/context_parallel.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -27,9 +29,9 @@ from . import measure
 from .report import output, when, write
 from .training_models import parse_length, show_length
 
-EXCHANGES = ("all-gather", "ring", "pipelined")
+EXCHANGES = ("direct", "all-gather", "ring", "pipelined")
 LAYOUTS = ("contiguous", "zigzag")
-CALLS, SLEEP_MS = 20, 40.0
+CALLS, SLEEP_MS = 10, 100.0  # the ring and all-to-all take the host a millisecond
 
 
 class AllToAll(torch.autograd.Function):
@@ -74,7 +76,7 @@ def median_ms(calls: list[Callable]) -> float:
     times, late = measure._batch(itertools.cycle(calls), CALLS, SLEEP_MS)
     found = torch.tensor([statistics.median(times), float(late)], device="cuda")
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found[0].item() if found[1] == 0 else float("nan")
+    return found[0].item() if found[1] == 0 else math.nan  # the host was late
 
 
 def measured(attn: Callable, inputs: list[tuple[torch.Tensor, ...]]) -> tuple[float, float]:
@@ -84,12 +86,45 @@ def measured(attn: Callable, inputs: list[tuple[torch.Tensor, ...]]) -> tuple[fl
     return forward, median_ms(grads)
 
 
+def timeline(attn: Callable, q, k, v, do) -> tuple[list[dict], list[torch.Tensor]]:
+    """Kernels of one forward and backward on this GPU: name, stream, start and duration in us, by start. And the results."""
+
+    def step() -> list[torch.Tensor]:
+        o = attn(q, k, v)[0]
+        return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
+
+    for _ in range(3):
+        results = step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):  # the host runs ahead
+            torch.cuda._sleep(int(5 * measure.CYCLES_PER_MS))
+            step()
+        torch.cuda.synchronize()
+    events = [x for x in profiler.profiler.kineto_results.events() if x.device_type() == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda x: x.start_ns())
+    last = max(i for i, x in enumerate(events) if "spin" in x.name() or "sleep" in x.name())
+    begin = events[last].start_ns() + events[last].duration_ns()
+    kernels = [x for x in events[last + 1 :] if x.duration_ns() > 0]
+    return [
+        dict(
+            kernel=x.name()[:60],
+            stream=x.device_resource_id(),
+            start_us=(x.start_ns() - begin) / 1e3,
+            us=x.duration_ns() / 1e3,
+        )
+        for x in kernels
+    ], results
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("tests.benchmarks.context_parallel", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--tokens", nargs="+", type=parse_length, default=[2**n * 1024 for n in range(1, 8)], help="of a GPU"
     )
     parser.add_argument("--heads", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--timeline", nargs="*", type=parse_length, default=[], metavar="TOKENS")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -141,15 +176,30 @@ def main(argv: list[str] | None = None) -> None:
                 one,
             )
             del inputs
+    lines = []
+    for heads, tokens in itertools.product(options.heads, options.timeline):
+        inputs, before = measure.random_inputs(measure.Shape(1, tokens, heads), "BTHD", True), None
+        for scheme in ("direct", "all-gather"):
+            log_decay = -(2.0 ** (-8.0 * torch.arange(1, heads + 1, device="cuda") / heads))
+            attn = partial(parallel.lightning_attn, log_decay=log_decay, group=group, exchange=scheme)
+            found, results = timeline(attn, *inputs)
+            for x, y in zip(results, before or results, strict=True):
+                assert (x.float() - y.float()).norm() <= 1e-3 * y.float().norm(), "exchanges differ"
+            before = results
+            lines.append(dict(heads=heads, tokens=tokens, scheme=f"{scheme}, zigzag", kernels=found))
+            if first:
+                print(
+                    f"\n{heads} heads, {show_length(tokens)} tokens, {scheme}, zigzag\n   start us      us  stream  kernel"
+                )
+                for x in found:
+                    print(f"{x['start_us']:11.1f}{x['us']:8.1f}{x['stream']:8d}  {x['kernel']}")
     if first:
         about = {"card": torch.cuda.get_device_name(), "gpus": group.size(), "torch": torch.__version__, **when()}
         about["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        write(
-            options.out / "context_parallel.json",
-            about | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))},
-            "context_parallel",
-            rows,
-        )
+        about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        write(options.out / "context_parallel.json", about, "context_parallel", rows)
+        if lines:
+            write(options.out / "context_parallel_timeline.json", about, "context_parallel_timeline", lines)
     dist.destroy_process_group()
 
 

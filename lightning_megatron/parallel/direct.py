@@ -1,0 +1,83 @@
+"""Memory of every rank that the other ranks' GPUs can write into, which takes NVLink or PCIe peer access within one node."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a node
+
+
+class Mailboxes(NamedTuple):
+    """Addresses of the mailboxes of all ranks, ``[P]`` int64, and how long to wait for them in ns."""
+
+    addresses: torch.Tensor
+    limit: int
+    memory: object  # what keeps them alive
+
+
+_why_not: dict[str, str] = {}
+_mailboxes: dict[tuple, Mailboxes] = {}
+
+
+def why_not(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why GPUs of the group cannot write into each other's memory, "" if they can; the same on all ranks, which ask together."""
+    if group.group_name not in _why_not:
+        _why_not[group.group_name] = _why_not_any(group, device)
+        logger.info("context-parallel group %s: %s", group.group_name, _why_not[group.group_name] or "GPUs write directly")
+    return _why_not[group.group_name]
+
+
+def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "ranks have no NVIDIA GPUs"
+    node = BOOT.read_text().strip() if BOOT.exists() else ""
+    ranks = _all(group, (node, str(torch.cuda.get_device_properties(device).uuid), device.index))
+    if node == "" or len({node for node, _, _ in ranks}) > 1:
+        return "ranks are not on one node"
+    if len({uuid for _, uuid, _ in ranks}) < len(ranks):
+        return "ranks share a GPU"
+    here = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    others = [uuid for rank, (_, uuid, _) in enumerate(ranks) if rank != group.rank()]
+    if any(uuid not in here for uuid in others):
+        mine = "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it reaches them"
+    elif not all(torch.cuda.can_device_access_peer(device.index, here.index(uuid)) for uuid in others):
+        mine = "a GPU has no peer access to another"
+    else:
+        mine = ""
+    reasons = _all(group, mine)
+    if not any(reasons):  # asked of all ranks at once, for one that fails would leave the others waiting
+        try:
+            mailboxes(group, device, 1024)
+        except RuntimeError as error:
+            mine = f"memory cannot be shared ({error})"
+        reasons = _all(group, mine)
+    return next(filter(None, reasons), "")
+
+
+def _all(group: dist.ProcessGroup, mine) -> list:
+    found = [None] * group.size()
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def mailboxes(group: dist.ProcessGroup, device: torch.device, words: int) -> Mailboxes:
+    """Mailboxes of ``words`` words of 4 bytes, zero at first; made where none are that large, by all ranks together."""
+    key = group.group_name, words
+    if key not in _mailboxes:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        memory = symmetric_memory.empty(words, dtype=torch.float32, device=device).zero_()
+        torch.cuda.synchronize(device)
+        handle = symmetric_memory.rendezvous(memory, group)
+        dist.barrier(group=group, device_ids=[device.index])  # nobody writes into what is not yet zero
+        inside = memory.data_ptr() - handle.buffer_ptrs[group.rank()]  # of a larger allocation
+        addresses = torch.tensor([base + inside for base in handle.buffer_ptrs], dtype=torch.int64, device=device)
+        timeout = group._get_backend(device).options._timeout
+        _mailboxes[key] = Mailboxes(addresses, int(timeout.total_seconds() * 1e9), (memory, handle))
+    return _mailboxes[key]
