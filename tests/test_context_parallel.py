@@ -99,8 +99,10 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, packed: 
         parallel.lightning_attn, log_decay=log_decay.to(wide), group=dist.group.WORLD, layout=layout, exchange=exchange,
         backend=backend, tokens=lengths if layout == "contiguous" else None, **common,
     )  # fmt: skip
-    tokens = (x[:, mine].to(dtype) for x in (q, k, v))
-    got = results(local, *tokens, state if state is None else state.to(wide), do[:, mine].to(dtype), dfinal.to(wide), used)
+    tokens = [x[:, mine].to(dtype) for x in (q, k, v, do)]
+    if pick(rng, [True, False]):  # [T, B, ...] in memory, as Megatron has it
+        tokens = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tokens]
+    got = results(local, *tokens[:3], state if state is None else state.to(wide), tokens[3], dfinal.to(wide), used)
     assert got.keys() == want.keys(), said
     errors = {}
     for name, x in want.items():

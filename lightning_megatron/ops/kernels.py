@@ -307,11 +307,11 @@ def _walk(
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
-@triton.jit(do_not_specialize=("group", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
+@triton.jit(do_not_specialize=("group", "pieces", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
 def walk_kernel(
     q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
-    group,  # query heads per head of k and v
+    group, pieces,  # query heads per head of k and v; sequences that follow each other along T in a row of the batch
     T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
@@ -329,13 +329,14 @@ def walk_kernel(
     i_h, i = i % H, i // H
     rows = own_rows if STATE_ONLY else segments
     i_s, i_b = i % rows, (i // rows).to(tl.int64)
+    i_r, i_t = i_b // pieces, i_b % pieces * T
     if STATE_ONLY:
         i_s += own_first
     else:
-        q += i_b * q_sb + i_h.to(tl.int64) * q_sh
-        o += i_b * o_sb + i_h.to(tl.int64) * o_sh
-    k += i_b * k_sb + (i_h // group).to(tl.int64) * k_sh
-    v += i_b * v_sb + (i_h // group).to(tl.int64) * v_sh
+        q += i_r * q_sb + i_t * q_st + i_h.to(tl.int64) * q_sh
+        o += i_r * o_sb + i_t * o_st + i_h.to(tl.int64) * o_sh
+    k += i_r * k_sb + i_t * k_st + (i_h // group).to(tl.int64) * k_sh
+    v += i_r * v_sb + i_t * v_st + (i_h // group).to(tl.int64) * v_sh
     _walk(
         q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), own, edge_in, edge_out, doc, cu_seqlens,
         i_b, i_h, i_v, i_s, T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
@@ -343,7 +344,7 @@ def walk_kernel(
     )  # fmt: skip
 
 
-_COUNTS = ("group", "T", "H", "part", "parts", "segments", "own_rows", "own_first", "parts_q", "segments_q", "own_rows_q")
+_COUNTS = ("group", "pieces", "T", "H", "part", "parts", "segments", "own_rows", "own_first", "parts_q", "segments_q", "own_rows_q")
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -352,7 +353,7 @@ def gradients_kernel(
     own, own_grad, initial, dfinal, dinitial, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
     dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st,  # heads of these are K, K and V elements apart
-    group, T, H, part,
+    group, pieces, T, H, part,
     parts, segments, own_rows, own_first,  # of the walks for dk and dv
     parts_q, segments_q, own_rows_q,  # of the walk for dq
     scale,
@@ -377,27 +378,31 @@ def gradients_kernel(
     i_h, i = i % H, i // H
     i_s, i_b = i % count, (i // count).to(tl.int64)
     head, shared = i_h.to(tl.int64), (i_h // group).to(tl.int64)
-    q += i_b * q_sb + head * q_sh
-    k += i_b * k_sb + shared * k_sh
-    v += i_b * v_sb + shared * v_sh
-    do += i_b * do_sb + head * do_sh
+    i_r, i_t = i_b // pieces, i_b % pieces * T
+    q += i_r * q_sb + i_t * q_st + head * q_sh
+    k += i_r * k_sb + i_t * k_st + shared * k_sh
+    v += i_r * v_sb + i_t * v_st + shared * v_sh
+    do += i_r * do_sb + i_t * do_st + head * do_sh
+    dq += i_r * dq_sb + i_t * dq_st + head * K
+    dk += i_r * dk_sb + i_t * dk_st + head * K
+    dv += i_r * dv_sb + i_t * dv_st + head * V
     b_ld = tl.load(log_decay + i_h)
     # three ifs, not elif: Triton then gives the three the same shared memory
     if (i_v < n_k) & (not for_q):
         _walk(
-            v, do, q, dk + i_b * dk_sb + head * K, v_st, do_st, q_st, dk_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
+            v, do, q, dk, v_st, do_st, q_st, dk_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
             V, K, BV, COLS_K, BC, True, True, False, OWN_GRAD, DFINAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         _walk(
-            k, q, do, dv + i_b * dv_sb + head * V, k_st, q_st, do_st, dv_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
+            k, q, do, dv, k_st, q_st, do_st, dv_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
             K, V, BK, COLS_V, BC, True, False, False, OWN_GRAD, DFINAL, INITIAL, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if for_q:
         _walk(
-            do, v, k, dq + i_b * dq_sb + head * K, do_st, v_st, k_st, dq_st, b_ld, own, initial, dinitial, doc, cu_seqlens,
+            do, v, k, dq, do_st, v_st, k_st, dq_st, b_ld, own, initial, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, own_rows_q, 0, scale, 1.0,
             V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip

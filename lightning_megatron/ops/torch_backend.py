@@ -90,10 +90,17 @@ def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[sl
     return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
 
 
+def _split(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """``[B, pieces * T, ...]`` as ``[B * pieces, T, ...]``."""
+    return x.unflatten(1, (pieces, -1)).flatten(0, 1)
+
+
 @_without_autocast
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None):
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None, pieces=1):
     """See ``triton_backend.forward``; the backward recomputes its states."""
     del need_final, own  # the first costs nothing here, the second does not exist
+    tokens_of_all = q.shape[:2]
+    q, k, v = (_split(x, pieces) for x in (q, k, v))
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
     outputs, finals = [], []
@@ -106,14 +113,16 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
         outputs.append(o)
         finals.append(final)
     o = torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
-    return o.contiguous(), torch.cat(finals), (), None
+    return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), torch.cat(finals), (), None
 
 
 @_without_autocast
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None, pieces=1):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
     del saved, plan, own_grad
     dfinal = dfinal() if callable(dfinal) else dfinal
+    tokens_of_all = q.shape[:2]
+    q, k, v, do = (_split(x, pieces) for x in (q, k, v, do))
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
     parts: list[list[torch.Tensor]] = [[], [], [], []]
@@ -133,7 +142,8 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     group = H // k.shape[2]
     if group > 1:
         dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), torch.cat(parts[3])
+    dq, dk, dv = (dx.to(q.dtype).reshape(*tokens_of_all, *dx.shape[2:]) for dx in (dq, dk, dv))
+    return dq, dk, dv, torch.cat(parts[3])
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -141,9 +151,9 @@ def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.einsum("pnrh,nrhkv->prhkv", weights.expand(-1, -1, states.shape[1], -1), states)
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1):
     """See ``triton_backend.end_states``; there are no parts here."""
-    states = final_states(k, v, log_decay, initial_state, cu_seqlens, reverse, scale)
+    states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, cu_seqlens, reverse, scale)
     if cu_seqlens is not None:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(cu_seqlens, 0 if reverse else k.shape[1] - 1, right=True) - 1
         states = states[at.clamp(min=0)][None]

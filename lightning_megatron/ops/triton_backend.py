@@ -97,9 +97,11 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=False, part, parts, scale=1.0) -> None:
+def _walk(
+    q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=False, part, parts, pieces=1, scale=1.0
+) -> None:
     """Launch ``walk_kernel``: o and the final states, edge_out, or without q the parts' own states."""
-    B, T, heads, K = k.shape
+    (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, part * parts)
     tiles = _tiles(v.dtype, K, V, T <= 16)
@@ -109,12 +111,17 @@ def _walk(q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=F
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
-        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads,
+        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces,
          T, H, part, parts, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
          own is not None, edge_in is not None, edge_out is not None, doc is not None, *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+
+
+def _rows_of(x: torch.Tensor, pieces: int) -> tuple[int, int]:
+    """How many sequences there are in ``[B, pieces * T, ...]``, and T. Pieces are not split off: that would be a copy."""
+    return x.shape[0] * pieces, x.shape[1] // pieces
 
 
 def _rows(own: torch.Tensor | None, segments: int, parts: int, reverse: bool) -> tuple[int, int]:
@@ -123,9 +130,11 @@ def _rows(own: torch.Tensor | None, segments: int, parts: int, reverse: bool) ->
     return rows, parts if reverse and rows < segments * parts else 0
 
 
-def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scale=1.0, every=False) -> torch.Tensor | None:
+def _own_states(
+    k, v, log_decay, *, edge, docs, part, parts, pieces=1, reverse=False, scale=1.0, every=False
+) -> torch.Tensor | None:
     """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
-    B, T, _, K = k.shape
+    (B, T), K = _rows_of(k, pieces), k.shape[3]
     rows = (cdiv(T, part * parts) - (not every)) * parts
     if rows == 0:
         return None
@@ -133,7 +142,7 @@ def _own_states(k, v, log_decay, *, edge, docs, part, parts, reverse=False, scal
     packed = docs[0] is not None  # their states enter and leave inside parts
     _walk(
         None, k, v, None, log_decay, own, edge_in=edge if packed else None, docs=docs, reverse=reverse, part=part, parts=parts,
-        scale=scale,
+        pieces=pieces, scale=scale,
     )  # fmt: skip
     return own
 
@@ -167,12 +176,13 @@ def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> Pla
     return _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
 
 
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None):
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None, pieces=1):
     """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
 
-    ``own`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents.
+    ``own`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
+    ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces; not with cu_seqlens.
     """
-    B, T, H, K = q.shape
+    (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V = v.shape[-1]
     packed = cu_seqlens is not None
     sequences = cu_seqlens.numel() - 1 if packed else B
@@ -182,10 +192,10 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
-    if T == 1 and not packed and own is None:
+    if T == 1 and not packed and own is None and pieces == 1:
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
-    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts)
+    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, pieces=pieces)
     own = own if own is not None else _own_states(k, v, log_decay, edge=initial_state, **cut)
     _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
     return o, final, (own, *cut["docs"]), plan
@@ -204,12 +214,12 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     )  # fmt: skip
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
-    """The state at the end of every row ``[B, H, K, V]``, packed that of the last document; then the own states of all parts.
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1):
+    """The state at the end of every sequence ``[N, H, K, V]``, packed that of the last document; then the parts' own states.
 
-    With ``reverse``, of (q, do): the gradient of the state at the start of every row, packed of the first document.
+    With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
     """
-    B, T, _, K = k.shape
+    (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
     out = torch.zeros(B, H, K, V, device=k.device, dtype=torch.float32)
     if T == 0 or B == 0:
@@ -219,7 +229,7 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
     docs = _documents(cu_seqlens, T)
     own = _own_states(
         k, v, log_decay, edge=initial_state, docs=docs, part=plan.part, parts=plan.parts_grad if reverse else plan.parts,
-        reverse=reverse, scale=scale, every=True,
+        pieces=pieces, reverse=reverse, scale=scale, every=True,
     )  # fmt: skip
     tiles = Tiles(pad(K), min(pad(V), 16), 1, 4, 1)
     launch(
@@ -260,13 +270,13 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     return final
 
 
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None, pieces=1):
     """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
 
     ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called. ``dfinal`` may be a function, which waits
     for it: dq, which does not depend on it, is then launched before the function is called.
     """
-    B, T, H, K = q.shape
+    (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V, kv_heads = v.shape[-1], k.shape[2]
     own, *docs = saved
     packed = cu_seqlens is not None
@@ -287,7 +297,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
+             H // kv_heads, pieces, T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
              plan.parts, segments_q, _rows(own, segments_q, plan.parts, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
@@ -305,7 +315,8 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
     if tokens:
         own_grad = own_grad if own_grad is not None else _own_states(
-            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, reverse=True, scale=scale
+            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
+            scale=scale,
         )
         walks(segments, segments_q, own_grad, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32

@@ -88,18 +88,18 @@ class _ContextParallel(torch.autograd.Function):
     def forward(ctx, plan, local, q, k, v, initial_state):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
-            args = *(local.split(x) for x in (q, k, v)), local.log_decay, plan.scale
-            own, parts = local.own_states(plan.implementation, *args[1:3], local.begin(None, whole))
+            args = q, k, v, local.log_decay, plan.scale
+            own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole))
             entering, end = exchange(plan, own, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
-                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts
+                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts, local.pieces
             )
         ctx.plan, ctx.local = plan, local
         ctx.save_for_backward(q, k, v, initial_state, entering, *saved)
         ctx.set_materialize_grads(False)
         if plan.need_final and local.packed:
             end = _sum(local.documents_ending(final, initial_state), plan.group)
-        return o.reshape(*q.shape[:3], v.shape[3]), end if plan.need_final else None
+        return o, end if plan.need_final else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -108,13 +108,13 @@ class _ContextParallel(torch.autograd.Function):
         q, k, v, initial_state, entering, *saved = ctx.saved_tensors
         if do is None:  # only the final state was used, and on all ranks
             do = q.new_zeros(*q.shape[:3], v.shape[3])
-        do = local.split(do if do.stride(-1) == 1 else do.contiguous())
-        args = *(local.split(x) for x in (q, k, v)), local.log_decay, plan.scale
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        args = q, k, v, local.log_decay, plan.scale
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
         own, parts = local.own_states(
-            plan.implementation, args[0], do, local.end(None, whole_grad), reverse=True, scale=plan.scale
+            plan.implementation, q, do, local.end(None, whole_grad), reverse=True, scale=plan.scale
         )
         finish = exchange(
             plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
@@ -129,11 +129,10 @@ class _ContextParallel(torch.autograd.Function):
         # dq, launched before the states arrive, hides an exchange that goes on beside it; in one launch the three are faster
         dfinal_states = arrived() if plan.exchange == "direct" else arrived
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, dfinal_states, parts
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, dfinal_states, parts, local.pieces
         )
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
-        dq, dk, dv = (dx.reshape(x.shape) for dx, x in zip((dq, dk, dv), (q, k, v), strict=True))
         return None, None, dq, dk, dv, dinitial if initial_state is not None else None
 
 

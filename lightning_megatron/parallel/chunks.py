@@ -88,6 +88,7 @@ class _Rows:
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         self.log_decay, self.count, P = log_decay, len(plan.mine), plan.group.size()
+        self.pieces = self.count if cu_seqlens is None else 1  # that the operator finds in a row of the batch
         bounds = _constant(plan.bounds, log_decay.device)[:, None]
         self.cu_seqlens = None
         if cu_seqlens is not None:
@@ -96,10 +97,6 @@ class _Rows:
             ends = lengths.repeat_interleave(2).cumsum(0)
             self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
         self.chain = Chain(log_decay, bounds)
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's tokens ``[B, T, ...]`` as the operator takes them."""
-        return x if self.count == 1 or self.cu_seqlens is not None else x.unflatten(1, (self.count, -1)).flatten(0, 1)
 
     def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
         """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
@@ -111,7 +108,7 @@ class _Rows:
         """What the chunks add ``[chunks, R, ...]``, and what the operator need not compute again."""
         parts = None
         if self.cu_seqlens is None:
-            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, **how)
+            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, pieces=self.pieces, **how)
         else:
             states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
         return states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
@@ -123,7 +120,7 @@ class _Packed:
     Only the document of a chunk's first token may have begun before, and only that of its last token goes on behind it.
     """
 
-    packed = True
+    packed, pieces = True, 1
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         self.log_decay, device = log_decay, log_decay.device
@@ -143,9 +140,6 @@ class _Packed:
         self.ends = (filled & (cu_seqlens[1:] <= b))[..., None, None, None]
         self.empty = (cu_seqlens.diff() == 0)[:, None, None, None] & (plan.group.rank() == 0)  # rank 0 answers for them
         self.chain = Chain(log_decay, bounds[:, None], cu_seqlens)
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
     def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
         """What enters the chunks ``[chunks, 1, ...]``, and ``whole [N, ...]`` where documents begin, as states of pieces."""

@@ -17,15 +17,17 @@ def ranks_of(count: int, own: torch.Tensor) -> tuple[torch.Tensor, list[torch.cu
     return torch.tensor([x.data_ptr() for x in memory], device="cuda"), [torch.cuda.Stream() for _ in range(count)], memory
 
 
-def run(own: torch.Tensor, weights: torch.Tensor, addresses: torch.Tensor, streams, order) -> list[torch.Tensor]:
-    """``own [ranks, ...]`` and ``weights [ranks, ...]``, launched in this order. Few programs, so that all ranks' run at once.
+def run(own, weights, addresses: torch.Tensor, streams, order) -> list[torch.Tensor]:
+    """Of every rank's ``own`` and ``weights``, launched in this order. Few programs, so that all ranks' run at once.
 
     First alone: CUDA loads a kernel when it is first launched, and where that waits for the GPU, one that waits for another
     rank's would never end. Ranks on GPUs of their own do not wait for each other so.
     """
+    own, weights = ([x.clone() for x in xs] for xs in (own, weights))  # by their alignment, too, kernels differ
     for rank, stream in enumerate(streams):
         with torch.cuda.stream(stream):
-            exchange_kernels.exchange(own[rank], weights[rank][:, : own.shape[1]], addresses[rank : rank + 1], 0, LIMIT, programs=16)
+            alone = weights[rank][:, : own[rank].shape[0]].clone(), addresses[rank : rank + 1].clone()
+            exchange_kernels.exchange(own[rank], *alone, 0, LIMIT, programs=16)
     torch.cuda.synchronize()
     results = [None] * len(streams)
     for rank in order:
@@ -65,6 +67,7 @@ def test_all_ranks_get_the_same_bits(rng):
 def test_in_a_cuda_graph(rng):
     """Two ranks in one graph; every replay exchanges what is there then."""
     own, weights = torch.zeros(2, 1, 1, 2, 64, 64, device="cuda"), torch.rand(2, 1, 2, 1, 2, generator=rng).cuda()
+    weights = [x.clone() for x in weights]
     addresses, streams, memory = ranks_of(2, own[0])
     run(own, weights, addresses, streams, range(2))
     graph = torch.cuda.CUDAGraph()

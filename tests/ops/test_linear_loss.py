@@ -39,15 +39,17 @@ def with_gradients(function: Callable, hidden, weight, labels, dloss) -> dict[st
 
 
 def errors(got: dict, case) -> dict[str, float]:
-    """Relative RMS of every result."""
+    """Relative RMS of every result. Of a single token loss and gradients may be almost 0, a difference of numbers of order 1:
+    then relative to 1, and to the gradient of the loss.
+    """
     hidden, weight, labels, dloss = (x.cpu() for x in case)
     want = with_gradients(functools.partial(at_once, formula), hidden.double(), weight.double(), labels, dloss.double())
-    found = {}
+    found, smallest = {}, {"loss": max(1, dloss.numel()) ** 0.5} | dict.fromkeys(("dhidden", "dweight"), float(dloss.norm()))
     for name, y in want.items():
         x = got[name]
         assert x.shape == y.shape, name
         assert x.dtype == (torch.promote_types(hidden.dtype, torch.float32) if name == "loss" else hidden.dtype), name
-        found[name] = float((x.double().cpu() - y).norm() / y.norm().clamp(min=1e-300)) if y.numel() else 0.0
+        found[name] = float((x.double().cpu() - y).norm() / y.norm().clamp(min=smallest[name])) if y.numel() else 0.0
     print(found)
     return found
 
