@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {row.name: row.colour for row in ROWS} | {"softmax": "#7f7f7f", "hybrid": "#ff7f0e"}
 OTHER_COLOURS = ("#8c564b", "#bcbd22", "#e377c2", "#1b4f72")
 OURS = ROWS[0].name
+PANELS = 3  # side by side
 STYLE = {
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 12, "legend.frameon": False, "figure.dpi": 150,
@@ -155,21 +156,28 @@ def draw_dims(data: dict, path: Path) -> Path:
 def draw_training(data: dict, path: Path) -> Path:
     """Tokens per GPU and second against length: a panel per model and way of training, a line per attention."""
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
-    panels = list(dict.fromkeys(x["model"] + how(x) for x in rows))
-    names = _names(rows, "attention")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
+    titles = [x["model"] + how(x) for x in rows]
+    panels = [title for title in dict.fromkeys(titles) if titles.count(title) > 1 or len(rows) == 1]  # one point is no curve
+    names, columns = _names(rows, "attention"), min(PANELS, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(5.5 * columns, 4.2 * height + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         shown = [x for x in rows if x["model"] + how(x) == panel]
         for name in _names(shown, "attention"):
             points = [(x["length"], x["tokens_per_second"]) for x in shown if x["attention"] == name]
             _line(axis, points, name, _colour(name, names))
         _lengths_axis(axis, [x["length"] for x in shown])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(x["tokens_per_second"] for x in shown))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axis.set_title(panel)
-    axes[0, 0].set_ylabel("tokens per GPU and second")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("tokens per GPU and second")
     figure.suptitle(f"Training speed against length; {_where(data)}")
-    return _save(figure, path, *_all_handles(axes[0]))
+    return _save(figure, path, *_all_handles(axes.flat[: len(panels)]))
 
 
 DRAW = {"speed": draw_speed, "length": draw_length, "dims": draw_dims, "training": draw_training}
