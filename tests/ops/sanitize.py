@@ -1,8 +1,11 @@
 """Every kernel on small inputs, for NVIDIA's compute-sanitizer:
 
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1    # each tensor its own allocation, so that memcheck sees where it ends
-compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.ops.sanitize
-compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.ops.sanitize
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1    # each tensor its own allocation, so that memcheck sees where it ends
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.ops.sanitize
+    compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.ops.sanitize
+
+Names of dtypes after it choose among them. Run it once without the sanitizer first, for instance a process for each dtype:
+compiling its kernels takes minutes.
 """
 
 from __future__ import annotations

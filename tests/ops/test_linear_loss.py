@@ -44,7 +44,7 @@ def errors(got: dict, case) -> dict[str, float]:
     """
     hidden, weight, labels, dloss = (x.cpu() for x in case)
     want = with_gradients(functools.partial(at_once, formula), hidden.double(), weight.double(), labels, dloss.double())
-    found, smallest = {}, {"loss": max(1, dloss.numel()) ** 0.5} | dict.fromkeys(("dhidden", "dweight"), float(dloss.norm()))
+    found, smallest = {}, {"loss": max(1, dloss.numel()) ** 0.5} | dict.fromkeys(("dhidden", "dweight"), float(dloss.norm()) or 1.0)
     for name, y in want.items():
         x = got[name]
         assert x.shape == y.shape, name
