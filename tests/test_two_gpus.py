@@ -47,15 +47,11 @@ def compare(
     common = dict(cu_seqlens=bounds, output_final_state=True)
 
     def run(attn, dtype, tokens):
-        states = (x.to(torch.promote_types(dtype, torch.float32)) for x in (state, dfinal))
-        state_, dfinal_ = states
+        wide = torch.promote_types(dtype, torch.float32)
         inputs = (x[:, tokens].to(dtype) for x in (q, k, v))
-        return results(attn, *inputs, state_, do[:, tokens].to(dtype), dfinal_, (True, True))
+        return results(attn, *inputs, state.to(wide), do[:, tokens].to(dtype), dfinal.to(wide), (True, True))
 
-    everything, mine = (
-        slice(None),
-        tokens_of(rank, world, layout, [T // world] * world, bounds if packed else None).cuda(),
-    )
+    everything, mine = slice(None), tokens_of(rank, world, layout, [T // world] * world, bounds).cuda()
     whole = functools.partial(ops.lightning_attn, **common)
     want = run(functools.partial(whole, log_decay=log_decay.double(), backend="torch"), torch.float64, everything)
     alone = run(functools.partial(whole, log_decay=log_decay), torch.bfloat16, everything)

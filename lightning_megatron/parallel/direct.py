@@ -56,6 +56,7 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
             mailboxes(group, device, 1024)
         except RuntimeError as error:
             mine = f"memory cannot be shared ({error})"
+            logger.warning("context-parallel group %s has peer access, but %s", group.group_name, mine)
         reasons = _all(group, mine)
     return next(filter(None, reasons), "")
 
@@ -67,7 +68,7 @@ def _all(group: dist.ProcessGroup, mine) -> list:
 
 
 def mailboxes(group: dist.ProcessGroup, device: torch.device, words: int) -> Mailboxes:
-    """Mailboxes of ``words`` words of 4 bytes, zero at first; made where none are that large, by all ranks together."""
+    """Mailboxes of ``words`` words of 4 bytes, zero at first; made by all ranks together when they first ask for this size."""
     key = group.group_name, words
     if key not in _mailboxes:
         import torch.distributed._symmetric_memory as symmetric_memory

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lightning_megatron import ops, parallel
+from lightning_megatron import decay, ops, parallel
 
 from . import measure
 from .report import output, when, write
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             print(text, flush=True)
 
     for heads in options.heads:
-        log_decay = -(2.0 ** (-8.0 * torch.arange(1, heads + 1, device="cuda") / heads))
+        log_decay = decay.log_decay("alibi", heads, 0, 1).cuda()
         for layout in LAYOUTS:
             states = torch.randn(LAYOUTS.index(layout) + 1, heads, 128, 128, device="cuda")
             gathered = states.new_empty(group.size() * states.shape[0], *states.shape[1:])
@@ -178,9 +178,9 @@ def main(argv: list[str] | None = None) -> None:
             del inputs
     lines = []
     for heads, tokens in itertools.product(options.heads, options.timeline):
+        log_decay = decay.log_decay("alibi", heads, 0, 1).cuda()
         inputs, before = measure.random_inputs(measure.Shape(1, tokens, heads), "BTHD", True), None
         for scheme in ("direct", "all-gather"):
-            log_decay = -(2.0 ** (-8.0 * torch.arange(1, heads + 1, device="cuda") / heads))
             attn = partial(parallel.lightning_attn, log_decay=log_decay, group=group, exchange=scheme)
             found, results = timeline(attn, *inputs)
             for x, y in zip(results, before or results, strict=True):

@@ -157,7 +157,8 @@ def draw_training(data: dict, path: Path) -> Path:
     """Tokens per GPU and second against length: a panel per model and way of training, a line per attention."""
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
     titles = [x["model"] + how(x) for x in rows]
-    panels = [title for title in dict.fromkeys(titles) if titles.count(title) > 1 or len(rows) == 1]  # one point is no curve
+    panels = list(dict.fromkeys(titles))
+    panels = [title for title in panels if titles.count(title) > 1] or panels  # one point is no curve
     names, columns = _names(rows, "attention"), min(PANELS, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(
