@@ -11,11 +11,12 @@ STATES = ("final_state", "dinitial_state")  # always fp32, or fp64 with fp64 inp
 
 # Rounding a value to bf16 costs 1.7e-3 relative RMS, to fp16 2.1e-4, to fp32 2.5e-8.
 TOLERANCES = {
-    # fp32 inside: only outputs are rounded to the dtype, once
+    # fp32 inside: only outputs are rounded to the dtype, once, which changes no number by more than half a unit in the last
+    # place: 2^-8 and 2^-11. (2.5e-3 and 3e-4, near what rounding costs on average, failed once in 1400 draws: one token.)
     ("torch", torch.float64): dict.fromkeys(OUTPUTS + STATES, 1e-12),
     ("torch", torch.float32): dict.fromkeys(OUTPUTS + STATES, 1e-5),
-    ("torch", torch.bfloat16): dict.fromkeys(OUTPUTS, 2.5e-3) | dict.fromkeys(STATES, 1e-5),
-    ("torch", torch.float16): dict.fromkeys(OUTPUTS, 3e-4) | dict.fromkeys(STATES, 1e-5),
+    ("torch", torch.bfloat16): dict.fromkeys(OUTPUTS, 4e-3) | dict.fromkeys(STATES, 1e-5),
+    ("torch", torch.float16): dict.fromkeys(OUTPUTS, 5e-4) | dict.fromkeys(STATES, 1e-5),
     # 1e-5 is what users are promised; measured 1e-7 to 3e-7
     ("triton", torch.float32): dict.fromkeys(OUTPUTS + STATES, 1e-5),
     # The tensor cores take bf16 (fp16): an output sums products of two rounded factors (decayed q k^T, and the state)
@@ -26,8 +27,7 @@ TOLERANCES = {
     ("triton", torch.float16): dict.fromkeys(OUTPUTS, 1e-3) | dict.fromkeys(STATES, 5e-4),
 }
 
-# Around the operator, relative RMS of the worst 16 columns: fp32 inside, and every result is rounded once, which changes no
-# number by more than half a unit in the last place.
+# Around the operator, relative RMS of the worst 16 columns: fp32 inside, and every result is rounded once, as above.
 POINTWISE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 # Cross entropy, relative RMS of all tokens: fp32 inside, nothing is rounded to the dtype of the logits.
