@@ -29,6 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .exchange_kernels import send_tile
+
 # exp(-88) is below the smallest normal fp32: what has decayed so far adds nothing to a sum
 UNDERFLOW = tl.constexpr(88.0)
 
@@ -408,13 +410,18 @@ def gradients_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("T", "H", "part", "own_rows"))
+@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks"))
 def end_state_kernel(
-    own, out, log_decay, doc,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
+    own, log_decay, out, doc, mailboxes,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
     T, H, part, own_rows,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+    first, sequences, me, ranks,  # SEND: number of the first sequence among those of this rank's message
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr,
 ):  # fmt: skip
-    """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document."""
+    """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document.
+
+    With SEND it goes to all ranks of a group and not into out.
+    """
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns
@@ -424,9 +431,14 @@ def end_state_kernel(
     at = 0 if REVERSE else T
     b_s = _entering(
         own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
-        K, V, BK, BV, REVERSE, False, True, False, VARLEN,
+        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN,
     )  # fmt: skip
-    tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
+    if SEND:
+        o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
+        tile = ((first + i // H) * H + i_h) * columns + i_v
+        send_tile(b_s, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
+    else:
+        tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
 @triton.jit(do_not_specialize=("N", "R", "H"))

@@ -151,8 +151,9 @@ def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.einsum("pnrh,nrhkv->prhkv", weights.expand(-1, -1, states.shape[1], -1), states)
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1):
-    """See ``triton_backend.end_states``; there are no parts here."""
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail=None, first=0):
+    """See ``triton_backend.end_states``; there are no parts here, and no mail."""
+    assert mail is None
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, cu_seqlens, reverse, scale)
     if cu_seqlens is not None:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(cu_seqlens, 0 if reverse else k.shape[1] - 1, right=True) - 1

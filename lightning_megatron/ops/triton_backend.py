@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .exchange_kernels import exchange, mailbox_words
+from .exchange_kernels import COLUMNS, Mail, mailbox_words, receive
 from .kernels import combine_kernel, end_state_kernel, gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 
-__all__ = ["backward", "combine", "end_states", "exchange", "final_states", "forward", "mailbox_words"]
+__all__ = ["Mail", "backward", "combine", "end_states", "final_states", "forward", "mailbox_words", "receive"]
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
@@ -214,27 +214,30 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     )  # fmt: skip
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1):
+def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0):
     """The state at the end of every sequence ``[N, H, K, V]``, packed that of the last document; then the parts' own states.
 
     With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
+    With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
     """
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
-    out = torch.zeros(B, H, K, V, device=k.device, dtype=torch.float32)
-    if T == 0 or B == 0:
+    out = None if mail else torch.zeros(B, H, K, V, device=k.device, dtype=torch.float32)
+    if B == 0 or T == 0 and not mail:
         return out, None
     plan = _plan_for(B, T, H, K, V, v.dtype)
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    docs = _documents(cu_seqlens, T)
-    own = _own_states(
-        k, v, log_decay, edge=initial_state, docs=docs, part=plan.part, parts=plan.parts_grad if reverse else plan.parts,
-        pieces=pieces, reverse=reverse, scale=scale, every=True,
-    )  # fmt: skip
-    tiles = Tiles(pad(K), min(pad(V), 16), 1, 4, 1)
+    docs, own = (None, None), None
+    if T > 0:
+        docs = _documents(cu_seqlens, T)
+        own = _own_states(
+            k, v, log_decay, edge=None if initial_state is None else initial_state.contiguous(), docs=docs, part=plan.part,
+            parts=plan.parts_grad if reverse else plan.parts, pieces=pieces, reverse=reverse, scale=scale, every=True,
+        )  # fmt: skip
+    to = (first, mail.shape[0] * mail.shape[1], mail.rank, mail.mailboxes.numel()) if mail else (0, 0, 0, 0)
     launch(
-        end_state_kernel, cdiv(V, tiles.BV) * H * B, (own, out, log_decay, docs[0]), (T, H, plan.part, own.shape[1]),
-        (K, V, tiles.BK, tiles.BV, reverse, packed), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        end_state_kernel, cdiv(V, COLUMNS) * H * B, (own, log_decay, out, docs[0], mail and mail.mailboxes),
+        (T, H, plan.part, 0 if own is None else own.shape[1], *to),
+        (K, V, pad(K), COLUMNS, reverse, packed, own is not None, mail is not None), num_warps=4,
     )  # fmt: skip
     return out, own
 

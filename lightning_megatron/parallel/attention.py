@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ..ops import api
 from . import chunks
 from .agree import agree, check_documents, tokens_of_ranks
-from .exchange import EXCHANGES, choose, exchange
+from .exchange import EXCHANGES, choose, exchange, mail_for
 from .places import LAYOUTS
 
 
@@ -89,8 +89,9 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
             args = q, k, v, local.log_decay, plan.scale
-            own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole))
-            entering, end = exchange(plan, own, local.chain, start, plan.need_final and not local.packed)()
+            mail = mail_for(plan, q, v)
+            own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
+            entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
                 *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts, local.pieces
             )
@@ -113,23 +114,22 @@ class _ContextParallel(torch.autograd.Function):
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
+        mail = mail_for(plan, q, v)
         own, parts = local.own_states(
-            plan.implementation, q, do, local.end(None, whole_grad), reverse=True, scale=plan.scale
+            plan.implementation, q, do, local.end(None, whole_grad), mail, reverse=True, scale=plan.scale
         )
         finish = exchange(
-            plan, own, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
+            plan, own, mail, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
         )
         dinitial = None
 
-        def arrived() -> torch.Tensor:
+        def arrived() -> torch.Tensor:  # called once dq is launched, which hides what goes on beside it
             nonlocal dinitial
             leaving, dinitial = finish()
             return local.end(leaving, whole_grad)
 
-        # dq, launched before the states arrive, hides an exchange that goes on beside it; in one launch the three are faster
-        dfinal_states = arrived() if plan.exchange == "direct" else arrived
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, dfinal_states, parts, local.pieces
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived, parts, local.pieces
         )
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)

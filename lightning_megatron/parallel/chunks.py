@@ -104,14 +104,15 @@ class _Rows:
 
     end = begin
 
-    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the chunks add ``[chunks, R, ...]``, and what the operator need not compute again."""
+    def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the chunks add ``[chunks, R, ...]``, or None if it went off with the ``mail``; what the operator need not compute
+        again."""
         parts = None
         if self.cu_seqlens is None:
-            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, pieces=self.pieces, **how)
+            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, pieces=self.pieces, mail=mail, **how)
         else:
             states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
-        return states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
+        return None if states is None else states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
 
 
 class _Packed:
@@ -158,12 +159,15 @@ class _Packed:
             found = states.new_zeros(self.begins.shape[0] * self.documents, *states.shape[2:])
         return found.index_add(0, pieces, states[:, 0])
 
-    def own_states(self, implementation, k, v, initial, **how) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the chunks add to the state of their last document, reversed of their first ``[chunks, 1, ...]``."""
         initial = [None] * len(self.lengths) if initial is None else initial.unflatten(0, (len(self.lengths), -1))
-        chunks = zip(*(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
-        own = [implementation.end_states(k, v, self.log_decay, s, bounds, **how)[0] for k, v, s, bounds in chunks]
-        return torch.stack(own), None  # parts of a chunk are not those of all tokens
+        chunks = zip(range(len(self.lengths)), *(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
+        own = [
+            implementation.end_states(k, v, self.log_decay, s, bounds, mail=mail, first=c, **how)[0]
+            for c, k, v, s, bounds in chunks
+        ]
+        return None if mail else torch.stack(own), None  # parts of a chunk are not those of all tokens
 
     def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
         """States of pieces for the documents ``[N, ...]`` that begin on this rank, 0 for the others."""

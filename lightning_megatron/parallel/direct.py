@@ -53,7 +53,7 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
     reasons = _all(group, mine)
     if not any(reasons):  # asked of all ranks at once, for one that fails would leave the others waiting
         try:
-            mailboxes(group, device, 1024)
+            mailboxes(group, device, (), 1024)
         except RuntimeError as error:
             mine = f"memory cannot be shared ({error})"
             logger.warning("context-parallel group %s has peer access, but %s", group.group_name, mine)
@@ -67,9 +67,9 @@ def _all(group: dist.ProcessGroup, mine) -> list:
     return found
 
 
-def mailboxes(group: dist.ProcessGroup, device: torch.device, words: int) -> Mailboxes:
-    """Mailboxes of ``words`` words of 4 bytes, zero at first; made by all ranks together when they first ask for this size."""
-    key = group.group_name, words
+def mailboxes(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ...], words: int) -> Mailboxes:
+    """For messages of this shape, ``words`` words of 4 bytes, zero at first; made by all ranks together when they first ask."""
+    key = group.group_name, shape
     if key not in _mailboxes:
         import torch.distributed._symmetric_memory as symmetric_memory
 

@@ -22,7 +22,7 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
         return exchange
     if layout == "zigzag-documents":
         why_not = "documents that are cut one by one differ in number from batch to batch, and so would the memory for their states"
-    elif not hasattr(implementation, "exchange"):
+    elif not hasattr(implementation, "receive"):
         why_not = "it takes the triton backend"
     else:
         why_not = direct.why_not(group, device)
@@ -35,27 +35,36 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
     return "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
 
 
+def mail_for(plan: Plan, q: torch.Tensor, v: torch.Tensor):
+    """Where the states of (k, v), or of (q, do), are sent as soon as they are computed; None where ``exchange`` does it."""
+    if plan.exchange != "direct":
+        return None
+    shape = len(plan.mine), q.shape[0], q.shape[2], q.shape[3], v.shape[3]
+    boxes = direct.mailboxes(plan.group, q.device, shape, plan.implementation.mailbox_words(plan.group.size(), shape))
+    return plan.implementation.Mail(boxes.addresses, plan.group.rank(), boxes.limit, shape)
+
+
 def exchange(
-    plan: Plan, own: torch.Tensor, chain: Chain, start: torch.Tensor | None, need_end: bool, reverse: bool = False
+    plan: Plan, own, mail, chain: Chain, start: torch.Tensor | None, need_end: bool, reverse: bool = False
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
     """Begin to turn what chunks add to the state into the state that enters them.
 
     Args:
-        own: ``[chunks of this rank, R, H, K, V]``.
+        own: ``[chunks of this rank, R, H, K, V]``, or None if it has been sent with the ``mail``.
         start: ``[R, H, K, V]``, what enters the first chunk; None for zeros.
         need_end: whether to return what leaves the last chunk, on all ranks.
         reverse: states go from the last chunk to the first.
 
     Returns:
-        A function that waits and returns what enters this rank's chunks, shaped as own, and what leaves the last chunk
-        ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
+        A function that waits and returns what enters this rank's chunks, ``[chunks of this rank, R, H, K, V]``, and what leaves
+        the last chunk ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
     """
+    if mail:
+        weights, first = _sums(plan, chain, need_end, reverse, start is not None)
+        return lambda: _summed(plan, plan.implementation.receive(mail, weights), start, first, need_end)
     own = own.contiguous()
     if plan.exchange == "all-gather":
         return _gather(plan, own, chain, start, need_end, reverse)
-    if plan.exchange == "direct":
-        found = _write(plan, own, chain, start, need_end, reverse)
-        return lambda: found
     if not own.is_cuda:
         return functools.partial(_pass_on, plan, own, chain, start, need_end, reverse)
     stream, here = _stream(own.device), torch.cuda.current_stream()
@@ -107,15 +116,6 @@ def _gather(plan, own, chain, start, need_end, reverse):
         return _summed(plan, plan.implementation.combine(gathered, weights), start, first, need_end)
 
     return finish
-
-
-def _write(plan, own, chain, start, need_end, reverse):
-    """The same in one launch: GPUs write into each other's memory, and add up what arrives."""
-    weights, first = _sums(plan, chain, need_end, reverse, start is not None)
-    words = plan.implementation.mailbox_words(plan.group.size(), own)
-    boxes = direct.mailboxes(plan.group, own.device, words)
-    states = plan.implementation.exchange(own, weights, boxes.addresses, plan.group.rank(), boxes.limit)
-    return _summed(plan, states, start, first, need_end)
 
 
 def _pass_on(plan, own, chain, start, need_end, reverse):

@@ -42,7 +42,7 @@ def times(rank: int, world: int, layout: str) -> dict[str, list[float]]:
             dist.barrier()
             start = time.perf_counter()
             for reverse in (False, True):
-                exchange(plan, own, chain, None, False, reverse)()
+                exchange(plan, own, None, chain, None, False, reverse)()
             seconds.append(time.perf_counter() - start)
         found[scheme] = seconds[WARMUP:]
     return found
