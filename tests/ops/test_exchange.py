@@ -1,87 +1,148 @@
-"""States exchanged by GPUs that write into each other's memory: here of one GPU, on which every rank has a stream."""
+"""States that ranks write into each other's memory: here into memory of one process, in which all ranks send, then receive."""
+
+import time
 
 import pytest
 import torch
 
-from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.ops import exchange_kernels, triton_backend
 from lightning_megatron.ops.torch_backend import combine
 
-pytestmark = pytest.mark.gpu
+from .cases import Impl, randn
+from .conftest import parameters
+
 LIMIT = 20 * 10**9
 SHAPES = [(1, 1, 2, 16, 16), (2, 1, 3, 64, 64), (2, 3, 2, 48, 96), (1, 2, 4, 128, 128)]  # chunks, R, H, K, V
 
 
-def ranks_of(count: int, own: torch.Tensor) -> tuple[torch.Tensor, list[torch.cuda.Stream], list[torch.Tensor]]:
-    words = exchange_kernels.mailbox_words(count, own)
-    memory = [torch.zeros(words, device="cuda") for _ in range(count)]
-    return torch.tensor([x.data_ptr() for x in memory], device="cuda"), [torch.cuda.Stream() for _ in range(count)], memory
+@pytest.fixture(params=parameters([Impl("triton", torch.float32), Impl("triton", torch.float32, "cuda")]))
+def device(request, monkeypatch) -> str:
+    if request.param.device == "cpu":
+        monkeypatch.setattr(exchange_kernels, "globaltimer", time.monotonic_ns)
+    return request.param.device
 
 
-def run(own, weights, addresses: torch.Tensor, streams, order) -> list[torch.Tensor]:
-    """Of every rank's ``own`` and ``weights``, launched in this order. Few programs, so that all ranks' run at once.
+class Ranks:
+    """Mailboxes of ``count`` ranks, and tokens [R, chunks * T, H, *] of each."""
 
-    First alone: CUDA loads a kernel when it is first launched, and where that waits for the GPU, one that waits for another
-    rank's would never end. Ranks on GPUs of their own do not wait for each other so.
-    """
-    own, weights = ([x.clone() for x in xs] for xs in (own, weights))  # by their alignment, too, kernels differ
-    for rank, stream in enumerate(streams):
-        with torch.cuda.stream(stream):
-            alone = weights[rank][:, : own[rank].shape[0]].clone(), addresses[rank : rank + 1].clone()
-            exchange_kernels.exchange(own[rank], *alone, 0, LIMIT, programs=16)
-    torch.cuda.synchronize()
-    results = [None] * len(streams)
-    for rank in order:
-        with torch.cuda.stream(streams[rank]):
-            results[rank] = exchange_kernels.exchange(own[rank], weights[rank], addresses, rank, LIMIT, programs=16)
-    torch.cuda.synchronize()
-    return results
+    def __init__(self, rng: torch.Generator, count: int, shape: tuple[int, ...], device: str, T: int = 20) -> None:
+        words = exchange_kernels.mailbox_words(count, shape)
+        self.memory = [torch.zeros(words, device=device) for _ in range(count)]
+        addresses = torch.tensor([x.data_ptr() for x in self.memory], device=device)
+        self.mails = [exchange_kernels.Mail(addresses, rank, LIMIT, shape) for rank in range(count)]
+        self.rng, self.shape, self.device, self.T = rng, shape, device, T
+        self.log_decay = torch.full((shape[2],), -0.1, device=device)
+        self.tokens = [self.draw() for _ in range(count)]
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks, R, H, K, V = self.shape
+        return tuple(randn(self.rng, R, chunks * self.T, H, d).float().to(self.device) for d in (K, V))
+
+    def states(self) -> torch.Tensor:
+        """Of all chunks of all ranks ``[ranks * chunks, R, H, K, V]``."""
+        chunks, R = self.shape[:2]
+        found = [triton_backend.end_states(k, v, self.log_decay, None, None, pieces=chunks)[0] for k, v in self.tokens]
+        return torch.cat([x.unflatten(0, (R, chunks)).transpose(0, 1) for x in found])
+
+    def send(self, rank: int) -> None:
+        out, _ = triton_backend.end_states(
+            *self.tokens[rank], self.log_decay, None, None, pieces=self.shape[0], mail=self.mails[rank]
+        )
+        assert out is None
+
+    def weights(self, places: int, rows: int = 1) -> torch.Tensor:
+        count = len(self.mails) * self.shape[0]
+        return torch.rand(places, count, rows, self.shape[2], generator=self.rng).to(self.device)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+def assert_received(got: torch.Tensor, states: torch.Tensor, weights: torch.Tensor) -> None:
+    want = combine(states.double(), weights.double())
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_a_gather(rng, ranks, shape):
+def test_equals_a_gather(rng, device, count, shape):
     """Many times with the same mailboxes, other values, and ranks that come in another order."""
-    chunks, R, H, K, V = shape
-    first = torch.empty(shape, device="cuda")
-    addresses, streams, memory = ranks_of(ranks, first)
-    for repeat in range(10):
-        places = 1 + repeat % 3
-        own = torch.randn(ranks, *shape, generator=rng).cuda()
-        weights = torch.rand(ranks, places, ranks * chunks, R if repeat % 2 else 1, H, generator=rng).cuda()
-        order = torch.randperm(ranks, generator=rng).tolist()
-        for rank, got in enumerate(run(own, weights, addresses, streams, order)):
-            want = combine(own.flatten(0, 1).double(), weights[rank].double())
-            assert got.shape == (places, R, H, K, V)
-            assert (got - want).norm() <= 1e-6 * want.norm(), f"{rank=} {repeat=} {order=}"
-    sent = [x[ranks * first.numel() :] for x in memory]
-    assert all((x == 0).all() for x in sent), "flags are left as they were at first"
+    ranks = Ranks(rng, count, shape, device)
+    for repeat in range(4):
+        ranks.tokens = [ranks.draw() for _ in range(count)]
+        states = ranks.states()
+        for rank in torch.randperm(count, generator=rng).tolist():
+            ranks.send(rank)
+        for rank in torch.randperm(count, generator=rng).tolist():
+            weights = ranks.weights(1 + repeat % 3, shape[1] if repeat % 2 else 1)
+            assert_received(exchange_kernels.receive(ranks.mails[rank], weights), states, weights)
 
 
-def test_all_ranks_get_the_same_bits(rng):
-    own, weights = torch.randn(3, 2, 1, 2, 64, 64, generator=rng).cuda(), torch.rand(1, 1, 6, 1, 2, generator=rng).cuda()
-    addresses, streams, memory = ranks_of(3, own[0])
-    a, b, c = run(own, weights.expand(3, -1, -1, -1, -1), addresses, streams, range(3))
+def test_a_rank_may_be_one_exchange_ahead(rng, device):
+    """Rank 0 receives exchange n and sends exchange n+1 before rank 1 has received exchange n."""
+    ranks = Ranks(rng, 2, (2, 1, 2, 32, 32), device)
+    states = ranks.states()
+    ranks.send(0), ranks.send(1)
+    for _ in range(5):
+        weights = ranks.weights(2)
+        assert_received(exchange_kernels.receive(ranks.mails[0], weights), states, weights)
+        ranks.tokens[0] = ranks.draw()
+        ranks.send(0)
+        assert_received(exchange_kernels.receive(ranks.mails[1], weights), states, weights)
+        ranks.tokens[1] = ranks.draw()
+        states = ranks.states()
+        ranks.send(1)
+
+
+def test_numbers_of_exchanges_begin_anew(rng, device):
+    ranks = Ranks(rng, 2, (1, 1, 1, 16, 16), device)
+    for memory in ranks.memory:  # data [2, 2, 1, 256], full [2, 1], count [1]
+        memory[2 * 2 * 256 :].view(torch.int32).fill_(2**31 - 2)
+    for _ in range(4):
+        ranks.tokens = [ranks.draw() for _ in range(2)]
+        ranks.send(0), ranks.send(1)
+        for mail in ranks.mails:
+            weights = ranks.weights(1)
+            assert_received(exchange_kernels.receive(mail, weights), ranks.states(), weights)
+
+
+def test_all_ranks_get_the_same_bits(rng, device):
+    ranks = Ranks(rng, 3, (2, 1, 2, 64, 64), device)
+    weights = ranks.weights(1)
+    for rank in range(3):
+        ranks.send(rank)
+    a, b, c = (exchange_kernels.receive(mail, weights) for mail in ranks.mails)
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_in_a_cuda_graph(rng):
+def test_a_chunk_without_tokens(rng, device):
+    """Its rank sends zeros, for the others wait."""
+    ranks = Ranks(rng, 2, (1, 1, 2, 16, 16), device)
+    states, weights = ranks.states(), ranks.weights(1)
+    states[1] = 0
+    ranks.tokens[1] = tuple(x[:, :0] for x in ranks.tokens[1])
+    ranks.send(0), ranks.send(1)
+    for mail in ranks.mails:
+        assert_received(exchange_kernels.receive(mail, weights), states, weights)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(rng, device):
     """Two ranks in one graph; every replay exchanges what is there then."""
-    own, weights = torch.zeros(2, 1, 1, 2, 64, 64, device="cuda"), torch.rand(2, 1, 2, 1, 2, generator=rng).cuda()
-    weights = [x.clone() for x in weights]
-    addresses, streams, memory = ranks_of(2, own[0])
-    run(own, weights, addresses, streams, range(2))
+    ranks = Ranks(rng, 2, (1, 1, 2, 64, 64), "cuda")
+    weights, results = [ranks.weights(1), ranks.weights(1)], []
+
+    def exchange() -> list[torch.Tensor]:
+        ranks.send(0), ranks.send(1)
+        return [exchange_kernels.receive(mail, w) for mail, w in zip(ranks.mails, weights, strict=True)]
+
+    exchange()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        here, results = torch.cuda.current_stream(), []
-        for rank in range(2):
-            streams[rank].wait_stream(here)
-            with torch.cuda.stream(streams[rank]):
-                results.append(exchange_kernels.exchange(own[rank], weights[rank], addresses, rank, LIMIT, programs=16))
-        for stream in streams:
-            here.wait_stream(stream)
+        results = exchange()
     for _ in range(3):
-        own.copy_(torch.randn(own.shape, generator=rng))
+        for tokens in ranks.tokens:
+            for x in tokens:
+                x.copy_(randn(rng, *x.shape))
         graph.replay()
-        for rank in range(2):
-            want = combine(own.flatten(0, 1).double(), weights[rank].double())
-            assert (results[rank] - want).norm() <= 1e-6 * want.norm()
+        for got, w in zip(results, weights, strict=True):
+            assert_received(got, ranks.states(), w)
