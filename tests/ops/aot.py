@@ -111,7 +111,8 @@ def main(arguments: list[str]) -> None:
                 report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
         for documents in (0, 4):
             for launch in record_end_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
-                if launch.what in ("end state", "combine_kernel"):
+                direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
+                if launch.what in ("end state", "combine_kernel", *direct):
                     report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
         for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
             report(gpu, torch.bfloat16, "columns=32000", launch)

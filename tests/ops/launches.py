@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_megatron.ops import kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
+from lightning_megatron.ops import exchange_kernels, kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel", "end_state_kernel", "combine_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
@@ -17,12 +17,13 @@ SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
-OPTIONS = ("num_warps", "num_stages")
+EXCHANGE = ("receive_kernel",)
+OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+MODULES = {pointwise_kernels: POINTWISE, loss_kernels: LOSS, exchange_kernels: EXCHANGE, kernels: KERNELS}
 
 
 def kernel(name: str):
-    module = pointwise_kernels if name in POINTWISE else loss_kernels if name in LOSS else kernels
-    return getattr(module, name)
+    return getattr(next(module for module, names in MODULES.items() if name in names), name)
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,22 @@ def record_pointwise(
 
 
 def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0) -> list[Launch]:
-    """The launches for what context-parallel ranks send, forward and backward."""
+    """The launches for what context-parallel ranks send, forward and backward; backward into each other's memory."""
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
     cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta") if documents else None
+    mail = exchange_kernels.Mail(torch.empty(2, dtype=torch.int64, device="meta"), 1, 10**12, (2, B, H, K, V))
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
-        for reverse in (False, True):
-            triton_backend.end_states(k, v, torch.empty(H, device="meta"), None, cu_seqlens, reverse=reverse)
-            states, weights = torch.empty(4, B, H, K, V, device="meta"), torch.empty(2, 4, 1, H, device="meta")
-            triton_backend.combine(states, weights)
+        for name in EXCHANGE:
+            stack.enter_context(patch.object(exchange_kernels, name, _Recorder(name, launches)))
+        states, weights = torch.empty(4, B, H, K, V, device="meta"), torch.empty(2, 4, 1, H, device="meta")
+        log_decay = torch.empty(H, device="meta")
+        triton_backend.end_states(k, v, log_decay, None, cu_seqlens)
+        triton_backend.combine(states, weights)
+        triton_backend.end_states(k, v, log_decay, None, cu_seqlens, reverse=True, mail=mail, first=1)
+        triton_backend.receive(mail, weights)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
 
 
@@ -125,6 +131,6 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
 def _what(kernel: str, arguments: dict[str, Any]) -> str:
     if kernel == "walk_kernel" and arguments["STATE_ONLY"]:
         return "dstate" if arguments["REVERSE"] else "state"
-    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step", "end_state_kernel": "end state"}.get(
-        kernel, kernel
-    )
+    if kernel == "end_state_kernel":
+        return "send" if arguments["SEND"] else "end state"
+    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}.get(kernel, kernel)
