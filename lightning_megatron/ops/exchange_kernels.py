@@ -6,7 +6,7 @@ of a state. The mailbox of a rank holds
 
     data   fp32  [2, ranks, tiles, tile]  of this exchange and of the one before
     full   int32 [ranks, tiles]           number of the last exchange of which a rank's tile has arrived
-    count  int32 [tiles]                  number of the last exchange that this rank has received
+    count  int32 [tiles]                  number of the last exchange to which this rank has sent
 
 Nobody waits before it writes. A rank sends exchange n+1 after it has received exchange n, which the others have sent after
 they received exchange n-1: what exchange n+1 overwrites has been read. Numbers are in memory and not in arguments, so that a
@@ -51,51 +51,47 @@ def send_tile(x, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
     number = tl.load(count + tile) + 1
     at = (((number & 1) * ranks + me) * tiles + tile).to(tl.int64) * SIZE
     for d in range(ranks):
-        data, full, count = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
-        tl.store(data + at + o_e, x)
-    tl.debug_barrier()  # all threads have written
+        theirs, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
+        tl.store(theirs + at + o_e, x)
+    tl.debug_barrier()  # all threads have written, and read the number
+    tl.store(count + tile, number)
     for d in range(ranks):
-        data, full, count = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
+        theirs, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
         tl.atomic_xchg(full + me * tiles + tile, number, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=("me", "ranks", "chunks", "R", "H", "places", "limit"))
+@triton.jit(do_not_specialize=("me", "ranks", "chunks", "R", "H", "limit"))
 def receive_kernel(
     weights, out, mailboxes,  # [places, ranks * chunks, R, H], [places, R, H, K, V], [ranks]
-    me, ranks, chunks, R, H, places, limit,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PLACES: tl.constexpr,
+    me, ranks, chunks, R, H, limit,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """out[p] = sum over the chunks c of all ranks of weights[p, c] states[c], in the same order on every rank."""
     SIZE: tl.constexpr = BK * BV
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
-    i_v, i_r = i % columns, i // columns  # row of R * H
+    i_v, i = i % columns, i // columns
+    i_h, i_r, i_p = i % H, i // H % R, i // (R * H)
     tiles = chunks * R * H * columns
-    o_p, o_e = tl.arange(0, PLACES), tl.arange(0, SIZE)
+    o_e = tl.arange(0, SIZE)
     data, full, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
     begin = globaltimer()
-    b_o = tl.zeros([PLACES, SIZE], dtype=tl.float32)
+    b_o = tl.zeros([SIZE], dtype=tl.float32)
     for a in range(ranks):
         for c in range(chunks):
-            tile = ((i_r // H * chunks + c) * H + i_r % H) * columns + i_v
-            number = tl.load(count + tile) + 1
+            tile = ((i_r * chunks + c) * H + i_h) * columns + i_v
+            number = tl.load(count + tile)
             # a rank may be one exchange ahead; numbers begin anew after 2^32
             while tl.atomic_add(full + a * tiles + tile, 0, sem="acquire", scope="sys") - number < 0:
                 tl.device_assert(
                     globaltimer() - begin < limit, "a rank of the context-parallel group did not send its states within the group's timeout"
                 )
             tl.debug_barrier()  # no thread reads before it has arrived
-            b_w = tl.load(weights + ((o_p * ranks + a) * chunks + c) * R * H + i_r, mask=o_p < places, other=0.0)
+            b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * R + i_r) * H + i_h)
             at = (((number & 1) * ranks + a) * tiles + tile).to(tl.int64) * SIZE
-            b_x = tl.load(data + at + o_e, cache_modifier=".cg")  # written by another GPU
-            b_o += b_w[:, None] * b_x[None, :]
-    tl.debug_barrier()  # all threads have read count
-    for c in range(chunks):
-        tile = ((i_r // H * chunks + c) * H + i_r % H) * columns + i_v
-        tl.store(count + tile, tl.load(count + tile) + 1)
+            b_o += b_w * tl.load(data + at + o_e, cache_modifier=".cg")  # written by another GPU
     o_k, o_v = o_e // BV, i_v * BV + o_e % BV
-    p_o = out + (o_p[:, None].to(tl.int64) * R * H + i_r) * K * V + (o_k * V + o_v)[None, :]
-    tl.store(p_o, b_o, mask=(o_p < places)[:, None] & ((o_k < K) & (o_v < V))[None, :])
+    tl.store(out + i.to(tl.int64) * K * V + o_k * V + o_v, b_o, mask=(o_k < K) & (o_v < V))
 
 
 def mailbox_words(ranks: int, shape: tuple[int, int, int, int, int]) -> int:
@@ -107,15 +103,15 @@ def mailbox_words(ranks: int, shape: tuple[int, int, int, int, int]) -> int:
 def receive(mail: Mail, weights: torch.Tensor) -> torch.Tensor:
     """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that all ranks have sent.
 
-    ``weights [places, ranks * chunks, R or 1, H]``, at most 4 places; chunks in the order of ranks.
+    ``weights [places, ranks * chunks, R or 1, H]``; chunks in the order of ranks.
     """
     chunks, R, H, K, V = mail.shape
     places, ranks = weights.shape[0], mail.mailboxes.numel()
     weights = weights.expand(-1, -1, R, -1).contiguous()
     out = weights.new_empty(places, R, H, K, V)
     launch(
-        receive_kernel, R * H * cdiv(V, COLUMNS), (weights, out, mail.mailboxes),
-        (mail.rank, ranks, chunks, R, H, places, mail.limit), (K, V, pad(K), COLUMNS, 4), num_warps=4,
+        receive_kernel, places * R * H * cdiv(V, COLUMNS), (weights, out, mail.mailboxes),
+        (mail.rank, ranks, chunks, R, H, mail.limit), (K, V, pad(K), COLUMNS), num_warps=4,
         debug=True, sanitize_overflow=False,  # debug for the assertion alone
     )  # fmt: skip
     return out
