@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
+from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.parallel import direct
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
@@ -131,6 +133,35 @@ def test_triton_equals_one_rank(rng, world, layout, packed):
     """The kernels in Triton's interpreter, fp32."""
     seeds = torch.randint(2**31, (2,), generator=rng).tolist()
     spawn(check_many, world, layout, pick(rng, EXCHANGES), seeds, packed, "triton", torch.float32)
+
+
+def write_into_each_other(rank: int, world: int, folder: str, layout: str, seeds: list[int], packed: bool) -> list[dict]:
+    """"direct" with the memory of processes in place of GPUs': what all ranks have mapped."""
+    kept = {}
+
+    def mailboxes(group, device, shape, words):
+        if shape not in kept:
+            files = [f"{folder}/{'x'.join(map(str, shape))}-of-{r}" for r in range(world)]
+            with open(files[rank], "wb") as file:
+                file.truncate(4 * words)
+            dist.barrier()
+            memory = [torch.from_file(file, shared=True, size=words) for file in files]
+            kept[shape] = direct.Mailboxes(torch.tensor([x.data_ptr() for x in memory]), 10**9, memory)
+        return kept[shape]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "why_not", lambda *where: "")
+        patch.setattr(direct, "mailboxes", mailboxes)
+        patch.setattr(exchange_kernels, "globaltimer", time.monotonic_ns)
+        found = check_many(rank, world, layout, "direct", seeds, packed, "triton", torch.float32)
+    assert kept, "nothing was sent"
+    return found
+
+
+@pytest.mark.parametrize("world, layout, packed", [case for case in CASES if case[0] < 4 and case[1] != "zigzag-documents"])
+def test_writing_into_each_other_equals_one_rank(rng, tmp_path, world, layout, packed):
+    seeds = torch.randint(2**31, (2,), generator=rng).tolist()
+    spawn(write_into_each_other, world, str(tmp_path), layout, seeds, packed)
 
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
