@@ -33,7 +33,13 @@ def operator(T: int, K: int, V: int, dtype: torch.dtype, bounds: list[int] | Non
     torch.autograd.grad([o, final], [q, k, v, state], [torch.randn_like(o), torch.randn_like(final)])
     if T > 1:
         own, _ = triton_backend.end_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
-        triton_backend.combine(own[None], torch.rand(2, 1, 1, 4, device="cuda"))
+        weights = torch.rand(2, 1, 1, 4, device="cuda")
+        triton_backend.combine(own[None], weights)
+        shape = (1, 1, 4, K, V)
+        mailbox = torch.zeros(triton_backend.mailbox_words(1, shape), device="cuda")
+        mail = triton_backend.Mail(torch.tensor([mailbox.data_ptr()], device="cuda"), 0, 10**10, shape)
+        triton_backend.end_states(k.detach(), v.detach(), log_decay, None, cu_seqlens, mail=mail)
+        triton_backend.receive(mail, weights)
         triton_backend.final_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
 
 
