@@ -31,7 +31,7 @@ from .training_models import parse_length, show_length
 
 EXCHANGES = ("direct", "all-gather", "ring", "pipelined")
 LAYOUTS = ("contiguous", "zigzag")
-CALLS, SLEEP_MS = 10, 100.0  # the ring and all-to-all take the host a millisecond
+CALLS, SLEEP_MS = 10, 250.0  # the ring and all-to-all take the host milliseconds
 
 
 class AllToAll(torch.autograd.Function):
