@@ -12,7 +12,7 @@ NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
 BACKENDS = ("auto", "triton", "torch")
 CP_LAYOUTS = ("auto", "zigzag", "zigzag-documents", "contiguous")
-CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined")
+CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
 
 # Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
 _MEGATRON_LINEAR_DEFAULTS = {
@@ -60,7 +60,7 @@ class LightningOptions:
     )
     cp_exchange: str = _option(
         "auto",
-        "how context-parallel ranks pass states: auto is direct within a node, else all-gather up to 16 ranks, pipelined beyond",
+        "how context-parallel ranks pass states: auto is direct within a node, else all-gather up to 16 ranks, scan beyond",
         CP_EXCHANGES,
     )
     cp_layout: str = _option(

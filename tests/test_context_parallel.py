@@ -18,7 +18,7 @@ from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
 DECAYS = (0.0, -0.003, -0.1, -0.7, -3.0)
-EXCHANGES = ("all-gather", "ring", "pipelined")
+EXCHANGES = ("all-gather", "ring", "pipelined", "scan")
 RANKS = {"contiguous": (2, 3, 4), "zigzag": (2, 3, 4, 8), "zigzag-documents": (2, 4)}
 CASES = [
     (world, layout, packed)
@@ -176,6 +176,7 @@ class Sent:
         def count(name: str, tensor: int, copies: int) -> None:
             function = getattr(dist, name)
 
+            @functools.wraps(function)
             def counted(*args, **kwargs):
                 self.elements += args[tensor].numel() * copies
                 self.dtypes.add(args[tensor].dtype)
@@ -185,6 +186,14 @@ class Sent:
 
         count("all_gather_into_tensor", 1, world - 1)
         count("isend", 0, 1)
+        isend, message = dist.isend, dist.P2POp
+
+        def counted_message(op, tensor, **where):
+            self.elements += tensor.numel() * (op is isend)
+            self.dtypes.add(tensor.dtype)
+            return message(getattr(op, "__wrapped__", op), tensor, **where)
+
+        monkeypatch.setattr(dist, "P2POp", counted_message)
         for name in ("all_reduce", "broadcast", "all_to_all_single", "send", "reduce_scatter_tensor"):
             monkeypatch.setattr(dist, name, None)
 
@@ -216,6 +225,12 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
     chunks = 1 if layout == "contiguous" else 2
     if exchange == "all-gather":
         want = [(chunks * (P - 1) * state,) * 2] * P
+    elif exchange == "scan":  # to the chunks 1, and then 1, 2, 4 behind, as far as there are any on other ranks
+        rank = [0, 1, 2, 3] if layout == "contiguous" else [0, 1, 2, 3, 3, 2, 1, 0]
+        N = len(rank)
+        steps = [d for d in (1, 1, 2, 4) if d == 1 or d < N]
+        sends = lambda c, d: 0 <= c + d < N and rank[c + d] != rank[c]
+        want = [tuple(state * sum(sends(c, s * d) for d in steps for c in range(N) if rank[c] == r) for s in (1, -1)) for r in range(P)]
     elif layout == "contiguous":
         want = [(state if r < P - 1 else 0, state if r > 0 else 0) for r in range(P)]
     else:  # rank 0 begins and ends, rank P-1 turns
@@ -297,7 +312,7 @@ def test_wrong_arguments():
     ranks = spawn(wrong_arguments, 2)
     wanted = (
         "layout='striped' is unknown; choose one of contiguous, zigzag, zigzag-documents",
-        "exchange='broadcast' is unknown; choose one of auto, direct, all-gather, ring, pipelined",
+        "exchange='broadcast' is unknown; choose one of auto, direct, all-gather, ring, pipelined, scan",
         "write into each other's memory, but it takes the triton backend; use exchange='auto' or 'all-gather'",
         "write into each other's memory, but ranks have no NVIDIA GPUs; use",
         "write into each other's memory, but documents that are cut one by one differ in number",

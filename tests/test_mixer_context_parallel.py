@@ -71,7 +71,7 @@ def check(rank: int, world: int, kind: str, exchange: str, seed: int) -> float:
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
-@pytest.mark.parametrize("world, exchange", [(2, "all-gather"), (2, "ring"), (3, "pipelined")])
+@pytest.mark.parametrize("world, exchange", [(2, "all-gather"), (2, "ring"), (3, "pipelined"), (3, "scan")])
 def test_equals_one_rank(kind, world, exchange, rng):
     if kind == "documents cut" and world == 3:
         world = 2  # whose lengths 2 * 3 does not divide

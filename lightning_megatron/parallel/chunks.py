@@ -33,6 +33,11 @@ class Plan:
         return self.chunks[self.group.rank()]
 
     @property
+    def owner(self) -> dict[int, int]:
+        """The rank of every chunk."""
+        return {c: r for r, chunks in enumerate(self.chunks) for c in chunks}
+
+    @property
     def bounds(self) -> tuple[int, ...]:
         """Where chunks begin and end in the whole sequence; not for documents that are cut one by one."""
         lengths = self.tokens if self.layout == "contiguous" else [self.tokens[0] // 2] * (2 * len(self.tokens))

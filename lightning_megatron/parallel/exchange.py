@@ -11,7 +11,7 @@ import torch.distributed as dist
 from . import direct
 from .chunks import Chain, Plan
 
-EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined")
+EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
 GATHERED_RANKS = 16  # with more, all-gather sends more than it saves in latency
 BLOCKS = 4  # of the pipelined exchange, along K
 
@@ -32,7 +32,7 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
         raise ValueError(
             f"exchange='direct' needs GPUs that write into each other's memory, but {why_not}; use exchange='auto' or 'all-gather'"
         )
-    return "all-gather" if group.size() <= GATHERED_RANKS else "pipelined"
+    return "all-gather" if group.size() <= GATHERED_RANKS else "scan"
 
 
 def mail_for(plan: Plan, q: torch.Tensor, v: torch.Tensor):
@@ -65,12 +65,13 @@ def exchange(
     own = own.contiguous()
     if plan.exchange == "all-gather":
         return _gather(plan, own, chain, start, need_end, reverse)
+    pass_on = _scan if plan.exchange == "scan" else _pass_on
     if not own.is_cuda:
-        return functools.partial(_pass_on, plan, own, chain, start, need_end, reverse)
+        return functools.partial(pass_on, plan, own, chain, start, need_end, reverse)
     stream, here = _stream(own.device), torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
-        found = _pass_on(plan, own, chain, start, need_end, reverse)
+        found = pass_on(plan, own, chain, start, need_end, reverse)
     for x in (own, start):
         if x is not None:
             x.record_stream(stream)
@@ -121,8 +122,7 @@ def _gather(plan, own, chain, start, need_end, reverse):
 def _pass_on(plan, own, chain, start, need_end, reverse):
     """The state goes from chunk to chunk (LASP), in blocks along K that follow each other (ZeCO) if the exchange is pipelined."""
     group, rank = plan.group, plan.group.rank()
-    N = len(plan.bounds) - 1
-    owner = {c: r for r, chunks in enumerate(plan.chunks) for c in chunks}
+    N, owner = len(plan.bounds) - 1, plan.owner
     order = range(N - 1, -1, -1) if reverse else range(N)
     blocks = BLOCKS if plan.exchange == "pipelined" else 1
     entering, sent, leaves = torch.empty_like(own), [], []
@@ -133,9 +133,7 @@ def _pass_on(plan, own, chain, start, need_end, reverse):
         if owner[c] != rank:
             continue
         i = plan.mine.index(c)
-        a, b = c, c + 1
-        edge = a if reverse else b
-        through, on = chain.factors(((a, b), (edge, edge)))[..., None, None]  # the second 0 where a document begins there
+        through, on = _passing(chain, c, reverse)
         before = owner[order[step - 1]] if step else None
         after = owner[order[step + 1]] if step + 1 < N else None
         for j, part in enumerate(parts[i]):
@@ -155,8 +153,78 @@ def _pass_on(plan, own, chain, start, need_end, reverse):
             leaves = list(state_blocks)
     for work, _ in sent:
         work.wait()
+    end = torch.cat(leaves, dim=2) if leaves else None
+    return entering, _to_all(plan, end, order[-1], own) if need_end else None
+
+
+def _scan(plan, own, chain, start, need_end, reverse):
+    """Prefix sums by doubling (Hillis and Steele 1986): what enters a chunk is the sum of the 1, 2, 4, ... chunks before it.
+
+    1 + ceil(log2(N - 1)) messages for each of N chunks: fewer than all-gather sends and faster than a state that goes from
+    rank to rank where there are many. Any number of ranks and any layout.
+    """
+    N = len(plan.bounds) - 1
+    forth = -1 if reverse else 1
+    at = tuple(c + 1 if reverse else c for c in plan.mine)  # the bounds where states enter
+    entering = torch.zeros_like(own)
+
+    def add(states: torch.Tensor, distance: int, through: int) -> None:
+        """``states`` of the chunks that far before, which stand ``through`` bounds before those where they are added."""
+        arrived = _moved(plan, states, forth * distance)
+        bounds = ((min(max(p - forth * through, 0), N), p) for p in at)
+        factors = chain.factors(tuple((min(pair), max(pair)) for pair in bounds))[..., None, None]
+        more = [None if x is None else factor * x for factor, x in zip(factors, arrived, strict=True)]  # x may be of entering
+        for x, y in zip(entering, more, strict=True):
+            if y is not None:
+                x += y
+
+    add(own, 1, 0)
+    distance = 1
+    while distance < N - 1:
+        add(entering, distance, distance)
+        distance *= 2
+    if start is not None:
+        entering += chain.factors(tuple((p, N) if reverse else (0, p) for p in at))[..., None, None] * start
     if not need_end:
         return entering, None
-    end = torch.cat(leaves, dim=2) if leaves else torch.empty_like(own[0])
-    dist.broadcast(end, group=group, group_src=owner[order[-1]])
-    return entering, end
+    last, end = 0 if reverse else N - 1, None
+    if last in plan.mine:
+        through, on = _passing(chain, last, reverse)
+        i = plan.mine.index(last)
+        end = on * own[i] + through * entering[i]
+    return entering, _to_all(plan, end, last, own)
+
+
+def _moved(plan: Plan, states: torch.Tensor, by: int) -> list[torch.Tensor | None]:
+    """The states of the chunks ``by`` before this rank's, from their ranks; None where there is no such chunk."""
+    rank, owner = plan.group.rank(), plan.owner
+    found, messages = [None] * len(plan.mine), []
+    for c in sorted({*plan.mine, *(c - by for c in plan.mine)}):  # two ranks name what they send each other in the same order
+        here, there = owner.get(c), owner.get(c + by)
+        if here is None or there is None:
+            continue
+        if here == rank:
+            state = states[plan.mine.index(c)]
+        if there == rank:
+            if here != rank:
+                state = torch.empty_like(states[0])
+                messages.append(dist.P2POp(dist.irecv, state, group=plan.group, group_peer=here))
+            found[plan.mine.index(c + by)] = state
+        elif here == rank:
+            messages.append(dist.P2POp(dist.isend, state, group=plan.group, group_peer=there))
+    for work in dist.batch_isend_irecv(messages) if messages else ():
+        work.wait()
+    return found
+
+
+def _passing(chain: Chain, c: int, reverse: bool) -> torch.Tensor:
+    """What is left, where the state leaves chunk c, of what entered it, and of what it added: 0 where a document begins there."""
+    edge = c if reverse else c + 1
+    return chain.factors(((c, c + 1), (edge, edge)))[..., None, None]
+
+
+def _to_all(plan: Plan, end: torch.Tensor | None, chunk: int, like: torch.Tensor) -> torch.Tensor:
+    """What leaves the last chunk, from the rank that has it."""
+    end = torch.empty_like(like[0]) if end is None else end
+    dist.broadcast(end, group=plan.group, group_src=plan.owner[chunk])
+    return end

@@ -29,7 +29,7 @@ from . import measure
 from .report import output, when, write
 from .training_models import parse_length, show_length
 
-EXCHANGES = ("direct", "all-gather", "ring", "pipelined")
+EXCHANGES = ("direct", "all-gather", "ring", "pipelined", "scan")
 LAYOUTS = ("contiguous", "zigzag")
 CALLS, SLEEP_MS = 10, 250.0  # the ring and all-to-all take the host milliseconds
 

@@ -1,6 +1,6 @@
 """What passing states between context-parallel ranks costs, by number of ranks and exchange: ``python -m tests.benchmarks.exchange``.
 
-Runs on CPUs (gloo, one process a rank), where every message goes through the kernel: it shows how the three schemes grow with
+Runs on CPUs (gloo, one process a rank), where every message goes through the kernel: it shows how the schemes grow with
 the ranks, not what a GPU needs. Prints a table of milliseconds per layer, forward and backward exchange each once, and writes
 <out>/exchange.json.
 """
@@ -23,7 +23,7 @@ from tests.launch import spawn
 
 from .report import when, write
 
-SCHEMES = ("all-gather", "ring", "pipelined")
+SCHEMES = ("all-gather", "ring", "pipelined", "scan")
 LAYOUTS = ("contiguous", "zigzag")
 HEADS, DIM = 8, 128  # of the 0.4B model
 REPEATS, WARMUP = 20, 3
