@@ -47,16 +47,16 @@ def _mailbox(mailboxes, rank, ranks, tiles, SIZE: tl.constexpr):
 @triton.jit
 def send_tile(x, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
     """Write the tile x, whose elements belong at o_e, into all mailboxes, then say so there."""
-    data, full, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
+    _, _, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
     number = tl.load(count + tile) + 1
     at = (((number & 1) * ranks + me) * tiles + tile).to(tl.int64) * SIZE
     for d in range(ranks):
-        theirs, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
-        tl.store(theirs + at + o_e, x)
+        data, _, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
+        tl.store(data + at + o_e, x)
     tl.debug_barrier()  # all threads have written, and read the number
     tl.store(count + tile, number)
     for d in range(ranks):
-        theirs, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
+        _, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
         tl.atomic_xchg(full + me * tiles + tile, number, sem="release", scope="sys")
 
 
@@ -77,10 +77,10 @@ def receive_kernel(
     data, full, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
     begin = globaltimer()
     b_o = tl.zeros([SIZE], dtype=tl.float32)
-    for a in range(ranks):
-        for c in range(chunks):
-            tile = ((i_r * chunks + c) * H + i_h) * columns + i_v
-            number = tl.load(count + tile)
+    for c in range(chunks):
+        tile = ((i_r * chunks + c) * H + i_h) * columns + i_v
+        number = tl.load(count + tile)
+        for a in range(ranks):
             # a rank may be one exchange ahead; numbers begin anew after 2^32
             while tl.atomic_add(full + a * tiles + tile, 0, sem="acquire", scope="sys") - number < 0:
                 tl.device_assert(

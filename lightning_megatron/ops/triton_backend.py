@@ -222,8 +222,8 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
     """
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
-    out = None if mail else torch.zeros(B, H, K, V, device=k.device, dtype=torch.float32)
-    if B == 0 or T == 0 and not mail:
+    out = None if mail else torch.empty(B, H, K, V, device=k.device, dtype=torch.float32)
+    if B == 0:
         return out, None
     plan = _plan_for(B, T, H, K, V, v.dtype)
     docs, own = (None, None), None

@@ -90,7 +90,7 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.packed else (None, initial_state)
         with torch.cuda.device_of(q):
             args = q, k, v, local.log_decay, plan.scale
-            mail = mail_for(plan, q, v)
+            mail = ctx.mail = mail_for(plan, q, v)  # the same for (q, do) in the backward
             own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
             entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.packed)()
             o, final, saved, ctx.cut = plan.implementation.forward(
@@ -115,12 +115,11 @@ class _ContextParallel(torch.autograd.Function):
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
         )
-        mail = mail_for(plan, q, v)
         own, parts = local.own_states(
-            plan.implementation, q, do, local.end(None, whole_grad), mail, reverse=True, scale=plan.scale
+            plan.implementation, q, do, local.end(None, whole_grad), ctx.mail, reverse=True, scale=plan.scale
         )
         finish = exchange(
-            plan, own, mail, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
+            plan, own, ctx.mail, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
         )
         dinitial = None
 

@@ -22,7 +22,7 @@ class Plan:
     need_final: bool
     implementation: object
 
-    @property
+    @functools.cached_property
     def chunks(self) -> list[tuple[int, ...]]:
         """Of each rank, its chunks in the order of its tokens."""
         P = self.group.size()
@@ -32,12 +32,12 @@ class Plan:
     def mine(self) -> tuple[int, ...]:
         return self.chunks[self.group.rank()]
 
-    @property
+    @functools.cached_property
     def owner(self) -> dict[int, int]:
         """The rank of every chunk."""
         return {c: r for r, chunks in enumerate(self.chunks) for c in chunks}
 
-    @property
+    @functools.cached_property
     def bounds(self) -> tuple[int, ...]:
         """Where chunks begin and end in the whole sequence; not for documents that are cut one by one."""
         lengths = self.tokens if self.layout == "contiguous" else [self.tokens[0] // 2] * (2 * len(self.tokens))

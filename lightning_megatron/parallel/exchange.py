@@ -94,10 +94,19 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _sums(plan: Plan, chain: Chain, need_end: bool, reverse: bool, with_start: bool):
     """What is added up from the M of all chunks: weights of chunks, and factors of what enters the first (None without it)."""
-    N = len(plan.bounds) - 1
-    places = tuple(c + 1 if reverse else c for c in plan.mine) + ((0 if reverse else N,) if need_end else ())
+    places = _entrances(plan, reverse) + ((0 if reverse else len(plan.bounds) - 1,) if need_end else ())
     weights = chain.weights(places, tuple(c for chunks in plan.chunks for c in chunks), reverse)
-    return weights, chain.factors(tuple((p, N) if reverse else (0, p) for p in places)) if with_start else None
+    return weights, _of_start(plan, chain, places, reverse) if with_start else None
+
+
+def _entrances(plan: Plan, reverse: bool) -> tuple[int, ...]:
+    """The bounds where states enter this rank's chunks."""
+    return tuple(c + 1 if reverse else c for c in plan.mine)
+
+
+def _of_start(plan: Plan, chain: Chain, places: tuple[int, ...], reverse: bool) -> torch.Tensor:
+    """What is left at bounds ``places`` of what enters the first chunk."""
+    return chain.factors(tuple((p, len(plan.bounds) - 1) if reverse else (0, p) for p in places))
 
 
 def _summed(plan: Plan, states: torch.Tensor, start: torch.Tensor | None, first: torch.Tensor | None, need_end: bool):
@@ -165,7 +174,7 @@ def _scan(plan, own, chain, start, need_end, reverse):
     """
     N = len(plan.bounds) - 1
     forth = -1 if reverse else 1
-    at = tuple(c + 1 if reverse else c for c in plan.mine)  # the bounds where states enter
+    at = _entrances(plan, reverse)
     entering = torch.zeros_like(own)
 
     def add(states: torch.Tensor, distance: int, through: int) -> None:
@@ -184,7 +193,7 @@ def _scan(plan, own, chain, start, need_end, reverse):
         add(entering, distance, distance)
         distance *= 2
     if start is not None:
-        entering += chain.factors(tuple((p, N) if reverse else (0, p) for p in at))[..., None, None] * start
+        entering += _of_start(plan, chain, at, reverse)[..., None, None] * start
     if not need_end:
         return entering, None
     last, end = 0 if reverse else N - 1, None
@@ -200,18 +209,15 @@ def _moved(plan: Plan, states: torch.Tensor, by: int) -> list[torch.Tensor | Non
     rank, owner = plan.group.rank(), plan.owner
     found, messages = [None] * len(plan.mine), []
     for c in sorted({*plan.mine, *(c - by for c in plan.mine)}):  # two ranks name what they send each other in the same order
-        here, there = owner.get(c), owner.get(c + by)
+        here, there = owner.get(c), owner.get(c + by)  # one of them, or both, are this rank
         if here is None or there is None:
             continue
-        if here == rank:
-            state = states[plan.mine.index(c)]
+        state = states[plan.mine.index(c)] if here == rank else torch.empty_like(states[0])
         if there == rank:
-            if here != rank:
-                state = torch.empty_like(states[0])
-                messages.append(dist.P2POp(dist.irecv, state, group=plan.group, group_peer=here))
             found[plan.mine.index(c + by)] = state
-        elif here == rank:
-            messages.append(dist.P2POp(dist.isend, state, group=plan.group, group_peer=there))
+        if here != there:
+            what, peer = (dist.isend, there) if here == rank else (dist.irecv, here)
+            messages.append(dist.P2POp(what, state, group=plan.group, group_peer=peer))
     for work in dist.batch_isend_irecv(messages) if messages else ():
         work.wait()
     return found
