@@ -99,7 +99,7 @@ def test_operations_by_megatron(name):
 
 def row(attention: str, length: int, speed: float | None, **other) -> dict:
     found = {"model": "0.4B", "attention": attention, "length": length, "recompute": "none", "tensor_parallel": 1}
-    found |= {"context_parallel": 1, "cuda_graph": False, "loss_chunk": 0}
+    found |= {"context_parallel": 1, "cuda_graph": False, "loss_chunk": 0, "extra": ""}
     return found | ({"tokens_per_second": speed} if speed else {}) | other
 
 

@@ -158,7 +158,8 @@ def draw_training(data: dict, path: Path) -> Path:
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
     titles = [x["model"] + how(x) for x in rows]
     panels = list(dict.fromkeys(titles))
-    panels = [title for title in panels if titles.count(title) > 1] or panels  # one point is no curve
+    compared = [x for x in panels if len({r["attention"] for r, title in zip(rows, titles, strict=True) if title == x}) > 1]
+    panels = compared or panels  # the others are in the tables
     names, columns = _names(rows, "attention"), min(PANELS, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(

@@ -75,7 +75,7 @@ def from_log(log: str, length: int) -> dict:
 def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
     """What tells a row from the others."""
     values = (name, attention, length, options.recompute or "none", options.tensor_parallel, options.context_parallel)
-    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk), strict=True))
+    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk, options.extra), strict=True))
 
 
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:

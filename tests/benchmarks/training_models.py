@@ -74,7 +74,7 @@ def show_length(length: int) -> str:
 
 
 # What tells a row of the table from the others
-KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "context_parallel", "cuda_graph", "loss_chunk")
+KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "context_parallel", "cuda_graph", "loss_chunk", "extra")
 
 
 def how(row: dict) -> str:
@@ -82,7 +82,8 @@ def how(row: dict) -> str:
     text = f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
     text += "".join(f", {x.upper()}{row[n]}" for x, n in (("tp", "tensor_parallel"), ("cp", "context_parallel")) if row[n] > 1)
     text += ", CUDA graph" if row["cuda_graph"] else ""
-    return text + (f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else "")
+    text += f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else ""
+    return text + (f", {row['extra']}" if row["extra"] else "")
 
 
 def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
@@ -108,7 +109,7 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     if options.cuda_graph:  # captured in the second step, which WARMUP drops
         text += " --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"
     if options.context_parallel > 1:
-        text += f" --context-parallel-size {options.context_parallel}"
+        text += f" --context-parallel-size {options.context_parallel} --overlap-grad-reduce --overlap-param-gather"
     if options.loss_chunk:
         text += f" --lightning-loss-chunk {options.loss_chunk}"
     if tp > 1:
