@@ -16,18 +16,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .ops.api import check_once
 
+KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
+    AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
+    AttnBackend.fused: SDPBackend.CUDNN_ATTENTION,
+    AttnBackend.unfused: SDPBackend.MATH,
+}
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 
     Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist.
+
+    ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN (not over context-parallel ranks),
+    unfused is plain torch; auto leaves it to torch, which takes cuDNN's on an H100 where all queries have all keys.
 
     Args:
         pg_collection: process groups; cp is used, and where a batch brings packed_seq_params.cp_group, that instead. Of P ranks,
@@ -66,6 +75,7 @@ class SDPACoreAttention(MegatronModule):
                     f"{flag} is not supported by the softmax layers on torch's SDPA; {remedy}, or install "
                     "TransformerEngine and pass --transformer-impl transformer_engine"
                 )
+        self.backend = config.attention_backend
         self.cp_group = getattr(pg_collection, "cp", None)
         if config.context_parallel_size > 1 and self.cp_group is None:
             raise ValueError(
@@ -100,7 +110,7 @@ class SDPACoreAttention(MegatronModule):
         # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's attention)
         own_rng = dropout > 0 and not self.config.sequence_parallel
         group = self._group(packed_seq_params)
-        with get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
+        with self._kernels(query, group), get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
             if group is not None and group.size() > 1:
                 if query.dim() == 4 and not causal:
                     raise ValueError(
@@ -128,6 +138,24 @@ class SDPACoreAttention(MegatronModule):
             )  # fmt: skip
         return o.permute(2, 0, 1, 3).flatten(2)
 
+    def _kernels(self, q: torch.Tensor, group: dist.ProcessGroup | None) -> contextlib.AbstractContextManager:
+        """Allows what ``--attention-backend`` names."""
+        if self.backend not in KERNELS:
+            return contextlib.nullcontext()
+        if self.backend == AttnBackend.fused:
+            shared = group is not None and group.size() > 1
+            given = f"{group.size()} context-parallel ranks" if shared else "" if q.is_cuda else "a CPU"
+            if given:
+                raise ValueError(
+                    f"--attention-backend fused (cuDNN) does not serve the softmax layers on {given}: use flash or auto, or "
+                    "TransformerEngine with --transformer-impl transformer_engine"
+                )
+        if q.is_cuda and q.dtype == torch.float32 and self.backend != AttnBackend.unfused:
+            raise ValueError(
+                f"--attention-backend {self.backend.name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16"
+            )
+        return sdpa_kernel(KERNELS[self.backend])
+
     def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
         """The ranks that share the sequence; batches of dynamic size bring their own."""
         if packed is None or packed.cp_group is None and packed.local_cp_size is None:
@@ -142,7 +170,8 @@ class SDPACoreAttention(MegatronModule):
 
     def _packed(self, q, k, v, bounds_q, bounds_k, longest: int | None, dropout: float) -> torch.Tensor:
         """The last query of each document stands at its last key: ``[t, heads, d]``, and keys of other bounds if chunks."""
-        if q.is_cuda and dropout == 0 and q.dtype in (torch.bfloat16, torch.float16):
+        flash = self.backend not in (AttnBackend.fused, AttnBackend.unfused)
+        if flash and q.is_cuda and dropout == 0 and q.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
 
             group = q.shape[1] // k.shape[1]

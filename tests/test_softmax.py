@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
 from lightning_megatron.norm import TorchNorm
 from lightning_megatron.softmax import SDPACoreAttention
@@ -153,6 +153,50 @@ def test_refusals_of_a_call(rng):
         core()(q, k, v, None)
     with pytest.raises(ValueError, match="attention_bias is not supported .*; use TransformerEngine"):
         core()(q, q, q, None, attention_bias=q)
+
+
+ON_CPU = {"flash": "flash_attention_for_cpu", "unfused": "attention_math", "auto": "flash_attention_for_cpu"}
+ON_GPU = {"flash": "flash_attention", "fused": "cudnn_attention", "unfused": "attention_math"}
+
+
+def kernels_of(attention: SDPACoreAttention, *inputs, **options) -> set[str]:
+    """Which of SDPA's operators ran, after comparison of outputs and gradients with torch's own choice."""
+    with torch.profiler.profile() as profiler:
+        got = attention(*inputs, None, **options)
+        grads = torch.autograd.grad(got, inputs, torch.ones_like(got))
+    want = core()(*inputs, None, **options)
+    for x, y in zip((got, *grads), (want, *torch.autograd.grad(want, inputs, torch.ones_like(want))), strict=True):
+        x, y = x.double(), y.double()
+        assert (x - y).norm() <= 2 * TOLERANCE[inputs[0].dtype] * y.norm()  # each is that far from the truth
+    start = "aten::_scaled_dot_product_"
+    return {x.key.removeprefix(start) for x in profiler.key_averages() if x.key.startswith(start) and "backward" not in x.key}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_attention_backend(name, packed, rng):
+    shapes = [(24, 4, D)] * 3 if packed else [(24, 2, 4, D)] * 3
+    bounds = torch.tensor([0, 7, 24], dtype=torch.int32)
+    options = {"packed_seq_params": PackedSeqParams("thd", bounds, bounds)} if packed else {}
+    assert kernels_of(core(attention_backend=AttnBackend[name]), *draw(rng, *shapes), **options) == {ON_CPU[name]}
+
+
+def test_attention_backend_without_kernels(rng):
+    inputs = draw(rng, *[(24, 2, 4, D)] * 3)
+    with pytest.raises(ValueError, match=r"--attention-backend fused \(cuDNN\) does not serve .* on a CPU: use flash or auto"):
+        core(attention_backend=AttnBackend.fused)(*inputs, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_attention_backend_on_a_gpu(name, rng):
+    half = draw(rng, *[(256, 2, 4, 64)] * 3, dtype=torch.bfloat16)
+    half = [x.detach().cuda().requires_grad_() for x in half]
+    assert kernels_of(core(attention_backend=AttnBackend[name]), *half) == {ON_GPU[name]}
+    if name != "unfused":
+        with pytest.raises(ValueError, match=f"--attention-backend {name} has no kernels for fp32: use auto or unfused"):
+            core(attention_backend=AttnBackend[name])(*(x.detach().float() for x in half), None)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

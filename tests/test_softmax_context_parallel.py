@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from lightning_megatron.softmax import SDPACoreAttention, _Gather
@@ -313,6 +313,10 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             core(stub(3))(*inputs, None, **options)
+    fused = core(stub(3))
+    fused.backend = AttnBackend.fused
+    with pytest.raises(ValueError, match=r"fused \(cuDNN\) does not serve the softmax layers on 3 context-parallel ranks: use flash"):
+        fused(*plain(4), None)
     bounds = thd(0, 6, 6, 10, 12)
     message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set documents_cut=False"
     for _ in range(2):  # what was refused once is not taken for checked
