@@ -123,14 +123,17 @@ class _ContextParallel(torch.autograd.Function):
         )
         dinitial = None
 
-        def arrived() -> torch.Tensor:  # called once dq is launched, which hides what goes on beside it
+        def arrived() -> torch.Tensor:
             nonlocal dinitial
             leaving, dinitial = finish()
             return local.end(leaving, whole_grad)
 
+        # Given the function, dq has a launch of its own, which hides a message from another node. One from this node is there
+        # sooner than that launch takes longer (H100, NVLink: 7 us with 8 heads, 18 with 32; tests/benchmarks/NOTES.md).
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived, parts, local.pieces
-        )
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived() if ctx.mail else arrived,
+            parts, local.pieces,
+        )  # fmt: skip
         if initial_state is not None and local.packed:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
         return None, None, dq, dk, dv, dinitial if initial_state is not None else None
