@@ -45,7 +45,7 @@ TRAINING=(
     --micro-batch-size 1 --global-batch-size "$GLOBAL_BATCH" --train-iters "$ITERATIONS"
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 50
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
-    --bf16 --use-distributed-optimizer
+    --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 DATASETS=(
     --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"

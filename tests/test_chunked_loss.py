@@ -43,12 +43,12 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 10000"
         ("one", "", "24 of 128"),
         ("one", f"{UNTIED} --cross-entropy-loss-fusion", "24 of 128"),
         ("tp2-sp", "", "48 of 64"),
-        ("cp2", "", "48 of 64"),
+        ("cp2", f"--use-distributed-optimizer {OVERLAP}", "48 of 64"),
         ("pp2", "", "24 of 128"),
         ("pp2", UNTIED, "24 of 128"),
         ("dp2", f"{UNTIED} {OVERLAP}", "24 of 128"),
     ],
-    ids=["tied", "untied", "tp2-sp-tied", "cp2-tied", "pp2-tied", "pp2-untied", "dp2-overlap-untied"],
+    ids=["tied", "untied", "tp2-sp-tied", "cp2-overlap-tied", "pp2-tied", "pp2-untied", "dp2-overlap-untied"],
 )
 def test_same_training(layout, flags, calls, tmp_path):
     """From the same initial values, 4 microbatches of 6 steps; ``calls``: how many on all ranks, of so many tokens."""
