@@ -1,8 +1,8 @@
-"""States of all ranks, exchanged by GPUs of one node that write into each other's memory, and added up as they arrive.
+"""What context-parallel ranks exchange: the state at the end of each one's tokens, and sums of the states of all.
 
-Two halves, so that other work can go on between them: ``send_tile``, at the end of the kernel that computes the states
-(``end_state_kernel``), and ``receive``. A rank sends to all ranks, itself included; a message is cut into tiles of 16 columns
-of a state. The mailbox of a rank holds
+GPUs of one node write into each other's memory, in two halves, so that other work can go on between them: ``send_tile``, at
+the end of the kernel that computes the states (``end_state_kernel``), and ``receive``. A rank sends to all ranks, itself
+included; a message is cut into tiles of 16 columns of a state. The mailbox of a rank holds
 
     data   fp32  [2, ranks, tiles, tile]  of this exchange and of the one before
     full   int32 [ranks, tiles]           number of the last exchange of which a rank's tile has arrived
@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from .kernels import _entering, _state_tile
 from .launch import cdiv, launch, pad
 
-COLUMNS = 16
+COLUMNS = 16  # of a state in a program
 
 
 class Mail(NamedTuple):
@@ -58,6 +59,37 @@ def send_tile(x, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
     for d in range(ranks):
         _, full, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
         tl.atomic_xchg(full + me * tiles + tile, number, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks"))
+def end_state_kernel(
+    own, log_decay, out, doc, mailboxes,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
+    T, H, part, own_rows,
+    first, sequences, me, ranks,  # SEND: number of the first sequence among those of this rank's message
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr,
+):  # fmt: skip
+    """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document.
+
+    With SEND it goes to all ranks of a group and not into out.
+    """
+    columns = tl.cdiv(V, BV)
+    i = tl.program_id(0)
+    i_v, i = i % columns, i // columns
+    i_h, i_b = i % H, (i // H).to(tl.int64)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    at = 0 if REVERSE else T
+    b_s = _entering(
+        own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
+        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN,
+    )  # fmt: skip
+    if SEND:
+        o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
+        tile = ((first + i // H) * H + i_h) * columns + i_v
+        send_tile(b_s, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
+    else:
+        tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
 @triton.jit(do_not_specialize=("me", "ranks", "chunks", "R", "H", "limit"))
@@ -94,6 +126,40 @@ def receive_kernel(
     tl.store(out + i.to(tl.int64) * K * V + o_k * V + o_v, b_o, mask=(o_k < K) & (o_v < V))
 
 
+@triton.jit(do_not_specialize=("N", "R", "H"))
+def combine_kernel(states, weights, out, N, R, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """out [P, R, H, SIZE] = sum over n of weights [P, N, R, H] states [N, R, H, SIZE]; what has no weight is not read."""
+    blocks = tl.cdiv(SIZE, BLOCK)
+    i = tl.program_id(0)
+    o_e = i % blocks * BLOCK + tl.arange(0, BLOCK)
+    i = i // blocks
+    i_p, i_r = i // (R * H), i % (R * H)
+    m_e = o_e < SIZE
+    b_o = tl.zeros([BLOCK], dtype=tl.float32)
+    for n in range(N):
+        b_w = tl.load(weights + (i_p * N + n) * R * H + i_r)
+        if b_w != 0:
+            b_o += b_w * tl.load(states + (n * R * H + i_r).to(tl.int64) * SIZE + o_e, mask=m_e, other=0.0)
+    tl.store(out + i.to(tl.int64) * SIZE + o_e, b_o, mask=m_e)
+
+
+def end_state(own, log_decay, doc, size, part, *, reverse: bool, mail: Mail | None, first: int) -> torch.Tensor | None:
+    """The state at the end of each of B sequences of own states ``[B, parts, H, K, V]`` (None: no tokens), ``size`` B, T, K, V.
+
+    Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first. With ``mail`` the states are
+    sent, as the sequences from number ``first`` on of the message, and not returned.
+    """
+    (B, T, K, V), H = size, log_decay.numel()
+    out = None if mail else torch.empty(B, H, K, V, device=log_decay.device, dtype=torch.float32)
+    to = (first, mail.shape[0] * mail.shape[1], mail.rank, mail.mailboxes.numel()) if mail else (0, 0, 0, 0)
+    launch(
+        end_state_kernel, cdiv(V, COLUMNS) * H * B, (own, log_decay, out, doc, mail and mail.mailboxes),
+        (T, H, part, 0 if own is None else own.shape[1], *to),
+        (K, V, pad(K), COLUMNS, reverse, doc is not None, own is not None, mail is not None), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def mailbox_words(ranks: int, shape: tuple[int, int, int, int, int]) -> int:
     """Size of a mailbox for messages of this ``shape``, in words of 4 bytes, which must be zero at first."""
     chunks, R, H, K, V = shape
@@ -114,4 +180,17 @@ def receive(mail: Mail, weights: torch.Tensor) -> torch.Tensor:
         (mail.rank, ranks, chunks, R, H, mail.limit), (K, V, pad(K), COLUMNS), num_warps=4,
         debug=True, sanitize_overflow=False,  # debug for the assertion alone
     )  # fmt: skip
+    return out
+
+
+def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """See ``torch_backend.combine``."""
+    N, R, H, K, V = states.shape
+    weights = weights.expand(-1, -1, R, -1).contiguous()
+    out = states.new_empty(weights.shape[0], R, H, K, V)
+    if out.numel():
+        BLOCK = 1024
+        launch(
+            combine_kernel, cdiv(K * V, BLOCK) * out.shape[:3].numel(), (states, weights, out), (N, R, H), (K * V, BLOCK), num_warps=4
+        )  # fmt: skip
     return out

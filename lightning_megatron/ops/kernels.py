@@ -29,8 +29,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exchange_kernels import send_tile
-
 # exp(-88) is below the smallest normal fp32: what has decayed so far adds nothing to a sum
 UNDERFLOW = tl.constexpr(88.0)
 
@@ -408,54 +406,6 @@ def gradients_kernel(
             i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, own_rows_q, 0, scale, 1.0,
             V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks"))
-def end_state_kernel(
-    own, log_decay, out, doc, mailboxes,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
-    T, H, part, own_rows,
-    first, sequences, me, ranks,  # SEND: number of the first sequence among those of this rank's message
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr,
-):  # fmt: skip
-    """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document.
-
-    With SEND it goes to all ranks of a group and not into out.
-    """
-    columns = tl.cdiv(V, BV)
-    i = tl.program_id(0)
-    i_v, i = i % columns, i // columns
-    i_h, i_b = i % H, (i // H).to(tl.int64)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
-    at = 0 if REVERSE else T
-    b_s = _entering(
-        own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
-        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN,
-    )  # fmt: skip
-    if SEND:
-        o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
-        tile = ((first + i // H) * H + i_h) * columns + i_v
-        send_tile(b_s, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
-    else:
-        tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
-
-
-@triton.jit(do_not_specialize=("N", "R", "H"))
-def combine_kernel(states, weights, out, N, R, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out [P, R, H, SIZE] = sum over n of weights [P, N, R, H] states [N, R, H, SIZE]; what has no weight is not read."""
-    blocks = tl.cdiv(SIZE, BLOCK)
-    i = tl.program_id(0)
-    o_e = i % blocks * BLOCK + tl.arange(0, BLOCK)
-    i = i // blocks
-    i_p, i_r = i // (R * H), i % (R * H)
-    m_e = o_e < SIZE
-    b_o = tl.zeros([BLOCK], dtype=tl.float32)
-    for n in range(N):
-        b_w = tl.load(weights + (i_p * N + n) * R * H + i_r)
-        if b_w != 0:
-            b_o += b_w * tl.load(states + (n * R * H + i_r).to(tl.int64) * SIZE + o_e, mask=m_e, other=0.0)
-    tl.store(out + i.to(tl.int64) * SIZE + o_e, b_o, mask=m_e)
 
 
 @triton.jit(do_not_specialize=("group", "H"))

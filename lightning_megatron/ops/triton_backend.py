@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .exchange_kernels import COLUMNS, Mail, mailbox_words, receive
-from .kernels import combine_kernel, end_state_kernel, gradients_kernel, step_kernel, walk_kernel
+from .exchange_kernels import Mail, combine, end_state, mailbox_words, receive
+from .kernels import gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 
 __all__ = ["Mail", "backward", "combine", "end_states", "final_states", "forward", "mailbox_words", "receive"]
@@ -221,38 +221,17 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
     With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
     """
     (B, T), K = _rows_of(k, pieces), k.shape[3]
-    V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
-    out = None if mail else torch.empty(B, H, K, V, device=k.device, dtype=torch.float32)
+    V, H = v.shape[-1], log_decay.numel()
     if B == 0:
-        return out, None
+        return None if mail else v.new_empty(0, H, K, V, dtype=torch.float32), None
     plan = _plan_for(B, T, H, K, V, v.dtype)
-    docs, own = (None, None), None
+    docs, own = _documents(cu_seqlens, T), None
     if T > 0:
-        docs = _documents(cu_seqlens, T)
         own = _own_states(
             k, v, log_decay, edge=None if initial_state is None else initial_state.contiguous(), docs=docs, part=plan.part,
             parts=plan.parts_grad if reverse else plan.parts, pieces=pieces, reverse=reverse, scale=scale, every=True,
         )  # fmt: skip
-    to = (first, mail.shape[0] * mail.shape[1], mail.rank, mail.mailboxes.numel()) if mail else (0, 0, 0, 0)
-    launch(
-        end_state_kernel, cdiv(V, COLUMNS) * H * B, (own, log_decay, out, docs[0], mail and mail.mailboxes),
-        (T, H, plan.part, 0 if own is None else own.shape[1], *to),
-        (K, V, pad(K), COLUMNS, reverse, packed, own is not None, mail is not None), num_warps=4,
-    )  # fmt: skip
-    return out, own
-
-
-def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """See ``torch_backend.combine``."""
-    N, R, H, K, V = states.shape
-    weights = weights.expand(-1, -1, R, -1).contiguous()
-    out = states.new_empty(weights.shape[0], R, H, K, V)
-    if out.numel():
-        BLOCK = 1024
-        launch(
-            combine_kernel, cdiv(K * V, BLOCK) * out.shape[:3].numel(), (states, weights, out), (N, R, H), (K * V, BLOCK), num_warps=4
-        )  # fmt: skip
-    return out
+    return end_state(own, log_decay, docs[0], (B, T, K, V), plan.part, reverse=reverse, mail=mail, first=first), own
 
 
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):

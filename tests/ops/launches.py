@@ -11,13 +11,13 @@ import torch
 
 from lightning_megatron.ops import exchange_kernels, kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
 
-KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel", "end_state_kernel", "combine_kernel")
+KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
-EXCHANGE = ("receive_kernel",)
+EXCHANGE = ("end_state_kernel", "combine_kernel", "receive_kernel")
 OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
 MODULES = {pointwise_kernels: POINTWISE, loss_kernels: LOSS, exchange_kernels: EXCHANGE, kernels: KERNELS}
 
