@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .ops.api import check_once
+from .softmax_parallel import Gather, Merged, check_documents, joined, merging_kernel, pieces_of_documents, sequence
 
 KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
@@ -35,8 +36,8 @@ class SDPACoreAttention(MegatronModule):
 
     Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist.
 
-    ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN (not over context-parallel ranks),
-    unfused is plain torch; auto leaves it to torch, which takes cuDNN's on an H100 where all queries have all keys.
+    ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN, unfused is plain torch; auto leaves
+    it to torch, which takes cuDNN's on an H100. Packed documents take FlashAttention unless another one is named.
 
     Args:
         pg_collection: process groups; cp is used, and where a batch brings packed_seq_params.cp_group, that instead. Of P ranks,
@@ -110,7 +111,7 @@ class SDPACoreAttention(MegatronModule):
         # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's attention)
         own_rng = dropout > 0 and not self.config.sequence_parallel
         group = self._group(packed_seq_params)
-        with self._kernels(query, group), get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
+        with self._kernels(query), get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
             if group is not None and group.size() > 1:
                 if query.dim() == 4 and not causal:
                     raise ValueError(
@@ -138,22 +139,15 @@ class SDPACoreAttention(MegatronModule):
             )  # fmt: skip
         return o.permute(2, 0, 1, 3).flatten(2)
 
-    def _kernels(self, q: torch.Tensor, group: dist.ProcessGroup | None) -> contextlib.AbstractContextManager:
+    def _kernels(self, q: torch.Tensor) -> contextlib.AbstractContextManager:
         """Allows what ``--attention-backend`` names."""
         if self.backend not in KERNELS:
             return contextlib.nullcontext()
-        if self.backend == AttnBackend.fused:
-            shared = group is not None and group.size() > 1
-            given = f"{group.size()} context-parallel ranks" if shared else "" if q.is_cuda else "a CPU"
-            if given:
-                raise ValueError(
-                    f"--attention-backend fused (cuDNN) does not serve the softmax layers on {given}: use flash or auto, or "
-                    "TransformerEngine with --transformer-impl transformer_engine"
-                )
-        if q.is_cuda and q.dtype == torch.float32 and self.backend != AttnBackend.unfused:
-            raise ValueError(
-                f"--attention-backend {self.backend.name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16"
-            )
+        name = self.backend.name
+        if self.backend == AttnBackend.fused and not q.is_cuda:
+            raise ValueError(f"--attention-backend {name} is cuDNN, which needs a GPU: use auto, or move model and batch to a GPU")
+        if self.backend != AttnBackend.unfused and q.is_cuda and q.dtype == torch.float32:
+            raise ValueError(f"--attention-backend {name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16")
         return sdpa_kernel(KERNELS[self.backend])
 
     def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
@@ -183,16 +177,26 @@ class SDPACoreAttention(MegatronModule):
                 longest_q, longest_k, scale=self.softmax_scale, window_size=(-1, 0),
             )  # fmt: skip
         q, k, v = (x[:, None] for x in (q, k, v))
-        return self._one_by_one(q, k, v, bounds_q.tolist(), bounds_k.tolist(), dropout)[:, 0]
+        pieces = [
+            (slice(a, b), slice(c, d))
+            for (a, b), (c, d) in zip(pairwise(bounds_q.tolist()), pairwise(bounds_k.tolist()), strict=True)
+        ]
+        return self._one_by_one(q, k, v, pieces, dropout)[:, 0]
 
-    def _one_by_one(self, q, k, v, ends_q: list[int], ends_k: list[int], dropout: float) -> torch.Tensor:
-        """As ``_packed``, of ``[t, b, heads, d]``."""
+    def _one_by_one(self, q, k, v, pieces: list[tuple[slice, slice]], dropout: float) -> torch.Tensor:
+        """As ``_packed``, of ``[t, b, heads, d]``: the queries of each piece to its keys."""
         outputs = []
-        for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
-            if a == b and c < d:  # a document that ended before this chunk
+        for queries, keys in pieces:
+            a, b = queries.stop - queries.start, keys.stop - keys.start
+            if a == 0 < b:  # a document that ended before this chunk
                 continue
+            if a != b and self.backend == AttnBackend.fused:
+                raise ValueError(
+                    f"--attention-backend fused (cuDNN) does not attend from {a} tokens to the {b} up to their end, as packed "
+                    "documents and dropout need it over context-parallel ranks: use flash or auto"
+                )
             o = F.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=causal_lower_right(b - a, d - c),
+                *(x.permute(1, 2, 0, 3) for x in (q[queries], k[keys], v[keys])), attn_mask=causal_lower_right(a, b),
                 dropout_p=dropout, scale=self.softmax_scale, enable_gqa=q.shape[2] != k.shape[2],
             )  # fmt: skip
             outputs.append(o.permute(2, 0, 1, 3))
@@ -206,94 +210,29 @@ class SDPACoreAttention(MegatronModule):
                 f"{tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
             )
         n = tokens // 2
-        chunks = torch.full((1,), n, device=q.device)
-        if q.dim() == 3:
-            bounds = _bounds(packed)
-            cut = self.documents_cut and packed.local_cp_size is None
-            check_once(bounds, _check_documents, P * tokens, 2 * P if cut else 1)
-            bounds = bounds.long()
-            if cut:
-                chunks = bounds.diff() // (2 * P)
-        rows, bounds_q, bounds_k = _pieces(chunks, tokens, P, r)
-        k, v = (_Gather.apply(x, rows, group) for x in (k, v))
         if q.dim() == 4:
-            return self._one_by_one(q, k, v, [0, n, 2 * n], [0, (r + 1) * n, (2 * P + 1) * n], dropout)
+            rows = sequence(tokens, P, q.device)
+            k, v = (Gather.apply(x, rows, group) for x in (k, v))
+            pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
+            if dropout == 0 and (kernel := merging_kernel(q, k, v, self.softmax_scale)) is not None:
+                return Merged.apply(q, k, v, pieces, self.softmax_scale, kernel)
+            return self._one_by_one(q, k, v, pieces, dropout)
+        chunks = torch.full((1,), n, device=q.device)
+        bounds = _bounds(packed)
+        cut = self.documents_cut and packed.local_cp_size is None
+        check_once(bounds, check_documents, P * tokens, 2 * P if cut else 1)
+        bounds = bounds.long()
+        if cut:
+            chunks = bounds.diff() // (2 * P)
+        rows, bounds_q, bounds_k = pieces_of_documents(chunks, tokens, P, r)
+        k, v = (Gather.apply(x, rows, group) for x in (k, v))
         if not cut:  # of both chunks all documents, most of them empty
             a, b = r * n, (2 * P - 1 - r) * n
-            bounds_q = _joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
-            bounds_k = _joined(bounds.clamp(max=a + n), bounds.clamp(max=b + n))
+            bounds_q = joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
+            bounds_k = joined(bounds.clamp(max=a + n), bounds.clamp(max=b + n))
         return self._packed(q, k, v, bounds_q, bounds_k, packed.max_seqlen_q, dropout)
-
-
-# ---- context parallelism ---------------------------------------------------------------------------------------------
-
-
-class _Gather(torch.autograd.Function):
-    """``rows`` of the tokens ``[P * s, ...]`` of all ranks, of each rank's ``[s, ...]``; no row more than twice."""
-
-    @staticmethod
-    def forward(ctx, x, rows, group):
-        ctx.save_for_backward(rows)
-        ctx.group, ctx.tokens = group, x.shape[0]
-        everything = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(everything, x.contiguous(), group=group)
-        return everything.index_select(0, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (rows,) = ctx.saved_tensors
-        # In fp32, which sends twice the bytes of bf16: up to 2P pieces add to a token, and bf16 would round after each of them
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
-        everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
-        mine = everything.new_empty(ctx.tokens, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, everything, group=ctx.group)
-        return mine.to(grad.dtype), None, None
-
-
-def _pieces(chunks: torch.Tensor, tokens: int, P: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What rank r's pieces attend to: of every document chunks r and 2P-1-r, to its tokens up to their end.
-
-    Args:
-        chunks: ``[N]``, tokens of a chunk of each document.
-        tokens: of a rank.
-
-    Returns:
-        Rows of the pieces' keys among the tokens of all ranks, ``[(2P + 1) tokens / 2]``; bounds of the pieces and of their keys,
-        ``[2N + 1]``.
-    """
-    keys = torch.stack(((r + 1) * chunks, (2 * P - r) * chunks), 1).flatten()
-    bounds_q, bounds_k = (F.pad(x.cumsum(0), (1, 0)) for x in (chunks.repeat_interleave(2), keys))
-    piece = torch.repeat_interleave(keys, output_size=(2 * P + 1) * tokens // 2)
-    document, place = piece // 2, torch.arange(piece.numel(), device=keys.device) - bounds_k[piece]
-    n = chunks[document]
-    chunk, offset = place // n, place % n
-    second = chunk >= P
-    rank = torch.where(second, 2 * P - 1 - chunk, chunk)
-    return rank * tokens + bounds_q[2 * document] + second * n + offset, bounds_q, bounds_k
-
-
-def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Bounds of what lies one after the other."""
-    return torch.cat((first, first[-1] + second[1:]))
 
 
 def _bounds(packed: PackedSeqParams) -> torch.Tensor:
     """Where documents lie, padded or not."""
     return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-
-
-def _check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
-    ends = bounds.tolist()
-    if ends[-1] != tokens:
-        raise ValueError(
-            f"packed_seq_params.cu_seqlens_q ends at {ends[-1]}, but all context-parallel ranks together have {tokens} tokens; "
-            "give bounds in the whole packed sequence"
-        )
-    for document, (a, b) in enumerate(pairwise(ends)):
-        if (b - a) % chunks:
-            raise ValueError(
-                f"with documents_cut=True every document is cut into {chunks} equal chunks, but document {document} has {b - a} "
-                f"tokens; pad documents to a multiple of {chunks}, or set documents_cut=False for a sequence cut as a whole"
-            )

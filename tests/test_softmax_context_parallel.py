@@ -12,7 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from lightning_megatron.softmax import SDPACoreAttention, _Gather
+from lightning_megatron.softmax import SDPACoreAttention
+from lightning_megatron.softmax_parallel import Gather
 from tests import layers
 from tests.launch import spawn
 from tests.layers import transformer_config
@@ -245,7 +246,7 @@ def test_dropout_in_training_only(layout):
 
 def sums(rank: int, world: int) -> float:
     x = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
-    gathered = _Gather.apply(x, torch.tensor([0, 0, 1, 1]), dist.group.WORLD)
+    gathered = Gather.apply(x, torch.tensor([0, 0, 1, 1]), dist.group.WORLD)
     gathered.backward(torch.tensor([256, 1, 256, 1] if rank == 0 else [1, 1, 1, 1], dtype=torch.bfloat16))
     return x.grad.item()
 
@@ -277,7 +278,7 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout):
         tokens = [x if packed is None else x[:, 0] for x in (q, k, v)]
         gathered = iter([x[torch.cat(places)] for x in tokens[1:]])
         gather = SimpleNamespace(apply=lambda x, rows, group, gathered=gathered: next(gathered)[rows])
-        monkeypatch.setattr("lightning_megatron.softmax._Gather", gather)
+        monkeypatch.setattr("lightning_megatron.softmax.Gather", gather)
         attention = core(stub(world, rank), documents_cut=layout == "documents-cut")
         outputs.append(attention(*(x[mine] for x in tokens), None, packed_seq_params=packed).view(-1, 1, 256))
     output = torch.cat(outputs)[torch.cat(places).argsort()]
@@ -315,8 +316,8 @@ def test_refusals():
             core(stub(3))(*inputs, None, **options)
     fused = core(stub(3))
     fused.backend = AttnBackend.fused
-    with pytest.raises(ValueError, match=r"fused \(cuDNN\) does not serve the softmax layers on 3 context-parallel ranks: use flash"):
-        fused(*plain(4), None)
+    with pytest.raises(ValueError, match=r"fused \(cuDNN\) does not attend from 2 tokens to the 6 up to their end.*use flash or"):
+        fused._one_by_one(*plain(6), [(slice(0, 2), slice(0, 6))], 0.0)
     bounds = thd(0, 6, 6, 10, 12)
     message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set documents_cut=False"
     for _ in range(2):  # what was refused once is not taken for checked
