@@ -87,7 +87,8 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, packed: 
     log_decay = torch.tensor([pick(rng, DECAYS) for _ in range(H)], dtype=torch.float64)
     q, k, v, do = (randn(rng, B, T, h, d) for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     state, dfinal = randn(rng, N, H, K, V), randn(rng, N, H, K, V)
-    with_state, used = pick(rng, [True, False]), pick(rng, [(True, True), (True, False), (False, True)])
+    states = [(given, used) for given in (True, False) for used in ((True, True), (True, False), (False, True))]
+    with_state, used = pick(rng, states + 4 * [(False, (True, False))])  # as in training
     state = state if with_state else None
     common = dict(scale=pick(rng, [None, 1.0]), cu_seqlens=cu_seqlens, output_final_state=used[1])
     said = f"{seed=} {layout=} {exchange=} {lengths=} {B=} {H=} {Hkv=} {K=} {V=} cu_seqlens={cu_seqlens} {log_decay=} {used=}"

@@ -13,7 +13,7 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "ops"},
-    {"parallel"},
+    {"parallel", "softmax_parallel"},
     {"decay", "patches", "arguments", "norm", "softmax"},
     {"mixer"},
     {"spec"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"pretrain"},
 ]
 # ... and these parts less than that.
-ONLY = {"decay": {"config"}, "parallel": {"ops"}, "patches": {"config", "compat", "ops", "parallel"}, "arguments": {"config", "compat"}}
+ONLY = {"decay": {"config"}, "parallel": {"ops"}, "softmax_parallel": set(), "patches": {"config", "compat", "ops", "parallel"}, "arguments": {"config", "compat"}}
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
     "__init__": set(),
@@ -31,6 +31,7 @@ OUTSIDE = {
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},
+    "softmax_parallel": {"torch"},
     "pretrain": {"megatron"},
 }
 

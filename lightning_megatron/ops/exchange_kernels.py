@@ -80,9 +80,11 @@ def end_state_kernel(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
     at = 0 if REVERSE else T
+    if VARLEN:
+        doc += i_b * T
     b_s = _entering(
         own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
-        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN,
+        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN, True,
     )  # fmt: skip
     if SEND:
         o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]

@@ -20,8 +20,9 @@ second one walks segments of one or more parts, as many as fill the GPU, each fr
 it. A sequence of one segment needs the second launch only. The backward's second launch walks for dk, dv and dq.
 
 Packed sequences (cu_seqlens) need no other grid: chunks run over the packed tokens as if they were one sequence, and a
-token reads, writes and attends only where ``doc`` says the document is the same. States per document (initial_state,
-final_state and their gradients) enter and leave inside the chunk that holds the document's edge.
+token reads, writes and attends only where ``doc`` says the document is the same. States (initial_state, final_state and
+their gradients) are of sequences (BY_ROW), or of packed documents: these enter and leave inside the chunk that holds the
+document's edge. A packed sequence with states BY_ROW is a part of a longer one: its first document may have begun before.
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
         first = tl.load(doc + start)
         last = tl.load(doc + start + n - 1)
         if REVERSE:
-            source = tl.load(doc + start + n, mask=start + n < T, other=-1)
-            r_edge = tl.load(cu_seqlens + source, mask=source >= 0, other=T)
+            source = tl.load(doc + tl.minimum(start + n, T - 1))  # at the end what enters there, if anything does
+            r_edge = tl.load(cu_seqlens + source)
             current = first
         else:
-            source = tl.load(doc + start - 1, mask=start > 0, other=-1)
-            r_edge = tl.load(cu_seqlens + source + 1)  # no source: the bounds begin with 0
+            source = tl.load(doc + tl.maximum(start - 1, 0))
+            r_edge = tl.load(cu_seqlens + source + 1)
             current = last
         c_start = tl.load(cu_seqlens + current)
         c_end = tl.load(cu_seqlens + current + 1)
@@ -112,7 +113,8 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
 def _entering(
     own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, OWN: tl.constexpr, EDGE_IN: tl.constexpr, VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, OWN: tl.constexpr, EDGE_IN: tl.constexpr,
+    VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """State [BV, BK] that enters the segment from ``begin`` to ``end``: of the parts before it, as far as their decay reaches.
 
@@ -134,8 +136,14 @@ def _entering(
                 b_f = tl.where(same, b_f, 0.0)
             i_o += i_b * own_rows - own_first
             b_s += b_f * tl.load(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
-    if EDGE_IN and not VARLEN:
+    if EDGE_IN and BY_ROW:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
+        if VARLEN:  # only the document at the sequence's edge, if it goes on up to here
+            if REVERSE:
+                same = tl.load(doc + T - 1) == tl.load(doc + tl.minimum(end, T - 1))
+            else:
+                same = tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0))
+            b_f = tl.where(same, b_f, 0.0)
         b_s += b_f * tl.load(_state_tile(edge_in, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
     return b_s
 
@@ -146,7 +154,7 @@ def _walk(
     q_st, k_st, v_st, o_st,
     b_ld,  # log_decay of this head
     own,  # own states of parts [B, own_rows, H, K, V], from part own_first on: written if STATE_ONLY, else read
-    edge_in, edge_out,  # states that enter and leave sequences [N, H, K, V]
+    edge_in, edge_out,  # states that enter and leave sequences [B, H, K, V], not BY_ROW documents [N, H, K, V]
     doc, cu_seqlens,  # VARLEN: document of each token [T], bounds [N+1]
     i_b, i_h, i_v,
     i_s,  # segment, or with STATE_ONLY the part
@@ -155,7 +163,7 @@ def _walk(
     read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
-    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr,
+    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment (STATE_ONLY: one part) of one head; a program holds BV columns of v, o and the state.
@@ -184,7 +192,7 @@ def _walk(
         skip = 0
         b_s = _entering(
             own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
-            K, V, BK, BV, REVERSE, TRANSPOSED, OWN, EDGE_IN, VARLEN,
+            K, V, BK, BV, REVERSE, TRANSPOSED, OWN, EDGE_IN, VARLEN, BY_ROW,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
         b_d = (p[:, None] - p[None, :]) if REVERSE else (p[None, :] - p[:, None])  # [BC of j, BC of i]
@@ -247,7 +255,7 @@ def _walk(
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
-        if VARLEN and EDGE_IN:
+        if EDGE_IN and not BY_ROW:
             # documents whose entering edge (start, or end if reversed) lies in this chunk
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
@@ -267,7 +275,7 @@ def _walk(
                     if i_n == current:
                         after = (d_end - start) if REVERSE else (start + n - d_start)
                         b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
-        if VARLEN and EDGE_OUT:
+        if EDGE_OUT and not BY_ROW:
             # documents whose leaving edge (end, or start if reversed) lies in this chunk
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
@@ -301,21 +309,22 @@ def _walk(
         i_o = i_b * own_rows + i_s - own_first
         tl.store(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:
-        if EDGE_OUT and not VARLEN:
+        if EDGE_OUT and BY_ROW:
             if i_s == (0 if REVERSE else segments - 1):
                 tl.store(_state_tile(edge_out, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
-@triton.jit(do_not_specialize=("group", "pieces", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
+@triton.jit(do_not_specialize=("group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
 def walk_kernel(
     q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
     group, pieces,  # query heads per head of k and v; sequences that follow each other along T in a row of the batch
+    documents,  # of a sequence: doc [B, T], cu_seqlens [B, documents + 1]
     T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
-    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr,
+    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """o and the final states, or with STATE_ONLY the own states of ``own_rows`` parts.
@@ -330,6 +339,9 @@ def walk_kernel(
     rows = own_rows if STATE_ONLY else segments
     i_s, i_b = i % rows, (i // rows).to(tl.int64)
     i_r, i_t = i_b // pieces, i_b % pieces * T
+    if VARLEN:
+        doc += i_b * T
+        cu_seqlens += i_b * (documents + 1)
     if STATE_ONLY:
         i_s += own_first
     else:
@@ -340,11 +352,14 @@ def walk_kernel(
     _walk(
         q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), own, edge_in, edge_out, doc, cu_seqlens,
         i_b, i_h, i_v, i_s, T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
-        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, False, PRECISION, WIDE_STATE,
+        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, BY_ROW, False, PRECISION, WIDE_STATE,
     )  # fmt: skip
 
 
-_COUNTS = ("group", "pieces", "T", "H", "part", "parts", "segments", "own_rows", "own_first", "parts_q", "segments_q", "own_rows_q")
+_COUNTS = (
+    "group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first",
+    "parts_q", "segments_q", "own_rows_q",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -353,14 +368,14 @@ def gradients_kernel(
     own, own_grad, initial, dfinal, dinitial, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
     dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st,  # heads of these are K, K and V elements apart
-    group, pieces, T, H, part,
+    group, pieces, documents, T, H, part,
     parts, segments, own_rows, own_first,  # of the walks for dk and dv
     parts_q, segments_q, own_rows_q,  # of the walk for dq
     scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     COLS_K: tl.constexpr, COLS_V: tl.constexpr,  # columns of a program for dq or dk, and for dv
     BC: tl.constexpr, OWN: tl.constexpr, OWN_GRAD: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
-    VARLEN: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
+    VARLEN: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv and d(initial_state) in one launch: first the programs for dq, then those for dk and dv.
 
@@ -379,6 +394,9 @@ def gradients_kernel(
     i_s, i_b = i % count, (i // count).to(tl.int64)
     head, shared = i_h.to(tl.int64), (i_h // group).to(tl.int64)
     i_r, i_t = i_b // pieces, i_b % pieces * T
+    if VARLEN:
+        doc += i_b * T
+        cu_seqlens += i_b * (documents + 1)
     q += i_r * q_sb + i_t * q_st + head * q_sh
     k += i_r * k_sb + i_t * k_st + shared * k_sh
     v += i_r * v_sb + i_t * v_st + shared * v_sh
@@ -392,19 +410,19 @@ def gradients_kernel(
         _walk(
             v, do, q, dk, v_st, do_st, q_st, dk_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
-            V, K, BV, COLS_K, BC, True, True, False, OWN_GRAD, DFINAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
+            V, K, BV, COLS_K, BC, True, True, False, OWN_GRAD, DFINAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         _walk(
             k, q, do, dv, k_st, q_st, do_st, dv_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
-            K, V, BK, COLS_V, BC, True, False, False, OWN_GRAD, DFINAL, INITIAL, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
+            K, V, BK, COLS_V, BC, True, False, False, OWN_GRAD, DFINAL, INITIAL, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if for_q:
         _walk(
             do, v, k, dq, do_st, v_st, k_st, dq_st, b_ld, own, initial, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, own_rows_q, 0, scale, 1.0,
-            V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, DESCRIPTORS, PRECISION, WIDE_STATE,
+            V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
 
 

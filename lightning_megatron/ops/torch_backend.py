@@ -7,6 +7,7 @@ Python loop only over the running state. Packed sequences are walked one documen
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 
 import torch
 
@@ -82,12 +83,29 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _sequences(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, slice]]:
-    """(slice of states, slice of tokens) of each run: the whole batch at once, or one document at a time."""
+def _runs(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, slice, slice, slice]]:
+    """(rows, tokens, states that enter, states that leave) of each run: the whole batch at once, or one document at a time."""
+    rows = slice(0, B)
     if cu_seqlens is None:
-        return [(slice(0, B), slice(0, T))]
-    bounds = cu_seqlens.tolist()
-    return [(slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+        return [(rows, slice(0, T), rows, rows)]
+    if cu_seqlens.dim() == 1:  # states are those of documents
+        return [(rows, slice(a, b), slice(n, n + 1), slice(n, n + 1)) for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
+    runs, none = [], slice(0, 0)
+    for r, bounds in enumerate(cu_seqlens.tolist()):  # states are those of rows: of what documents have left and right of them
+        row = slice(r, r + 1)
+        runs += [(row, slice(a, b), none if a else row, row if b == T else none) for a, b in pairwise(bounds) if a < b]
+    return runs
+
+
+def _of(states: torch.Tensor | None, which: slice) -> torch.Tensor | None:
+    return None if states is None or which.start == which.stop else states[which]
+
+
+def _new_states(like: torch.Tensor, cu_seqlens: torch.Tensor | None, V: int) -> torch.Tensor:
+    """Zeros for the states that leave, of the inputs ``like [B, H, T, K]``."""
+    B, H, _, K = like.shape
+    N = cu_seqlens.numel() - 1 if cu_seqlens is not None and cu_seqlens.dim() == 1 else B
+    return like.new_zeros(N, H, K, V)
 
 
 def _split(x: torch.Tensor, pieces: int) -> torch.Tensor:
@@ -103,17 +121,15 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     q, k, v = (_split(x, pieces) for x in (q, k, v))
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
-    outputs, finals = [], []
-    for states, tokens in _sequences(cu_seqlens, B, T):
-        o, final = _attend(
-            qh[:, :, tokens], kh[:, :, tokens], vh[:, :, tokens], log_decay,
-            None if initial_state is None else initial_state[states],
+    o, final = torch.empty_like(vh), _new_states(qh, cu_seqlens, v.shape[3])
+    for rows, tokens, enters, leaves in _runs(cu_seqlens, B, T):
+        o[rows, :, tokens], state = _attend(
+            *(x[rows, :, tokens] for x in (qh, kh, vh)), log_decay, _of(initial_state, enters),
             reverse=False, read_scale=scale, write_scale=1.0,
         )  # fmt: skip
-        outputs.append(o)
-        finals.append(final)
-    o = torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
-    return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), torch.cat(finals), (), None
+        final[leaves] = state[: leaves.stop - leaves.start]
+    o = o.transpose(1, 2).to(q.dtype)
+    return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), final, (), None
 
 
 @_without_autocast
@@ -125,25 +141,21 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     q, k, v, do = (_split(x, pieces) for x in (q, k, v, do))
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
-    parts: list[list[torch.Tensor]] = [[], [], [], []]
-    for states, tokens in _sequences(cu_seqlens, B, T):
-        qs, ks, vs, dos = (x[:, :, tokens] for x in (qh, kh, vh, doh))
-        s0 = None if initial_state is None else initial_state[states].transpose(-1, -2)
-        d0 = None if dfinal is None else dfinal[states]
-        dq, _ = _attend(dos, vs, ks, log_decay, s0, reverse=False, read_scale=scale, write_scale=1.0)
-        dk, _ = _attend(
-            vs, dos, qs, log_decay, None if d0 is None else d0.transpose(-1, -2),
-            reverse=True, read_scale=1.0, write_scale=scale,
-        )  # fmt: skip
-        dv, dinitial = _attend(ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale)
-        for part, value in zip(parts, (dq, dk, dv, dinitial), strict=True):
-            part.append(value)
-    dq, dk, dv = (torch.cat(part, dim=2).transpose(1, 2) for part in parts[:3])
+    (dq, dk, dv), dinitial = (torch.empty_like(x) for x in (qh, kh, vh)), _new_states(qh, cu_seqlens, v.shape[3])
+    for rows, tokens, enters, leaves in _runs(cu_seqlens, B, T):
+        qs, ks, vs, dos = (x[rows, :, tokens] for x in (qh, kh, vh, doh))
+        s0, d0 = _of(initial_state, enters), _of(dfinal, leaves)
+        s0_t, d0_t = (None if x is None else x.transpose(-1, -2) for x in (s0, d0))
+        dq[rows, :, tokens], _ = _attend(dos, vs, ks, log_decay, s0_t, reverse=False, read_scale=scale, write_scale=1.0)
+        dk[rows, :, tokens], _ = _attend(vs, dos, qs, log_decay, d0_t, reverse=True, read_scale=1.0, write_scale=scale)
+        dv[rows, :, tokens], state = _attend(ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale)
+        dinitial[enters] = state[: enters.stop - enters.start]
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     group = H // k.shape[2]
     if group > 1:
         dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
     dq, dk, dv = (dx.to(q.dtype).reshape(*tokens_of_all, *dx.shape[2:]) for dx in (dq, dk, dv))
-    return dq, dk, dv, torch.cat(parts[3])
+    return dq, dk, dv, dinitial
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -155,7 +167,7 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
     """See ``triton_backend.end_states``; there are no parts here, and no mail."""
     assert mail is None
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, cu_seqlens, reverse, scale)
-    if cu_seqlens is not None:  # of the document of the last token, reversed of the first
+    if cu_seqlens is not None and cu_seqlens.dim() == 1:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(cu_seqlens, 0 if reverse else k.shape[1] - 1, right=True) - 1
         states = states[at.clamp(min=0)][None]
     return states, None
@@ -167,9 +179,10 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     states in initial_state's place."""
     H = log_decay.numel()
     kh, vh = (_heads_first(x, H) for x in (k, v))
-    finals = []
-    for states, tokens in _sequences(cu_seqlens, *k.shape[:2]):
-        ks, vs = kh[:, :, tokens], vh[:, :, tokens]
-        state = None if initial_state is None else initial_state[states]
-        finals.append(_attend(ks, ks, vs, log_decay, state, reverse=reverse, read_scale=1.0, write_scale=scale)[1])
-    return torch.cat(finals)
+    final = _new_states(kh, cu_seqlens, v.shape[3])
+    for rows, tokens, *edges in _runs(cu_seqlens, *k.shape[:2]):
+        enters, leaves = reversed(edges) if reverse else edges
+        ks, vs = kh[rows, :, tokens], vh[rows, :, tokens]
+        state = _attend(ks, ks, vs, log_decay, _of(initial_state, enters), reverse=reverse, read_scale=1.0, write_scale=scale)[1]
+        final[leaves] = state[: leaves.stop - leaves.start]
+    return final

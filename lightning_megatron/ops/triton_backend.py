@@ -111,10 +111,10 @@ def _walk(
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
-        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces,
+        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(cu_seqlens),
          T, H, part, parts, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         own is not None, edge_in is not None, edge_out is not None, doc is not None, *_precision(v.dtype)),
+         own is not None, edge_in is not None, edge_out is not None, doc is not None, _by_row(cu_seqlens), *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
@@ -139,21 +139,29 @@ def _own_states(
     if rows == 0:
         return None
     own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
-    packed = docs[0] is not None  # their states enter and leave inside parts
-    _walk(
-        None, k, v, None, log_decay, own, edge_in=edge if packed else None, docs=docs, reverse=reverse, part=part, parts=parts,
+    _walk(  # those of documents enter inside parts
+        None, k, v, None, log_decay, own, edge_in=None if _by_row(docs[1]) else edge, docs=docs, reverse=reverse, part=part, parts=parts,
         pieces=pieces, scale=scale,
     )  # fmt: skip
     return own
 
 
 def _documents(cu_seqlens: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(document of each token [T], bounds [N+1]) in int32, made on the device without waiting for it."""
+    """(document of each token ``[(B,) T]``, bounds ``[(B,) N+1]``) in int32, made on the device without waiting for it."""
     if cu_seqlens is None:
         return None, None
     bounds = cu_seqlens.to(torch.int32).contiguous()
-    tokens = torch.arange(T, device=bounds.device, dtype=torch.int32)
-    return torch.bucketize(tokens, bounds[1:], right=True, out_int32=True), bounds
+    tokens = torch.arange(T, device=bounds.device, dtype=torch.int32).expand(*bounds.shape[:-1], T)
+    return torch.searchsorted(bounds[..., 1:].contiguous(), tokens.contiguous(), right=True, out_int32=True), bounds
+
+
+def _by_row(cu_seqlens: torch.Tensor | None) -> bool:
+    """Whether states are those of sequences, and not of documents."""
+    return cu_seqlens is None or cu_seqlens.dim() == 2
+
+
+def _count(cu_seqlens: torch.Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.shape[-1] - 1
 
 
 def _leaving_state(entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device) -> torch.Tensor:
@@ -180,15 +188,17 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
 
     ``own`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
-    ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces; not with cu_seqlens.
+    ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces. ``cu_seqlens [N, documents + 1]``
+    cuts every sequence into documents, whose first may have begun before it and whose last may go on: states are those of
+    sequences. ``[N + 1]`` cuts one sequence, and states are those of documents.
     """
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V = v.shape[-1]
-    packed = cu_seqlens is not None
-    sequences = cu_seqlens.numel() - 1 if packed else B
+    packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
+    sequences = B if by_row else _count(cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
-    final = _leaving_state(initial_state, (sequences, H, K, V), packed or T == 0, q.device) if need_final else None
+    final = _leaving_state(initial_state, (sequences, H, K, V), not by_row or T == 0, q.device) if need_final else None
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
@@ -215,7 +225,7 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
 
 
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0):
-    """The state at the end of every sequence ``[N, H, K, V]``, packed that of the last document; then the parts' own states.
+    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the parts' own states.
 
     With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
     With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
@@ -261,7 +271,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V, kv_heads = v.shape[-1], k.shape[2]
     own, *docs = saved
-    packed = cu_seqlens is not None
+    packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -279,10 +289,10 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, pieces, T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
+             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
              plan.parts, segments_q, _rows(own, segments_q, plan.parts, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed,
+             own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed, by_row,
              descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
@@ -294,7 +304,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None
     if initial_state is not None:
-        dinitial = _leaving_state(dfinal, initial_state.shape, packed or T == 0, q.device)
+        dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
         own_grad = own_grad if own_grad is not None else _own_states(
             q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,

@@ -80,26 +80,26 @@ def lightning_attn(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = chunks.Plan(group, layout, exchange, tokens, scale, output_final_state, implementation)
-    local = chunks.local(plan, log_decay, cu_seqlens)
+    local = chunks.local(plan, log_decay, cu_seqlens, initial_state is not None or output_final_state)
     return _ContextParallel.apply(plan, local, q, k, v, initial_state)
 
 
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, local, q, k, v, initial_state):
-        whole, start = (initial_state, None) if local.packed else (None, initial_state)
+        whole, start = (initial_state, None) if local.by_document else (None, initial_state)
         with torch.cuda.device_of(q):
             args = q, k, v, local.log_decay, plan.scale
             mail = ctx.mail = mail_for(plan, q, v)  # the same for (q, do) in the backward
             own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
-            entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.packed)()
+            entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.by_document)()
             o, final, saved, ctx.cut = plan.implementation.forward(
-                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.packed, parts, local.pieces
+                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.by_document, parts, local.pieces
             )
         ctx.plan, ctx.local = plan, local
         ctx.save_for_backward(q, k, v, initial_state, entering, *saved)
         ctx.set_materialize_grads(False)
-        if plan.need_final and local.packed:
+        if plan.need_final and local.by_document:
             end = _sum(local.documents_ending(final, initial_state), plan.group)
         return o, end if plan.need_final else None
 
@@ -113,13 +113,13 @@ class _ContextParallel(torch.autograd.Function):
         do = do if do.stride(-1) == 1 else do.contiguous()
         args = q, k, v, local.log_decay, plan.scale
         (whole, start), (whole_grad, start_grad) = (
-            (x, None) if local.packed else (None, x) for x in (initial_state, dfinal)
+            (x, None) if local.by_document else (None, x) for x in (initial_state, dfinal)
         )
         own, parts = local.own_states(
             plan.implementation, q, do, local.end(None, whole_grad), ctx.mail, reverse=True, scale=plan.scale
         )
         finish = exchange(
-            plan, own, ctx.mail, local.chain, start_grad, initial_state is not None and not local.packed, reverse=True
+            plan, own, ctx.mail, local.chain, start_grad, initial_state is not None and not local.by_document, reverse=True
         )
         dinitial = None
 
@@ -134,7 +134,7 @@ class _ContextParallel(torch.autograd.Function):
             *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived() if ctx.mail else arrived,
             parts, local.pieces,
         )  # fmt: skip
-        if initial_state is not None and local.packed:
+        if initial_state is not None and local.by_document:
             dinitial = _sum(local.documents_beginning(dbegin, dfinal), plan.group)
         return None, None, dq, dk, dv, dinitial if initial_state is not None else None
 

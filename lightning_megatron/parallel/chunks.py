@@ -86,22 +86,33 @@ class Chain:
         return torch.stack([torch.stack([found.get((p, c), none) for c in chunks]) for p in places])
 
 
-class _Rows:
-    """Chunks of rows of a batch, or of documents that are cut one by one: R rows of ``count`` pieces on this rank."""
+def _inside(plan: Plan, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Bounds of all documents in each chunk of this rank, from its own first token on, ``[chunks, N + 1]``."""
+    bounds, chunks = _constant(plan.bounds, cu_seqlens.device), _constant(plan.mine, cu_seqlens.device)
+    a, b = bounds[chunks, None], bounds[chunks + 1, None]
+    return torch.minimum(torch.maximum(cu_seqlens, a), b) - a
 
-    packed = False
+
+class _Rows:
+    """Chunks of rows of a batch, packed or not, or of documents that are cut one by one: R rows of ``count`` on this rank."""
+
+    by_document = False
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         self.log_decay, self.count, P = log_decay, len(plan.mine), plan.group.size()
-        self.pieces = self.count if cu_seqlens is None else 1  # that the operator finds in a row of the batch
+        self.cut_apart = cu_seqlens is not None and plan.layout == "zigzag-documents"
+        self.pieces = 1 if self.cut_apart else self.count  # that the operator finds in a row of the batch
         bounds = _constant(plan.bounds, log_decay.device)[:, None]
         self.cu_seqlens = None
-        if cu_seqlens is not None:
+        if self.cut_apart:
             lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
             bounds = torch.arange(2 * P + 1, device=log_decay.device)[:, None] * lengths
             ends = lengths.repeat_interleave(2).cumsum(0)
             self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
-        self.chain = Chain(log_decay, bounds)
+        elif cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.long()
+            self.cu_seqlens = _inside(plan, cu_seqlens)
+        self.chain = Chain(log_decay, bounds, None if self.cut_apart else cu_seqlens)
 
     def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
         """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
@@ -113,27 +124,30 @@ class _Rows:
         """What the chunks add ``[chunks, R, ...]``, or None if it went off with the ``mail``; what the operator need not compute
         again."""
         parts = None
-        if self.cu_seqlens is None:
-            states, parts = implementation.end_states(k, v, self.log_decay, initial, None, pieces=self.pieces, mail=mail, **how)
-        else:
+        if self.cut_apart:
             states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
+        else:
+            how |= dict(pieces=self.pieces, mail=mail)
+            states, parts = implementation.end_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
         return None if states is None else states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
 
 
-class _Packed:
-    """Chunks of a packed sequence: a piece is what a document has in a chunk, chunk by chunk all documents, most of them empty.
+class _Documents:
+    """Chunks of a packed sequence whose documents have states of their own.
+
+    A piece is what a document has in a chunk, chunk by chunk all documents, most of them empty.
 
     Only the document of a chunk's first token may have begun before, and only that of its last token goes on behind it.
     """
 
-    packed, pieces = True, 1
+    by_document, pieces = True, 1
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         self.log_decay, device = log_decay, log_decay.device
         bounds, chunks = _constant(plan.bounds, device), _constant(plan.mine, device)
         cu_seqlens = cu_seqlens.long()
         a, b = bounds[chunks, None], bounds[chunks + 1, None]
-        inside = torch.minimum(torch.maximum(cu_seqlens, a), b) - a  # [chunks, N + 1]
+        inside = _inside(plan, cu_seqlens)
         before = (b - a).cumsum(0) - (b - a)
         self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
         self.documents = cu_seqlens.numel() - 1
@@ -186,11 +200,14 @@ class _Packed:
         return found if of_empty is None else torch.where(self.empty, of_empty, found)
 
 
-def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Packed:
-    """Without documents the same in every call with this log_decay: kept for it, since factors cost many small launches."""
+def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, by_document: bool) -> _Rows | _Documents:
+    """``by_document``: states of documents enter or are asked for.
+
+    Without documents the same in every call with this log_decay: kept for it, since factors cost many small launches.
+    """
     constant = log_decay.detach().contiguous()
     if cu_seqlens is not None:
-        return (_Rows if plan.layout == "zigzag-documents" else _Packed)(plan, constant, cu_seqlens)
+        return (_Documents if by_document and plan.layout != "zigzag-documents" else _Rows)(plan, constant, cu_seqlens)
     version = plan, None if log_decay.is_inference() else log_decay._version
     if log_decay not in _kept or _kept[log_decay][0] != version:
         _kept[log_decay] = version, _Rows(plan, constant, None)

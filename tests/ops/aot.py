@@ -40,6 +40,7 @@ FEW = {
     "sm_90": [
         _FP16_256,
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, by_row=True), ("o", "gradients")),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
     ],
     "sm_100": [_BF16_128, _FP16_128],

@@ -53,14 +53,15 @@ class _Recorder:
 
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
-    states: bool = True, descriptors: bool = False,
+    states: bool = True, descriptors: bool = False, by_row: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0."""
-    Hkv, N = Hkv or H, documents or B
+    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0; states of these or ``by_row``."""
+    Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
     state = torch.empty(N, H, K, V, device="meta") if states else None
-    cu_seqlens = torch.empty(N + 1, dtype=torch.int32, device="meta") if documents else None
+    bounds = (B, documents + 1) if by_row else (documents + 1,)
+    cu_seqlens = torch.empty(bounds, dtype=torch.int32, device="meta") if documents else None
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
@@ -98,7 +99,7 @@ def record_pointwise(
 def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0) -> list[Launch]:
     """The launches for what context-parallel ranks send, forward and backward; backward into each other's memory."""
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
-    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta") if documents else None
+    cu_seqlens = torch.empty(B, documents + 1, dtype=torch.int32, device="meta") if documents else None
     mail = exchange_kernels.Mail(torch.empty(2, dtype=torch.int64, device="meta"), 1, 10**12, (2, B, H, K, V))
     launches: list[tuple] = []
     with ExitStack() as stack:

@@ -32,15 +32,21 @@ def operator(T: int, K: int, V: int, dtype: torch.dtype, bounds: list[int] | Non
     o, final = lightning_attn(q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
     torch.autograd.grad([o, final], [q, k, v, state], [torch.randn_like(o), torch.randn_like(final)])
     if T > 1:
-        own, _ = triton_backend.end_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
-        weights = torch.rand(2, 1, 1, 4, device="cuda")
-        triton_backend.combine(own[None], weights)
-        shape = (1, 1, 4, K, V)
+        q, k, v, state = (x.detach() for x in (q, k, v, state[:1].expand(2, -1, -1, -1)))
+        rows = None  # two parts of a sequence, packed or not
+        if bounds is not None:
+            rows = torch.stack([cu_seqlens.clamp(a, a + T // 2) - a for a in (0, T // 2)])
+        own, parts = triton_backend.end_states(k, v, log_decay, None, rows, pieces=2)
+        o, _, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, rows, False, parts, 2)
+        triton_backend.backward(q, k, v, log_decay, 1.0, state, rows, saved, plan, torch.randn_like(o), state, pieces=2)
+        weights = torch.rand(2, 2, 1, 4, device="cuda")
+        triton_backend.combine(own[:, None], weights)
+        shape = (2, 1, 4, K, V)
         mailbox = torch.zeros(triton_backend.mailbox_words(1, shape), device="cuda")
         mail = triton_backend.Mail(torch.tensor([mailbox.data_ptr()], device="cuda"), 0, 10**10, shape)
-        triton_backend.end_states(k.detach(), v.detach(), log_decay, None, cu_seqlens, mail=mail)
+        triton_backend.end_states(k, v, log_decay, None, rows, pieces=2, mail=mail)
         triton_backend.receive(mail, weights)
-        triton_backend.final_states(k.detach(), v.detach(), log_decay, None, cu_seqlens)
+        triton_backend.final_states(k, v, log_decay, None, cu_seqlens)
 
 
 def around(dtype: torch.dtype) -> None:
