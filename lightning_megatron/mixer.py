@@ -22,6 +22,7 @@ from .config import LightningOptions, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
+from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn, packed_angles
 
 
@@ -154,7 +155,7 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
-        group, layout = self._context_parallel(packed_seq_params)
+        group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
 
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
@@ -190,23 +191,14 @@ class LightningAttention(MegatronModule):
             return None
         if packed.qkv_format != "thd":
             raise ValueError(f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'")
-        return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        return document_bounds(packed)
 
-    def _context_parallel(self, packed: PackedSeqParams | None) -> tuple[torch.distributed.ProcessGroup | None, str]:
-        """The ranks that share the sequence, and which tokens each has; batches of dynamic size bring their own group."""
-        if packed is not None and packed.local_cp_size is not None:
-            if packed.local_cp_size > 1 and (packed.cp_group is None or packed.cp_group.size() != packed.local_cp_size):
-                size = None if packed.cp_group is None else packed.cp_group.size()
-                raise ValueError(
-                    f"packed_seq_params.local_cp_size is {packed.local_cp_size}, but packed_seq_params.cp_group has size {size}; "
-                    "give the group of the ranks that share this batch"
-                )
-            return packed.cp_group if packed.local_cp_size > 1 else None, "zigzag"
-        group = self.pg_collection.cp if packed is None or packed.cp_group is None else packed.cp_group
+    def _layout(self, packed: PackedSeqParams | None) -> str:
+        """Which tokens a rank has; Megatron cuts batches of dynamic size as a whole."""
         layout = "zigzag" if self.options.cp_layout == "auto" else self.options.cp_layout
-        if layout == "zigzag-documents" and packed is None:
-            layout = "zigzag"
-        return group, layout
+        if packed is None:
+            return "zigzag" if layout == "zigzag-documents" else layout
+        return layout if packed.local_cp_size is None else "zigzag"
 
     def _rotate(
         self, q, k, rotary_pos_emb, cu_seqlens, inference_context, group=None, layout="zigzag"

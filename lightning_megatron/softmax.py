@@ -12,7 +12,6 @@ import contextlib
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -23,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from .ops.api import check_once
+from .packed import document_bounds, sharing_group
 from .softmax_parallel import Gather, Merged, check_documents, joined, merging_kernel, pieces_of_documents, sequence
 
 KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
@@ -110,7 +110,7 @@ class SDPACoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's attention)
         own_rng = dropout > 0 and not self.config.sequence_parallel
-        group = self._group(packed_seq_params)
+        group = sharing_group(packed_seq_params, self.cp_group)
         with self._kernels(query), get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
             if group is not None and group.size() > 1:
                 if query.dim() == 4 and not causal:
@@ -120,7 +120,7 @@ class SDPACoreAttention(MegatronModule):
                     )
                 return self._context_parallel(query, key, value, packed_seq_params, group, dropout).flatten(-2)
             if packed_seq_params is not None:
-                bounds = _bounds(packed_seq_params)
+                bounds = document_bounds(packed_seq_params)
                 return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(1)
             mask = None
             if not causal and mask_type != AttnMaskType.no_mask and attention_mask is not None:
@@ -149,18 +149,6 @@ class SDPACoreAttention(MegatronModule):
         if self.backend != AttnBackend.unfused and q.is_cuda and q.dtype == torch.float32:
             raise ValueError(f"--attention-backend {name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16")
         return sdpa_kernel(KERNELS[self.backend])
-
-    def _group(self, packed: PackedSeqParams | None) -> dist.ProcessGroup | None:
-        """The ranks that share the sequence; batches of dynamic size bring their own."""
-        if packed is None or packed.cp_group is None and packed.local_cp_size is None:
-            return self.cp_group
-        size = 1 if packed.cp_group is None else packed.cp_group.size()
-        if packed.local_cp_size not in (None, size):
-            raise ValueError(
-                f"packed_seq_params.local_cp_size is {packed.local_cp_size}, but cp_group there is "
-                f"{'None' if packed.cp_group is None else f'of size {size}'}; give the group of the ranks that share this batch"
-            )
-        return packed.cp_group
 
     def _packed(self, q, k, v, bounds_q, bounds_k, longest: int | None, dropout: float) -> torch.Tensor:
         """The last query of each document stands at its last key: ``[t, heads, d]``, and keys of other bounds if chunks."""
@@ -218,7 +206,7 @@ class SDPACoreAttention(MegatronModule):
                 return Merged.apply(q, k, v, pieces, self.softmax_scale, kernel)
             return self._one_by_one(q, k, v, pieces, dropout)
         chunks = torch.full((1,), n, device=q.device)
-        bounds = _bounds(packed)
+        bounds = document_bounds(packed)
         cut = self.documents_cut and packed.local_cp_size is None
         check_once(bounds, check_documents, P * tokens, 2 * P if cut else 1)
         bounds = bounds.long()
@@ -231,8 +219,3 @@ class SDPACoreAttention(MegatronModule):
             bounds_q = joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
             bounds_k = joined(bounds.clamp(max=a + n), bounds.clamp(max=b + n))
         return self._packed(q, k, v, bounds_q, bounds_k, packed.max_seqlen_q, dropout)
-
-
-def _bounds(packed: PackedSeqParams) -> torch.Tensor:
-    """Where documents lie, padded or not."""
-    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded

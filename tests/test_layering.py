@@ -12,7 +12,7 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "ops"},
+    {"__init__", "config", "compat", "packed", "ops"},
     {"parallel", "softmax_parallel"},
     {"decay", "patches", "arguments", "norm", "softmax"},
     {"mixer"},

@@ -85,9 +85,9 @@ def check_refusals(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="do not generate with context-parallel size 2; load .* --context-parallel-size 1"):
         mixer(x, None, inference_context=StaticInferenceContext(1, 32))
     bounds = torch.tensor([0, 32], dtype=torch.int32)
-    for group, size in ((None, "None"), (dist.group.WORLD, "2")):
+    for group, size in ((None, "None"), (dist.group.WORLD, "of size 2")):
         packed = PackedSeqParams("thd", bounds, bounds, local_cp_size=4, cp_group=group)
-        with pytest.raises(ValueError, match=f"local_cp_size is 4, but packed_seq_params.cp_group has size {size}"):
+        with pytest.raises(ValueError, match=f"local_cp_size is 4, but cp_group there is {size}"):
             mixer(x, None, packed_seq_params=packed)
     with pytest.raises(ValueError, match="end at T = 32, but goes from 0 to 16"):
         mixer(x, None, packed_seq_params=PackedSeqParams("thd", bounds // 2, bounds // 2))
