@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
+import math
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
 from lightning_megatron.ops import exchange_kernels
-from lightning_megatron.parallel import direct
+from lightning_megatron.parallel import chunks, direct
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
@@ -43,8 +46,8 @@ def tokens_of(rank: int, world: int, layout: str, lengths: list[int], cu_seqlens
     if layout == "contiguous":
         return everything.split(lengths)[rank]
     if layout == "zigzag":
-        chunks = everything.chunk(2 * world)
-        return torch.cat((chunks[rank], chunks[2 * world - 1 - rank]))
+        parts = everything.chunk(2 * world)
+        return torch.cat((parts[rank], parts[2 * world - 1 - rank]))
     found = []
     for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunks = everything[a:b].view(2 * world, -1)
@@ -237,6 +240,28 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
     else:  # rank 0 begins and ends, rank P-1 turns
         want = [(state if r in (0, P - 1) else 2 * state,) * 2 for r in range(P)]
     assert found == want
+
+
+# ---- what is kept from call to call ----------------------------------------------------------------------------------
+
+
+def test_what_is_kept_follows_its_tensor():
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, None)
+    before = len(chunks._kept)
+    tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
+    chain = lambda: chunks.local(plan, *tensors, False).chain
+    factor = lambda: float(chain().factors(((1, 2),)))  # from token 4 to 8
+    assert chain().same is chain().same and chain().decay is chain().decay
+    assert factor() == 0
+    tensors[1].copy_(torch.tensor([0, 9, 16]))
+    assert factor() == pytest.approx(math.exp(-2))
+    tensors[0].mul_(2)
+    assert factor() == pytest.approx(math.exp(-4))
+    assert len(chunks._kept) == before + 2
+    tensors = ()
+    gc.collect()
+    assert len(chunks._kept) == before
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

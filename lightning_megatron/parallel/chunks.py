@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,49 +49,74 @@ class Plan:
 
 
 class Chain:
-    """How much of a state is left from one bound of the chunks to another: nothing where a document begins on the way.
+    """What is left of a state on the way from one bound of the chunks to another; forward and backward ask for the same.
 
     R independent chains run over the same chunks: the rows of a batch, or documents that are cut one by one.
     """
 
-    def __init__(self, log_decay: torch.Tensor, bounds: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> None:
-        """``bounds [N+1, R or 1]`` of the N chunks, in tokens."""
-        self.log_decay, self.bounds, self.cu_seqlens = log_decay, bounds, cu_seqlens
-        self._kept: dict[tuple, torch.Tensor] = {}  # forward and backward ask for the same
+    def __init__(self) -> None:
+        self._kept: dict[tuple, torch.Tensor] = {}
 
     def factors(self, pairs: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        """``[pairs, R or 1, H]`` from one bound to another that is not before it."""
+        """``[pairs, R or 1, H or 1]`` from one bound to another that is not before it."""
         if pairs not in self._kept:
             self._kept[pairs] = self._factors(pairs)
         return self._kept[pairs]
 
     def weights(self, places: tuple[int, ...], chunks: tuple[int, ...], reverse: bool) -> torch.Tensor:
-        """``[places, chunks, R or 1, H]``: what is left at bounds ``places`` of what chunks add; 0 of those that come later."""
+        """``[places, chunks, R or 1, H or 1]``: left at bounds ``places`` of what chunks add; 0 of those that come later."""
         key = places, chunks, reverse
         if key not in self._kept:
             self._kept[key] = self._weights(*key)
         return self._kept[key]
 
-    def _factors(self, pairs):
-        a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs]) for side in (0, 1))
-        factors = torch.exp((b - a)[..., None] * self.log_decay)  # the difference in integers: fp32 ends at 2^24 tokens
-        if self.cu_seqlens is not None:
-            begins = (self.cu_seqlens >= a[..., None]) & (self.cu_seqlens <= b[..., None])
-            factors = factors * ~begins.any(-1, keepdim=True)
-        return factors
-
     def _weights(self, places, chunks, reverse):
         pairs = {(p, c): (p, c) if reverse else (c + 1, p) for p in places for c in chunks if (c >= p if reverse else c < p)}
-        none = torch.zeros_like(self.bounds[0, :, None] * self.log_decay)
+        none = torch.zeros_like(self.factors(((0, 0),))[0])
         found = dict(zip(pairs, self.factors(tuple(pairs.values())), strict=True)) if pairs else {}
         return torch.stack([torch.stack([found.get((p, c), none) for c in chunks]) for p in places])
 
 
-def _inside(plan: Plan, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Bounds of all documents in each chunk of this rank, from its own first token on, ``[chunks, N + 1]``."""
-    bounds, chunks = _constant(plan.bounds, cu_seqlens.device), _constant(plan.mine, cu_seqlens.device)
-    a, b = bounds[chunks, None], bounds[chunks + 1, None]
-    return torch.minimum(torch.maximum(cu_seqlens, a), b) - a
+class Decay(Chain):
+    """``bounds [N+1, R or 1]`` of the N chunks, in tokens."""
+
+    def __init__(self, log_decay: torch.Tensor, bounds: torch.Tensor) -> None:
+        super().__init__()
+        self.log_decay, self.bounds = log_decay, bounds
+
+    def _factors(self, pairs):
+        a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs]) for side in (0, 1))
+        return torch.exp((b - a)[..., None] * self.log_decay)  # the difference in integers: fp32 ends at 2^24 tokens
+
+
+class SameDocument(Chain):
+    """Nothing is left where a document begins on the way. The same for all layers."""
+
+    def __init__(self, plan: Plan, cu_seqlens: torch.Tensor) -> None:
+        super().__init__()
+        self.cu_seqlens = cu_seqlens.detach().long()
+        self.bounds, mine = _constant(plan.bounds, cu_seqlens.device), _constant(plan.mine, cu_seqlens.device)
+        self.a, self.b = self.bounds[mine, None], self.bounds[mine + 1, None]
+        # bounds of all documents in each chunk of this rank, from its own first token on [chunks, N + 1]
+        self.inside = torch.minimum(torch.maximum(self.cu_seqlens, self.a), self.b) - self.a
+
+    def _factors(self, pairs):
+        a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs])[:, None] for side in (0, 1))
+        return ~((self.cu_seqlens >= a) & (self.cu_seqlens <= b)).any(-1)[:, None, None]
+
+
+class Both(Chain):
+    """Decay within a document."""
+
+    def __init__(self, decay: Decay, same: SameDocument) -> None:
+        super().__init__()
+        self.decay, self.same = decay, same
+
+    def _factors(self, pairs):
+        return self.decay.factors(pairs) * self.same.factors(pairs)
+
+    def _weights(self, *key):
+        return self.decay.weights(*key) * self.same.weights(*key)
 
 
 class _Rows:
@@ -99,20 +125,21 @@ class _Rows:
     by_document = False
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
-        self.log_decay, self.count, P = log_decay, len(plan.mine), plan.group.size()
-        self.cut_apart = cu_seqlens is not None and plan.layout == "zigzag-documents"
+        self.log_decay, self.count, P = log_decay.detach().contiguous(), len(plan.mine), plan.group.size()
+        self.cut_apart = plan.layout == "zigzag-documents"
         self.pieces = 1 if self.cut_apart else self.count  # that the operator finds in a row of the batch
-        bounds = _constant(plan.bounds, log_decay.device)[:, None]
         self.cu_seqlens = None
         if self.cut_apart:
             lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
             bounds = torch.arange(2 * P + 1, device=log_decay.device)[:, None] * lengths
             ends = lengths.repeat_interleave(2).cumsum(0)
             self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
-        elif cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.long()
-            self.cu_seqlens = _inside(plan, cu_seqlens)
-        self.chain = Chain(log_decay, bounds, None if self.cut_apart else cu_seqlens)
+            self.chain = Decay(self.log_decay, bounds)
+            return
+        self.chain = _decay(plan, log_decay)
+        if cu_seqlens is not None:
+            same = _same_document(plan, cu_seqlens)
+            self.cu_seqlens, self.chain = same.inside, Both(self.chain, same)
 
     def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
         """States ``[chunks, R, ...]`` that enter the chunks from the left, as initial states of the pieces."""
@@ -143,11 +170,8 @@ class _Documents:
     by_document, pieces = True, 1
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-        self.log_decay, device = log_decay, log_decay.device
-        bounds, chunks = _constant(plan.bounds, device), _constant(plan.mine, device)
-        cu_seqlens = cu_seqlens.long()
-        a, b = bounds[chunks, None], bounds[chunks + 1, None]
-        inside = _inside(plan, cu_seqlens)
+        self.log_decay, device, same = log_decay.detach().contiguous(), log_decay.device, _same_document(plan, cu_seqlens)
+        cu_seqlens, inside, a, b = same.cu_seqlens, same.inside, same.a, same.b
         before = (b - a).cumsum(0) - (b - a)
         self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
         self.documents = cu_seqlens.numel() - 1
@@ -159,7 +183,7 @@ class _Documents:
         self.begins = (filled & (cu_seqlens[:-1] >= a))[..., None, None, None]
         self.ends = (filled & (cu_seqlens[1:] <= b))[..., None, None, None]
         self.empty = (cu_seqlens.diff() == 0)[:, None, None, None] & (plan.group.rank() == 0)  # rank 0 answers for them
-        self.chain = Chain(log_decay, bounds[:, None], cu_seqlens)
+        self.chain = Both(_decay(plan, log_decay), same)
 
     def begin(self, states: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
         """What enters the chunks ``[chunks, 1, ...]``, and ``whole [N, ...]`` where documents begin, as states of pieces."""
@@ -201,20 +225,32 @@ class _Documents:
 
 
 def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, by_document: bool) -> _Rows | _Documents:
-    """``by_document``: states of documents enter or are asked for.
-
-    Without documents the same in every call with this log_decay: kept for it, since factors cost many small launches.
-    """
-    constant = log_decay.detach().contiguous()
-    if cu_seqlens is not None:
-        return (_Documents if by_document and plan.layout != "zigzag-documents" else _Rows)(plan, constant, cu_seqlens)
-    version = plan, None if log_decay.is_inference() else log_decay._version
-    if log_decay not in _kept or _kept[log_decay][0] != version:
-        _kept[log_decay] = version, _Rows(plan, constant, None)
-    return _kept[log_decay][1]
+    """``by_document``: states of documents enter or are asked for."""
+    kind = _Documents if by_document and cu_seqlens is not None and plan.layout != "zigzag-documents" else _Rows
+    return kind(plan, log_decay, cu_seqlens)
 
 
 _kept = WeakTensorKeyDictionary()
+
+
+def _keep(tensor: torch.Tensor, plan: Plan, make: Callable[[Plan, torch.Tensor], Chain]) -> Chain:
+    """What is made of a plan and a tensor, once while that lives and stays as it is: factors cost many small launches."""
+    if tensor.is_inference():  # such tensors do not tell whether they have changed
+        return make(plan, tensor)
+    version = plan, tensor._version
+    if tensor not in _kept or _kept[tensor][0] != version:
+        _kept[tensor] = version, make(plan, tensor)  # which must not hold the tensor itself
+    return _kept[tensor][1]
+
+
+def _decay(plan: Plan, log_decay: torch.Tensor) -> Decay:
+    return _keep(log_decay, plan, lambda plan, x: Decay(x.detach(), _constant(plan.bounds, x.device)[:, None]))
+
+
+def _same_document(plan: Plan, cu_seqlens: torch.Tensor) -> SameDocument:
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return SameDocument(plan, cu_seqlens)  # in the graph, whose replays find other bounds in the same place
+    return _keep(cu_seqlens, plan, SameDocument)
 
 
 @functools.lru_cache(maxsize=64)

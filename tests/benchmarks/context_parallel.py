@@ -5,7 +5,8 @@
 Every rank holds ``tokens`` tokens. "one GPU" is the operator alone on as many, "exposed" what a scheme takes longer than that
 forward and backward. "states alone" is the bare all-gather of the states, once in each direction. "all-to-all" moves q, k and v
 in one message so that every rank has all tokens of H / P heads, and o back, as head-parallel layers do (Ulysses). Times are
-medians of the slowest rank, of the GPU alone. --timeline TOKENS also prints what the first GPU does, stream by stream, in one
+medians of the slowest rank, of the GPU alone. With --documents N every rank's tokens are packed documents, N a GPU, of random
+lengths: then without the all-to-all. --timeline TOKENS also prints what the first GPU does, stream by stream, in one
 forward and backward of each exchange. Writes <out>/context_parallel.json.
 """
 
@@ -67,6 +68,14 @@ def all_to_all(q, k, v, log_decay, *, group):
     return AllToAll.apply(o[None], group, False)[0], None
 
 
+def packed(documents: int, tokens: int) -> torch.Tensor | None:
+    """Bounds of so many documents, the same on all ranks."""
+    if not documents:
+        return None
+    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[: documents - 1] + 1
+    return torch.cat((torch.tensor([0]), cuts.sort().values, torch.tensor([tokens]))).to(torch.int32).cuda()
+
+
 def median_ms(calls: list[Callable]) -> float:
     """Of the slowest rank. All ranks make as many calls."""
     for call in calls[:2]:
@@ -124,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         "--tokens", nargs="+", type=parse_length, default=[2**n * 1024 for n in range(1, 8)], help="of a GPU"
     )
     parser.add_argument("--heads", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help="of a GPU; default: one sequence")
     parser.add_argument("--timeline", nargs="*", type=parse_length, default=[], metavar="TOKENS")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(argv)
@@ -161,20 +171,16 @@ def main(argv: list[str] | None = None) -> None:
             shape = measure.Shape(1, tokens, heads)
             copies = measure.copies_beyond_cache(shape.input_bytes() + shape.forward_bytes())
             inputs = [measure.random_inputs(shape, "BTHD", True) for _ in range(min(copies, CALLS))]
-            one = measured(partial(ops.lightning_attn, log_decay=log_decay), inputs)
+            alone, bounds = (packed(options.documents * n, tokens * n) for n in (1, group.size()))
+            one = measured(partial(ops.lightning_attn, log_decay=log_decay, cu_seqlens=alone), inputs)
             report(heads, tokens, "one GPU", one, None)
             for layout, exchange in itertools.product(LAYOUTS, EXCHANGES):
-                attn = partial(
-                    parallel.lightning_attn, log_decay=log_decay, group=group, layout=layout, exchange=exchange
-                )
+                how = dict(log_decay=log_decay, cu_seqlens=bounds, group=group, layout=layout, exchange=exchange)
+                attn = partial(parallel.lightning_attn, **how)
                 report(heads, tokens, f"{exchange}, {layout}", measured(attn, inputs), one)
-            report(
-                heads,
-                tokens,
-                "all-to-all, contiguous",
-                measured(partial(all_to_all, log_decay=log_decay, group=group), inputs),
-                one,
-            )
+            if bounds is None:
+                moved = measured(partial(all_to_all, log_decay=log_decay, group=group), inputs)
+                report(heads, tokens, "all-to-all, contiguous", moved, one)
             del inputs
     lines = []
     for heads, tokens in itertools.product(options.heads, options.timeline):
@@ -195,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{x['start_us']:11.1f}{x['us']:8.1f}{x['stream']:8d}  {x['kernel']}")
     if first:
         about = {"card": torch.cuda.get_device_name(), "gpus": group.size(), "torch": torch.__version__, **when()}
+        about["documents of a GPU"] = options.documents
         about["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         write(options.out / "context_parallel.json", about, "context_parallel", rows)
