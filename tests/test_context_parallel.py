@@ -248,6 +248,7 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
 def test_what_is_kept_follows_its_tensor():
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, None)
+    gc.collect()
     before = len(chunks._kept)
     tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
     chain = lambda: chunks.local(plan, *tensors, False).chain

@@ -127,7 +127,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
             *(x[rows, :, tokens] for x in (qh, kh, vh)), log_decay, _of(initial_state, enters),
             reverse=False, read_scale=scale, write_scale=1.0,
         )  # fmt: skip
-        final[leaves] = state[: leaves.stop - leaves.start]
+        final[leaves] = state
     o = o.transpose(1, 2).to(q.dtype)
     return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), final, (), None
 
@@ -149,7 +149,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         dq[rows, :, tokens], _ = _attend(dos, vs, ks, log_decay, s0_t, reverse=False, read_scale=scale, write_scale=1.0)
         dk[rows, :, tokens], _ = _attend(vs, dos, qs, log_decay, d0_t, reverse=True, read_scale=1.0, write_scale=scale)
         dv[rows, :, tokens], state = _attend(ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale)
-        dinitial[enters] = state[: enters.stop - enters.start]
+        dinitial[enters] = state
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     group = H // k.shape[2]
     if group > 1:
@@ -184,5 +184,5 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
         enters, leaves = reversed(edges) if reverse else edges
         ks, vs = kh[rows, :, tokens], vh[rows, :, tokens]
         state = _attend(ks, ks, vs, log_decay, _of(initial_state, enters), reverse=reverse, read_scale=1.0, write_scale=scale)[1]
-        final[leaves] = state[: leaves.stop - leaves.start]
+        final[leaves] = state
     return final

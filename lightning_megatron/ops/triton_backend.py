@@ -195,10 +195,9 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V = v.shape[-1]
     packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
-    sequences = B if by_row else _count(cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
-    final = _leaving_state(initial_state, (sequences, H, K, V), not by_row or T == 0, q.device) if need_final else None
+    final = _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, q.device) if need_final else None
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
@@ -247,10 +246,9 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
     """See ``torch_backend.final_states``."""
     B, T, _, K = k.shape
-    V, H, packed = v.shape[-1], log_decay.numel(), cu_seqlens is not None
-    N = cu_seqlens.numel() - 1 if packed else B
+    V, H, by_row = v.shape[-1], log_decay.numel(), _by_row(cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    final = _leaving_state(initial_state, (N, H, K, V), packed or T == 0, k.device)
+    final = _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, k.device)
     if T == 0 or B == 0:
         return final
     programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))

@@ -97,8 +97,8 @@ class SameDocument(Chain):
         self.cu_seqlens = cu_seqlens.detach().long()
         self.bounds, mine = _constant(plan.bounds, cu_seqlens.device), _constant(plan.mine, cu_seqlens.device)
         self.a, self.b = self.bounds[mine, None], self.bounds[mine + 1, None]
-        # bounds of all documents in each chunk of this rank, from its own first token on [chunks, N + 1]
-        self.inside = torch.minimum(torch.maximum(self.cu_seqlens, self.a), self.b) - self.a
+        # bounds of all documents in each chunk of this rank, from its own first token on [chunks, N + 1], as kernels take them
+        self.inside = (torch.minimum(torch.maximum(self.cu_seqlens, self.a), self.b) - self.a).to(torch.int32)
 
     def _factors(self, pairs):
         a, b = (torch.stack([self.bounds[pair[side]] for pair in pairs])[:, None] for side in (0, 1))
@@ -120,23 +120,14 @@ class Both(Chain):
 
 
 class _Rows:
-    """Chunks of rows of a batch, packed or not, or of documents that are cut one by one: R rows of ``count`` on this rank."""
+    """Chunks of R rows of a batch, packed or not, ``count`` of each on this rank: sequences of their own to the operator."""
 
     by_document = False
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
-        self.log_decay, self.count, P = log_decay.detach().contiguous(), len(plan.mine), plan.group.size()
-        self.cut_apart = plan.layout == "zigzag-documents"
-        self.pieces = 1 if self.cut_apart else self.count  # that the operator finds in a row of the batch
-        self.cu_seqlens = None
-        if self.cut_apart:
-            lengths = cu_seqlens.diff() // (2 * P)  # of a chunk of each document
-            bounds = torch.arange(2 * P + 1, device=log_decay.device)[:, None] * lengths
-            ends = lengths.repeat_interleave(2).cumsum(0)
-            self.cu_seqlens = torch.cat((ends.new_zeros(1), ends))
-            self.chain = Decay(self.log_decay, bounds)
-            return
-        self.chain = _decay(plan, log_decay)
+        self.log_decay, self.count = log_decay.detach().contiguous(), len(plan.mine)
+        self.pieces = self.count  # that the operator finds in a row of the batch
+        self.cu_seqlens, self.chain = None, _decay(plan, log_decay)
         if cu_seqlens is not None:
             same = _same_document(plan, cu_seqlens)
             self.cu_seqlens, self.chain = same.inside, Both(self.chain, same)
@@ -150,21 +141,37 @@ class _Rows:
     def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the chunks add ``[chunks, R, ...]``, or None if it went off with the ``mail``; what the operator need not compute
         again."""
-        parts = None
-        if self.cut_apart:
-            states = implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
-        else:
-            how |= dict(pieces=self.pieces, mail=mail)
-            states, parts = implementation.end_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
-        return None if states is None else states.unflatten(0, (-1, self.count)).transpose(0, 1), parts
+        how |= dict(pieces=self.pieces, mail=mail)
+        states, parts = implementation.end_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)
+        return None if states is None else self._by_chunk(states), parts
+
+    def _by_chunk(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(0, (-1, self.count)).transpose(0, 1)
+
+
+class _CutApart(_Rows):
+    """Documents that are cut one by one are the rows; the operator takes all their chunks as one packed sequence."""
+
+    pieces = 1
+
+    def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        self.log_decay, self.count = log_decay.detach().contiguous(), len(plan.mine)
+        chunks = 2 * plan.group.size()
+        lengths = cu_seqlens.diff() // chunks  # of a chunk of each document
+        bounds = torch.arange(chunks + 1, device=log_decay.device)[:, None] * lengths
+        ends = lengths.repeat_interleave(self.count).cumsum(0)
+        self.cu_seqlens, self.chain = torch.cat((ends.new_zeros(1), ends)), Decay(self.log_decay, bounds)
+
+    def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor, None]:
+        assert mail is None  # messages would differ in size from batch to batch
+        return self._by_chunk(implementation.final_states(k, v, self.log_decay, initial, self.cu_seqlens, **how)), None
 
 
 class _Documents:
     """Chunks of a packed sequence whose documents have states of their own.
 
-    A piece is what a document has in a chunk, chunk by chunk all documents, most of them empty.
-
-    Only the document of a chunk's first token may have begun before, and only that of its last token goes on behind it.
+    A piece is what a document has in a chunk, chunk by chunk all documents, most of them empty. Only the document
+    of a chunk's first token may have begun before, and only that of its last token goes on behind it.
     """
 
     by_document, pieces = True, 1
@@ -226,8 +233,9 @@ class _Documents:
 
 def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, by_document: bool) -> _Rows | _Documents:
     """``by_document``: states of documents enter or are asked for."""
-    kind = _Documents if by_document and cu_seqlens is not None and plan.layout != "zigzag-documents" else _Rows
-    return kind(plan, log_decay, cu_seqlens)
+    if plan.layout == "zigzag-documents":
+        return _CutApart(plan, log_decay, cu_seqlens)
+    return (_Documents if by_document and cu_seqlens is not None else _Rows)(plan, log_decay, cu_seqlens)
 
 
 _kept = WeakTensorKeyDictionary()

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import math
 import os
+import random
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -72,8 +73,8 @@ def packed(documents: int, tokens: int) -> torch.Tensor | None:
     """Bounds of so many documents, the same on all ranks."""
     if not documents:
         return None
-    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[: documents - 1] + 1
-    return torch.cat((torch.tensor([0]), cuts.sort().values, torch.tensor([tokens]))).to(torch.int32).cuda()
+    cuts = sorted(random.Random(0).sample(range(1, tokens), documents - 1))
+    return measure.bounds([b - a for a, b in itertools.pairwise((0, *cuts, tokens))])
 
 
 def median_ms(calls: list[Callable]) -> float:
