@@ -94,19 +94,20 @@ def end_state_kernel(
         tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
-@triton.jit(do_not_specialize=("me", "ranks", "chunks", "R", "H", "limit"))
+@triton.jit(do_not_specialize=("me", "ranks", "chunks", "places", "rows", "H", "limit"))
 def receive_kernel(
-    weights, out, mailboxes,  # [places, ranks * chunks, R, H], [places, R, H, K, V], [ranks]
-    me, ranks, chunks, R, H, limit,
+    weights, out, mailboxes,  # [places, ranks * chunks, rows, H], [R, places, H, K, V], [ranks]
+    me, ranks, chunks, places, rows, H, limit,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = sum over the chunks c of all ranks of weights[p, c] states[c], in the same order on every rank."""
+    """out[r, p] = sum over the chunks c of all ranks of weights[p, c, r] states[c, r], in the same order on every rank."""
     SIZE: tl.constexpr = BK * BV
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
+    tiles = tl.num_programs(0) // places * chunks
     i_v, i = i % columns, i // columns
-    i_h, i_r, i_p = i % H, i // H % R, i // (R * H)
-    tiles = chunks * R * H * columns
+    i_h, i_p, i_r = i % H, i // H % places, i // (places * H)
+    i_w = tl.minimum(i_r, rows - 1)
     o_e = tl.arange(0, SIZE)
     data, full, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
     begin = globaltimer()
@@ -121,27 +122,28 @@ def receive_kernel(
                     globaltimer() - begin < limit, "a rank of the context-parallel group did not send its states within the group's timeout"
                 )
             tl.debug_barrier()  # no thread reads before it has arrived
-            b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * R + i_r) * H + i_h)
+            b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * rows + i_w) * H + i_h)
             at = (((number & 1) * ranks + a) * tiles + tile).to(tl.int64) * SIZE
             b_o += b_w * tl.load(data + at + o_e, cache_modifier=".cg")  # written by another GPU
     o_k, o_v = o_e // BV, i_v * BV + o_e % BV
     tl.store(out + i.to(tl.int64) * K * V + o_k * V + o_v, b_o, mask=(o_k < K) & (o_v < V))
 
 
-@triton.jit(do_not_specialize=("N", "R", "H"))
-def combine_kernel(states, weights, out, N, R, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """out [P, R, H, SIZE] = sum over n of weights [P, N, R, H] states [N, R, H, SIZE]; what has no weight is not read."""
+@triton.jit(do_not_specialize=("N", "R", "places", "rows", "H"))
+def combine_kernel(states, weights, out, N, R, places, rows, H, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """out [R, places, H, SIZE] = sum over n of weights [places, N, rows, H] states [N, R, H, SIZE]; what has no weight is not read."""
     blocks = tl.cdiv(SIZE, BLOCK)
     i = tl.program_id(0)
     o_e = i % blocks * BLOCK + tl.arange(0, BLOCK)
     i = i // blocks
-    i_p, i_r = i // (R * H), i % (R * H)
+    i_h, i_p, i_r = i % H, i // H % places, i // (places * H)
+    i_w = tl.minimum(i_r, rows - 1)
     m_e = o_e < SIZE
     b_o = tl.zeros([BLOCK], dtype=tl.float32)
     for n in range(N):
-        b_w = tl.load(weights + (i_p * N + n) * R * H + i_r)
+        b_w = tl.load(weights + ((i_p * N + n) * rows + i_w) * H + i_h)
         if b_w != 0:
-            b_o += b_w * tl.load(states + (n * R * H + i_r).to(tl.int64) * SIZE + o_e, mask=m_e, other=0.0)
+            b_o += b_w * tl.load(states + ((n * R + i_r) * H + i_h).to(tl.int64) * SIZE + o_e, mask=m_e, other=0.0)
     tl.store(out + i.to(tl.int64) * SIZE + o_e, b_o, mask=m_e)
 
 
@@ -169,30 +171,27 @@ def mailbox_words(ranks: int, shape: tuple[int, int, int, int, int]) -> int:
 
 
 def receive(mail: Mail, weights: torch.Tensor) -> torch.Tensor:
-    """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that all ranks have sent.
-
-    ``weights [places, ranks * chunks, R or 1, H]``; chunks in the order of ranks.
-    """
+    """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that all ranks have sent; chunks in the order of
+    ranks."""
     chunks, R, H, K, V = mail.shape
-    places, ranks = weights.shape[0], mail.mailboxes.numel()
-    weights = weights.expand(-1, -1, R, -1).contiguous()
-    out = weights.new_empty(places, R, H, K, V)
+    (places, _, rows, _), ranks = weights.shape, mail.mailboxes.numel()
+    out = weights.new_empty(R, places, H, K, V)
     launch(
-        receive_kernel, places * R * H * cdiv(V, COLUMNS), (weights, out, mail.mailboxes),
-        (mail.rank, ranks, chunks, R, H, mail.limit), (K, V, pad(K), COLUMNS), num_warps=4,
+        receive_kernel, R * places * H * cdiv(V, COLUMNS), (weights.contiguous(), out, mail.mailboxes),
+        (mail.rank, ranks, chunks, places, rows, H, mail.limit), (K, V, pad(K), COLUMNS), num_warps=4,
         debug=True, sanitize_overflow=False,  # debug for the assertion alone
     )  # fmt: skip
-    return out
+    return out.transpose(0, 1)
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """See ``torch_backend.combine``."""
-    N, R, H, K, V = states.shape
-    weights = weights.expand(-1, -1, R, -1).contiguous()
-    out = states.new_empty(weights.shape[0], R, H, K, V)
+    """See ``torch_backend.combine``. In memory the places of a row follow each other, as the pieces of a row do."""
+    (N, R, H, K, V), (places, _, rows, _) = states.shape, weights.shape
+    out = states.new_empty(R, places, H, K, V)
     if out.numel():
         BLOCK = 1024
         launch(
-            combine_kernel, cdiv(K * V, BLOCK) * out.shape[:3].numel(), (states, weights, out), (N, R, H), (K * V, BLOCK), num_warps=4
+            combine_kernel, cdiv(K * V, BLOCK) * R * places * H, (states, weights.contiguous(), out), (N, R, places, rows, H),
+            (K * V, BLOCK), num_warps=4,
         )  # fmt: skip
-    return out
+    return out.transpose(0, 1)

@@ -335,8 +335,12 @@ def walk_kernel(
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns
-    i_h, i = i % H, i // H
     rows = own_rows if STATE_ONLY else segments
+    if STATE_ONLY:  # first the last heads, whose decay is slowest in most models: they have most to do
+        n = tl.num_programs(0) // (columns * H)
+        i_h, i = H - group * (1 + i // (n * group)) + i % group, i // group % n
+    else:
+        i_h, i = i % H, i // H
     i_s, i_b = i % rows, (i // rows).to(tl.int64)
     i_r, i_t = i_b // pieces, i_b % pieces * T
     if VARLEN:

@@ -32,14 +32,14 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool) -> Tiles:
-    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV."""
+def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, states_only: bool = False) -> Tiles:
+    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV. States alone leave room for longer chunks."""
     BK, BV = pad(K), pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
     if BK > 128:
         return Tiles(BK, min(BV, 64), 16, 4, 3)
-    return Tiles(BK, min(BV, 64), 16 if few_tokens else 32, 4, 4)
+    return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if states_only else 32, 4, 4)
 
 
 class Plan(NamedTuple):
@@ -61,7 +61,7 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
     most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
     segments, segments_grad = (min(cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
-    count = max(segments, min(4 * segments, T // MIN_PART, MAX_PARTS))
+    count = max(segments, min(cdiv(4 * PROGRAMS, programs), T // MIN_PART, MAX_PARTS))
     return Plan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
@@ -104,8 +104,8 @@ def _walk(
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, part * parts)
-    tiles = _tiles(v.dtype, K, V, T <= 16)
     states_only = q is None
+    tiles = _tiles(v.dtype, K, V, T <= 16, states_only)
     doc, cu_seqlens = docs
     rows, first = _rows(own, segments, parts, reverse)
     launch(

@@ -112,7 +112,7 @@ def _of_start(plan: Plan, chain: Chain, places: tuple[int, ...], reverse: bool) 
 def _summed(plan: Plan, states: torch.Tensor, start: torch.Tensor | None, first: torch.Tensor | None, need_end: bool):
     if start is not None:
         states += first[..., None, None] * start
-    return states[: len(plan.mine)], states[-1] if need_end else None
+    return states[: len(plan.mine)], states[-1].contiguous() if need_end else None
 
 
 def _gather(plan, own, chain, start, need_end, reverse):
