@@ -32,14 +32,14 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, states_only: bool = False) -> Tiles:
-    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV. States alone leave room for longer chunks."""
+def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bool = False) -> Tiles:
+    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV. States alone, not packed, leave room for long chunks."""
     BK, BV = pad(K), pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
     if BK > 128:
         return Tiles(BK, min(BV, 64), 16, 4, 3)
-    return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if states_only else 32, 4, 4)
+    return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if long_chunks else 32, 4, 4)
 
 
 class Plan(NamedTuple):
@@ -105,8 +105,8 @@ def _walk(
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, part * parts)
     states_only = q is None
-    tiles = _tiles(v.dtype, K, V, T <= 16, states_only)
     doc, cu_seqlens = docs
+    tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
     rows, first = _rows(own, segments, parts, reverse)
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
