@@ -164,7 +164,7 @@ def write_into_each_other(rank: int, world: int, folder: str, layout: str, seeds
 
 @pytest.mark.parametrize("world, layout, packed", [case for case in CASES if case[0] < 4 and case[1] != "zigzag-documents"])
 def test_writing_into_each_other_equals_one_rank(rng, tmp_path, world, layout, packed):
-    seeds = torch.randint(2**31, (2,), generator=rng).tolist()
+    seeds = torch.randint(2**31, (4,), generator=rng).tolist()
     spawn(write_into_each_other, world, str(tmp_path), layout, seeds, packed)
 
 
@@ -247,11 +247,11 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
 
 def test_what_is_kept_follows_its_tensor():
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, None)
+    plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, False, None)
     gc.collect()
     before = len(chunks._kept)
     tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
-    chain = lambda: chunks.local(plan, *tensors, False).chain
+    chain = lambda: chunks.local(plan, *tensors).chain
     factor = lambda: float(chain().factors(((1, 2),)))  # from token 4 to 8
     assert chain().same is chain().same and chain().decay is chain().decay
     assert factor() == 0

@@ -8,6 +8,10 @@ included; a message is cut into tiles of 16 columns of a state. The mailbox of a
     full   int32 [ranks, tiles]           number of the last exchange of which a rank's tile has arrived
     count  int32 [tiles]                  number of the last exchange to which this rank has sent
 
+Of two chunks, as under zigzag, each other rank needs one state only. Let rank r have chunks r and 2P-1-r in the direction of the
+exchange. The two chunks of a rank a > r come after the first and before the second: it needs what the first adds. Those of a rank
+a < r come one before, one after both: it needs their sum, at the end of the second (``Mail.between``).
+
 Nobody waits before it writes. A rank sends exchange n+1 after it has received exchange n, which the others have sent after
 they received exchange n-1: what exchange n+1 overwrites has been read. Numbers are in memory and not in arguments, so that a
 CUDA graph can repeat the launches.
@@ -34,7 +38,9 @@ class Mail(NamedTuple):
     mailboxes: torch.Tensor
     rank: int
     limit: int  # ns after which a program that still waits ends in an error of the GPU
-    shape: tuple[int, int, int, int, int]  # of the states that a rank sends: chunks, R, H, K, V
+    shape: tuple[int, int, int, int, int]  # of the states that a rank sends to another: chunks, R, H, K, V
+    # [R or 1, H], where a rank has two chunks and sends one state: what is left after the second of what the first adds
+    between: torch.Tensor | None = None
 
 
 @triton.jit
@@ -46,14 +52,15 @@ def _mailbox(mailboxes, rank, ranks, tiles, SIZE: tl.constexpr):
 
 
 @triton.jit
-def send_tile(x, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
-    """Write the tile x, whose elements belong at o_e, into all mailboxes, then say so there."""
+def send_tile(x, y, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
+    """Write a tile, whose elements belong at o_e, into all mailboxes, then say so there: y for ranks before this one, else x."""
     _, _, count = _mailbox(mailboxes, me, ranks, tiles, SIZE)
     number = tl.load(count + tile) + 1
     at = (((number & 1) * ranks + me) * tiles + tile).to(tl.int64) * SIZE
     for d in range(ranks):
-        data, _, _ = _mailbox(mailboxes, (me + d) % ranks, ranks, tiles, SIZE)
-        tl.store(data + at + o_e, x)
+        to = (me + d) % ranks
+        data, _, _ = _mailbox(mailboxes, to, ranks, tiles, SIZE)
+        tl.store(data + at + o_e, tl.where(to < me, y, x))
     tl.debug_barrier()  # all threads have written, and read the number
     tl.store(count + tile, number)
     for d in range(ranks):
@@ -61,17 +68,33 @@ def send_tile(x, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
         tl.atomic_xchg(full + me * tiles + tile, number, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks"))
-def end_state_kernel(
-    own, log_decay, out, doc, mailboxes,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V]
-    T, H, part, own_rows,
-    first, sequences, me, ranks,  # SEND: number of the first sequence among those of this rank's message
+@triton.jit
+def _end_state(
+    own, own_rows, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, T, H, part,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    at = 0 if REVERSE else T
+    if VARLEN:
+        doc += i_b * T
+    return _entering(
+        own, own_rows, 0, None, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
+        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN, True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks", "rows"))
+def end_state_kernel(
+    own, log_decay, out, doc, mailboxes, between,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V], between [rows, H]
+    T, H, part, own_rows,
+    first, sequences, me, ranks, rows,  # SEND: number of the first sequence among those of this rank's message
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document.
 
-    With SEND it goes to all ranks of a group and not into out.
+    With SEND it goes to all ranks of a group and not into out. PAIRS: sequences 2 i and 2 i + 1 are the chunks of one row, of
+    which every rank gets what it needs.
     """
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
@@ -79,17 +102,20 @@ def end_state_kernel(
     i_h, i_b = i % H, (i // H).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
-    at = 0 if REVERSE else T
-    if VARLEN:
-        doc += i_b * T
-    b_s = _entering(
-        own, own_rows, 0, None, doc, tl.load(log_decay + i_h), i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
-        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN, True,
-    )  # fmt: skip
+    b_ld = tl.load(log_decay + i_h)
+    i_s = i_b
+    if PAIRS:
+        i_s = 2 * i_b + (1 if REVERSE else 0)
+    b_s = _end_state(own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN)
     if SEND:
+        b_sum = b_s
+        if PAIRS:
+            i_s = 2 * i_b + (0 if REVERSE else 1)
+            b_sum = b_s * tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
+            b_sum += _end_state(own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN)
         o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
         tile = ((first + i // H) * H + i_h) * columns + i_v
-        send_tile(b_s, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
+        send_tile(b_s, b_sum, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
     else:
         tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
@@ -151,15 +177,19 @@ def end_state(own, log_decay, doc, size, part, *, reverse: bool, mail: Mail | No
     """The state at the end of each of B sequences of own states ``[B, parts, H, K, V]`` (None: no tokens), ``size`` B, T, K, V.
 
     Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first. With ``mail`` the states are
-    sent, as the sequences from number ``first`` on of the message, and not returned.
+    sent, as the sequences from number ``first`` on of the message, and not returned; or with ``mail.between`` what the
+    two chunks of every row add.
     """
     (B, T, K, V), H = size, log_decay.numel()
     out = None if mail else torch.empty(B, H, K, V, device=log_decay.device, dtype=torch.float32)
-    to = (first, mail.shape[0] * mail.shape[1], mail.rank, mail.mailboxes.numel()) if mail else (0, 0, 0, 0)
+    mailboxes, between, to, pairs = None, None, (0, 0, 0, 0, 0), False
+    if mail:
+        mailboxes, between, pairs = mail.mailboxes, mail.between, mail.between is not None
+        to = first, mail.shape[0] * mail.shape[1], mail.rank, mailboxes.numel(), between.shape[0] if pairs else 0
     launch(
-        end_state_kernel, cdiv(V, COLUMNS) * H * B, (own, log_decay, out, doc, mail and mail.mailboxes),
+        end_state_kernel, cdiv(V, COLUMNS) * H * (B // 2 if pairs else B), (own, log_decay, out, doc, mailboxes, between),
         (T, H, part, 0 if own is None else own.shape[1], *to),
-        (K, V, pad(K), COLUMNS, reverse, doc is not None, own is not None, mail is not None), num_warps=4,
+        (K, V, pad(K), COLUMNS, reverse, doc is not None, own is not None, mail is not None, pairs), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -171,8 +201,8 @@ def mailbox_words(ranks: int, shape: tuple[int, int, int, int, int]) -> int:
 
 
 def receive(mail: Mail, weights: torch.Tensor) -> torch.Tensor:
-    """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that all ranks have sent; chunks in the order of
-    ranks."""
+    """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that this rank has been sent; chunks in the order
+    of ranks."""
     chunks, R, H, K, V = mail.shape
     (places, _, rows, _), ranks = weights.shape, mail.mailboxes.numel()
     out = weights.new_empty(R, places, H, K, V)

@@ -79,8 +79,9 @@ def lightning_attn(
     exchange = choose(exchange, layout, group, q.device, implementation)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    plan = chunks.Plan(group, layout, exchange, tokens, scale, output_final_state, implementation)
-    local = chunks.local(plan, log_decay, cu_seqlens, initial_state is not None or output_final_state)
+    states = initial_state is not None or output_final_state
+    plan = chunks.Plan(group, layout, exchange, tokens, scale, output_final_state, states, implementation)
+    local = chunks.local(plan, log_decay, cu_seqlens)
     return _ContextParallel.apply(plan, local, q, k, v, initial_state)
 
 
@@ -90,7 +91,7 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.by_document else (None, initial_state)
         with torch.cuda.device_of(q):
             args = q, k, v, local.log_decay, plan.scale
-            mail = ctx.mail = mail_for(plan, q, v)  # the same for (q, do) in the backward
+            mail = mail_for(plan, local.chain, q, v)
             own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
             entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.by_document)()
             o, final, saved, ctx.cut = plan.implementation.forward(
@@ -115,11 +116,12 @@ class _ContextParallel(torch.autograd.Function):
         (whole, start), (whole_grad, start_grad) = (
             (x, None) if local.by_document else (None, x) for x in (initial_state, dfinal)
         )
+        mail = mail_for(plan, local.chain, q, v, reverse=True)
         own, parts = local.own_states(
-            plan.implementation, q, do, local.end(None, whole_grad), ctx.mail, reverse=True, scale=plan.scale
+            plan.implementation, q, do, local.end(None, whole_grad), mail, reverse=True, scale=plan.scale
         )
         finish = exchange(
-            plan, own, ctx.mail, local.chain, start_grad, initial_state is not None and not local.by_document, reverse=True
+            plan, own, mail, local.chain, start_grad, initial_state is not None and not local.by_document, reverse=True
         )
         dinitial = None
 
@@ -131,7 +133,7 @@ class _ContextParallel(torch.autograd.Function):
         # Given the function, dq has a launch of its own, which hides a message from another node. One from this node is there
         # sooner than that launch takes longer (H100, NVLink: 7 us with 8 heads, 18 with 32; tests/benchmarks/NOTES.md).
         dq, dk, dv, dbegin = plan.implementation.backward(
-            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived() if ctx.mail else arrived,
+            *args, local.begin(entering, whole), local.cu_seqlens, saved, ctx.cut, do, arrived() if mail else arrived,
             parts, local.pieces,
         )  # fmt: skip
         if initial_state is not None and local.by_document:

@@ -21,6 +21,7 @@ class Plan:
     tokens: tuple[int, ...]  # of each rank
     scale: float
     need_final: bool
+    states: bool  # enter, or are asked for
     implementation: object
 
     @functools.cached_property
@@ -231,11 +232,10 @@ class _Documents:
         return found if of_empty is None else torch.where(self.empty, of_empty, found)
 
 
-def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, by_document: bool) -> _Rows | _Documents:
-    """``by_document``: states of documents enter or are asked for."""
+def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Rows | _Documents:
     if plan.layout == "zigzag-documents":
         return _CutApart(plan, log_decay, cu_seqlens)
-    return (_Documents if by_document and cu_seqlens is not None else _Rows)(plan, log_decay, cu_seqlens)
+    return (_Documents if plan.states and cu_seqlens is not None else _Rows)(plan, log_decay, cu_seqlens)
 
 
 _kept = WeakTensorKeyDictionary()

@@ -35,13 +35,17 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
     return "all-gather" if group.size() <= GATHERED_RANKS else "scan"
 
 
-def mail_for(plan: Plan, q: torch.Tensor, v: torch.Tensor):
-    """Where the states of (k, v), or of (q, do), are sent as soon as they are computed; None where ``exchange`` does it."""
+def mail_for(plan: Plan, chain: Chain, q: torch.Tensor, v: torch.Tensor, reverse: bool = False):
+    """Where the states of (k, v), reversed of (q, do), are sent as soon as they are computed; None where ``exchange`` does it."""
     if plan.exchange != "direct":
         return None
-    shape = len(plan.mine), q.shape[0], q.shape[2], q.shape[3], v.shape[3]
+    chunks, between = len(plan.mine), None
+    if chunks == 2 and not plan.states:  # what leaves the sequence is made of all chunks
+        a, b = plan.mine
+        chunks, between = 1, chain.factors(((a, b) if reverse else (a + 1, b + 1),))[0]
+    shape = chunks, q.shape[0], q.shape[2], q.shape[3], v.shape[3]
     boxes = direct.mailboxes(plan.group, q.device, shape, plan.implementation.mailbox_words(plan.group.size(), shape))
-    return plan.implementation.Mail(boxes.addresses, plan.group.rank(), boxes.limit, shape)
+    return plan.implementation.Mail(boxes.addresses, plan.group.rank(), boxes.limit, shape, between)
 
 
 def exchange(
@@ -60,7 +64,8 @@ def exchange(
         the last chunk ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
     """
     if mail:
-        weights, first = _sums(plan, chain, need_end, reverse, start is not None)
+        sent = None if mail.between is None else [pair[reverse ^ (r > mail.rank)] for r, pair in enumerate(plan.chunks)]
+        weights, first = _sums(plan, chain, need_end, reverse, start is not None, sent)
         return lambda: _summed(plan, plan.implementation.receive(mail, weights), start, first, need_end)
     own = own.contiguous()
     if plan.exchange == "all-gather":
@@ -92,10 +97,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _sums(plan: Plan, chain: Chain, need_end: bool, reverse: bool, with_start: bool):
-    """What is added up from the M of all chunks: weights of chunks, and factors of what enters the first (None without it)."""
+def _sums(plan: Plan, chain: Chain, need_end: bool, reverse: bool, with_start: bool, sent: list[int] | None = None):
+    """What is added up from the M of all chunks, or at the ends of those ``sent``: their weights, and factors of what enters the
+    first chunk (None without it)."""
     places = _entrances(plan, reverse) + ((0 if reverse else len(plan.bounds) - 1,) if need_end else ())
-    weights = chain.weights(places, tuple(c for chunks in plan.chunks for c in chunks), reverse)
+    chunks = [c for chunks in plan.chunks for c in chunks] if sent is None else sent
+    weights = chain.weights(places, tuple(chunks), reverse)
     return weights, _of_start(plan, chain, places, reverse) if with_start else None
 
 

@@ -34,7 +34,7 @@ def times(rank: int, world: int, layout: str) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     found = {}
     for scheme in SCHEMES:
-        plan = chunks.Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, torch_backend)
+        plan = chunks.Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, False, torch_backend)
         chain = chunks.local(plan, torch.full((HEADS,), -0.01), None).chain
         own = torch.randn(len(plan.mine), 1, HEADS, DIM, DIM)
         seconds = []

@@ -100,18 +100,21 @@ def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K:
     """The launches for what context-parallel ranks send, forward and backward; backward into each other's memory."""
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
     cu_seqlens = torch.empty(B, documents + 1, dtype=torch.int32, device="meta") if documents else None
-    mail = exchange_kernels.Mail(torch.empty(2, dtype=torch.int64, device="meta"), 1, 10**12, (2, B, H, K, V))
+    mailboxes, between = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(1, H, device="meta")
+    mail = exchange_kernels.Mail(mailboxes, 1, 10**12, (1, B, H, K, V), between)
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
         for name in EXCHANGE:
             stack.enter_context(patch.object(exchange_kernels, name, _Recorder(name, launches)))
-        states, weights = torch.empty(4, B, H, K, V, device="meta"), torch.empty(2, 4, 1, H, device="meta")
+        states, weights = torch.empty(2, B, H, K, V, device="meta"), torch.empty(2, 2, 1, H, device="meta")
         log_decay = torch.empty(H, device="meta")
         triton_backend.end_states(k, v, log_decay, None, cu_seqlens)
         triton_backend.combine(states, weights)
-        triton_backend.end_states(k, v, log_decay, None, cu_seqlens, reverse=True, mail=mail, first=1)
+        cu_seqlens = torch.empty(2 * B, documents + 1, dtype=torch.int32, device="meta") if documents else None
+        q, do = (torch.empty(B, 2 * T, *x.shape[2:], dtype=dtype, device="meta") for x in (k, v))
+        triton_backend.end_states(q, do, log_decay, None, cu_seqlens, reverse=True, pieces=2, mail=mail)
         triton_backend.receive(mail, weights)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
 

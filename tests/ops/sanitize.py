@@ -41,11 +41,12 @@ def operator(T: int, K: int, V: int, dtype: torch.dtype, bounds: list[int] | Non
         triton_backend.backward(q, k, v, log_decay, 1.0, state, rows, saved, plan, torch.randn_like(o), state, pieces=2)
         weights = torch.rand(2, 2, 1, 4, device="cuda")
         triton_backend.combine(own[:, None], weights)
-        shape = (2, 1, 4, K, V)
-        mailbox = torch.zeros(triton_backend.mailbox_words(1, shape), device="cuda")
-        mail = triton_backend.Mail(torch.tensor([mailbox.data_ptr()], device="cuda"), 0, 10**10, shape)
-        triton_backend.end_states(k, v, log_decay, None, rows, pieces=2, mail=mail)
-        triton_backend.receive(mail, weights)
+        for chunks, between in ((2, None), (1, torch.rand(1, 4, device="cuda"))):  # apart, and as one state
+            shape = (chunks, 1, 4, K, V)
+            mailbox = torch.zeros(triton_backend.mailbox_words(1, shape), device="cuda")
+            mail = triton_backend.Mail(torch.tensor([mailbox.data_ptr()], device="cuda"), 0, 10**10, shape, between)
+            triton_backend.end_states(k, v, log_decay, None, rows, pieces=2, mail=mail)
+            triton_backend.receive(mail, weights[:, :chunks])
         triton_backend.final_states(k, v, log_decay, None, cu_seqlens)
 
 

@@ -30,23 +30,23 @@ class Ranks:
         self.memory = [torch.zeros(words, device=device) for _ in range(count)]
         addresses = torch.tensor([x.data_ptr() for x in self.memory], device=device)
         self.mails = [exchange_kernels.Mail(addresses, rank, LIMIT, shape) for rank in range(count)]
-        self.rng, self.shape, self.device, self.T = rng, shape, device, T
+        self.rng, self.shape, self.device, self.T, self.chunks = rng, shape, device, T, shape[0]
         self.log_decay = torch.full((shape[2],), -0.1, device=device)
         self.tokens = [self.draw() for _ in range(count)]
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        chunks, R, H, K, V = self.shape
-        return tuple(randn(self.rng, R, chunks * self.T, H, d).float().to(self.device) for d in (K, V))
+        _, R, H, K, V = self.shape
+        return tuple(randn(self.rng, R, self.chunks * self.T, H, d).float().to(self.device) for d in (K, V))
 
-    def states(self) -> torch.Tensor:
+    def states(self, reverse: bool = False) -> torch.Tensor:
         """Of all chunks of all ranks ``[ranks * chunks, R, H, K, V]``."""
-        chunks, R = self.shape[:2]
-        found = [triton_backend.end_states(k, v, self.log_decay, None, None, pieces=chunks)[0] for k, v in self.tokens]
-        return torch.cat([x.unflatten(0, (R, chunks)).transpose(0, 1) for x in found])
+        how = dict(pieces=self.chunks, reverse=reverse)
+        found = [triton_backend.end_states(k, v, self.log_decay, None, None, **how)[0] for k, v in self.tokens]
+        return torch.cat([x.unflatten(0, (self.shape[1], self.chunks)).transpose(0, 1) for x in found])
 
-    def send(self, rank: int) -> None:
+    def send(self, rank: int, reverse: bool = False) -> None:
         out, _ = triton_backend.end_states(
-            *self.tokens[rank], self.log_decay, None, None, pieces=self.shape[0], mail=self.mails[rank]
+            *self.tokens[rank], self.log_decay, None, None, pieces=self.chunks, mail=self.mails[rank], reverse=reverse
         )
         assert out is None
 
@@ -74,6 +74,28 @@ def test_equals_a_gather(rng, device, count, shape):
         for rank in torch.randperm(count, generator=rng).tolist():
             weights = ranks.weights(1 + repeat % 3, shape[1] if repeat % 2 else 1)
             assert_received(exchange_kernels.receive(ranks.mails[rank], weights), states, weights)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 16, 16), (1, 2, 1, 64, 48), (1, 3, 2, 128, 16)], ids=str)
+def test_one_state_for_each_pair_of_ranks(rng, device, shape, reverse):
+    """Of two chunks a rank sends the first to ranks behind it, and to those before it the sum at the end of the second."""
+    count, (_, R, H, K, V) = 3, shape
+    ranks = Ranks(rng, count, shape, device)
+    ranks.chunks = 2
+    for rows in (1, R):
+        between = [torch.rand(rows, H, generator=rng).to(device) for _ in range(count)]
+        ranks.mails = [mail._replace(between=x) for mail, x in zip(ranks.mails, between, strict=True)]
+        ranks.tokens = [ranks.draw() for _ in range(count)]
+        states = ranks.states(reverse).double().unflatten(0, (count, 2))
+        first, second = states.flip(1).unbind(1) if reverse else states.unbind(1)
+        both = second + torch.stack(between).double().expand(-1, R, -1)[..., None, None] * first
+        for rank in torch.randperm(count, generator=rng).tolist():
+            ranks.send(rank, reverse)
+        for rank, mail in enumerate(ranks.mails):
+            weights = ranks.weights(2, rows)
+            sent = torch.cat((first[: rank + 1], both[rank + 1 :]))
+            assert_received(exchange_kernels.receive(mail, weights), sent, weights)
 
 
 def test_a_rank_may_be_one_exchange_ahead(rng, device):
