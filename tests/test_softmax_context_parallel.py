@@ -255,12 +255,17 @@ def test_gradients_are_added_in_fp32():
     assert spawn(sums, 2) == [260, 260]  # 259, rounded once; in bf16 256 + 1 is 256, and the sum 258
 
 
-# ---- in one process: on a GPU, where there is one, the kernels of torch -----------------------------------------------
+# ---- in one process, by the kernels that torch has for a CPU and for a GPU --------------------------------------------
+
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout):
-    world, device = 3, "cuda" if torch.cuda.is_available() else "cpu"
+def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout, device):
+    world = 3
     lengths = {"plain": (96,), "packed": (1, 0, 40, 13, 0, 1, 41), "documents-cut": (12, 0, 48, 6, 30)}[layout]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     documents = None if layout == "plain" else bounds

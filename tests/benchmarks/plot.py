@@ -56,8 +56,11 @@ def _names(rows: list[dict], key: str = "impl") -> list[str]:
 
 def _lengths_axis(axis, lengths: list[int]) -> None:
     axis.set_xscale("log", base=2)
-    shown = sorted(set(lengths))
-    axis.set_xticks(shown[:: 2 if len(shown) > 8 else 1])
+    shown: list[int] = []
+    for length in sorted(set(lengths), reverse=True):
+        if not shown or shown[-1] >= 1.6 * length:  # labels of closer ones overlap
+            shown.append(length)
+    axis.set_xticks(shown[:: 2 if len(shown) > 6 else 1])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("tokens per sequence")
