@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.ops import exchange_kernels, triton_backend
 from lightning_megatron.parallel import chunks, direct
+from lightning_megatron.parallel.exchange import mail_for
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
@@ -240,6 +241,24 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
     else:  # rank 0 begins and ends, rank P-1 turns
         want = [(state if r in (0, P - 1) else 2 * state,) * 2 for r in range(P)]
     assert found == want
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
+    """Of two chunks one state, whatever the length; two where a state enters or leaves the sequence."""
+    sizes = []
+    monkeypatch.setattr(direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None))
+    group = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
+    log_decay, q, v = torch.tensor([-0.5, -0.1]), torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 32)
+    for layout, states, sent in (("contiguous", False, 1), ("contiguous", True, 1), ("zigzag", False, 1), ("zigzag", True, 2)):
+        plan = chunks.Plan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
+        mail = mail_for(plan, chunks.local(plan, log_decay, None).chain, q, v, reverse)
+        assert mail.shape == (sent, 2, 2, 16, 32)
+        state = 2 * 2 * 16 * 32  # twice in the mailbox for each rank; tiles of 256 have a word for each rank and one
+        assert sizes.pop() == sent * (2 * 3 * state + (3 + 1) * state // 256)
+        assert (mail.between is not None) == (layout == "zigzag" and not states)
+        if mail.between is not None:  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
+            assert torch.allclose(mail.between, (12 * log_decay).exp()[None])
 
 
 # ---- what is kept from call to call ----------------------------------------------------------------------------------

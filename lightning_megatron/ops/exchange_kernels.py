@@ -74,6 +74,7 @@ def _end_state(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
+    """Tile [BV, BK] of the state at the end (reversed at the start) of sequence i_b."""
     at = 0 if REVERSE else T
     if VARLEN:
         doc += i_b * T
