@@ -31,7 +31,7 @@ CONFIGS = [
 # For each GPU, kernels that need most of its shared memory; for one of them also one of each kind, and decoding.
 _FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("gradients",))
 _FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o",))
-_BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("o", "gradients"))
+_BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("state", "o", "gradients"))
 _BF16_256 = (dict(dtype=torch.bfloat16, K=256, V=256, T=_LONG, documents=4), ("o",))
 FEW = {
     "sm_80": [_FP16_128, _BF16_256],
