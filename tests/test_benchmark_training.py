@@ -38,6 +38,14 @@ def test_commands_in_process(capsys):
     assert [line.count("--linear-attention-freq 8") for line in (lightning, softmax, hybrid)] == [0, 0, 1]
 
 
+def test_commands_of_data_parallel_ranks(capsys):
+    """Each of two pairs of GPUs has sequences of its own, in equal numbers."""
+    argv = "--attentions lightning --lengths 64K 1M --context-parallel 2 --data-parallel 2".split()
+    (line,) = commands(capsys, *argv)
+    assert "--nproc-per-node=4 " in line and '"cells": [[65536, 1, 4], [1048576, 1, 2]]' in line
+    assert line.endswith("--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data --tokenizer-type NullTokenizer --vocab-size 31999")
+
+
 def test_commands_of_single_cells(capsys):
     lines = commands(
         capsys, "--no-in-process", "--lengths", "2K", "8K", "--data", "/d/text", "--tokenizer", "/d/t.model"
@@ -99,7 +107,7 @@ def test_operations_by_megatron(name):
 
 def row(attention: str, length: int, speed: float | None, **other) -> dict:
     found = {"model": "0.4B", "attention": attention, "length": length, "recompute": "none", "tensor_parallel": 1}
-    found |= {"context_parallel": 1, "cuda_graph": False, "loss_chunk": 0, "extra": ""}
+    found |= {"context_parallel": 1, "data_parallel": 1, "cuda_graph": False, "loss_chunk": 0, "extra": ""}
     return found | ({"tokens_per_second": speed} if speed else {}) | other
 
 

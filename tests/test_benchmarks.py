@@ -278,7 +278,7 @@ def test_results_to_plots(tmp_path):
     for suite in ("speed", "length", "dims"):
         report.write(tmp_path / f"{suite}.json", {"card": "none", "decay": "zero"}, suite, rows)
         assert json.loads((tmp_path / f"{suite}.json").read_text())["rows"] == rows
-    way = {"model": "0.4B", "recompute": "none", "tensor_parallel": 1, "context_parallel": 2}
+    way = {"model": "0.4B", "recompute": "none", "tensor_parallel": 1, "context_parallel": 2, "data_parallel": 1}
     way |= {"cuda_graph": False, "loss_chunk": 0, "extra": ""}
     training = [
         way | {"attention": name, "length": length, "tokens_per_second": 1e5}

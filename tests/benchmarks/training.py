@@ -3,6 +3,7 @@
     python -m tests.benchmarks.training --models 0.4B --attentions lightning softmax --recompute
     python -m tests.benchmarks.training --models 3B --lengths 8K 64K --tensor-parallel 2 --append
     python -m tests.benchmarks.training --models 0.4B --lengths 64K 1M --context-parallel 2 --loss-chunk 8K --recompute --append
+    python -m tests.benchmarks.training --models 0.4B --lengths 32K 512K --data-parallel 2 --loss-chunk 8K --recompute --append
     python -m tests.benchmarks.training --models 0.4B --lengths 8K --attentions lightning --profile
     python -m tests.benchmarks.training --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
 
@@ -42,7 +43,7 @@ from pathlib import Path
 from tests.launch import excerpt
 
 from .report import output, when, write
-from .training_models import KEY, MODELS, PEAK, WARMUP, batch, command, how, parse_length, show_length
+from .training_models import KEY, MODELS, PEAK, WARMUP, batch, command, gpus, how, parse_length, show_length
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -74,8 +75,9 @@ def from_log(log: str, length: int) -> dict:
 
 def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
     """What tells a row from the others."""
-    values = (name, attention, length, options.recompute or "none", options.tensor_parallel, options.context_parallel)
-    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk, options.extra), strict=True))
+    how = (options.recompute or "none", options.tensor_parallel, options.context_parallel, options.data_parallel)
+    values = (name, attention, length, *how, options.cuda_graph, options.loss_chunk, options.extra)
+    return dict(zip(KEY, values, strict=True))
 
 
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:
@@ -83,13 +85,13 @@ def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) ->
     length, seconds = raw["length"], statistics.median(raw["seconds"])
     micro, whole = batch(length, options)
     row = cell(name, attention, length, options) | {"micro_batch": micro, "tokens_per_step": whole * length}
-    microbatches = whole // micro * raw.get("passes", len(raw["losses"]))
+    microbatches = whole // (micro * options.data_parallel) * raw.get("passes", len(raw["losses"]))
     wanted = {f"{micro}x{length // options.context_parallel}": microbatches}
     if raw.get("batches", wanted) != wanted:
         return row | {"error": f"the model got {raw['batches']}, not {wanted}"}
     if not all(map(math.isfinite, raw["losses"])):
         return row | {"error": f"losses {raw['losses']}"}
-    speed = whole * length / seconds / (options.tensor_parallel * options.context_parallel)
+    speed = whole * length / seconds / gpus(options)
     row |= {"tokens_per_second": speed, "ms_per_step": seconds * 1e3, "peak_gib": raw["peak_gib"]}
     row |= {"mfu": speed * MODELS[name].flops(attention, length, raw["vocabulary"]) / PEAK, "loss": raw["losses"][-1]}
     row |= {"seconds": raw["seconds"]}
@@ -225,6 +227,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
     add("--context-parallel", type=int, default=1, metavar="N", help="GPUs that share a sequence; lengths are of the whole one")
+    add("--data-parallel", type=int, default=1, metavar="N", help="times as many GPUs, for sequences of their own")
     add("--loss-chunk", type=parse_length, default=0, metavar="N", help="tokens of a GPU whose logits exist at a time")
     add("--cuda-graph", action="store_true", help="a step as one graph, so that the host does not count; a process a length")
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")

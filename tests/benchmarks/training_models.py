@@ -74,22 +74,28 @@ def show_length(length: int) -> str:
 
 
 # What tells a row of the table from the others
-KEY = ("model", "attention", "length", "recompute", "tensor_parallel", "context_parallel", "cuda_graph", "loss_chunk", "extra")
+PARALLEL = {"tensor_parallel": "TP", "context_parallel": "CP", "data_parallel": "DP"}
+KEY = ("model", "attention", "length", "recompute", *PARALLEL, "cuda_graph", "loss_chunk", "extra")
 
 
 def how(row: dict) -> str:
     """How a row was trained, beyond model and attention."""
     text = f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
-    text += "".join(f", {x.upper()}{row[n]}" for x, n in (("tp", "tensor_parallel"), ("cp", "context_parallel")) if row[n] > 1)
+    text += "".join(f", {short}{row[name]}" for name, short in PARALLEL.items() if row[name] > 1)
     text += ", CUDA graph" if row["cuda_graph"] else ""
     text += f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else ""
     return text + (f", {row['extra']}" if row["extra"] else "")
 
 
 def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
-    """Sequences in a microbatch and in a step, for equal tokens."""
+    """Sequences in a microbatch and in a step of all GPUs, for equal tokens."""
     micro = max(1, options.tokens_per_microbatch // length)
-    return micro, micro * max(1, round(options.tokens_per_step / (micro * length)))
+    together = micro * options.data_parallel
+    return micro, together * max(1, round(options.tokens_per_step / (together * length)))
+
+
+def gpus(options: argparse.Namespace) -> int:
+    return options.tensor_parallel * options.context_parallel * options.data_parallel
 
 
 def flags(name: str, attention: str, lengths: list[int], options: argparse.Namespace) -> list[str]:
@@ -109,7 +115,9 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     if options.cuda_graph:  # captured in the second step, which WARMUP drops
         text += " --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"
     if options.context_parallel > 1:
-        text += f" --context-parallel-size {options.context_parallel} --overlap-grad-reduce --overlap-param-gather"
+        text += f" --context-parallel-size {options.context_parallel}"
+    if options.context_parallel * options.data_parallel > 1:
+        text += " --overlap-grad-reduce --overlap-param-gather"
     if options.loss_chunk:
         text += f" --lightning-loss-chunk {options.loss_chunk}"
     if tp > 1:
@@ -130,8 +138,7 @@ def command(
 ) -> list[str]:
     """What trains at all ``lengths`` in one process per GPU; without --in-process there is one length."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    gpus = options.tensor_parallel * options.context_parallel
-    line += [f"--nproc-per-node={gpus}", *(["examples/cpu_shim.py"] if options.cpu else [])]
+    line += [f"--nproc-per-node={gpus(options)}", *(["examples/cpu_shim.py"] if options.cpu else [])]
     cells = [(length, *batch(length, options)) for length in lengths] if options.in_process else []
     plan = dict(softmax=attention == "softmax", cells=cells, warmup=WARMUP, steps=options.steps)
     plan |= dict(profiled=PROFILED * options.profile, rows=rows)
