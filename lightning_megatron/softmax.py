@@ -31,6 +31,7 @@ KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with
     AttnBackend.unfused: SDPBackend.MATH,
 }
 
+
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 

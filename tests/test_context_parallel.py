@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import datetime
 import functools
-import gc
-import math
 import re
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops import exchange_kernels, triton_backend
-from lightning_megatron.parallel import chunks, direct
-from lightning_megatron.parallel.exchange import mail_for
+from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.parallel import direct
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
@@ -47,8 +43,8 @@ def tokens_of(rank: int, world: int, layout: str, lengths: list[int], cu_seqlens
     if layout == "contiguous":
         return everything.split(lengths)[rank]
     if layout == "zigzag":
-        parts = everything.chunk(2 * world)
-        return torch.cat((parts[rank], parts[2 * world - 1 - rank]))
+        chunks = everything.chunk(2 * world)
+        return torch.cat((chunks[rank], chunks[2 * world - 1 - rank]))
     found = []
     for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         chunks = everything[a:b].view(2 * world, -1)
@@ -167,121 +163,6 @@ def write_into_each_other(rank: int, world: int, folder: str, layout: str, seeds
 def test_writing_into_each_other_equals_one_rank(rng, tmp_path, world, layout, packed):
     seeds = torch.randint(2**31, (4,), generator=rng).tolist()
     spawn(write_into_each_other, world, str(tmp_path), layout, seeds, packed)
-
-
-# ---- what is sent ----------------------------------------------------------------------------------------------------
-
-
-class Sent:
-    """Counts the elements that this rank sends, by what the collectives are made of (ring algorithm for the gather)."""
-
-    def __init__(self, monkeypatch, world: int) -> None:
-        self.elements, self.dtypes = 0, set()
-
-        def count(name: str, tensor: int, copies: int) -> None:
-            function = getattr(dist, name)
-
-            @functools.wraps(function)
-            def counted(*args, **kwargs):
-                self.elements += args[tensor].numel() * copies
-                self.dtypes.add(args[tensor].dtype)
-                return function(*args, **kwargs)
-
-            monkeypatch.setattr(dist, name, counted)
-
-        count("all_gather_into_tensor", 1, world - 1)
-        count("isend", 0, 1)
-        isend, message = dist.isend, dist.P2POp
-
-        def counted_message(op, tensor, **where):
-            self.elements += tensor.numel() * (op is isend)
-            self.dtypes.add(tensor.dtype)
-            return message(getattr(op, "__wrapped__", op), tensor, **where)
-
-        monkeypatch.setattr(dist, "P2POp", counted_message)
-        for name in ("all_reduce", "broadcast", "all_to_all_single", "send", "reduce_scatter_tensor"):
-            monkeypatch.setattr(dist, name, None)
-
-
-def count_sent(rank: int, world: int, layout: str, exchange: str, tokens: int) -> tuple[int, int]:
-    """Elements that one rank sends forward, and backward."""
-    H, K, V = 3, 16, 32
-    q, k, v = (torch.randn(1, tokens, H, d, dtype=torch.bfloat16, requires_grad=True) for d in (K, K, V))
-    with pytest.MonkeyPatch.context() as patch:
-        sent = Sent(patch, world)
-        o, _ = parallel.lightning_attn(
-            q, k, v, torch.full((H,), -0.1), group=dist.group.WORLD, layout=layout, exchange=exchange
-        )
-        forward = sent.elements
-        o.sum().backward()
-        assert sent.dtypes <= {torch.float32}, "states travel in fp32"
-        return forward, sent.elements - forward
-
-
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
-    """../shared formulas: (P-1) H K V a chunk and rank for the gather, H K V for a ring, where the last chunk sends nothing
-    and the turn of a zigzag stays on its rank."""
-    P, state = 4, 3 * 16 * 32
-    ranks = [spawn(count_sent, P, layout, exchange, tokens) for tokens in (8, 512)]
-    assert ranks[0] == ranks[1]
-    found = ranks[0]
-    chunks = 1 if layout == "contiguous" else 2
-    if exchange == "all-gather":
-        want = [(chunks * (P - 1) * state,) * 2] * P
-    elif exchange == "scan":  # to the chunks 1, and then 1, 2, 4 behind, as far as there are any on other ranks
-        rank = [0, 1, 2, 3] if layout == "contiguous" else [0, 1, 2, 3, 3, 2, 1, 0]
-        N = len(rank)
-        steps = [d for d in (1, 1, 2, 4) if d == 1 or d < N]
-        sends = lambda c, d: 0 <= c + d < N and rank[c + d] != rank[c]
-        want = [tuple(state * sum(sends(c, s * d) for d in steps for c in range(N) if rank[c] == r) for s in (1, -1)) for r in range(P)]
-    elif layout == "contiguous":
-        want = [(state if r < P - 1 else 0, state if r > 0 else 0) for r in range(P)]
-    else:  # rank 0 begins and ends, rank P-1 turns
-        want = [(state if r in (0, P - 1) else 2 * state,) * 2 for r in range(P)]
-    assert found == want
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
-    """Of two chunks one state, whatever the length; two where a state enters or leaves the sequence."""
-    sizes = []
-    monkeypatch.setattr(direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None))
-    group = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
-    log_decay, q, v = torch.tensor([-0.5, -0.1]), torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 32)
-    for layout, states, sent in (("contiguous", False, 1), ("contiguous", True, 1), ("zigzag", False, 1), ("zigzag", True, 2)):
-        plan = chunks.Plan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
-        mail = mail_for(plan, chunks.local(plan, log_decay, None).chain, q, v, reverse)
-        assert mail.shape == (sent, 2, 2, 16, 32)
-        state = 2 * 2 * 16 * 32  # twice in the mailbox for each rank; tiles of 256 have a word for each rank and one
-        assert sizes.pop() == sent * (2 * 3 * state + (3 + 1) * state // 256)
-        assert (mail.between is not None) == (layout == "zigzag" and not states)
-        if mail.between is not None:  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
-            assert torch.allclose(mail.between, (12 * log_decay).exp()[None])
-
-
-# ---- what is kept from call to call ----------------------------------------------------------------------------------
-
-
-def test_what_is_kept_follows_its_tensor():
-    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, False, None)
-    gc.collect()
-    before = len(chunks._kept)
-    tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
-    chain = lambda: chunks.local(plan, *tensors).chain
-    factor = lambda: float(chain().factors(((1, 2),)))  # from token 4 to 8
-    assert chain().same is chain().same and chain().decay is chain().decay
-    assert factor() == 0
-    tensors[1].copy_(torch.tensor([0, 9, 16]))
-    assert factor() == pytest.approx(math.exp(-2))
-    tensors[0].mul_(2)
-    assert factor() == pytest.approx(math.exp(-4))
-    assert len(chunks._kept) == before + 2
-    tensors = ()
-    gc.collect()
-    assert len(chunks._kept) == before
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

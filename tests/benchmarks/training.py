@@ -43,7 +43,7 @@ from pathlib import Path
 from tests.launch import excerpt
 
 from .report import output, when, write
-from .training_models import KEY, MODELS, PEAK, WARMUP, batch, command, gpus, how, parse_length, show_length
+from .training_models import KEY, MODELS, PARALLEL, PEAK, WARMUP, batch, command, gpus, how, parse_length, show_length
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -75,9 +75,8 @@ def from_log(log: str, length: int) -> dict:
 
 def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
     """What tells a row from the others."""
-    how = (options.recompute or "none", options.tensor_parallel, options.context_parallel, options.data_parallel)
-    values = (name, attention, length, *how, options.cuda_graph, options.loss_chunk, options.extra)
-    return dict(zip(KEY, values, strict=True))
+    values = (name, attention, length, options.recompute or "none", *(getattr(options, key) for key in PARALLEL))
+    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk, options.extra), strict=True))
 
 
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:

@@ -73,8 +73,8 @@ def show_length(length: int) -> str:
     return str(length) if length % 1024 else f"{length // 1024}K"
 
 
+PARALLEL = {"tensor_parallel": "TP", "context_parallel": "CP", "data_parallel": "DP"}  # options that multiply the GPUs
 # What tells a row of the table from the others
-PARALLEL = {"tensor_parallel": "TP", "context_parallel": "CP", "data_parallel": "DP"}
 KEY = ("model", "attention", "length", "recompute", *PARALLEL, "cuda_graph", "loss_chunk", "extra")
 
 
@@ -95,7 +95,7 @@ def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
 
 
 def gpus(options: argparse.Namespace) -> int:
-    return options.tensor_parallel * options.context_parallel * options.data_parallel
+    return math.prod(getattr(options, name) for name in PARALLEL)
 
 
 def flags(name: str, attention: str, lengths: list[int], options: argparse.Namespace) -> list[str]:
