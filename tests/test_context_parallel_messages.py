@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +12,20 @@ import torch.distributed as dist
 
 from lightning_megatron import parallel
 from lightning_megatron.ops import triton_backend
+from lightning_megatron.ops.keep import _kept
 from lightning_megatron.parallel import chunks, direct
 from lightning_megatron.parallel.exchange import mail_for
 from tests.launch import spawn
 from tests.test_context_parallel import EXCHANGES
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """What is asked of a process group without sending."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self.size, self.rank = (lambda: size), (lambda: rank)
 
 
 class Sent:
@@ -70,7 +77,7 @@ def count_sent(rank: int, world: int, layout: str, exchange: str, tokens: int) -
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
-    """../shared formulas: (P-1) H K V a chunk and rank for the gather, H K V for a ring, where the last chunk sends nothing
+    """(P-1) H K V a chunk and rank for the gather, H K V for a ring, where the last chunk sends nothing
     and the turn of a zigzag stays on its rank."""
     P, state = 4, 3 * 16 * 32
     ranks = [spawn(count_sent, P, layout, exchange, tokens) for tokens in (8, 512)]
@@ -97,7 +104,7 @@ def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
     """Of two chunks one state, whatever the length; two where a state enters or leaves the sequence."""
     sizes = []
     monkeypatch.setattr(direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None))
-    group = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
+    group = Ranks(3, 1)
     log_decay, q, v = torch.tensor([-0.5, -0.1]), torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 32)
     for layout, states, sent in (("contiguous", False, 1), ("contiguous", True, 1), ("zigzag", False, 1), ("zigzag", True, 2)):
         plan = chunks.Plan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
@@ -105,6 +112,10 @@ def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
         assert mail.shape == (sent, 2, 2, 16, 32)
         state = 2 * 2 * 16 * 32  # twice in the mailbox for each rank; tiles of 256 have a word for each rank and one
         assert sizes.pop() == sent * (2 * 3 * state + (3 + 1) * state // 256)
+        if sent == 1 and layout == "zigzag":  # chunks 0 5, 1 4, 2 3: what the first of them add before rank 1, both after it
+            assert mail.chunks == ((5, 4, 2) if reverse else (0, 1, 3))
+        else:
+            assert mail.chunks == ((0, 1, 2) if layout == "contiguous" else (0, 5, 1, 4, 2, 3))
         assert (mail.between is not None) == (layout == "zigzag" and not states)
         if mail.between is not None:  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
             assert torch.allclose(mail.between, (12 * log_decay).exp()[None])
@@ -114,10 +125,10 @@ def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
 
 
 def test_what_is_kept_follows_its_tensor():
-    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    group = Ranks(2, 0)
     plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, False, None)
     gc.collect()
-    before = len(chunks._kept)
+    before = len(_kept)
     tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
     chain = lambda: chunks.local(plan, *tensors).chain
     factor = lambda: float(chain().factors(((1, 2),)))  # from token 4 to 8
@@ -127,7 +138,7 @@ def test_what_is_kept_follows_its_tensor():
     assert factor() == pytest.approx(math.exp(-2))
     tensors[0].mul_(2)
     assert factor() == pytest.approx(math.exp(-4))
-    assert len(chunks._kept) == before + 2
+    assert len(_kept) == before + 2
     tensors = ()
     gc.collect()
-    assert len(chunks._kept) == before
+    assert len(_kept) == before

@@ -41,6 +41,7 @@ class Mail(NamedTuple):
     shape: tuple[int, int, int, int, int]  # of the states that a rank sends to another: chunks, R, H, K, V
     # [R or 1, H], where a rank has two chunks and sends one state: what is left after the second of what the first adds
     between: torch.Tensor | None = None
+    chunks: tuple[int, ...] = ()  # of the whole sequence, at whose ends the states stand that this rank is sent, in the order of ranks
 
 
 @triton.jit

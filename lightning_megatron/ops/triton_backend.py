@@ -9,6 +9,7 @@ import torch
 import triton
 
 from .exchange_kernels import Mail, combine, end_state, mailbox_words, receive
+from .keep import keep
 from .kernels import gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 
@@ -148,8 +149,10 @@ def _own_states(
 
 def _documents(cu_seqlens: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(document of each token ``[(B,) T]``, bounds ``[(B,) N+1]``) in int32, made on the device without waiting for it."""
-    if cu_seqlens is None:
-        return None, None
+    return (None, None) if cu_seqlens is None else keep(cu_seqlens, ("documents", T), lambda x: _find_documents(x, T))
+
+
+def _find_documents(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
     bounds = cu_seqlens.to(torch.int32).contiguous()
     tokens = torch.arange(T, device=bounds.device, dtype=torch.int32).expand(*bounds.shape[:-1], T)
     return torch.searchsorted(bounds[..., 1:].contiguous(), tokens.contiguous(), right=True, out_int32=True), bounds

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..ops.keep import keep
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Plan:
     @property
     def mine(self) -> tuple[int, ...]:
         return self.chunks[self.group.rank()]
+
+    @functools.cached_property
+    def in_order(self) -> tuple[int, ...]:
+        """All chunks in the order of ranks."""
+        return tuple(c for chunks in self.chunks for c in chunks)
 
     @functools.cached_property
     def owner(self) -> dict[int, int]:
@@ -95,7 +100,7 @@ class SameDocument(Chain):
 
     def __init__(self, plan: Plan, cu_seqlens: torch.Tensor) -> None:
         super().__init__()
-        self.cu_seqlens = cu_seqlens.detach().long()
+        self.cu_seqlens = cu_seqlens.long()
         self.bounds, mine = _constant(plan.bounds, cu_seqlens.device), _constant(plan.mine, cu_seqlens.device)
         self.a, self.b = self.bounds[mine, None], self.bounds[mine + 1, None]
         # bounds of all documents in each chunk of this rank, from its own first token on [chunks, N + 1], as kernels take them
@@ -238,27 +243,12 @@ def local(plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None) 
     return (_Documents if plan.states and cu_seqlens is not None else _Rows)(plan, log_decay, cu_seqlens)
 
 
-_kept = WeakTensorKeyDictionary()
-
-
-def _keep(tensor: torch.Tensor, plan: Plan, make: Callable[[Plan, torch.Tensor], Chain]) -> Chain:
-    """What is made of a plan and a tensor, once while that lives and stays as it is: factors cost many small launches."""
-    if tensor.is_inference():  # such tensors do not tell whether they have changed
-        return make(plan, tensor)
-    version = plan, tensor._version
-    if tensor not in _kept or _kept[tensor][0] != version:
-        _kept[tensor] = version, make(plan, tensor)  # which must not hold the tensor itself
-    return _kept[tensor][1]
-
-
 def _decay(plan: Plan, log_decay: torch.Tensor) -> Decay:
-    return _keep(log_decay, plan, lambda plan, x: Decay(x.detach(), _constant(plan.bounds, x.device)[:, None]))
+    return keep(log_decay, plan, lambda x: Decay(x, _constant(plan.bounds, x.device)[:, None]), constant=True)
 
 
 def _same_document(plan: Plan, cu_seqlens: torch.Tensor) -> SameDocument:
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return SameDocument(plan, cu_seqlens)  # in the graph, whose replays find other bounds in the same place
-    return _keep(cu_seqlens, plan, SameDocument)
+    return keep(cu_seqlens, plan, lambda x: SameDocument(plan, x))
 
 
 @functools.lru_cache(maxsize=64)

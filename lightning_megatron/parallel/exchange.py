@@ -39,13 +39,14 @@ def mail_for(plan: Plan, chain: Chain, q: torch.Tensor, v: torch.Tensor, reverse
     """Where the states of (k, v), reversed of (q, do), are sent as soon as they are computed; None where ``exchange`` does it."""
     if plan.exchange != "direct":
         return None
-    chunks, between = len(plan.mine), None
-    if chunks == 2 and not plan.states:  # what leaves the sequence is made of all chunks
+    rank, count, between, sent = plan.group.rank(), len(plan.mine), None, plan.in_order
+    if count == 2 and not plan.states:  # what leaves the sequence is made of all chunks
         a, b = plan.mine
-        chunks, between = 1, chain.factors(((a, b) if reverse else (a + 1, b + 1),))[0]
-    shape = chunks, q.shape[0], q.shape[2], q.shape[3], v.shape[3]
+        count, between = 1, chain.factors(((a, b) if reverse else (a + 1, b + 1),))[0]
+        sent = tuple(pair[reverse ^ (r > rank)] for r, pair in enumerate(plan.chunks))
+    shape = count, q.shape[0], q.shape[2], q.shape[3], v.shape[3]
     boxes = direct.mailboxes(plan.group, q.device, shape, plan.implementation.mailbox_words(plan.group.size(), shape))
-    return plan.implementation.Mail(boxes.addresses, plan.group.rank(), boxes.limit, shape, between)
+    return plan.implementation.Mail(boxes.addresses, rank, boxes.limit, shape, between, sent)
 
 
 def exchange(
@@ -64,8 +65,7 @@ def exchange(
         the last chunk ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
     """
     if mail:
-        sent = None if mail.between is None else [pair[reverse ^ (r > mail.rank)] for r, pair in enumerate(plan.chunks)]
-        weights, first = _sums(plan, chain, need_end, reverse, start is not None, sent)
+        weights, first = _sums(plan, chain, mail.chunks, need_end, reverse, start is not None)
         return lambda: _summed(plan, plan.implementation.receive(mail, weights), start, first, need_end)
     own = own.contiguous()
     if plan.exchange == "all-gather":
@@ -97,13 +97,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _sums(plan: Plan, chain: Chain, need_end: bool, reverse: bool, with_start: bool, sent: list[int] | None = None):
-    """What is added up from the M of all chunks, or at the ends of those ``sent``: their weights, and factors of what enters the
-    first chunk (None without it)."""
+def _sums(plan: Plan, chain: Chain, chunks: tuple[int, ...], need_end: bool, reverse: bool, with_start: bool):
+    """What is added up from states at the ends of ``chunks``: their weights, and factors of what enters the first chunk of all
+    (None without it)."""
     places = _entrances(plan, reverse) + ((0 if reverse else len(plan.bounds) - 1,) if need_end else ())
-    chunks = [c for chunks in plan.chunks for c in chunks] if sent is None else sent
-    weights = chain.weights(places, tuple(chunks), reverse)
-    return weights, _of_start(plan, chain, places, reverse) if with_start else None
+    return chain.weights(places, chunks, reverse), _of_start(plan, chain, places, reverse) if with_start else None
 
 
 def _entrances(plan: Plan, reverse: bool) -> tuple[int, ...]:
@@ -126,7 +124,7 @@ def _gather(plan, own, chain, start, need_end, reverse):
     """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
     gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
     work = dist.all_gather_into_tensor(gathered, own, group=plan.group, async_op=True)  # on a stream of its own on a GPU
-    weights, first = _sums(plan, chain, need_end, reverse, start is not None)
+    weights, first = _sums(plan, chain, plan.in_order, need_end, reverse, start is not None)
 
     def finish():
         work.wait()

@@ -1,0 +1,34 @@
+"""What is made of a tensor that all layers are given: made once, while the tensor lives and stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+MOST = 16  # of one tensor: lengths that never return must not fill the memory
+_kept = WeakTensorKeyDictionary()  # tensor -> (version, {key: made})
+
+
+def keep[Made](tensor: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor], Made], *, constant: bool = False) -> Made:
+    """``make(tensor)``, or what it returned before for this tensor, version, ``key`` and stream.
+
+    ``make`` is given an alias, which it may hold on to; holding the tensor itself would keep it alive. Inside a CUDA graph it
+    is called again, since replays find other values in the same memory, unless the tensor is ``constant``.
+    """
+    if tensor.is_inference():  # such tensors do not tell whether they have changed
+        return make(tensor)
+    if tensor.is_cuda:
+        if not constant and torch.cuda.is_current_stream_capturing():
+            return make(tensor)
+        key = key, torch.cuda.current_stream(tensor.device).cuda_stream  # whose memory must not go to others before it is read
+    version, made = _kept.get(tensor, (None, None))
+    if version != tensor._version:
+        made = {}
+        _kept[tensor] = tensor._version, made
+    if key not in made:
+        if len(made) >= MOST:
+            made.clear()
+        made[key] = make(tensor.detach())
+    return made[key]
