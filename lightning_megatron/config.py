@@ -68,6 +68,9 @@ class LightningOptions:
         "which tokens a context-parallel rank holds: auto is Megatron's, zigzag-documents with --sft and zigzag otherwise",
         CP_LAYOUTS,
     )
+    cp_keep_states: bool = _option(
+        True, "with full recompute, keep the states that entered, so that context-parallel ranks exchange them once and not twice"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -294,9 +294,11 @@ def _check_training(args, options: LightningOptions) -> None:
             args.seq_length,
             args.seq_length,
         )
-    from .patches import flops, packed_rope
+    from .patches import flops, packed_rope, recompute
 
     cut_whole = getattr(args, "dataloader_inter_document_masking", False) and not args.sft
     if cut_whole and args.context_parallel_size > 1:
         packed_rope.apply()
+    if args.context_parallel_size > 1 and args.recompute_granularity == "full" and options.cp_keep_states:
+        recompute.apply()
     flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -14,7 +14,7 @@ PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entrop
 def apply_all(options: LightningOptions) -> None:
     """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
-    ``packed_rope`` is left to ``lightning_megatron.spec``, which knows whether a model needs it.
+    ``packed_rope`` and ``recompute`` are left to ``lightning_megatron.spec``, which knows whether a model needs them.
 
     Raises:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.

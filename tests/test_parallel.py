@@ -55,6 +55,9 @@ LAYOUTS = {
         4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined"
     ),
     "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
+    "cp2-recompute": (
+        2, "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
     "recompute-full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
     "fused-loss": (1, "--cross-entropy-loss-fusion"),
@@ -125,6 +128,16 @@ def alone(initial):
 @pytest.mark.parametrize("model, layout", CASES, ids=map("-".join, CASES))
 def test_layout_gives_the_same_losses(model, layout, initial, alone):
     assert_same_training(train(model, layout, load=initial(model)), alone(model))
+
+
+def test_states_are_exchanged_once_for_recomputed_layers(initial):
+    """Losses and gradients of a second exchange, bit by bit."""
+    patched = "patched megatron.core.tensor_parallel.checkpoint"
+    once, twice = (
+        train("freq4", "cp2-recompute", flags, load=initial("freq4")) for flags in ("", "--no-lightning-cp-keep-states")
+    )
+    assert patched in once.log and patched not in twice.log
+    assert_same_training(once, twice, losses=0, norms=0)
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2-vp2", "dp2", "recompute-full"])

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from lightning_megatron import ops, parallel
 from tests.conftest import SEED
@@ -73,16 +74,17 @@ def compare(
 
 
 def same(rank: int, exchange: str) -> bool:
-    """Whether two passes over the same tokens, with others in between, have the same bits."""
+    """Whether three passes over the same tokens, with others in between and the last recomputed, have the same bits."""
     rng = torch.Generator("cuda").manual_seed(rank)
     draw = lambda: [torch.randn(1, 4096, 4, 128, generator=rng, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     first, other = draw(), draw()
     attn = functools.partial(
         parallel.lightning_attn, log_decay=torch.full((4,), -0.01).cuda(), group=dist.group.WORLD, exchange=exchange
     )
-    run = lambda q, k, v, do: results(attn, q, k, v, None, do, None, (True, False))
-    a, _, b = run(*first), run(*other), run(*first)
-    return all(torch.equal(a[name], b[name]) for name in a)
+    recomputed = lambda *qkv, **how: checkpoint(parallel.exchange_once(attn), *qkv, use_reentrant=False, **how)
+    run = lambda q, k, v, do, attn=attn: results(attn, q, k, v, None, do, None, (True, False))
+    a, _, b, c = run(*first), run(*other), run(*first), run(*first, attn=recomputed)
+    return all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
 
 
 def measure(rank: int, world: int, seeds: dict[tuple, int]) -> tuple[dict[tuple, dict], dict[str, bool]]:
@@ -123,6 +125,9 @@ RUNS = {
     "one": (1, ""),
     "one-recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "cp2": (2, "--context-parallel-size 2"),  # direct
+    "cp2-recompute": (
+        2, "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
     "cp2-all-gather": (2, "--context-parallel-size 2 --lightning-cp-exchange all-gather"),
     "cp2-pipelined-loss-chunk": (
         2,

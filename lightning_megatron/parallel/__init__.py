@@ -16,5 +16,6 @@ from rank to rank, ZeCO (Chou et al. 2025, arXiv:2507.01004) does so in blocks t
 from .attention import lightning_attn
 from .exchange import EXCHANGES
 from .places import LAYOUTS, packed_angles, token_places
+from .recompute import exchange_once
 
-__all__ = ["EXCHANGES", "LAYOUTS", "lightning_attn", "packed_angles", "token_places"]
+__all__ = ["EXCHANGES", "LAYOUTS", "exchange_once", "lightning_attn", "packed_angles", "token_places"]

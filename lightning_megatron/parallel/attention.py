@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops import api
-from . import chunks
+from . import chunks, recompute
 from .agree import agree, check_documents, tokens_of_ranks
 from .exchange import EXCHANGES, choose, exchange, mail_for
 from .places import LAYOUTS
@@ -91,9 +91,13 @@ class _ContextParallel(torch.autograd.Function):
         whole, start = (initial_state, None) if local.by_document else (None, initial_state)
         with torch.cuda.device_of(q):
             args = q, k, v, local.log_decay, plan.scale
-            mail = mail_for(plan, local.chain, q, v)
-            own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
-            entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.by_document)()
+            if kept := recompute.take(plan):
+                (_, entering, end), parts = kept, None
+            else:
+                mail = mail_for(plan, local.chain, q, v)
+                own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
+                entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.by_document)()
+                recompute.put(plan, entering, end)
             o, final, saved, ctx.cut = plan.implementation.forward(
                 *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.by_document, parts, local.pieces
             )

@@ -1,0 +1,74 @@
+"""States that entered the chunks in a checkpointed forward, kept for its recomputation, which then sends nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .chunks import Plan
+
+
+class Exchanged(NamedTuple):
+    """What an exchange returned: ``[chunks, R, H, K, V]`` that entered, ``[R, H, K, V]`` that left the last chunk or None."""
+
+    plan: Plan
+    entering: torch.Tensor
+    end: torch.Tensor | None
+
+
+class _Run(threading.local):  # recomputation happens in autograd's thread
+    kept: deque[Exchanged] | None = None  # of the innermost function that ``exchange_once`` returned; None outside of all
+    first: bool = False
+
+
+_run = _Run()
+
+
+def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` for activation checkpointing, with states exchanged in its first run and not again in the recomputation.
+
+    For every checkpoint anew, as in ``torch.utils.checkpoint.checkpoint(exchange_once(layer), x, ...)``: the first run keeps what
+    enters the chunks in each call of ``lightning_attn`` over a group, and the second takes that, in the same order, as the
+    recomputation makes the same calls. Further runs exchange again. Results have the same bits. It costs
+    ``H K V`` fp32 for each chunk, row and call until the recomputation, 2 K / n of the hidden states kept with n tokens in a
+    chunk. (LASP keeps states for its backward in the same way: Sun et al. 2024, arXiv:2404.02882, "state caching".)
+
+    Raises:
+        RuntimeError: the recomputation calls lightning_attn with other shapes, group or options than the first run.
+    """
+    kept: deque[Exchanged] = deque()
+    first = True
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal first
+        before = _run.kept, _run.first
+        (_run.kept, _run.first), first = (kept, first), False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _run.kept, _run.first = before
+
+    return run
+
+
+def put(plan: Plan, entering: torch.Tensor, end: torch.Tensor | None) -> None:
+    """Keep what was exchanged if the caller is the first run of a checkpointed function."""
+    if _run.kept is not None and _run.first:
+        _run.kept.append(Exchanged(plan, entering, end))
+
+
+def take(plan: Plan) -> Exchanged | None:
+    """What was exchanged in the first run, if this is the recomputation; None where there was no first run."""
+    if not _run.kept or _run.first:
+        return None
+    found = _run.kept.popleft()
+    if found.plan != plan:
+        raise RuntimeError(
+            f"a recomputation calls lightning_attn with {plan}, but the forward with {found.plan}: a checkpointed function must "
+            "make the same calls each time; or let it exchange again (--no-lightning-cp-keep-states)"
+        )
+    return found
