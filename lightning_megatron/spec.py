@@ -299,6 +299,7 @@ def _check_training(args, options: LightningOptions) -> None:
     cut_whole = getattr(args, "dataloader_inter_document_masking", False) and not args.sft
     if cut_whole and args.context_parallel_size > 1:
         packed_rope.apply()
-    if args.context_parallel_size > 1 and args.recompute_granularity == "full" and options.cp_keep_states:
+    recomputed = getattr(args, "recompute_granularity", None) == "full"
+    if recomputed and args.context_parallel_size > 1 and options.cp_keep_states:
         recompute.apply()
     flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -81,10 +81,13 @@ def same(rank: int, exchange: str) -> bool:
     attn = functools.partial(
         parallel.lightning_attn, log_decay=torch.full((4,), -0.01).cuda(), group=dist.group.WORLD, exchange=exchange
     )
-    recomputed = lambda *qkv, **how: checkpoint(parallel.exchange_once(attn), *qkv, use_reentrant=False, **how)
-    run = lambda q, k, v, do, attn=attn: results(attn, q, k, v, None, do, None, (True, False))
-    a, _, b, c = run(*first), run(*other), run(*first), run(*first, attn=recomputed)
-    return all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
+    run = lambda q, k, v, do: results(attn, q, k, v, None, do, None, (True, False))
+    a, _, b = run(*first), run(*other), run(*first)
+    leaves = [x.requires_grad_() for x in first[:3]]
+    o = checkpoint(parallel.exchange_once(lambda *qkv: attn(*qkv)[0]), *leaves, use_reentrant=True)
+    o.backward(first[3])
+    c = {"o": o, **{f"d{name}": x.grad for name, x in zip("qkv", leaves, strict=True)}}
+    return all(torch.equal(a[name], x[name]) for x in (b, c) for name in a)
 
 
 def measure(rank: int, world: int, seeds: dict[tuple, int]) -> tuple[dict[tuple, dict], dict[str, bool]]:

@@ -208,7 +208,8 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
     cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, pieces=pieces)
-    own = own if own is not None else _own_states(k, v, log_decay, edge=initial_state, **cut)
+    if own is None or T <= plan.part * plan.parts:  # one segment needs none
+        own = _own_states(k, v, log_decay, edge=initial_state, **cut)
     _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
     return o, final, (own, *cut["docs"]), plan
 
@@ -307,10 +308,11 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        own_grad = own_grad if own_grad is not None else _own_states(
-            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
-            scale=scale,
-        )
+        if own_grad is None or segments == 1:
+            own_grad = _own_states(
+                q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
+                scale=scale,
+            )
         walks(segments, segments_q, own_grad, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))

@@ -31,9 +31,10 @@ _run = _Run()
 def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """``function`` for activation checkpointing, with states exchanged in its first run and not again in the recomputation.
 
-    For every checkpoint anew, as in ``torch.utils.checkpoint.checkpoint(exchange_once(layer), x, ...)``: the first run keeps what
-    enters the chunks in each call of ``lightning_attn`` over a group, and the second takes that, in the same order, as the
-    recomputation makes the same calls. Further runs exchange again. Results have the same bits. It costs
+    For every checkpoint anew, as in ``torch.utils.checkpoint.checkpoint(exchange_once(layer), x, use_reentrant=True)``: without
+    gradients the function keeps what enters the chunks in each call of ``lightning_attn`` over a group, with gradients it takes
+    that, in the same order, as the recomputation makes the same calls. Without reentry the first run has gradients too, and
+    states are exchanged again. Results have the same bits. It costs
     ``H K V`` fp32 for each chunk, row and call until the recomputation, 2 K / n of the hidden states kept with n tokens in a
     chunk. (LASP keeps states for its backward in the same way: Sun et al. 2024, arXiv:2404.02882, "state caching".)
 
@@ -41,12 +42,10 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         RuntimeError: the recomputation calls lightning_attn with other shapes, group or options than the first run.
     """
     kept: deque[Exchanged] = deque()
-    first = True
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal first
         before = _run.kept, _run.first
-        (_run.kept, _run.first), first = (kept, first), False
+        _run.kept, _run.first = kept, not torch.is_grad_enabled()
         try:
             return function(*args, **kwargs)
         finally:
