@@ -58,6 +58,10 @@ LAYOUTS = {
     "cp2-recompute": (
         2, "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     ),
+    "pp2-vp2-cp2-recompute": (
+        4, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
     "recompute-full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
     "fused-loss": (1, "--cross-entropy-loss-fusion"),
