@@ -46,6 +46,7 @@ TRAINING=(
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-iters 50
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --manual-gc --manual-gc-interval 100           # a pause of Python's collector on one rank is a pause of all
 )
 DATASETS=(
     --tokenizer-type "$TOKENIZER_TYPE" --tokenizer-model "$TOKENIZER"
