@@ -163,6 +163,21 @@ def test_a_recomputation_of_something_else_is_refused(seed):
         assert "must make the same calls each time" in message and "--no-lightning-cp-keep-states" in message
 
 
+def check_used_twice(rank: int, world: int, seed: int) -> str:
+    net = Net(torch.Generator().manual_seed(seed), rank, world, "zigzag", "all-gather", False, "torch")
+    function, x = parallel.exchange_once(net.forward), net.x.clone().requires_grad_()
+    for _ in range(2):  # one after the other they do not meet
+        checkpoint(function, x, use_reentrant=True).backward(net.weight)
+    checkpoint(function, x, use_reentrant=True)
+    with pytest.raises(RuntimeError) as error:
+        checkpoint(function, x, use_reentrant=True)
+    return str(error.value)
+
+
+def test_one_function_for_two_checkpoints_is_refused(seed):
+    assert all("call exchange_once for every checkpoint" in message for message in spawn(check_used_twice, 2, seed))
+
+
 def check_patch(rank: int, world: int) -> None:
     layers.start()
     original = tensor_parallel.checkpoint

@@ -39,13 +39,19 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     chunk. (LASP keeps states for its backward in the same way: Sun et al. 2024, arXiv:2404.02882, "state caching".)
 
     Raises:
-        RuntimeError: the recomputation calls lightning_attn with other shapes, group or options than the first run.
+        RuntimeError: what was returned is used for two checkpoints at a time; or the recomputation calls lightning_attn with
+            other shapes, group or options than the first run.
     """
     kept: deque[Exchanged] = deque()
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        before = _run.kept, _run.first
-        _run.kept, _run.first = kept, not torch.is_grad_enabled()
+        before, first = (_run.kept, _run.first), not torch.is_grad_enabled()
+        if first and kept:
+            raise RuntimeError(
+                "a function that exchange_once returned ran forward twice before it was recomputed, and the states of the two would "
+                "be mixed up; call exchange_once for every checkpoint: checkpoint(exchange_once(layer), x, use_reentrant=True)"
+            )
+        _run.kept, _run.first = kept, first
         try:
             return function(*args, **kwargs)
         finally:
