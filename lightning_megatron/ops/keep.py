@@ -12,15 +12,16 @@ _kept = WeakTensorKeyDictionary()  # tensor -> (version, {key: made})
 
 
 def keep[Made](tensor: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor], Made], *, constant: bool = False) -> Made:
-    """``make(tensor)``, or what it returned before for this tensor, version, ``key`` and stream.
+    """``make(tensor)``, or what it returned before for this tensor, version and ``key``.
 
-    ``make`` is given an alias, which it may hold on to; holding the tensor itself would keep it alive. Inside a CUDA graph it
-    is called again, since replays find other values in the same memory, unless the tensor is ``constant``.
+    ``make`` is given an alias, which it may hold on to; holding the tensor itself would keep it alive. It is called again inside a
+    CUDA graph, whose replays find other values in the same memory, and for every stream; not if the tensor is ``constant``: what
+    was made before a graph is then used in it.
     """
     if tensor.is_inference():  # such tensors do not tell whether they have changed
         return make(tensor)
-    if tensor.is_cuda:
-        if not constant and torch.cuda.is_current_stream_capturing():
+    if tensor.is_cuda and not constant:
+        if torch.cuda.is_current_stream_capturing():
             return make(tensor)
         key = key, torch.cuda.current_stream(tensor.device).cuda_stream  # whose memory must not go to others before it is read
     version, made = _kept.get(tensor, (None, None))

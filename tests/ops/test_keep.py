@@ -56,18 +56,20 @@ def test_tensors_without_versions_are_looked_at_every_time():
 
 @pytest.mark.gpu
 def test_streams_and_graphs_have_their_own(rng):
-    """Memory of another stream may be given away before it is read; a replay finds other values in the same place."""
+    """Memory of another stream may be given away before it is read; a replay finds other values in the same place. Not so of
+    what is constant, whose memory must not be that of a graph."""
     tensor, make = torch.rand(3, generator=rng).cuda(), Counted()
-    first = keep(tensor, "a", make)
+    first, constant = keep(tensor, "a", make), keep(tensor, "b", make, constant=True)
+    assert make.calls == 2
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-        assert keep(tensor, "a", make) is not first and make.calls == 2
-        assert keep(tensor, "b", make, constant=True) is not first and make.calls == 3
+        assert keep(tensor, "a", make) is not first and make.calls == 3
+        assert keep(tensor, "b", make, constant=True) is constant and make.calls == 3
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             captured = keep(tensor, "a", make)
             assert make.calls == 4
-            assert keep(tensor, "b", make, constant=True) is not captured and make.calls == 4
+            assert keep(tensor, "b", make, constant=True) is constant and make.calls == 4
     assert keep(tensor, "a", make) is first
     tensor.copy_(torch.rand(3, generator=rng))
     graph.replay()
