@@ -40,6 +40,7 @@ MODELS = {
     "moe": "--num-experts 4 --moe-layer-freq 2 --disable-bias-linear --linear-attention-freq 4 "
     f"--moe-ffn-hidden-size 64 --moe-router-load-balancing-type none {EVERYTHING}",
 }
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LAYOUTS = {
     "one": (1, ""),
     "tp2": (2, "--tensor-model-parallel-size 2"),
@@ -55,14 +56,11 @@ LAYOUTS = {
         4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined"
     ),
     "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
-    "cp2-recompute": (
-        2, "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    ),
+    "cp2-recompute": (2, f"--context-parallel-size 2 {RECOMPUTE}"),
     "pp2-vp2-cp2-recompute": (
-        4, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        4, f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {RECOMPUTE}"
     ),
-    "recompute-full": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "recompute-full": (1, RECOMPUTE),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
     "fused-loss": (1, "--cross-entropy-loss-fusion"),
     "tp2-fused-loss": (2, "--tensor-model-parallel-size 2 --cross-entropy-loss-fusion"),

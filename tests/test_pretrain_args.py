@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_megatron.patches import packed_rope, recompute
 from megatron.core import package_info
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer import TransformerConfig
@@ -253,7 +254,7 @@ def test_patches_are_idempotent_and_logged(unpatched, caplog):
     symbols = [symbol for patch in patches.PATCHES for symbol in patch.SYMBOLS]
     for symbol, record in zip(symbols, caplog.records, strict=True):
         assert f"patched {symbol}: " in record.getMessage()
-    for patch in patches.PATCHES:
+    for patch in (*patches.PATCHES, packed_rope, recompute):
         owner = patch.SYMBOLS[0] if len(patch.SYMBOLS) == 1 else patch.SYMBOLS[0].rpartition(".")[0]
         assert all(word in patch.__doc__ for word in ("Symbol", "Why:", "Versions:", "Can go:", owner))
 

@@ -15,7 +15,7 @@ from tests.conftest import SEED
 from tests.launch import Run, run_pretrain, spawn
 from tests.ops.cases import pick, randn
 from tests.test_context_parallel import EXCHANGES, draw_documents, results, tokens_of
-from tests.test_parallel import MODELS, SIZE
+from tests.test_parallel import MODELS, RECOMPUTE, SIZE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,11 +126,9 @@ TRAIN = (
 ).split()
 RUNS = {
     "one": (1, ""),
-    "one-recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "one-recompute": (1, RECOMPUTE),
     "cp2": (2, "--context-parallel-size 2"),  # direct
-    "cp2-recompute": (
-        2, "--context-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    ),
+    "cp2-recompute": (2, f"--context-parallel-size 2 {RECOMPUTE}"),
     "cp2-all-gather": (2, "--context-parallel-size 2 --lightning-cp-exchange all-gather"),
     "cp2-pipelined-loss-chunk": (
         2,

@@ -208,8 +208,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
     cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, pieces=pieces)
-    if own is None or T <= plan.part * plan.parts:  # one segment needs none
-        own = _own_states(k, v, log_decay, edge=initial_state, **cut)
+    own = own if own is not None else _own_states(k, v, log_decay, edge=initial_state, **cut)
     _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
     return o, final, (own, *cut["docs"]), plan
 
@@ -228,7 +227,8 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
 
 
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0):
-    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the parts' own states.
+    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the parts' own states, None
+    where ``forward`` (``backward``) needs none.
 
     With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
     With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
@@ -238,13 +238,14 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
     if B == 0:
         return None if mail else v.new_empty(0, H, K, V, dtype=torch.float32), None
     plan = _plan_for(B, T, H, K, V, v.dtype)
-    docs, own = _documents(cu_seqlens, T), None
+    docs, own, parts = _documents(cu_seqlens, T), None, plan.parts_grad if reverse else plan.parts
     if T > 0:
         own = _own_states(
             k, v, log_decay, edge=None if initial_state is None else initial_state.contiguous(), docs=docs, part=plan.part,
-            parts=plan.parts_grad if reverse else plan.parts, pieces=pieces, reverse=reverse, scale=scale, every=True,
+            parts=parts, pieces=pieces, reverse=reverse, scale=scale, every=True,
         )  # fmt: skip
-    return end_state(own, log_decay, docs[0], (B, T, K, V), plan.part, reverse=reverse, mail=mail, first=first), own
+    states = end_state(own, log_decay, docs[0], (B, T, K, V), plan.part, reverse=reverse, mail=mail, first=first)
+    return states, own if T > plan.part * parts else None  # one segment needs none
 
 
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
@@ -308,11 +309,10 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        if own_grad is None or segments == 1:
-            own_grad = _own_states(
-                q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
-                scale=scale,
-            )
+        own_grad = own_grad if own_grad is not None else _own_states(
+            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
+            scale=scale,
+        )
         walks(segments, segments_q, own_grad, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))

@@ -162,11 +162,8 @@ class _CutApart(_Rows):
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         self.log_decay, self.count = log_decay.detach().contiguous(), len(plan.mine)
-        chunks = 2 * plan.group.size()
-        lengths = cu_seqlens.diff() // chunks  # of a chunk of each document
-        bounds = torch.arange(chunks + 1, device=log_decay.device)[:, None] * lengths
-        ends = lengths.repeat_interleave(self.count).cumsum(0)
-        self.cu_seqlens, self.chain = torch.cat((ends.new_zeros(1), ends)), Decay(self.log_decay, bounds)
+        bounds, self.cu_seqlens = keep(cu_seqlens, plan, lambda x: _cut_apart(plan, x))
+        self.chain = Decay(self.log_decay, bounds)
 
     def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor, None]:
         assert mail is None  # messages would differ in size from batch to batch
@@ -249,6 +246,14 @@ def _decay(plan: Plan, log_decay: torch.Tensor) -> Decay:
 
 def _same_document(plan: Plan, cu_seqlens: torch.Tensor) -> SameDocument:
     return keep(cu_seqlens, plan, lambda x: SameDocument(plan, x))
+
+
+def _cut_apart(plan: Plan, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of the chunks of every document ``[chunks + 1, N]``, and of all its chunks on this rank one behind the other."""
+    chunks = 2 * plan.group.size()
+    lengths = cu_seqlens.diff() // chunks
+    ends = lengths.repeat_interleave(len(plan.mine)).cumsum(0)
+    return torch.arange(chunks + 1, device=cu_seqlens.device)[:, None] * lengths, torch.cat((ends.new_zeros(1), ends))
 
 
 @functools.lru_cache(maxsize=64)
