@@ -170,7 +170,9 @@ def main() -> None:
     )
 
     command = [torchrun, "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "lightning_megatron.pretrain"] if gpu else ["examples/cpu_shim.py", "-m", "lightning_megatron.pretrain"]
+    command += (
+        ["-m", "lightning_megatron.pretrain"] if gpu else ["examples/cpu_shim.py", "-m", "lightning_megatron.pretrain"]
+    )
     command += [*MODEL.split(), "--micro-batch-size", str(BATCH // processes), *TRAINING.split()]
     command += ["--bf16"] if gpu else []
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")]

@@ -33,7 +33,9 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     """The model of the newest iteration in ``checkpoint`` on this process's device, in its training dtype."""
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
-        raise SystemExit(f"--load {checkpoint}: no {tracker.name} there; give the folder that --save of the training named")
+        raise SystemExit(
+            f"--load {checkpoint}: no {tracker.name} there; give the folder that --save of the training named"
+        )
     folder = str(checkpoint / f"iter_{int(tracker.read_text()):07d}")
     args = dist_checkpointing.load_common_state_dict(folder)["args"]
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.context_parallel_size = 1
@@ -69,7 +71,9 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
 
 @torch.inference_mode()
-def generate(model: torch.nn.Module, tokens: list[int], count: int, *, temperature: float, length: int, vocab_size: int):
+def generate(
+    model: torch.nn.Module, tokens: list[int], count: int, *, temperature: float, length: int, vocab_size: int
+):
     """Yield ``count`` tokens that continue ``tokens``; temperature 0 takes the likeliest. ``context`` holds the caches.
 
     The model's table is padded for tensor parallelism: its rows from ``vocab_size`` on are no tokens.

@@ -54,7 +54,9 @@ def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None
     axes.plot(last, final, "o", color=BLUE, markersize=5)
     axes.annotate(note, (last, final), (9, 2), color=BLUE, va="top", **points)
     if valid:
-        axes.plot(list(valid), list(valid.values()), "D", color=ORANGE, markersize=6, label="held-out documents", zorder=3)
+        axes.plot(
+            list(valid), list(valid.values()), "D", color=ORANGE, markersize=6, label="held-out documents", zorder=3
+        )
         end = max(valid)
         axes.annotate(f"{valid[end]:.2f}", (end, valid[end]), (9, 0), color=ORANGE, va="center", **points)
     axes.set_title(title, loc="left", fontsize=13, pad=12)
@@ -85,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"plot_loss: {path} does not exist")
     train, valid = read_losses(args.log.read_text("utf-8", "replace"))
     if not train:
-        raise SystemExit(f"plot_loss: {args.log} has no line `iteration N/M | ... | lm loss: X`; did the training start?")
+        raise SystemExit(
+            f"plot_loss: {args.log} has no line `iteration N/M | ... | lm loss: X`; did the training start?"
+        )
     unigram = json.loads(args.stats.read_text())["unigram_entropy"] if args.stats else None
     plot(train, valid, unigram, args.title, args.out)
     print(f"  {args.out}: {len(train)} points, final loss {final_loss(train):.3f}")

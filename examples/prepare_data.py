@@ -123,7 +123,9 @@ def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
             count += 1
     train, valid = documents[count:], documents[:count]
     if not any(train) or not any(valid):
-        raise ValueError(f"{len(documents)} documents of text cannot be split into training and held-out text; give more")
+        raise ValueError(
+            f"{len(documents)} documents of text cannot be split into training and held-out text; give more"
+        )
     return train, valid
 
 
@@ -211,7 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--stdlib", action="store_true", help="the standard library's sources (the default)")
     parser.add_argument("--tokenizer-model", type=Path, help="use this SentencePiece model instead of training one")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the new tokenizer (default: 2048)")
-    parser.add_argument("--sample-bytes", type=int, default=4_000_000, help="text the tokenizer is trained on (4000000)")
+    parser.add_argument(
+        "--sample-bytes", type=int, default=4_000_000, help="text the tokenizer is trained on (4000000)"
+    )
     parser.add_argument("--max-bytes", type=float, default=math.inf, help="use no more text than this (default: all)")
     parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the text for validation (0.02)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of documents (0)")
@@ -264,7 +268,9 @@ def prepare(args: argparse.Namespace) -> None:
         "unigram_bits_per_byte": nats / math.log(2) * tokens / train_bytes,
     }
     (args.out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
-    print(f"  {tokens} training tokens, {stats['valid_tokens']} held out; {stats['bytes_per_token']:.2f} bytes per token")
+    print(
+        f"  {tokens} training tokens, {stats['valid_tokens']} held out; {stats['bytes_per_token']:.2f} bytes per token"
+    )
     print(f"  unigram entropy {nats:.3f} nats per token, {stats['unigram_bits_per_byte']:.3f} bits per byte")
 
 

@@ -51,7 +51,9 @@ class LightningOptions:
     rope: bool = _option(False, "apply Megatron's rotary embedding to q and k of the lightning layers")
     qk_norm: bool = _option(False, "RMSNorm per head on q and k, after the feature map")
     norm: str = _option("head", "RMS norm of the output: per head, per group, over all heads, or none", NORMS)
-    norm_groups: int | None = _option(None, "with --lightning-norm group: the NUMBER of groups (Bailing's group_norm_size)")
+    norm_groups: int | None = _option(
+        None, "with --lightning-norm group: the NUMBER of groups (Bailing's group_norm_size)"
+    )
     norm_affine: bool = _option(True, "give the output norm a weight (TransNormerLLM's SRMS has none)")
     norm_eps: float | None = _option(None, "epsilon of q, k and output norms (default: --norm-epsilon)")
     gate: str = _option("sigmoid", "output gate: sigmoid(g) * o, g * o (linear), or none", GATES)
@@ -69,7 +71,8 @@ class LightningOptions:
         CP_LAYOUTS,
     )
     cp_keep_states: bool = _option(
-        True, "with full recompute, keep the states that entered, so that context-parallel ranks exchange them once and not twice"
+        True,
+        "with full recompute, keep the states that entered, so that context-parallel ranks exchange them once and not twice",
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +85,9 @@ class LightningOptions:
             if value is not None and value < 1:
                 raise ValueError(f"lightning {name}={value} must be at least 1, or left out")
         if self.norm == "group" and self.norm_groups is None:
-            raise ValueError("lightning norm='group' needs norm_groups, the number of groups the heads are divided into")
+            raise ValueError(
+                "lightning norm='group' needs norm_groups, the number of groups the heads are divided into"
+            )
         if self.norm != "group" and self.norm_groups is not None:
             raise ValueError(
                 f"lightning norm_groups={self.norm_groups} has no meaning with norm={self.norm!r}; "
@@ -149,7 +154,9 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     key_dim = dim(options.key_head_dim, "linear_key_head_dim", config.kv_channels)
     value_dim = dim(options.value_head_dim, "linear_value_head_dim", key_dim)
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads: the second must divide the first")
+        raise ValueError(
+            f"{heads} query heads cannot share {kv_heads} key/value heads: the second must divide the first"
+        )
     if kv_heads % tp:
         raise ValueError(
             f"{kv_heads} key/value heads cannot be split over tensor-parallel size {tp}; use a --tensor-model-parallel-size "
@@ -189,7 +196,9 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
             )
         return [(layer + 1) % freq != 0 for layer in range(num_layers)]
     if len(freq) != num_layers:
-        raise ValueError(f"--linear-attention-freq lists {len(freq)} layers, but --num-layers is {num_layers}: give one entry a layer")
+        raise ValueError(
+            f"--linear-attention-freq lists {len(freq)} layers, but --num-layers is {num_layers}: give one entry a layer"
+        )
     if any(entry not in (0, 1) for entry in freq):
         raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
     return [bool(entry) for entry in freq]

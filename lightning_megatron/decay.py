@@ -86,7 +86,9 @@ def log_decay(
             f"num_heads={num_heads} and num_layers={num_layers} must be positive and layer={layer} within 0..num_layers-1"
         )
     if num_heads % tp_size or not 0 <= tp_rank < tp_size:
-        raise ValueError(f"{num_heads} heads cannot be sliced for rank {tp_rank} of {tp_size}: choose a tp_size that divides them")
+        raise ValueError(
+            f"{num_heads} heads cannot be sliced for rank {tp_rank} of {tp_size}: choose a tp_size that divides them"
+        )
     values = [-slope for slope in _slopes(preset, num_heads, layer + offset, num_layers)]
     if max(values) > 0:
         raise ValueError(

@@ -190,7 +190,9 @@ class LightningAttention(MegatronModule):
         if packed is None:
             return None
         if packed.qkv_format != "thd":
-            raise ValueError(f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'")
+            raise ValueError(
+                f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'"
+            )
         return document_bounds(packed)
 
     def _layout(self, packed: PackedSeqParams | None) -> str:
@@ -207,7 +209,9 @@ class LightningAttention(MegatronModule):
         if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
             return q, k
         if rotary_pos_emb is None:
-            raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
+            raise ValueError(
+                "lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope"
+            )
         freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
         if freqs[0].shape[-1] > self.shape.key_dim:
             raise ValueError(
@@ -229,8 +233,7 @@ class LightningAttention(MegatronModule):
             cp_group=self.pg_collection.cp,
         )
         rotated = (
-            apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common)
-            for x, f in zip((q, k), freqs, strict=True)
+            apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)
         )
         return tuple(x.unsqueeze(1) if packed else x for x in rotated)
 
@@ -253,7 +256,9 @@ class LightningAttention(MegatronModule):
             return None
         return context.key_value_memory_dict[self.layer_number][0]
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, tp_group=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, tp_group=None
+    ):
         """Shards for distributed checkpoints, valid at any other tensor-parallel size: slices are whole heads."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         tp_group = tp_group or self.tp_group
@@ -269,7 +274,9 @@ class LightningAttention(MegatronModule):
                     dp_cp_group=metadata["dp_cp_group"],
                 )
             else:
-                result |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
+                result |= sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+                )
         return result
 
     def backward_dw(self) -> None:

@@ -70,7 +70,11 @@ class SDPACoreAttention(MegatronModule):
                 "leave it out",
             ),
             (config.softmax_type != "vanilla", f"--softmax-type {config.softmax_type}", "use vanilla"),
-            (config.qk_clip or config.log_max_attention_logit, "--qk-clip (or --log-max-attention-logit)", "leave it out"),
+            (
+                config.qk_clip or config.log_max_attention_logit,
+                "--qk-clip (or --log-max-attention-logit)",
+                "leave it out",
+            ),
         ):
             if value:
                 raise ValueError(
@@ -105,7 +109,9 @@ class SDPACoreAttention(MegatronModule):
         Tokens are this rank's; cu_seqlens_q in packed_seq_params are bounds in the whole packed sequence.
         """
         if attention_bias is not None:
-            raise ValueError("attention_bias is not supported by the softmax layers on torch's SDPA; use TransformerEngine")
+            raise ValueError(
+                "attention_bias is not supported by the softmax layers on torch's SDPA; use TransformerEngine"
+            )
         mask_type = attn_mask_type or self.attn_mask_type
         causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         dropout = self.dropout if self.training else 0.0
@@ -122,14 +128,18 @@ class SDPACoreAttention(MegatronModule):
                 return self._context_parallel(query, key, value, packed_seq_params, group, dropout).flatten(-2)
             if packed_seq_params is not None:
                 bounds = document_bounds(packed_seq_params)
-                return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(1)
+                return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(
+                    1
+                )
             mask = None
             if not causal and mask_type != AttnMaskType.no_mask and attention_mask is not None:
                 mask = ~attention_mask
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
             if causal and q.shape[2] != k.shape[2]:
                 raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-            if mask_type == AttnMaskType.no_mask and 1 < q.shape[2] < k.shape[2]:  # what Megatron says while it generates
+            if (
+                mask_type == AttnMaskType.no_mask and 1 < q.shape[2] < k.shape[2]
+            ):  # what Megatron says while it generates
                 raise ValueError(
                     f"{q.shape[2]} new tokens after {k.shape[2] - q.shape[2]} cached ones would see each other's future; "
                     "generate one token at a time, or use TransformerEngine"
@@ -146,9 +156,13 @@ class SDPACoreAttention(MegatronModule):
             return contextlib.nullcontext()
         name = self.backend.name
         if self.backend == AttnBackend.fused and not q.is_cuda:
-            raise ValueError(f"--attention-backend {name} is cuDNN, which needs a GPU: use auto, or move model and batch to a GPU")
+            raise ValueError(
+                f"--attention-backend {name} is cuDNN, which needs a GPU: use auto, or move model and batch to a GPU"
+            )
         if self.backend != AttnBackend.unfused and q.is_cuda and q.dtype == torch.float32:
-            raise ValueError(f"--attention-backend {name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16")
+            raise ValueError(
+                f"--attention-backend {name} has no kernels for fp32: use auto or unfused, or --bf16 or --fp16"
+            )
         return sdpa_kernel(KERNELS[self.backend])
 
     def _packed(self, q, k, v, bounds_q, bounds_k, longest: int | None, dropout: float) -> torch.Tensor:

@@ -72,7 +72,9 @@ class Merged(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, *sums = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # a key's gradients come from several parts, and are rounded once
+        wide = torch.promote_types(
+            q.dtype, torch.float32
+        )  # a key's gradients come from several parts, and are rounded once
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
         again = iter(ctx.again)
         for (queries, keys), lse in zip(ctx.pieces, sums, strict=True):
@@ -134,7 +136,9 @@ def sequence(tokens: int, P: int, device: torch.device) -> torch.Tensor:
     return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten()
 
 
-def pieces_of_documents(chunks: torch.Tensor, tokens: int, P: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pieces_of_documents(
+    chunks: torch.Tensor, tokens: int, P: int, r: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What rank r's pieces attend to: of every document chunks r and 2P-1-r, to its tokens up to their end.
 
     Args:

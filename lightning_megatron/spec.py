@@ -84,7 +84,9 @@ def get_hybrid_layer_specs(config, options: LightningOptions | None = None) -> l
     local = config.transformer_impl == "local"
     norm = layer_norm(config)
     specs = []
-    for base, lightning in zip(base_specs, lightning_pattern(config.linear_attention_freq, config.num_layers), strict=True):
+    for base, lightning in zip(
+        base_specs, lightning_pattern(config.linear_attention_freq, config.num_layers), strict=True
+    ):
         layer = dataclasses.replace(base.submodules)
         if local:
             layer.input_layernorm = layer.pre_mlp_layernorm = norm
@@ -198,7 +200,9 @@ def _refuse(config, options: LightningOptions) -> None:
     for name in ("multi_latent_attention", "experimental_attention_variant", "heterogeneous_block_specs"):
         value = getattr(config, name, None)
         if value:
-            raise ValueError(f"{name}={value!r} chooses another attention than lightning_megatron's specs; leave it out")
+            raise ValueError(
+                f"{name}={value!r} chooses another attention than lightning_megatron's specs; leave it out"
+            )
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
     if config.context_parallel_size > 1 and not all(pattern):
         if options.cp_layout == "contiguous":
@@ -234,7 +238,9 @@ def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
     key_value = 2 * config.kv_channels * config.num_query_groups
     qk_weights = config.qk_layernorm and not config.qk_l2_norm
     softmax_norms = 2 * config.kv_channels * (1 if config.normalization == "RMSNorm" else 2) * qk_weights
-    return projections(shape.projection_dim, shape.output_dim) + norms, projections(query + gate + key_value, query) + softmax_norms
+    return projections(shape.projection_dim, shape.output_dim) + norms, projections(
+        query + gate + key_value, query
+    ) + softmax_norms
 
 
 def layer_map(config, options: LightningOptions) -> str:

@@ -205,7 +205,9 @@ def chunked_loss(
 
     def product(input, weight, bias, sequence_parallel, tp_group, **_):
         if bias is not None:
-            raise ValueError("--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out")
+            raise ValueError(
+                "--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out"
+            )
         return linear_cross_entropy(
             input, weight, labels.transpose(0, 1), tp_group, chunk=context, sequence_parallel=sequence_parallel
         )

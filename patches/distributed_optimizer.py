@@ -21,7 +21,9 @@ import torch
 from ._replace import replace
 
 _OWNER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-SYMBOLS = tuple(f"{_OWNER}.{name}" for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"))
+SYMBOLS = tuple(
+    f"{_OWNER}.{name}" for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+)
 
 
 def _wrap_state_dict(original: Callable) -> Callable:

@@ -28,4 +28,9 @@ def _wrap(original: Callable) -> Callable:
 
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
-    replace(SYMBOLS[0], PARAMETERS, _wrap, "a recomputed layer takes the states that entered in place of exchanging them again")
+    replace(
+        SYMBOLS[0],
+        PARAMETERS,
+        _wrap,
+        "a recomputed layer takes the states that entered in place of exchanging them again",
+    )

@@ -86,7 +86,9 @@ def rotary(variant: Variant, length: int, cp_group=None) -> torch.Tensor | None:
         return None
     interleaved = variant.config.get("rotary_interleaved", False)
     kv_channels = variant.config.get("kv_channels", SIZES["kv_channels"])
-    return RotaryEmbedding(kv_channels, variant.rotary_percent, interleaved, rotary_base=ROTARY_BASE, cp_group=cp_group)(length)
+    return RotaryEmbedding(
+        kv_channels, variant.rotary_percent, interleaved, rotary_base=ROTARY_BASE, cp_group=cp_group
+    )(length)
 
 
 def trainable(module: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:

@@ -43,7 +43,9 @@ def test_commands_of_data_parallel_ranks(capsys):
     argv = "--attentions lightning --lengths 64K 1M --context-parallel 2 --data-parallel 2".split()
     (line,) = commands(capsys, *argv)
     assert "--nproc-per-node=4 " in line and '"cells": [[65536, 1, 4], [1048576, 1, 2]]' in line
-    assert line.endswith("--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data --tokenizer-type NullTokenizer --vocab-size 31999")
+    assert line.endswith(
+        "--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data --tokenizer-type NullTokenizer --vocab-size 31999"
+    )
 
 
 def test_commands_of_single_cells(capsys):

@@ -59,13 +59,17 @@ def results(attn, q, k, v, state, do, dfinal, used: tuple[bool, bool]) -> dict[s
     o, final = attn(*(leaves[n] for n in "qkv"), initial_state=leaves.get("initial_state"))
     outputs = [(o, do)] if used[0] else []
     outputs += [(final, dfinal)] if used[1] else []
-    grads = torch.autograd.grad([y for y, _ in outputs], list(leaves.values()), [g for _, g in outputs], allow_unused=True)
+    grads = torch.autograd.grad(
+        [y for y, _ in outputs], list(leaves.values()), [g for _, g in outputs], allow_unused=True
+    )
     grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves.values(), strict=True)]
     found = {"o": o.detach()} | ({} if final is None else {"final_state": final.detach()})
     return found | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
-def check(rank: int, world: int, layout: str, exchange: str, seed: int, packed: bool, backend: str, dtype) -> dict[str, float]:
+def check(
+    rank: int, world: int, layout: str, exchange: str, seed: int, packed: bool, backend: str, dtype
+) -> dict[str, float]:
     """One random case; the largest error of each quantity on this rank."""
     rng = torch.Generator().manual_seed(seed)
     integer = lambda low, high: int(torch.randint(low, high + 1, (), generator=rng))
@@ -118,7 +122,9 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, packed: 
     return errors
 
 
-def check_many(rank: int, world: int, layout: str, exchange: str, seeds: list[int], packed, backend="torch", dtype=torch.float64):
+def check_many(
+    rank: int, world: int, layout: str, exchange: str, seeds: list[int], packed, backend="torch", dtype=torch.float64
+):
     return [check(rank, world, layout, exchange, seed, packed, backend, dtype) for seed in seeds]
 
 
@@ -137,8 +143,10 @@ def test_triton_equals_one_rank(rng, world, layout, packed):
     spawn(check_many, world, layout, pick(rng, EXCHANGES), seeds, packed, "triton", torch.float32)
 
 
-def write_into_each_other(rank: int, world: int, folder: str, layout: str, seeds: list[int], packed: bool) -> list[dict]:
-    """"direct" with the memory of processes in place of GPUs': what all ranks have mapped."""
+def write_into_each_other(
+    rank: int, world: int, folder: str, layout: str, seeds: list[int], packed: bool
+) -> list[dict]:
+    """ "direct" with the memory of processes in place of GPUs': what all ranks have mapped."""
     kept = {}
 
     def mailboxes(group, device, shape, words):
@@ -160,7 +168,9 @@ def write_into_each_other(rank: int, world: int, folder: str, layout: str, seeds
     return found
 
 
-@pytest.mark.parametrize("world, layout, packed", [case for case in CASES if case[0] < 4 and case[1] != "zigzag-documents"])
+@pytest.mark.parametrize(
+    "world, layout, packed", [case for case in CASES if case[0] < 4 and case[1] != "zigzag-documents"]
+)
 def test_writing_into_each_other_equals_one_rank(rng, tmp_path, world, layout, packed):
     seeds = torch.randint(2**31, (4,), generator=rng).tolist()
     spawn(write_into_each_other, world, str(tmp_path), layout, seeds, packed)

@@ -91,7 +91,10 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
         N = len(rank)
         steps = [d for d in (1, 1, 2, 4) if d == 1 or d < N]
         sends = lambda c, d: 0 <= c + d < N and rank[c + d] != rank[c]
-        want = [tuple(state * sum(sends(c, s * d) for d in steps for c in range(N) if rank[c] == r) for s in (1, -1)) for r in range(P)]
+        want = [
+            tuple(state * sum(sends(c, s * d) for d in steps for c in range(N) if rank[c] == r) for s in (1, -1))
+            for r in range(P)
+        ]
     elif layout == "contiguous":
         want = [(state if r < P - 1 else 0, state if r > 0 else 0) for r in range(P)]
     else:  # rank 0 begins and ends, rank P-1 turns
@@ -103,21 +106,32 @@ def test_what_is_sent_does_not_depend_on_the_length(layout, exchange):
 def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
     """Of two chunks one state, whatever the length; two where a state enters or leaves the sequence."""
     sizes = []
-    monkeypatch.setattr(direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None))
+    monkeypatch.setattr(
+        direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None)
+    )
     group = Ranks(3, 1)
     log_decay, q, v = torch.tensor([-0.5, -0.1]), torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 32)
-    for layout, states, sent in (("contiguous", False, 1), ("contiguous", True, 1), ("zigzag", False, 1), ("zigzag", True, 2)):
+    for layout, states, sent in (
+        ("contiguous", False, 1),
+        ("contiguous", True, 1),
+        ("zigzag", False, 1),
+        ("zigzag", True, 2),
+    ):
         plan = chunks.Plan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
         mail = mail_for(plan, chunks.local(plan, log_decay, None).chain, q, v, reverse)
         assert mail.shape == (sent, 2, 2, 16, 32)
         state = 2 * 2 * 16 * 32  # twice in the mailbox for each rank; tiles of 256 have a word for each rank and one
         assert sizes.pop() == sent * (2 * 3 * state + (3 + 1) * state // 256)
-        if sent == 1 and layout == "zigzag":  # chunks 0 5, 1 4, 2 3: what the first of them add before rank 1, both after it
+        if (
+            sent == 1 and layout == "zigzag"
+        ):  # chunks 0 5, 1 4, 2 3: what the first of them add before rank 1, both after it
             assert mail.chunks == ((5, 4, 2) if reverse else (0, 1, 3))
         else:
             assert mail.chunks == ((0, 1, 2) if layout == "contiguous" else (0, 5, 1, 4, 2, 3))
         assert (mail.between is not None) == (layout == "zigzag" and not states)
-        if mail.between is not None:  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
+        if (
+            mail.between is not None
+        ):  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
             assert torch.allclose(mail.between, (12 * log_decay).exp()[None])
 
 

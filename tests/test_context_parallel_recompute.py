@@ -26,11 +26,15 @@ H, K = 2, 16
 class Net:
     """Two layers in one checkpoint, for packed documents or the rows of a batch."""
 
-    def __init__(self, rng: torch.Generator, rank: int, world: int, layout: str, exchange: str, packed: bool, backend: str) -> None:
+    def __init__(
+        self, rng: torch.Generator, rank: int, world: int, layout: str, exchange: str, packed: bool, backend: str
+    ) -> None:
         T = 12 * world
         cu_seqlens = torch.tensor([0, 4 * world, 4 * world, 10 * world, T]) if packed else None
         mine = tokens_of(rank, world, layout, [12] * world, cu_seqlens)
-        draw = lambda: torch.randn(1 if packed else 2, T, H, K, generator=rng, dtype=torch.float64)[:, mine].to(self.dtype)
+        draw = lambda: torch.randn(1 if packed else 2, T, H, K, generator=rng, dtype=torch.float64)[:, mine].to(
+            self.dtype
+        )
         self.dtype = torch.float32 if backend == "triton" else torch.float64
         self.x, self.weight = draw(), draw()
         self.attn = functools.partial(
@@ -83,7 +87,10 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, backend:
             found.append(sent.elements)
         assert found[0] == found[2]
         sent_by_both.append(found[:2])
-        for mode in (torch.no_grad(), torch.inference_mode()):  # a forward that no backward follows leaves nothing behind
+        for mode in (
+            torch.no_grad(),
+            torch.inference_mode(),
+        ):  # a forward that no backward follows leaves nothing behind
             with mode:
                 assert torch.equal(once(net.forward, net.x), alone[0])
         assert all(torch.equal(a, b) for a, b in zip(net.run(once), alone, strict=True))
@@ -95,7 +102,11 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, backend:
 def test_same_bits_and_one_exchange_less(layout, exchange, seed):
     for rank in spawn(check, 2, layout, exchange, seed, "torch"):
         for twice, less in rank:  # forward, recomputation, backward: of the three exchanges two are left
-            if layout == "contiguous" and exchange in ("ring", "pipelined", "scan"):  # one rank sends forward, the other backward
+            if layout == "contiguous" and exchange in (
+                "ring",
+                "pipelined",
+                "scan",
+            ):  # one rank sends forward, the other backward
                 assert (less, twice) in ((twice, less), (twice // 2, twice))
             else:
                 assert 3 * less == 2 * twice > 0

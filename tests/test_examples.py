@@ -57,7 +57,9 @@ def prepared(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     lines = tmp_path_factory.mktemp("more") / "lines.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus[half:]))
     out = tmp_path_factory.mktemp("prepared")
-    prepare_data.main(["--out", str(out), "--text", str(folder), str(lines), "--vocab-size", "600", "--held-out", "0.2"])
+    prepare_data.main(
+        ["--out", str(out), "--text", str(folder), str(lines), "--vocab-size", "600", "--held-out", "0.2"]
+    )
     return out
 
 
@@ -106,7 +108,9 @@ def test_tokenizer_of_megatron(prepared: Path, processor: sentencepiece.Sentence
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
-def test_datasets_hold_the_documents(prepared: Path, processor: sentencepiece.SentencePieceProcessor, corpus: list) -> None:
+def test_datasets_hold_the_documents(
+    prepared: Path, processor: sentencepiece.SentencePieceProcessor, corpus: list
+) -> None:
     train, valid = (read_back(prepared / f"{name}_text_document") for name in ("train", "valid"))
     assert train and valid
     for ids in train + valid:

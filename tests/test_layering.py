@@ -21,7 +21,13 @@ LAYERS = [
     {"pretrain"},
 ]
 # ... and these parts less than that.
-ONLY = {"decay": {"config"}, "parallel": {"ops"}, "softmax_parallel": set(), "patches": {"config", "compat", "ops", "parallel"}, "arguments": {"config", "compat"}}
+ONLY = {
+    "decay": {"config"},
+    "parallel": {"ops"},
+    "softmax_parallel": set(),
+    "patches": {"config", "compat", "ops", "parallel"},
+    "arguments": {"config", "compat"},
+}
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
     "__init__": set(),

@@ -56,7 +56,9 @@ def check(rank: int, world: int, kind: str, exchange: str, seed: int) -> float:
     with_group(mixer, alone)
     want = run(mixer, x, weight, freqs, packed)
 
-    mine = tokens_of(rank, world, "zigzag-documents" if kind == "documents cut" else "zigzag", [T // world] * world, bounds)
+    mine = tokens_of(
+        rank, world, "zigzag-documents" if kind == "documents cut" else "zigzag", [T // world] * world, bounds
+    )
     if dynamic:
         packed = PackedSeqParams("thd", bounds, bounds, local_cp_size=world, cp_group=group)
     else:
@@ -82,7 +84,9 @@ def check_refusals(rank: int, world: int) -> None:
     layers.start(cp=world)
     mixer = layers.build_mixer(Variant({}))
     x = torch.zeros(16, 1, 64)
-    with pytest.raises(ValueError, match="do not generate with context-parallel size 2; load .* --context-parallel-size 1"):
+    with pytest.raises(
+        ValueError, match="do not generate with context-parallel size 2; load .* --context-parallel-size 1"
+    ):
         mixer(x, None, inference_context=StaticInferenceContext(1, 32))
     bounds = torch.tensor([0, 32], dtype=torch.int32)
     for group, size in ((None, "None"), (dist.group.WORLD, "of size 2")):

@@ -53,12 +53,14 @@ LAYOUTS = {
     "cp2": (2, "--context-parallel-size 2"),
     "cp4-ring": (4, "--context-parallel-size 4 --lightning-cp-exchange ring"),
     "tp2-cp2-sp": (
-        4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined"
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined",
     ),
     "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
     "cp2-recompute": (2, f"--context-parallel-size 2 {RECOMPUTE}"),
     "pp2-vp2-cp2-recompute": (
-        4, f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {RECOMPUTE}"
+        4,
+        f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {RECOMPUTE}",
     ),
     "recompute-full": (1, RECOMPUTE),
     "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),

@@ -122,7 +122,10 @@ def test_packed_documents(documents, groups, padded, rng):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dict(context_parallel_size=2), "context_parallel_size is 2, but pg_collection has no cp; give the process groups"),
+        (
+            dict(context_parallel_size=2),
+            "context_parallel_size is 2, but pg_collection has no cp; give the process groups",
+        ),
         (
             dict(window_size=(8, 0)),
             r"--window-size \(8, 0\) is not supported .*; leave it out, or install TransformerEngine",
@@ -168,7 +171,9 @@ def kernels_of(attention: SDPACoreAttention, inputs: list[torch.Tensor], bounds:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         options["packed_seq_params"] = PackedSeqParams("thd", cu_seqlens, cu_seqlens)
     want = softmax_attention(
-        *(x if x.dim() == 4 else x[:, None] for x in doubles), causal(bounds[-1]) & (document[:, None] == document), None
+        *(x if x.dim() == 4 else x[:, None] for x in doubles),
+        causal(bounds[-1]) & (document[:, None] == document),
+        None,
     )
     with torch.profiler.profile() as profiler:
         got = attention(*inputs, None, **options)
@@ -198,7 +203,9 @@ def test_attention_backend_on_a_gpu(name, rng):
     half = [x.detach().cuda().requires_grad_() for x in half]
     assert kernels_of(core(attention_backend=AttnBackend[name]), half, (0, 256)) == {ON_GPU[name]}
     if name != "unfused":
-        with pytest.raises(ValueError, match=f"--attention-backend {name} has no kernels for fp32: use auto or unfused"):
+        with pytest.raises(
+            ValueError, match=f"--attention-backend {name} has no kernels for fp32: use auto or unfused"
+        ):
             core(attention_backend=AttnBackend[name])(*(x.detach().float() for x in half), None)
 
 

@@ -305,7 +305,11 @@ def test_refusals():
             dict(attn_mask_type=AttnMaskType.no_mask),
             "mask type no_mask is not supported over 3 context-parallel ranks, only causal; use --context-parallel-size 1",
         ),
-        (packed(4), dict(packed_seq_params=thd(0, 5, 11)), "ends at 11, but all .* ranks together have 12 tokens; give bounds"),
+        (
+            packed(4),
+            dict(packed_seq_params=thd(0, 5, 11)),
+            "ends at 11, but all .* ranks together have 12 tokens; give bounds",
+        ),
         (
             packed(4),
             dict(packed_seq_params=thd(0, 12, local_cp_size=2)),
@@ -321,7 +325,9 @@ def test_refusals():
             core(stub(3))(*inputs, None, **options)
     fused = core(stub(3))
     fused.backend = AttnBackend.fused
-    with pytest.raises(ValueError, match=r"fused \(cuDNN\) does not attend from 2 tokens to the 6 up to their end.*use flash or"):
+    with pytest.raises(
+        ValueError, match=r"fused \(cuDNN\) does not attend from 2 tokens to the 6 up to their end.*use flash or"
+    ):
         fused._one_by_one(*plain(6), [(slice(0, 2), slice(0, 6))], 0.0)
     bounds = thd(0, 6, 6, 10, 12)
     message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set documents_cut=False"

@@ -25,7 +25,9 @@ pytestmark = [
 LAYOUTS = [("contiguous", False), ("contiguous", True), ("zigzag", False), ("zigzag", True), ("zigzag-documents", True)]
 CASES = [(*layout, exchange, True) for layout in LAYOUTS for exchange in (*EXCHANGES, "direct")]
 CASES.remove(("zigzag-documents", True, "direct", True))
-CASES += [(layout, True, exchange, False) for layout in ("contiguous", "zigzag") for exchange in ("all-gather", "direct")]
+CASES += [
+    (layout, True, exchange, False) for layout in ("contiguous", "zigzag") for exchange in ("all-gather", "direct")
+]
 MORE = 1.1  # the error of P ranks, in errors of one
 
 

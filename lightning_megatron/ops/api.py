@@ -114,7 +114,9 @@ def _auto_backend(device_type: str) -> str:
     if device_type != "cuda":
         return "torch"
     if importlib.util.find_spec("triton") is None:
-        logger.warning("triton is not installed: lightning_attn uses its slower torch backend on the GPU; pip install triton")
+        logger.warning(
+            "triton is not installed: lightning_attn uses its slower torch backend on the GPU; pip install triton"
+        )
         return "torch"
     return "triton"
 
@@ -177,7 +179,9 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
     sequences = B
     if cu_seqlens is not None:
         if B != 1:
-            raise ValueError(f"cu_seqlens packs documents along T and needs B = 1, but q has B = {B}; reshape to [1, B*T, ...]")
+            raise ValueError(
+                f"cu_seqlens packs documents along T and needs B = 1, but q has B = {B}; reshape to [1, B*T, ...]"
+            )
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"cu_seqlens must be [N+1] int32 or int64 with N >= 1, but is {list(cu_seqlens.shape)} {cu_seqlens.dtype}"

@@ -41,7 +41,9 @@ class Mail(NamedTuple):
     shape: tuple[int, int, int, int, int]  # of the states that a rank sends to another: chunks, R, H, K, V
     # [R or 1, H], where a rank has two chunks and sends one state: what is left after the second of what the first adds
     between: torch.Tensor | None = None
-    chunks: tuple[int, ...] = ()  # of the whole sequence, at whose ends the states stand that this rank is sent, in the order of ranks
+    chunks: tuple[
+        int, ...
+    ] = ()  # of the whole sequence, at whose ends the states stand that this rank is sent, in the order of ranks
 
 
 @triton.jit
@@ -114,7 +116,9 @@ def end_state_kernel(
         if PAIRS:
             i_s = 2 * i_b + (0 if REVERSE else 1)
             b_sum = b_s * tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
-            b_sum += _end_state(own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN)
+            b_sum += _end_state(
+                own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN
+            )
         o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
         tile = ((first + i // H) * H + i_h) * columns + i_v
         send_tile(b_s, b_sum, tile, o_e, mailboxes, me, ranks, sequences * H * columns, BK * BV)
@@ -147,7 +151,8 @@ def receive_kernel(
             # a rank may be one exchange ahead; numbers begin anew after 2^32
             while tl.atomic_add(full + a * tiles + tile, 0, sem="acquire", scope="sys") - number < 0:
                 tl.device_assert(
-                    globaltimer() - begin < limit, "a rank of the context-parallel group did not send its states within the group's timeout"
+                    globaltimer() - begin < limit,
+                    "a rank of the context-parallel group did not send its states within the group's timeout",
                 )
             tl.debug_barrier()  # no thread reads before it has arrived
             b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * rows + i_w) * H + i_h)

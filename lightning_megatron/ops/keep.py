@@ -11,7 +11,9 @@ MOST = 16  # of one tensor: lengths that never return must not fill the memory
 _kept = WeakTensorKeyDictionary()  # tensor -> (version, {key: made})
 
 
-def keep[Made](tensor: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor], Made], *, constant: bool = False) -> Made:
+def keep[Made](
+    tensor: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor], Made], *, constant: bool = False
+) -> Made:
     """``make(tensor)``, or what it returned before for this tensor, version and ``key``.
 
     ``make`` is given an alias, which it may hold on to; holding the tensor itself would keep it alive. It is called again inside a
@@ -23,7 +25,10 @@ def keep[Made](tensor: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor
     if tensor.is_cuda and not constant:
         if torch.cuda.is_current_stream_capturing():
             return make(tensor)
-        key = key, torch.cuda.current_stream(tensor.device).cuda_stream  # whose memory must not go to others before it is read
+        key = (
+            key,
+            torch.cuda.current_stream(tensor.device).cuda_stream,
+        )  # whose memory must not go to others before it is read
     version, made = _kept.get(tensor, (None, None))
     if version != tensor._version:
         made = {}

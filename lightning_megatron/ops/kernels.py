@@ -285,7 +285,9 @@ def _walk(
                     e_edge = (start + p - d_start + 1) if REVERSE else (d_end - 1 - start - p)
                     b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32))
                     b_f = tl.where((token >= d_start) & (token < d_end), b_f, 0.0)
-                    b_l = tl.dot(tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
+                    b_l = tl.dot(
+                        tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION
+                    )
                     b_l += tl.where(i_n == source, b_s * tl.exp(b_ld * (hi - lo).to(tl.float32)), 0.0)
                     if EDGE_IN:
                         whole = (lo == d_start) & (hi == d_end)
@@ -315,7 +317,9 @@ def _walk(
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
-@triton.jit(do_not_specialize=("group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first"))
+@triton.jit(
+    do_not_specialize=("group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first")
+)
 def walk_kernel(
     q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,

@@ -20,7 +20,15 @@ def pad(dim: int) -> int:
 
 
 def launch(
-    kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, *, num_warps: int, num_stages: int = 3, **options
+    kernel,
+    grid: int,
+    tensors: tuple,
+    numbers: tuple,
+    constants: tuple,
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+    **options,
 ) -> None:
     """``kernel[grid](...)`` with ``grid > 0``, whose parameters are tensors, then numbers, then constants.
 

@@ -80,7 +80,9 @@ def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Ten
         return loss_kernels.sums(logits, index)
 
 
-def over_ranks(top: torch.Tensor, total: torch.Tensor, hit: torch.Tensor, tp_group) -> tuple[torch.Tensor, torch.Tensor]:
+def over_ranks(
+    top: torch.Tensor, total: torch.Tensor, hit: torch.Tensor, tp_group
+) -> tuple[torch.Tensor, torch.Tensor]:
     """From the sums of this rank's columns the logarithm of the sum of exp over all, and the logit at the target, or 0."""
     if tp_group is not None:
         local, top = top, top.clone()
@@ -92,7 +94,13 @@ def over_ranks(top: torch.Tensor, total: torch.Tensor, hit: torch.Tensor, tp_gro
 
 
 def gradient(
-    logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor, by_torch: bool, *, reuse=False
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    log_total: torch.Tensor,
+    dloss: torch.Tensor,
+    by_torch: bool,
+    *,
+    reuse=False,
 ) -> torch.Tensor:
     """(softmax - 1 at index) dloss, of rows; ``reuse`` lets it take the place of logits, which have to be contiguous."""
     if by_torch:

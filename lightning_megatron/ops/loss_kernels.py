@@ -69,7 +69,11 @@ def sums(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def gradient(
-    logits: torch.Tensor, index: torch.Tensor, log_total: torch.Tensor, dloss: torch.Tensor, out: torch.Tensor | None = None
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    log_total: torch.Tensor,
+    dloss: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``loss.gradient``; ``out`` is contiguous, and may be logits: every program reads what it writes, before it does."""
     rows, columns = logits.shape
@@ -77,7 +81,11 @@ def gradient(
     if rows:
         x, BC = _rows(logits), _block(columns)
         launch(
-            loss_grad_kernel, rows * cdiv(columns, BC), (x, index, log_total, dloss, dlogits),
-            (x.stride(0), columns, dloss.stride(0)), (BC,), num_warps=8,
+            loss_grad_kernel,
+            rows * cdiv(columns, BC),
+            (x, index, log_total, dloss, dlogits),
+            (x.stride(0), columns, dloss.stride(0)),
+            (BC,),
+            num_warps=8,
         )
     return dlogits

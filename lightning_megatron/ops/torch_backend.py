@@ -89,9 +89,14 @@ def _runs(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, 
     if cu_seqlens is None:
         return [(rows, slice(0, T), rows, rows)]
     if cu_seqlens.dim() == 1:  # states are those of documents
-        return [(rows, slice(a, b), slice(n, n + 1), slice(n, n + 1)) for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))]
+        return [
+            (rows, slice(a, b), slice(n, n + 1), slice(n, n + 1))
+            for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
+        ]
     runs, none = [], slice(0, 0)
-    for r, bounds in enumerate(cu_seqlens.tolist()):  # states are those of rows: of what documents have left and right of them
+    for r, bounds in enumerate(
+        cu_seqlens.tolist()
+    ):  # states are those of rows: of what documents have left and right of them
         row = slice(r, r + 1)
         runs += [(row, slice(a, b), none if a else row, row if b == T else none) for a, b in pairwise(bounds) if a < b]
     return runs
@@ -148,7 +153,9 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         s0_t, d0_t = (None if x is None else x.transpose(-1, -2) for x in (s0, d0))
         dq[rows, :, tokens], _ = _attend(dos, vs, ks, log_decay, s0_t, reverse=False, read_scale=scale, write_scale=1.0)
         dk[rows, :, tokens], _ = _attend(vs, dos, qs, log_decay, d0_t, reverse=True, read_scale=1.0, write_scale=scale)
-        dv[rows, :, tokens], state = _attend(ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale)
+        dv[rows, :, tokens], state = _attend(
+            ks, qs, dos, log_decay, d0, reverse=True, read_scale=1.0, write_scale=scale
+        )
         dinitial[enters] = state
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     group = H // k.shape[2]
@@ -183,6 +190,8 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     for rows, tokens, *edges in _runs(cu_seqlens, *k.shape[:2]):
         enters, leaves = reversed(edges) if reverse else edges
         ks, vs = kh[rows, :, tokens], vh[rows, :, tokens]
-        state = _attend(ks, ks, vs, log_decay, _of(initial_state, enters), reverse=reverse, read_scale=1.0, write_scale=scale)[1]
+        state = _attend(
+            ks, ks, vs, log_decay, _of(initial_state, enters), reverse=reverse, read_scale=1.0, write_scale=scale
+        )[1]
         final[leaves] = state
     return final

@@ -167,7 +167,9 @@ def _count(cu_seqlens: torch.Tensor | None) -> int:
     return 0 if cu_seqlens is None else cu_seqlens.shape[-1] - 1
 
 
-def _leaving_state(entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device) -> torch.Tensor:
+def _leaving_state(
+    entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device
+) -> torch.Tensor:
     """Where kernels put states that leave. They skip empty sequences, which hand on what entered: that is put there first."""
     if not has_empty:
         return torch.empty(like, device=device, dtype=torch.float32)
@@ -200,7 +202,11 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
-    final = _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, q.device) if need_final else None
+    final = (
+        _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, q.device)
+        if need_final
+        else None
+    )
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
@@ -226,7 +232,9 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     )  # fmt: skip
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0):
+def end_states(
+    k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0
+):
     """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the parts' own states, None
     where ``forward`` (``backward``) needs none.
 
@@ -253,7 +261,9 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     B, T, _, K = k.shape
     V, H, by_row = v.shape[-1], log_decay.numel(), _by_row(cu_seqlens)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    final = _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, k.device)
+    final = _leaving_state(
+        initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, k.device
+    )
     if T == 0 or B == 0:
         return final
     programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))
@@ -283,7 +293,9 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
     segments, segments_q = (cdiv(T, plan.part * n) if tokens else 0 for n in (plan.parts_grad, plan.parts))
-    descriptors = tokens and plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)  # which need parts of whole chunks
+    descriptors = (
+        tokens and plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
+    )  # which need parts of whole chunks
 
     def walks(segments: int, segments_q: int, own_grad=None, dfinal=None, dinitial=None) -> None:
         """Launch those for dk and dv in ``segments``, and those for dq in ``segments_q``; 0 for none."""
@@ -309,9 +321,21 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        own_grad = own_grad if own_grad is not None else _own_states(
-            q, do, log_decay, edge=dfinal, docs=docs, part=plan.part, parts=plan.parts_grad, pieces=pieces, reverse=True,
-            scale=scale,
+        own_grad = (
+            own_grad
+            if own_grad is not None
+            else _own_states(
+                q,
+                do,
+                log_decay,
+                edge=dfinal,
+                docs=docs,
+                part=plan.part,
+                parts=plan.parts_grad,
+                pieces=pieces,
+                reverse=True,
+                scale=scale,
+            )
         )
         walks(segments, segments_q, own_grad, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32

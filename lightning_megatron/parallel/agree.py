@@ -19,9 +19,13 @@ def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Se
             f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank {group.rank()} has {mine}"
         )
     if layout != "contiguous" and len(set(tokens)) > 1:
-        raise ValueError(f"layout={layout!r} gives all ranks as many tokens, but tokens={list(tokens)}; leave tokens out")
+        raise ValueError(
+            f"layout={layout!r} gives all ranks as many tokens, but tokens={list(tokens)}; leave tokens out"
+        )
     if layout != "contiguous" and mine % 2:
-        raise ValueError(f"layout={layout!r} gives every rank two chunks of equal length, but this one has {mine} tokens")
+        raise ValueError(
+            f"layout={layout!r} gives every rank two chunks of equal length, but this one has {mine} tokens"
+        )
     return tuple(tokens)
 
 
@@ -44,7 +48,9 @@ def agree(group: dist.ProcessGroup, device: torch.device, **arguments) -> None:
         if len(set(values)) > 1:
             wrong.append(f"{name} {', '.join(values)}")
     if wrong:
-        raise ValueError(f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}")
+        raise ValueError(
+            f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}"
+        )
     _agreed.add(key)
 
 

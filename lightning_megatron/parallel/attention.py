@@ -61,7 +61,9 @@ def lightning_attn(
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
     options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if layout == "zigzag-documents" and cu_seqlens is None:
-        raise ValueError("layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'")
+        raise ValueError(
+            "layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'"
+        )
     if group is None or group.size() == 1:
         return api.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
     api.check_shapes(q, k, v, log_decay, **options)
@@ -96,10 +98,17 @@ class _ContextParallel(torch.autograd.Function):
             else:
                 mail = mail_for(plan, local.chain, q, v)
                 own, parts = local.own_states(plan.implementation, k, v, local.begin(None, whole), mail)
-                entering, end = exchange(plan, own, mail, local.chain, start, plan.need_final and not local.by_document)()
+                entering, end = exchange(
+                    plan, own, mail, local.chain, start, plan.need_final and not local.by_document
+                )()
                 recompute.put(plan, entering, end)
             o, final, saved, ctx.cut = plan.implementation.forward(
-                *args, local.begin(entering, whole), local.cu_seqlens, plan.need_final and local.by_document, parts, local.pieces
+                *args,
+                local.begin(entering, whole),
+                local.cu_seqlens,
+                plan.need_final and local.by_document,
+                parts,
+                local.pieces,
             )
         ctx.plan, ctx.local = plan, local
         ctx.save_for_backward(q, k, v, initial_state, entering, *saved)

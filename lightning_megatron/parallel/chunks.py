@@ -77,7 +77,9 @@ class Chain:
         return self._kept[key]
 
     def _weights(self, places, chunks, reverse):
-        pairs = {(p, c): (p, c) if reverse else (c + 1, p) for p in places for c in chunks if (c >= p if reverse else c < p)}
+        pairs = {
+            (p, c): (p, c) if reverse else (c + 1, p) for p in places for c in chunks if (c >= p if reverse else c < p)
+        }
         none = torch.zeros_like(self.factors(((0, 0),))[0])
         found = dict(zip(pairs, self.factors(tuple(pairs.values())), strict=True)) if pairs else {}
         return torch.stack([torch.stack([found.get((p, c), none) for c in chunks]) for p in places])
@@ -180,7 +182,11 @@ class _Documents:
     by_document, pieces = True, 1
 
     def __init__(self, plan: Plan, log_decay: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-        self.log_decay, device, same = log_decay.detach().contiguous(), log_decay.device, _same_document(plan, cu_seqlens)
+        self.log_decay, device, same = (
+            log_decay.detach().contiguous(),
+            log_decay.device,
+            _same_document(plan, cu_seqlens),
+        )
         cu_seqlens, inside, a, b = same.cu_seqlens, same.inside, same.a, same.b
         before = (b - a).cumsum(0) - (b - a)
         self.cu_seqlens = torch.cat(((inside + before)[:, :-1].flatten(), (b - a).sum(0)))
@@ -215,7 +221,9 @@ class _Documents:
     def own_states(self, implementation, k, v, initial, mail, **how) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the chunks add to the state of their last document, reversed of their first ``[chunks, 1, ...]``."""
         initial = [None] * len(self.lengths) if initial is None else initial.unflatten(0, (len(self.lengths), -1))
-        chunks = zip(range(len(self.lengths)), *(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True)
+        chunks = zip(
+            range(len(self.lengths)), *(x.split(self.lengths, dim=1) for x in (k, v)), initial, self.inside, strict=True
+        )
         own = [
             implementation.end_states(k, v, self.log_decay, s, bounds, mail=mail, first=c, **how)[0]
             for c, k, v, s, bounds in chunks

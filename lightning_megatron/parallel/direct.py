@@ -29,7 +29,9 @@ def why_not(group: dist.ProcessGroup, device: torch.device) -> str:
     """Why GPUs of the group cannot write into each other's memory, "" if they can; the same on all ranks, which ask together."""
     if group.group_name not in _why_not:
         _why_not[group.group_name] = _why_not_any(group, device)
-        logger.info("context-parallel group %s: %s", group.group_name, _why_not[group.group_name] or "GPUs write directly")
+        logger.info(
+            "context-parallel group %s: %s", group.group_name, _why_not[group.group_name] or "GPUs write directly"
+        )
     return _why_not[group.group_name]
 
 

@@ -123,7 +123,9 @@ def _summed(plan: Plan, states: torch.Tensor, start: torch.Tensor | None, first:
 def _gather(plan, own, chain, start, need_end, reverse):
     """All ranks get the M of all chunks, and each adds up what it needs (LASP-2)."""
     gathered = own.new_empty(plan.group.size() * own.shape[0], *own.shape[1:])
-    work = dist.all_gather_into_tensor(gathered, own, group=plan.group, async_op=True)  # on a stream of its own on a GPU
+    work = dist.all_gather_into_tensor(
+        gathered, own, group=plan.group, async_op=True
+    )  # on a stream of its own on a GPU
     weights, first = _sums(plan, chain, plan.in_order, need_end, reverse, start is not None)
 
     def finish():
@@ -187,7 +189,9 @@ def _scan(plan, own, chain, start, need_end, reverse):
         arrived = _moved(plan, states, forth * distance)
         bounds = ((min(max(p - forth * through, 0), N), p) for p in at)
         factors = chain.factors(tuple((min(pair), max(pair)) for pair in bounds))[..., None, None]
-        more = [None if x is None else factor * x for factor, x in zip(factors, arrived, strict=True)]  # x may be of entering
+        more = [
+            None if x is None else factor * x for factor, x in zip(factors, arrived, strict=True)
+        ]  # x may be of entering
         for x, y in zip(entering, more, strict=True):
             if y is not None:
                 x += y
@@ -213,7 +217,9 @@ def _moved(plan: Plan, states: torch.Tensor, by: int) -> list[torch.Tensor | Non
     """The states of the chunks ``by`` before this rank's, from their ranks; None where there is no such chunk."""
     rank, owner = plan.group.rank(), plan.owner
     found, messages = [None] * len(plan.mine), []
-    for c in sorted({*plan.mine, *(c - by for c in plan.mine)}):  # two ranks name what they send each other in the same order
+    for c in sorted(
+        {*plan.mine, *(c - by for c in plan.mine)}
+    ):  # two ranks name what they send each other in the same order
         here, there = owner.get(c), owner.get(c + by)  # one of them, or both, are this rank
         if here is None or there is None:
             continue

@@ -9,7 +9,12 @@ LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
 
 
 def token_places(
-    tokens: int, *, group: dist.ProcessGroup, layout: str = "zigzag", cu_seqlens: torch.Tensor | None = None, device=None
+    tokens: int,
+    *,
+    group: dist.ProcessGroup,
+    layout: str = "zigzag",
+    cu_seqlens: torch.Tensor | None = None,
+    device=None,
 ) -> torch.Tensor:
     """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of ``lightning_attn``.
 

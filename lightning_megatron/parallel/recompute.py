@@ -21,7 +21,9 @@ class Exchanged(NamedTuple):
 
 
 class _Run(threading.local):  # recomputation happens in autograd's thread
-    kept: deque[Exchanged] | None = None  # of the innermost function that ``exchange_once`` returned; None outside of all
+    kept: deque[Exchanged] | None = (
+        None  # of the innermost function that ``exchange_once`` returned; None outside of all
+    )
     first: bool = False
 
 

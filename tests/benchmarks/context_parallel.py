@@ -157,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
             exposed = [(a - b) * 1e3 for a, b in zip(times, one, strict=True)]
             row |= dict(forward_exposed_us=exposed[0], backward_exposed_us=exposed[1], ratio=sum(times) / sum(one))
             text += f"{exposed[0]:12.1f}{exposed[1]:8.1f}{row['ratio']:12.3f}"
-        rows.append({key: None if value != value else value for key, value in row.items()})  # not a number: the host was late
+        rows.append(
+            {key: None if value != value else value for key, value in row.items()}
+        )  # not a number: the host was late
         if first:
             print(text, flush=True)
 

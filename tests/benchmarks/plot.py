@@ -161,7 +161,9 @@ def draw_training(data: dict, path: Path) -> Path:
     rows = [x for x in data["rows"] if "tokens_per_second" in x]
     titles = [x["model"] + how(x) for x in rows]
     panels = list(dict.fromkeys(titles))
-    compared = [x for x in panels if len({r["attention"] for r, title in zip(rows, titles, strict=True) if title == x}) > 1]
+    compared = [
+        x for x in panels if len({r["attention"] for r, title in zip(rows, titles, strict=True) if title == x}) > 1
+    ]
     panels = compared or panels  # the others are in the tables
     names, columns = _names(rows, "attention"), min(PANELS, len(panels))
     height = -(-len(panels) // columns)

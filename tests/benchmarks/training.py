@@ -225,10 +225,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens-per-microbatch", type=int, default=32768)
     add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
-    add("--context-parallel", type=int, default=1, metavar="N", help="GPUs that share a sequence; lengths are of the whole one")
+    add(
+        "--context-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs that share a sequence; lengths are of the whole one",
+    )
     add("--data-parallel", type=int, default=1, metavar="N", help="times as many GPUs, for sequences of their own")
     add("--loss-chunk", type=parse_length, default=0, metavar="N", help="tokens of a GPU whose logits exist at a time")
-    add("--cuda-graph", action="store_true", help="a step as one graph, so that the host does not count; a process a length")
+    add(
+        "--cuda-graph",
+        action="store_true",
+        help="a step as one graph, so that the host does not count; a process a length",
+    )
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")
     add("--tokenizer", metavar="FILE", help="SentencePiece model")

@@ -94,7 +94,8 @@ def summarize(events, device_type, steps: int, seconds: float) -> dict:
         "idle": 1 - busy / steps / 1e6 / seconds,
         "launches": len(spans) / steps,
         "gaps": [
-            {"after": after, "before": before, "ms": ms, "calls": calls / steps} for (after, before), (ms, calls) in longest
+            {"after": after, "before": before, "ms": ms, "calls": calls / steps}
+            for (after, before), (ms, calls) in longest
         ],
         "kernels": [
             {"name": name, "ms": ms, "percent": ms / seconds / 10, "calls": calls / steps} for name, (ms, calls) in top

@@ -19,7 +19,13 @@ from triton.compiler import ASTSource
 
 from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_end_states, record_loss, record_pointwise
 
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 _LONG = 8192
 
 CONFIGS = [
@@ -88,7 +94,9 @@ def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
 def needs(compiled: triton.compiler.CompiledKernel) -> Needs:
     """What the compiled kernel needs, from its metadata and Triton's own cuobjdump, or AMD's assembly."""
     if "amdgcn" in compiled.asm:
-        registers, spilled = (re.search(rf"\.vgpr_{what}: +(\d+)", compiled.asm["amdgcn"]) for what in ("count", "spill_count"))
+        registers, spilled = (
+            re.search(rf"\.vgpr_{what}: +(\d+)", compiled.asm["amdgcn"]) for what in ("count", "spill_count")
+        )
         return Needs(compiled.metadata.shared, int(registers[1]), int(spilled[1]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -102,7 +110,9 @@ def needs(compiled: triton.compiler.CompiledKernel) -> Needs:
 
 def main(arguments: list[str]) -> None:
     for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
-        for config, wanted in FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
+        for config, wanted in (
+            FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]
+        ):
             packed = "packed" if config.get("documents") else "plain"
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
@@ -121,7 +131,11 @@ def main(arguments: list[str]) -> None:
 
 def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:
     numbers = needs(compile_launch(launch, gpu))
-    print(f"{gpu} {str(dtype).removeprefix('torch.')} {details} {launch.what}", *(f"{key}={value}" for key, value in numbers._asdict().items()), flush=True)
+    print(
+        f"{gpu} {str(dtype).removeprefix('torch.')} {details} {launch.what}",
+        *(f"{key}={value}" for key, value in numbers._asdict().items()),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

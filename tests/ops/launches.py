@@ -96,7 +96,9 @@ def record_pointwise(
     return [Launch(launch[0], *launch) for launch in launches]
 
 
-def record_end_states(*, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0) -> list[Launch]:
+def record_end_states(
+    *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0
+) -> list[Launch]:
     """The launches for what context-parallel ranks send, forward and backward; backward into each other's memory."""
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
     cu_seqlens = torch.empty(B, documents + 1, dtype=torch.int32, device="meta") if documents else None

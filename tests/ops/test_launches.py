@@ -42,7 +42,13 @@ def test_compiles_and_fits(gpu):
 def test_number_of_launches(K, V, documents):
     """Small inputs cost launches: one forward and one backward for one segment, two and two from two segments on."""
     single = SINGLE if documents else DECODING
-    for T, H, names in ((1, 32, single), (2, 32, SINGLE), (1023, 8, SINGLE), (1024, 8, SEGMENTED), (10**6, 16, SEGMENTED)):
+    for T, H, names in (
+        (1, 32, single),
+        (2, 32, SINGLE),
+        (1023, 8, SINGLE),
+        (1024, 8, SEGMENTED),
+        (10**6, 16, SEGMENTED),
+    ):
         assert tuple(x.what for x in record(dtype=BF16, T=T, H=H, K=K, V=V, documents=documents)) == names
     crowd = record(dtype=BF16, T=8192, H=1024, K=K, V=V, documents=documents)
     assert tuple(x.what for x in crowd) == SINGLE, "a full GPU needs no segments"
@@ -109,7 +115,14 @@ def test_plan_of_deterministic_algorithms():
 def test_launches_of_end_states(T, documents):
     """Two each way before the exchange or with it, of which the operator uses the first again, and one behind it."""
     launches = record_end_states(dtype=BF16, T=T, K=128, V=64, documents=documents)
-    assert [launch.what for launch in launches] == ["state", "end state", "combine_kernel", "dstate", "send", "receive_kernel"]
+    assert [launch.what for launch in launches] == [
+        "state",
+        "end state",
+        "combine_kernel",
+        "dstate",
+        "send",
+        "receive_kernel",
+    ]
     for launch in launches:
         assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
     own, states = launches[0].arguments["own"], launches[1].arguments["own"]

@@ -44,7 +44,10 @@ def errors(got: dict, case) -> dict[str, float]:
     """
     hidden, weight, labels, dloss = (x.cpu() for x in case)
     want = with_gradients(functools.partial(at_once, formula), hidden.double(), weight.double(), labels, dloss.double())
-    found, smallest = {}, {"loss": max(1, dloss.numel()) ** 0.5} | dict.fromkeys(("dhidden", "dweight"), float(dloss.norm()) or 1.0)
+    found, smallest = (
+        {},
+        {"loss": max(1, dloss.numel()) ** 0.5} | dict.fromkeys(("dhidden", "dweight"), float(dloss.norm()) or 1.0),
+    )
     for name, y in want.items():
         x = got[name]
         assert x.shape == y.shape, name
@@ -80,7 +83,11 @@ def test_against_the_formula(every_impl, rng, monkeypatch, chunk):
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0), (1, 1)])
 def test_few_tokens(impl, rng, shape):
     case = draw(rng, *shape, 16, 3, impl.dtype, impl.device)
-    judge(with_gradients(functools.partial(linear_cross_entropy, chunk=4, backend=impl.backend), *case), case, impl.backend)
+    judge(
+        with_gradients(functools.partial(linear_cross_entropy, chunk=4, backend=impl.backend), *case),
+        case,
+        impl.backend,
+    )
 
 
 def test_one_chunk_is_all_tokens_at_once(impl, rng):
@@ -98,7 +105,11 @@ def test_one_chunk_is_all_tokens_at_once(impl, rng):
 def test_strides_and_bits(impl, rng):
     """[b, s, h] in memory, a slice of a larger weight, a gradient that is broadcast, and twice the same bits."""
     hidden, weight, labels, _ = draw(rng, 3, 5, 40, 50, impl.dtype, impl.device)
-    strided = hidden.transpose(0, 1).contiguous().transpose(0, 1)[..., 4:36], weight[7:44, 4:36], labels.t().contiguous().t()
+    strided = (
+        hidden.transpose(0, 1).contiguous().transpose(0, 1)[..., 4:36],
+        weight[7:44, 4:36],
+        labels.t().contiguous().t(),
+    )
     dloss = torch.tensor(0.5, dtype=impl.wide, device=impl.device).expand(3, 5)
     chunked = functools.partial(linear_cross_entropy, chunk=4, backend=impl.backend)
     got = with_gradients(chunked, *strided, dloss)
@@ -124,7 +135,9 @@ def test_gradcheck(rng):
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-def on_rank(rank: int, size: int, sequence_parallel: bool, chunks: list[int], backend, hidden, weight, labels, dloss) -> list:
+def on_rank(
+    rank: int, size: int, sequence_parallel: bool, chunks: list[int], backend, hidden, weight, labels, dloss
+) -> list:
     """Loss and gradients of this rank, for every size of a chunk."""
     mine = hidden.chunk(size)[rank] if sequence_parallel else hidden
     case = mine, weight.chunk(size)[rank], labels, dloss
@@ -145,7 +158,10 @@ def test_tensor_parallel(rng, size, sequence_parallel):
             assert torch.equal(loss, ranks[0]["loss"]), f"rank {rank}"
             assert sequence_parallel or torch.equal(dhidden[rank], dhidden[0]), f"rank {rank}"
         whole = torch.cat(dhidden) if sequence_parallel else dhidden[0]
-        judge({"loss": ranks[0]["loss"], "dhidden": whole, "dweight": torch.cat([rank["dweight"] for rank in ranks])}, case)
+        judge(
+            {"loss": ranks[0]["loss"], "dhidden": whole, "dweight": torch.cat([rank["dweight"] for rank in ranks])},
+            case,
+        )
 
 
 def test_tensor_parallel_in_low_precision(rng):
@@ -153,7 +169,9 @@ def test_tensor_parallel_in_low_precision(rng):
     case = draw(rng, 8, 1, 32, 40, torch.bfloat16)
     (first,), (second,) = spawn(on_rank, 2, True, [6], "torch", *case)
     assert torch.equal(first["loss"], second["loss"])
-    judge({"loss": first["loss"]} | {n: torch.cat((first[n], second[n])) for n in ("dhidden", "dweight")}, case, "torch")
+    judge(
+        {"loss": first["loss"]} | {n: torch.cat((first[n], second[n])) for n in ("dhidden", "dweight")}, case, "torch"
+    )
 
 
 class LargestStorage(TorchDispatchMode):
@@ -197,7 +215,9 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(rng):
     ],
 )
 def test_wrong_inputs(change, message):
-    inputs = dict(hidden=torch.zeros(3, 2, 8), weight=torch.zeros(5, 8), labels=torch.zeros(3, 2, dtype=torch.int64), chunk=4)
+    inputs = dict(
+        hidden=torch.zeros(3, 2, 8), weight=torch.zeros(5, 8), labels=torch.zeros(3, 2, dtype=torch.int64), chunk=4
+    )
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**inputs | change)
 

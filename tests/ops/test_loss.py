@@ -91,7 +91,9 @@ def test_large_logits_and_minus_infinity(impl, rng, small_blocks):
 def test_not_a_number_stays_that(impl, rng, small_blocks):
     logits, targets, dloss = draw(rng, (3,), 70, impl.dtype, impl.device)
     logits[1, 35] = float("nan")
-    loss, grad = with_gradient(functools.partial(vocab_parallel_cross_entropy, backend=impl.backend), logits, targets, dloss)
+    loss, grad = with_gradient(
+        functools.partial(vocab_parallel_cross_entropy, backend=impl.backend), logits, targets, dloss
+    )
     assert loss.isnan().tolist() == [False, True, False] and grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 

@@ -31,7 +31,8 @@ def judge_rows(case: Case, bounds: torch.Tensor) -> dict[str, torch.Tensor]:
     assert len(first) == len(last) == rows
     initial, dfinal = (x.cpu() for x in (case.initial_state, case.dfinal))
     initial, dfinal = (
-        x.new_zeros(len(pieces), *x.shape[1:]).index_copy(0, torch.tensor(at), x) for x, at in ((initial, first), (dfinal, last))
+        x.new_zeros(len(pieces), *x.shape[1:]).index_copy(0, torch.tensor(at), x)
+        for x, at in ((initial, first), (dfinal, last))
     )
     ends = torch.tensor([0] + [r * T + b for r, _, b in pieces])
     want = judge(case.to(device="cpu").replace(initial_state=initial, dfinal=dfinal, cu_seqlens=ends))
@@ -59,7 +60,11 @@ def test_states_are_of_rows(every_impl, rng, cut, rows, T, split):
     *grads, dinitial = module.backward(
         q, k, v, log_decay, scale, case.initial_state, bounds, saved, plan, do, dfinal, own_grad, rows
     )
-    got = {"o": o, "final_state": final} | dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"dinitial_state": dinitial}
+    got = (
+        {"o": o, "final_state": final}
+        | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        | {"dinitial_state": dinitial}
+    )
     assert_close(got, judge_rows(case, bounds), every_impl.backend, every_impl.dtype)
 
 
