@@ -4,13 +4,15 @@
     python examples/prepare_data.py --out data --text book.txt notes/     # any text
     python examples/prepare_data.py --out data --text more.jsonl --tokenizer-model data/tokenizer.model
 
-A document is one file, or the "text" of one line of a .jsonl file. Writes to --out:
+A document is one file, or the "text" of one line of a file of JSON lines, whatever its name. Files are UTF-8, or begin
+with the byte-order mark of UTF-8, UTF-16 or UTF-32, which is no part of the text. Writes to --out:
 
     tokenizer.model                    for --tokenizer-type SentencePieceTokenizer --tokenizer-model
     train_text_document.{bin,idx}      for --train-data-path, without the ending
     valid_text_document.{bin,idx}      held-out documents, for --valid-data-path
     stats.json                         sizes, and the unigram entropy: the loss of a model that knows no context
 
+Results replace earlier ones when all of them are complete, so that a run that fails leaves those as they are.
 All text is held in memory; for hundreds of gigabytes use tools/preprocess_data.py of Megatron-LM with the same tokenizer.
 """
 
@@ -23,71 +25,19 @@ import logging
 import math
 import random
 import shutil
-import sysconfig
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-# Folders of the standard library that are tests, generated tables, or not part of it.
-STDLIB_SKIP = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "turtledemo",
-}  # fmt: skip
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is read in a folder
+from text_sources import read_documents, stdlib_files, text_files
+
+VOCAB_SIZE, SAMPLE_BYTES = 2048, 4_000_000  # of a new tokenizer
 LINE = 4096  # characters of a training line of the tokenizer; longer lines are cut
 BATCH = 256  # documents encoded at a time
-
-
-def stdlib_files() -> list[Path]:
-    """Sources of the running Python's standard library, sorted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(files) if not STDLIB_SKIP.intersection(path.parts)]
-
-
-def text_files(sources: Iterable[Path]) -> list[Path]:
-    """The given files, and all files with an ending of SUFFIXES in the given folders, sorted.
-
-    Raises:
-        ValueError: a path that does not exist, or a folder without such files.
-    """
-    files: list[Path] = []
-    for source in sources:
-        if source.is_file():
-            files.append(source)
-            continue
-        found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not found:
-            what = f"holds no file ending in {', '.join(SUFFIXES)}" if source.is_dir() else "does not exist"
-            raise ValueError(f"--text {source} {what}; give a text file, or a folder of such files")
-        files += found
-    return files
-
-
-def read_documents(files: Iterable[Path]) -> Iterator[str]:
-    """The documents of the files, newlines as they are. A file that is not UTF-8 is named and left out.
-
-    Raises:
-        ValueError: a line of a .jsonl file that is no JSON object with a "text".
-    """
-    for path in files:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            print(f"  left out: {path} is not UTF-8 (byte {error.start})")
-            continue
-        if path.suffix != ".jsonl":
-            yield text
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(f'{path}, line {number} is no JSON object with a "text": {error!r}') from error
 
 
 def take(documents: list[str], max_bytes: int, seed: int) -> list[str]:
@@ -129,11 +79,14 @@ def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     return train, valid
 
 
-def train_tokenizer(documents: list[str], path: Path, vocab_size: int, sample_bytes: int, seed: int) -> None:
+def train_tokenizer(documents: list[str], vocab_size: int, sample_bytes: int, seed: int) -> bytes:
     """Train a BPE tokenizer that gives every text back as it was, on a sample of lines.
 
     Nothing is normalized, bytes stand for characters outside of the vocabulary, and newline and tab are pieces. The one
     exception is SentencePiece's own: it writes a space as U+2581, so a U+2581 in the text comes back as a space.
+
+    Returns:
+        the model, as it stands in a tokenizer.model.
 
     Raises:
         ValueError: too little text for vocab_size.
@@ -172,7 +125,25 @@ def train_tokenizer(documents: list[str], path: Path, vocab_size: int, sample_by
         raise ValueError(
             f"--vocab-size {vocab_size} does not fit {size} bytes of text: give more text or another size ({error})"
         ) from error
-    path.write_bytes(model.getvalue())
+    return model.getvalue()
+
+
+def load_tokenizer(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """The processor of a model.
+
+    Raises:
+        ValueError: no SentencePiece model, or one without an end of document; ``name`` says which.
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = bool(model) and processor.load_from_serialized_proto(model)
+    except RuntimeError:
+        loaded = False
+    if not loaded:
+        raise ValueError(f"{name} is no SentencePiece model; give a tokenizer.model, or leave it out to train one")
+    if processor.eos_id() < 0:
+        raise ValueError(f"{name} has no </s>, which ends a document")
+    return processor
 
 
 def write_dataset(documents: list[str], processor: sentencepiece.SentencePieceProcessor, prefix: Path) -> np.ndarray:
@@ -186,7 +157,6 @@ def write_dataset(documents: list[str], processor: sentencepiece.SentencePiecePr
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    shutil.rmtree(prefix / "cache", ignore_errors=True)  # Megatron's indices into an earlier file of this name
     vocab, eod = processor.get_piece_size(), processor.eos_id()
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab))
     counts = np.zeros(vocab, dtype=np.int64)
@@ -212,26 +182,48 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="text files and folders")
     source.add_argument("--stdlib", action="store_true", help="the standard library's sources (the default)")
     parser.add_argument("--tokenizer-model", type=Path, help="use this SentencePiece model instead of training one")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the new tokenizer (default: 2048)")
-    parser.add_argument(
-        "--sample-bytes", type=int, default=4_000_000, help="text the tokenizer is trained on (4000000)"
-    )
+    parser.add_argument("--vocab-size", type=int, help=f"pieces of the new tokenizer (default: {VOCAB_SIZE})")
+    parser.add_argument("--sample-bytes", type=int, help=f"text the tokenizer is trained on (default: {SAMPLE_BYTES})")
     parser.add_argument("--max-bytes", type=float, default=math.inf, help="use no more text than this (default: all)")
     parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the text for validation (0.02)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle of documents (0)")
     args = parser.parse_args(argv)
     try:
+        check(args)
         prepare(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"prepare_data: {error}") from error
 
 
-def prepare(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Fill in defaults, and refuse what cannot work before any text is read.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
     if not 0 < args.held_out < 1:
         raise ValueError(f"--held-out {args.held_out} must be a fraction between 0 and 1, such as 0.02")
+    if not args.max_bytes > 0:  # NaN, too
+        raise ValueError(f"--max-bytes {args.max_bytes} must be above 0; leave it out to use all text")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; give a folder")
+    for option, value in (("--vocab-size", args.vocab_size), ("--sample-bytes", args.sample_bytes)):
+        if value is not None and args.tokenizer_model:
+            raise ValueError(
+                f"{option} {value} is for a new tokenizer, but --tokenizer-model brings one; leave out one"
+            )
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value} must be at least 1; leave it out for the default")
     if args.tokenizer_model and not args.tokenizer_model.is_file():
         raise ValueError(f"--tokenizer-model {args.tokenizer_model} does not exist; leave it out to train one")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.vocab_size, args.sample_bytes = args.vocab_size or VOCAB_SIZE, args.sample_bytes or SAMPLE_BYTES
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make all results in a folder of their own inside of --out, then put them in their places."""
+    given = args.tokenizer_model and args.tokenizer_model.read_bytes()
+    if args.tokenizer_model:
+        load_tokenizer(given, f"--tokenizer-model {args.tokenizer_model}")  # now, rather than after reading all text
 
     files = text_files(args.text) if args.text else stdlib_files()
     documents = take(list(read_documents(files)), args.max_bytes, args.seed)
@@ -241,37 +233,54 @@ def prepare(args: argparse.Namespace) -> None:
     train_bytes, valid_bytes = (sum(len(text.encode()) for text in part) for part in (train, valid))
     print(f"  {len(documents)} documents of {len(files)} files: {(train_bytes + valid_bytes) / 1e6:.2f} MB of text")
 
-    model = args.out / "tokenizer.model"
-    if args.tokenizer_model:
-        model.write_bytes(args.tokenizer_model.read_bytes())
-    else:
-        start = time.time()
-        train_tokenizer(train, model, args.vocab_size, args.sample_bytes, args.seed)
+    start = time.time()
+    model = given or train_tokenizer(train, args.vocab_size, args.sample_bytes, args.seed)
+    if not given:
         print(f"  tokenizer of {args.vocab_size} pieces trained in {time.time() - start:.1f} s")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    if processor.eos_id() < 0:
-        raise ValueError(f"--tokenizer-model {args.tokenizer_model} has no </s>, which ends a document")
+    processor = load_tokenizer(model, "the new tokenizer")
 
-    counts = write_dataset(train, processor, args.out / "train_text_document")
-    valid_counts = write_dataset(valid, processor, args.out / "valid_text_document")
-    tokens, nats = int(counts.sum()), entropy(counts)
-    stats = {
-        "train_documents": len(train),
-        "train_bytes": train_bytes,
-        "train_tokens": tokens,
-        "valid_documents": len(valid),
-        "valid_bytes": valid_bytes,
-        "valid_tokens": int(valid_counts.sum()),
-        "vocab_size": processor.get_piece_size(),
-        "bytes_per_token": train_bytes / tokens,
-        "unigram_entropy": nats,  # nats per token, as Megatron's lm loss
-        "unigram_bits_per_byte": nats / math.log(2) * tokens / train_bytes,
-    }
-    (args.out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prepare_data-", dir=args.out) as folder:
+        aside = Path(folder)
+        (aside / "tokenizer.model").write_bytes(model)
+        counts = write_dataset(train, processor, aside / "train_text_document")
+        valid_counts = write_dataset(valid, processor, aside / "valid_text_document")
+        tokens, nats = int(counts.sum()), entropy(counts)
+        stats = {
+            "train_documents": len(train),
+            "train_bytes": train_bytes,
+            "train_tokens": tokens,
+            "valid_documents": len(valid),
+            "valid_bytes": valid_bytes,
+            "valid_tokens": int(valid_counts.sum()),
+            "vocab_size": processor.get_piece_size(),
+            "bytes_per_token": train_bytes / tokens,
+            "unigram_entropy": nats,  # nats per token, as Megatron's lm loss
+            "unigram_bits_per_byte": nats / math.log(2) * tokens / train_bytes,
+        }
+        (aside / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
+        put_in_place(aside, args.out)
     print(
         f"  {tokens} training tokens, {stats['valid_tokens']} held out; {stats['bytes_per_token']:.2f} bytes per token"
     )
     print(f"  unigram entropy {nats:.3f} nats per token, {stats['unigram_bits_per_byte']:.3f} bits per byte")
+
+
+def put_in_place(aside: Path, out: Path) -> None:
+    """Move all files of ``aside`` to ``out``, over those of the same names. stats.json comes last: it says "complete".
+
+    Raises:
+        ValueError: a folder has one of the names; nothing was moved.
+    """
+    names = sorted((path.name for path in aside.iterdir()), key=lambda name: name == "stats.json")
+    for name in names:
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder, and the place of a file; move it away, or give another --out")
+    (out / "stats.json").unlink(missing_ok=True)
+    for name in names:
+        if name.endswith(".idx"):  # Megatron's indices into an earlier file of this name
+            shutil.rmtree(out / name.removesuffix(".idx") / "cache", ignore_errors=True)
+        (aside / name).replace(out / name)
 
 
 if __name__ == "__main__":

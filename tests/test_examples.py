@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import importlib
 import json
 import math
 import os
@@ -15,6 +14,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
+import demo
+import plot_loss
+import prepare_data
+import text_sources
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -22,7 +26,7 @@ TEXTS = [  # what a tokenizer likes to change
     "def f(x):\n\tif x:\n\t\treturn x  # two  spaces\n\n\n    return None   \n",
     "    indented\n        more\n   odd\n\tx\t\ty\n",
     "line\r\nline\rline\x0b\x0c\x00end",
-    "\ufeffnaïve café 漢字 🙂 e\u0301 \u00a0\u2003\u3000\u2028 ﬁ Å \u200b",
+    "naïve \ufeff café 漢字 🙂 e\u0301 \u00a0\u2003\u3000\u2028 ﬁ Å \u200b",
     "<s></s><unk><pad><0x0A> @@ ##",
     " ",
     "\n",
@@ -30,19 +34,10 @@ TEXTS = [  # what a tokenizer likes to change
 ]
 
 
-def example(name: str):
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module(name)
-
-
-prepare_data, plot_loss, demo = example("prepare_data"), example("plot_loss"), example("demo")
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A few hundred kilobytes of documents."""
-    files = prepare_data.stdlib_files()[:20]
+    files = text_sources.stdlib_files()[:20]
     return [text for text in TEXTS if text] + [path.read_text("utf-8") for path in files if path.stat().st_size]
 
 
@@ -158,7 +153,7 @@ def test_a_single_document_is_cut_at_a_line() -> None:
 
 
 def test_stdlib_files() -> None:
-    files = prepare_data.stdlib_files()
+    files = text_sources.stdlib_files()
     assert len(files) > 200
     assert {"argparse.py", "textwrap.py"} <= {path.name for path in files}
     assert not any({"test", "tests", "site-packages"} & set(path.parts) for path in files)
@@ -168,7 +163,7 @@ def test_folder_and_encoding(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     (tmp_path / "b.txt").write_bytes("é\r\n".encode("latin-1"))
     (tmp_path / "a.md").write_bytes(b"a\r\n")
     (tmp_path / "c.bin").write_bytes(b"c")
-    assert list(prepare_data.read_documents(prepare_data.text_files([tmp_path]))) == ["a\r\n"]
+    assert list(text_sources.read_documents(text_sources.text_files([tmp_path]))) == ["a\r\n"]
     assert "b.txt is not UTF-8" in capsys.readouterr().out
 
 
