@@ -4,10 +4,17 @@
 #     bash examples/long_context.sh                                                 one node of 8 GPUs
 #     NODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash examples/long_context.sh        on each node, with its own NODE_RANK
 #
-# Data as of pretrain_1gpu.sh. What is sent per layer is one state per head, whatever SEQUENCE is; twice the GPUs hold twice the
-# sequence. SEQUENCE must be a multiple of 2 x the context-parallel size. Arguments are appended to the command, and win:
+# Data as of pretrain_1gpu.sh. With several nodes, DATA, VALID, TOKENIZER and SAVE are the same paths on every node, on a
+# shared file system. Data and tokenizer may be copies on local disks, but then pass --data-cache-path with a shared
+# folder: only rank 0 writes the index that all ranks read.
+#
+# What is sent per layer is one state per head, whatever SEQUENCE is; twice the GPUs hold twice the sequence. SEQUENCE
+# must be a multiple of 2 x the context-parallel size. Arguments are appended to the command, and win:
 #     bash examples/long_context.sh --linear-attention-freq 8       a hybrid: its softmax layers gather k and v of all ranks
-#     bash examples/long_context.sh --linear-attention-freq 8 --load checkpoints/0.4b --finetune    from pretrain_1gpu.sh's model
+#     bash examples/long_context.sh --linear-attention-freq 8 --pretrained-checkpoint checkpoints/0.4b
+#                                                                   begin with the weights of pretrain_1gpu.sh's model
+# Started again with the same SAVE, it goes on from the last checkpoint there; --override-opt-param-scheduler lets it train
+# longer than the first ITERATIONS.
 set -euo pipefail
 
 DATA=${DATA:-data/train_text_document}             # Megatron's indexed dataset, without .bin or .idx
@@ -55,6 +62,7 @@ DATASETS=(
 OUTPUT=(
     --log-interval 1 --log-throughput --eval-interval 500 --eval-iters 2
     --save "$SAVE" --load "$SAVE" --save-interval 100
+    --dist-ckpt-optim-fully-reshardable            # when saving: goes on at any tensor and pipeline parallel size
 )
 
 exec torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \

@@ -232,28 +232,71 @@ def test_demo_does_not_take_a_file_for_a_folder(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def words_of(tmp_path: Path):
+    """``words_of(script, *arguments, **variables)``: what a script gives to torchrun."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    torchrun.chmod(0o755)
+
+    def words(script: str, *arguments: str, **variables: str) -> list[str]:
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
+        command = ["bash", str(EXAMPLES / script), *arguments]
+        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split("\n")[:-1]
+
+    return words
+
+
+@pytest.fixture
+def started(words_of, monkeypatch: pytest.MonkeyPatch):
     """``started(script, **variables)``: torchrun's own arguments, and what Megatron parses from the others."""
     from megatron.training.arguments import parse_args
 
     from lightning_megatron.arguments import add_arguments
 
-    torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    torchrun.chmod(0o755)
-
     def start(script: str, **variables: str):
-        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVE": "here and there"} | variables
-        command = ["bash", str(EXAMPLES / script), "--lr", "0.5"]
-        run = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-        words = run.stdout.split("\n")[:-1]
+        words = words_of(script, "--lr", "0.5", **{"SAVE": "here and there"} | variables)
         module = words.index("-m")
         monkeypatch.setattr(sys, "argv", words[module + 1 :])
         args = parse_args(add_arguments)
         assert (args.num_layers, args.lr, args.save) == (24, 0.5, "here and there")
+        assert args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
         return words[:module], args
 
     return start
+
+
+SMALL = (
+    "--num-layers 2 --linear-attention-freq 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 32 "
+    "--max-position-embeddings 32 --lr-warmup-iters 1 --num-workers 0 --log-interval 1 --eval-iters 1 --save-interval 2"
+).split()
+
+
+def test_scripts_go_on_from_the_checkpoints_of_each_other(prepared: Path, words_of, tmp_path: Path) -> None:
+    """What they promise: one GPU, then tensor parallelism, then one again, for longer; a small model, on the CPU."""
+    from .launch import run_pretrain
+
+    variables = {"SAVE": str(tmp_path / "a save"), "GLOBAL_BATCH": "2", "MICRO_BATCH": "1"}
+    variables |= {"DATA": str(prepared / "train_text_document"), "VALID": str(prepared / "valid_text_document")}
+    variables |= {"TOKENIZER": str(prepared / "tokenizer.model")}
+
+    def run(script: str, ranks: int, iterations: int, *arguments: str) -> str:
+        words = words_of(script, *SMALL, *arguments, ITERATIONS=str(iterations), **variables)
+        return run_pretrain(words[words.index("lightning_megatron.pretrain") + 1 :], ranks).log
+
+    run("pretrain_1gpu.sh", 1, 4, "--exit-interval", "2")
+    log = run("pretrain_tp2_sp.sh", 2, 4)
+    assert "loaded checkpoint" in log and "at iteration 2" in log
+    log = run("pretrain_1gpu.sh", 1, 6, "--override-opt-param-scheduler")
+    assert "at iteration 4" in log and " iteration        6/       6 |" in log
+
+    # ... and long_context.sh from their weights, as it says; the second time from its own checkpoint
+    variables |= {"SAVE": str(tmp_path / "long"), "SEQUENCE": "64", "GPUS": "2"}
+    started = ["--linear-attention-freq", "2", "--pretrained-checkpoint", str(tmp_path / "a save")]
+    started += ["--seq-length", "64", "--max-position-embeddings", "64"]
+    log = run("long_context.sh", 2, 2, *started)
+    assert "attempting to finetune with checkpoint in" in log and " iteration        2/       2 |" in log
+    log = run("long_context.sh", 2, 4, *started, "--override-opt-param-scheduler")
+    assert "at iteration 2" in log and " iteration        4/       4 |" in log
 
 
 @pytest.mark.parametrize(("script", "gpus"), [("pretrain_1gpu.sh", "1"), ("pretrain_tp2_sp.sh", "2")])
