@@ -1,4 +1,4 @@
-"""Packaging. The top-level folder patches/ is installed as lightning_megatron.patches, never as `patches`."""
+"""Packaging. The top-level folder patches/ is installed as lightning_megatron.patches, by the link lightning_megatron/patches."""
 
 import re
 from pathlib import Path
@@ -9,35 +9,49 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lightning_megatron/__init__.py").read_text("utf-8"))
 README = ROOT / "README.md"
 
-PATCHES = ["lightning_megatron.patches"] + [f"lightning_megatron.patches.{name}" for name in find_packages("patches")]
+PACKAGES = find_packages(include=["lightning_megatron", "lightning_megatron.*"])
+if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symbolic links, as Git on Windows does
+    raise SystemExit("lightning_megatron/patches must be a symbolic link to ../patches: git config core.symlinks true")
 
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
+TEST = [*DEMO, "mypy", "pytest", "ruff", "transformers"]
+DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(
     name="lightning-megatron",
     version=VERSION[1],
+    author="lightning_megatron contributors",
     description="Lightning Attention-2 layers for pretraining with NVIDIA megatron-core",
-    long_description=README.read_text("utf-8") if README.exists() else "",
+    long_description=README.read_text("utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="linear attention, lightning attention, megatron, pretraining, long context, context parallelism, triton",
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    packages=find_packages(include=["lightning_megatron", "lightning_megatron.*"]) + PATCHES,
-    package_dir={"lightning_megatron.patches": "patches"},
+    packages=PACKAGES,
+    package_data={"lightning_megatron": ["py.typed"]},
     python_requires=">=3.12",
     # No triton: every torch for Linux brings the one it was built with, sometimes under another name (NGC containers).
-    install_requires=["torch>=2.6", "numpy"],
+    install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
-        "test": [*DEMO, "pytest", "ruff", "transformers"],
+        "test": TEST,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "pre-commit", "pre-commit-hooks"],
     },
     entry_points={"console_scripts": ["lightning-pretrain = lightning_megatron.pretrain:main"]},
 )
