@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_megatron.patches import packed_rope, recompute
 from megatron.core import package_info
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer import TransformerConfig
@@ -17,6 +16,7 @@ from megatron.training import training as megatron_training
 from lightning_megatron import arguments, compat, patches, pretrain, training
 from lightning_megatron.arguments import add_arguments, options_from_args, parts_in_use, refuse
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.patches import packed_rope, recompute
 
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
