@@ -1,4 +1,4 @@
-"""Packaging. The top-level folder patches/ is installed as lightning_megatron.patches, by the link lightning_megatron/patches."""
+"""Packaging. The link lightning_megatron/patches makes the top-level folder patches/ a part of the package."""
 
 import re
 from pathlib import Path

@@ -7,7 +7,7 @@
 3. plot        the loss against the unigram entropy of the text
 4. generation  continues a prompt from the checkpoint
 
-Runs on a GPU where there is one. Else cpu_shim.py maps it to the CPU, data parallel: a process for each of up to 4 cores.
+Runs on a GPU where there is one. Else cpu_shim.py maps it to the CPU, data parallel on up to 4 cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ VOCABULARY, ITERATIONS, BATCH, SHOW_INTERVAL = 1024, 1800, 4, 100
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --linear-attention-freq 4
     --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --untie-embeddings-and-output-weights
-    --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06
+    --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --init-method-std 0.06
 """
 TRAINING = f"""
     --global-batch-size {BATCH} --train-iters {ITERATIONS} --num-workers 0
@@ -116,7 +117,8 @@ class Progress:
             if iteration % SHOW_INTERVAL and iteration != last:
                 return None
             left = (last - iteration) * (time.time() - self.first[1]) / max(1, iteration - self.first[0])
-            return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {milliseconds:4.0f} ms each   {left:3.0f} s left"
+            speed = f"{milliseconds:4.0f} ms each   {left:3.0f} s left"
+            return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {speed}"
         if match := re.search(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)", line):
             return f"  held-out documents at iteration {match[1]}: loss {float(match[2]):.3f}"
         if match := re.search(r"number of parameters on .*: (\d+)$", line):

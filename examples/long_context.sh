@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on sequences of a million tokens that are spread over all GPUs of one or several nodes, passing states between them.
+# Trains on sequences of a million tokens, spread over all GPUs of one or several nodes that pass states to each other.
 #
 #     bash examples/long_context.sh                                                 one node of 8 GPUs
 #     NODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash examples/long_context.sh        on each node, with its own NODE_RANK
 #
-# Data as of pretrain_1gpu.sh. With several nodes, DATA, VALID, TOKENIZER and SAVE are the same paths on every node, on a
-# shared file system. Data and tokenizer may be copies on local disks, but then pass --data-cache-path with a shared
+# Data as of pretrain_1gpu.sh. With several nodes, DATA, VALID, TOKENIZER and SAVE are the same paths on every node, on
+# a shared file system. Data and tokenizer may be copies on local disks, but then pass --data-cache-path with a shared
 # folder: only rank 0 writes the index that all ranks read.
 #
 # What is sent per layer is one state per head, whatever SEQUENCE is; twice the GPUs hold twice the sequence. SEQUENCE
 # must be a multiple of 2 x the context-parallel size. Arguments are appended to the command, and win:
-#     bash examples/long_context.sh --linear-attention-freq 8       a hybrid: its softmax layers gather k and v of all ranks
+#     bash examples/long_context.sh --linear-attention-freq 8     a hybrid: its softmax layers gather k and v of all ranks
 #     bash examples/long_context.sh --linear-attention-freq 8 --pretrained-checkpoint checkpoints/0.4b
 #                                                                   begin with the weights of pretrain_1gpu.sh's model
-# Started again with the same SAVE, it goes on from the last checkpoint there; --override-opt-param-scheduler lets it train
-# longer than the first ITERATIONS.
+# Started again with the same SAVE, it goes on from the last checkpoint there. To train longer than the first ITERATIONS,
+# pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
 set -euo pipefail
 
 DATA=${DATA:-data/train_text_document}             # Megatron's indexed dataset, without .bin or .idx
@@ -45,7 +45,7 @@ MODEL=(
 LONG=(
     --context-parallel-size "$CONTEXT_PARALLEL"
     --dataloader-inter-document-masking            # documents of a sequence do not see each other
-    --lightning-loss-chunk 8192                    # logits of so many tokens at a time: all of them would need 64 KB a token
+    --lightning-loss-chunk 8192                    # logits in chunks of 8192 tokens: all of them take 64 KB a token
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
 )
 TRAINING=(

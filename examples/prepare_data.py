@@ -13,7 +13,7 @@ with the byte-order mark of UTF-8, UTF-16 or UTF-32, which is no part of the tex
     stats.json                         sizes, and the unigram entropy: the loss of a model that knows no context
 
 Results replace earlier ones when all of them are complete, so that a run that fails leaves those as they are.
-All text is held in memory; for hundreds of gigabytes use tools/preprocess_data.py of Megatron-LM with the same tokenizer.
+All text is held in memory. For hundreds of gigabytes use Megatron-LM's tools/preprocess_data.py with this tokenizer.
 """
 
 from __future__ import annotations

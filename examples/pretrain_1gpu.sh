@@ -5,10 +5,10 @@
 #     python examples/prepare_data.py --out data --vocab-size 32000 --text my_texts/
 #     bash examples/pretrain_1gpu.sh
 #
-# Every variable with a default below can be set outside: SAVE=/scratch/run1 ITERATIONS=5000 bash examples/pretrain_1gpu.sh
+# Every variable with a default can be set outside: SAVE=/scratch/run1 ITERATIONS=5000 bash examples/pretrain_1gpu.sh
 # Arguments are appended to the command, and win: bash examples/pretrain_1gpu.sh --lr 1e-3 --lightning-decay minimax
-# Started again with the same SAVE, it goes on from the last checkpoint there, also with another number of GPUs. To train
-# longer than the first ITERATIONS, pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
+# Started again with the same SAVE, it goes on from the last checkpoint there, also with another number of GPUs. To
+# train longer than the first ITERATIONS, pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
 #     ITERATIONS=30000 bash examples/pretrain_1gpu.sh --override-opt-param-scheduler
 set -euo pipefail
 
@@ -45,7 +45,7 @@ DATASETS=(
 OUTPUT=(
     --log-interval 10 --log-throughput --eval-interval 1000 --eval-iters 10
     --save "$SAVE" --load "$SAVE" --save-interval 1000
-    --dist-ckpt-optim-fully-reshardable            # when saving: the optimizer's state fits any tensor and pipeline parallel size
+    --dist-ckpt-optim-fully-reshardable            # when saving: goes on at any tensor and pipeline parallel size
 )
 
 exec torchrun --standalone --nproc-per-node "$GPUS" -m lightning_megatron.pretrain \

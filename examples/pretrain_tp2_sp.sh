@@ -4,8 +4,8 @@
 #     bash examples/pretrain_tp2_sp.sh                    two GPUs
 #     GPUS=8 bash examples/pretrain_tp2_sp.sh             four pairs, data parallel
 #
-# Takes the variables and arguments of pretrain_1gpu.sh. Each GPU of a pair has half of the heads of every layer, and half
-# of the sequence between layers. Either script goes on from the other's checkpoints, because both save with
+# Takes the variables and arguments of pretrain_1gpu.sh. Each GPU of a pair has half of the heads of every layer, and
+# half of the sequence between layers. Either script goes on from the other's checkpoints, because both save with
 # --dist-ckpt-optim-fully-reshardable: without it a checkpoint goes on only at the tensor-parallel size that wrote it.
 set -euo pipefail
 

@@ -1,4 +1,7 @@
-"""Where prepare_data.py's documents come from: files, folders, JSON lines, the standard library. Nothing is skipped in silence."""
+"""Where prepare_data.py's documents come from: files, folders, JSON lines, the standard library.
+
+Every file that is left out, or read as something else than its name says, has a line on the screen.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
     """The documents of the files, newlines as they are. What is left out, or read by its content, is named.
 
     Raises:
-        ValueError: a file that cannot be read, a line of JSON lines without a "text", or one JSON value in place of lines.
+        ValueError: a file that cannot be read, a line without a "text", or one JSON value in place of JSON lines.
     """
     for path in files:
         text = read_text(path)

@@ -189,11 +189,11 @@ def test_errors(content: str | None, arguments: list[str], message: str, tmp_pat
 
 LOG = """
 some other line | lm loss: 9
- [2026-01-01 00:00:00.000000] iteration       10/      20 | consumed samples:           80 | elapsed time per iteration \
-(ms): 500.0 | learning rate: 1.0E-03 | global batch size:     8 | lm loss: 4.000000E+00 | loss scale: 1.0 |
+ [2026-01-01 00:00:00.000000] iteration       10/      20 | consumed samples:           80 | elapsed time per \
+iteration (ms): 500.0 | learning rate: 1.0E-03 | global batch size:     8 | lm loss: 4.000000E+00 | loss scale: 1.0 |
  validation loss at iteration 10 | lm loss value: 4.500000E+00 | lm loss PPL: 9.0E+01 |
- [2026-01-01 00:00:05.000000] iteration       20/      20 | consumed samples:          160 | elapsed time per iteration \
-(ms): 250.0 | learning rate: 1.0E-04 | global batch size:     8 | lm loss: 3.000000E+00 | loss scale: 1.0 |
+ [2026-01-01 00:00:05.000000] iteration       20/      20 | consumed samples:          160 | elapsed time per \
+iteration (ms): 250.0 | learning rate: 1.0E-04 | global batch size:     8 | lm loss: 3.000000E+00 | loss scale: 1.0 |
  validation loss at iteration 20 on validation set | lm loss value: 3.500000E+00 | lm loss PPL: 3.0E+01 |
 """
 
@@ -266,8 +266,9 @@ def started(words_of, monkeypatch: pytest.MonkeyPatch):
 
 
 SMALL = (
-    "--num-layers 2 --linear-attention-freq 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 32 "
-    "--max-position-embeddings 32 --lr-warmup-iters 1 --num-workers 0 --log-interval 1 --eval-iters 1 --save-interval 2"
+    "--num-layers 2 --linear-attention-freq 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 "
+    "--seq-length 32 --max-position-embeddings 32 "
+    "--lr-warmup-iters 1 --num-workers 0 --log-interval 1 --eval-iters 1 --save-interval 2"
 ).split()
 
 

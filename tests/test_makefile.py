@@ -1,4 +1,4 @@
-"""The Makefile, run for real in a folder of its own, with a virtual environment that only writes down what it is asked."""
+"""The Makefile, run for real in a folder of its own, with an environment that only writes down what it is asked."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What prepare_data.py does with odd inputs: nothing is read as something else unsaid, and a failure leaves results alone."""
+"""prepare_data.py and odd inputs: nothing is read as something else unsaid, and a failure leaves results alone."""
 
 import json
 import random

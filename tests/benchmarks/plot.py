@@ -1,4 +1,4 @@
-"""Plots of the benchmarks' JSON files: ``python -m tests.benchmarks.plot [--results DIR]`` draws each whose file is there.
+"""Plots of the benchmarks' JSON files: ``python -m tests.benchmarks.plot [--results DIR]`` draws those it finds.
 
 speed.json     -> speed.png     percent of the least possible time, per shape
 length.json    -> length.png    time against length, log-log
