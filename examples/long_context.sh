@@ -10,11 +10,11 @@
 #
 # What is sent per layer is one state per head, whatever SEQUENCE is; twice the GPUs hold twice the sequence. SEQUENCE
 # must be a multiple of 2 x the context-parallel size. Arguments are appended to the command, and win:
-#     bash examples/long_context.sh --linear-attention-freq 8     a hybrid: its softmax layers gather k and v of all ranks
+#     bash examples/long_context.sh --linear-attention-freq 8     a hybrid: softmax layers gather k and v of all ranks
 #     bash examples/long_context.sh --linear-attention-freq 8 --pretrained-checkpoint checkpoints/0.4b
 #                                                                   begin with the weights of pretrain_1gpu.sh's model
-# Started again with the same SAVE, it goes on from the last checkpoint there. To train longer than the first ITERATIONS,
-# pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
+# Started again with the same SAVE, it goes on from the last checkpoint there. To train longer than the first
+# ITERATIONS, pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
 set -euo pipefail
 
 DATA=${DATA:-data/train_text_document}             # Megatron's indexed dataset, without .bin or .idx

@@ -8,7 +8,7 @@
 # Every variable with a default can be set outside: SAVE=/scratch/run1 ITERATIONS=5000 bash examples/pretrain_1gpu.sh
 # Arguments are appended to the command, and win: bash examples/pretrain_1gpu.sh --lr 1e-3 --lightning-decay minimax
 # Started again with the same SAVE, it goes on from the last checkpoint there, also with another number of GPUs. To
-# train longer than the first ITERATIONS, pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
+# train longer than ITERATIONS, pass --override-opt-param-scheduler: Megatron refuses another schedule otherwise.
 #     ITERATIONS=30000 bash examples/pretrain_1gpu.sh --override-opt-param-scheduler
 set -euo pipefail
 

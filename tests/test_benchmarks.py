@@ -284,9 +284,39 @@ def test_results_to_plots(tmp_path):
     training = [
         way | {"attention": name, "length": length, "tokens_per_second": 1e5}
         for name in ("lightning", "softmax", "something else")
-        for length in (2048, 4096)
+        for length in (2048, 4096, 8192)
     ]
     (tmp_path / "training.json").write_text(json.dumps({"rows": training}))
     drawn = plot.draw_all(tmp_path)
     assert sorted(path.name for path in drawn) == ["dims.png", "length.png", "speed.png", "training.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+WAY = {"recompute": "none", "tensor_parallel": 1, "context_parallel": 1, "data_parallel": 1, "cuda_graph": False}
+WAY |= {"loss_chunk": 0, "extra": ""}
+
+
+def training_rows(model: str, attention: str, speeds: dict[int, float | None], **way) -> list[dict]:
+    row = {"model": model, "attention": attention, **WAY, **way}
+    return [row | {"length": n} | ({"tokens_per_second": y} if y else {"failed": "?"}) for n, y in speeds.items()]
+
+
+def test_training_plot_has_a_panel_per_model_with_all_its_lines(tmp_path, monkeypatch):
+    plot = importlib.import_module(".benchmarks.plot", __package__)
+    rows = training_rows("0.4B", "lightning", {4096: 3.0, 1024: 1.0, 2048: None, 8192: 4.0})  # one run failed
+    rows += training_rows("0.4B", "softmax", {1024: 1.0, 2048: 2.0, 4096: 3.0}, recompute="full", loss_chunk=8192)
+    rows += training_rows("0.4B", "hybrid", {1024: 1.0, 2048: 2.0, 4096: None})  # two points
+    rows += training_rows("1B", "lightning", {1024: 5.0, 2048: 6.0, 4096: 7.0})
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    plot.draw_training({"rows": rows}, tmp_path / "training.png")
+    panels = {axis.get_title(): axis.get_lines() for axis in figures[0].axes}
+    assert {title: len(lines) for title, lines in panels.items()} == {"0.4B parameters": 2, "1B parameters": 1}
+    lightning, softmax = panels["0.4B parameters"]
+    assert list(lightning.get_xdata()) == [1024, 2048, 4096, 8192]
+    assert [y for y in lightning.get_ydata() if y == y] == [1, 3, 4] and lightning.get_ydata()[1] != 1  # a gap
+    assert lightning.get_color() != softmax.get_color() and lightning.get_linestyle() != softmax.get_linestyle()
+    (other,) = panels["1B parameters"]
+    assert (other.get_color(), other.get_linestyle()) == (lightning.get_color(), lightning.get_linestyle())
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["lightning", "softmax", "nothing recomputed", "full recompute, loss chunks of 8K"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
 from .peers import ROWS  # noqa: E402
@@ -26,7 +28,12 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {row.name: row.colour for row in ROWS} | {"softmax": "#7f7f7f", "hybrid": "#ff7f0e"}
 OTHER_COLOURS = ("#8c564b", "#bcbd22", "#e377c2", "#1b4f72")
 OURS = ROWS[0].name
-PANELS = 3  # side by side
+FEWEST = 3  # points of a line in the plot of training
+# Line style and marker of a way of training, the plainest first.
+WAYS = (
+    ("-", "o"), ((0, (5, 1.5)), "s"), ((0, (1, 1)), "D"), ("-.", "^"),
+    ((0, (6, 1, 1, 1, 1, 1)), "v"), ((0, (2, 2)), "x"), ((0, (1, 3)), "P"), ((0, (8, 2)), "<"),
+)  # fmt: skip
 STYLE = {
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 12, "legend.frameon": False, "figure.dpi": 150,
@@ -156,35 +163,66 @@ def draw_dims(data: dict, path: Path) -> Path:
     return _draw_floors(data, path, lambda x: f"{x['K']}, {x['V']}", "head dims K, V", title)
 
 
+def _way(row: dict) -> str:
+    return how(row).removeprefix(", ").replace("recompute full", "full recompute").replace("loss of", "loss chunks of")
+
+
+def training_lines(rows: list[dict]) -> dict[tuple[str, str, str], list[tuple[int, float]]]:
+    """(model, attention, way of training) -> points (length, tokens per GPU and second), by length.
+
+    A run that failed is a point that is NaN, so that no line goes through it. Lines of one or two points, which show no
+    course, are left to the tables.
+    """
+    cells: dict[tuple[str, str, str], dict[int, float]] = {}
+    for x in rows:
+        line = cells.setdefault((x["model"], x["attention"], _way(x)), {})
+        line[x["length"]] = x.get("tokens_per_second") or math.nan
+    lines = {key: sorted(cell.items()) for key, cell in cells.items()}
+    return {key: line for key, line in lines.items() if sum(y == y for _, y in line) >= FEWEST}
+
+
 def draw_training(data: dict, path: Path) -> Path:
-    """Tokens per GPU and second against length: a panel per model and way of training, a line per attention."""
-    rows = [x for x in data["rows"] if "tokens_per_second" in x]
-    titles = [x["model"] + how(x) for x in rows]
-    panels = list(dict.fromkeys(titles))
-    compared = [
-        x for x in panels if len({r["attention"] for r, title in zip(rows, titles, strict=True) if title == x}) > 1
-    ]
-    panels = compared or panels  # the others are in the tables
-    names, columns = _names(rows, "attention"), min(PANELS, len(panels))
-    height = -(-len(panels) // columns)
+    """Tokens per GPU and second against length. Panels are models, colours attentions, line styles ways of training."""
+    lines = training_lines(data["rows"])
+    models, attentions, ways = (list(dict.fromkeys(key[i] for key in lines)) for i in range(3))
+    ways.sort(key=len)  # the plainest first
+    styles = {way: WAYS[i % len(WAYS)] for i, way in enumerate(ways)}
+    widths = [4 + sum(key[0] == model for key in lines) / 5 for model in models]  # more lines, more room
     figure, axes = plt.subplots(
-        height, columns, figsize=(5.5 * columns, 4.2 * height + 0.4), squeeze=False, layout="constrained"
+        1, len(models), figsize=(sum(widths) + 0.8, 6), width_ratios=widths, squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        shown = [x for x in rows if x["model"] + how(x) == panel]
-        for name in _names(shown, "attention"):
-            points = [(x["length"], x["tokens_per_second"]) for x in shown if x["attention"] == name]
-            _line(axis, points, name, _colour(name, names))
-        _lengths_axis(axis, [x["length"] for x in shown])
-        axis.set_ylim(0, 1.08 * max(x["tokens_per_second"] for x in shown))
+    for axis, model in zip(axes.flat, models, strict=True):
+        shown = {key: line for key, line in lines.items() if key[0] == model}
+        for (_, attention, way), line in shown.items():
+            linestyle, marker = styles[way]
+            axis.plot(
+                *zip(*line, strict=True), color=_colour(attention, attentions), linestyle=linestyle, marker=marker,
+                linewidth=2, markersize=6, markerfacecolor="white",
+            )  # fmt: skip
+        drawn = [(length, y) for line in shown.values() for length, y in line if y == y]
+        _lengths_axis(axis, [length for length, _ in drawn])
+        axis.set_ylim(0, 1.08 * max(y for _, y in drawn))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axis.set_title(panel)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("tokens per GPU and second")
+        axis.set_title(f"{model} parameters")
+    axes[0, 0].set_ylabel("tokens per GPU and second")
     figure.suptitle(f"Training speed against length; {_where(data)}")
-    return _save(figure, path, *_all_handles(axes.flat[: len(panels)]))
+    handles = [Line2D([], [], color=_colour(name, attentions), linewidth=4, label=name) for name in attentions]
+    handles += [
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            linestyle=style,
+            marker=marker,
+            markerfacecolor="white",
+            label=way or "nothing recomputed",
+        )
+        for way, (style, marker) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=10, handlelength=3.5)
+    figure.savefig(path, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return path
 
 
 DRAW = {"speed": draw_speed, "length": draw_length, "dims": draw_dims, "training": draw_training}
