@@ -1,4 +1,4 @@
-"""Packaging. The top-level folder patches/ is installed as lightning_megatron.patches, never as `patches`."""
+"""Packaging. lightning_megatron/patches is a link to the top-level folder patches/, so that both a checkout and an install have it."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,6 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lightning_megatron/__init__.py").read_text("utf-8"))
 README = ROOT / "README.md"
-
-PATCHES = ["lightning_megatron.patches"] + [f"lightning_megatron.patches.{name}" for name in find_packages("patches")]
 
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
@@ -29,8 +27,7 @@ setup(
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["lightning_megatron", "lightning_megatron.*"]) + PATCHES,
-    package_dir={"lightning_megatron.patches": "patches"},
+    packages=find_packages(include=["lightning_megatron", "lightning_megatron.*"]),
     python_requires=">=3.12",
     # No triton: every torch for Linux brings the one it was built with, sometimes under another name (NGC containers).
     install_requires=["torch>=2.6", "numpy"],

@@ -30,15 +30,16 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from . import patches, training
+    from . import patches
+    from .training import run
 
     main_entry = time.time()
     try:
-        container, options = training.configure()
+        container, options = run.configure()
     except (ValueError, AssertionError) as error:
         _give_up(error)
     patches.apply_all(options)
-    training.run(container, _PROGRAM_START, main_entry)
+    run.run(container, _PROGRAM_START, main_entry)
 
 
 def _give_up(error: Exception) -> NoReturn:

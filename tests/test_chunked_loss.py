@@ -9,9 +9,9 @@ import pytest
 import torch
 from megatron.training import arguments as megatron_arguments
 
-from lightning_megatron.arguments import add_arguments, refuse
 from lightning_megatron.spec import make_spec
-from lightning_megatron.training import chunked_loss
+from lightning_megatron.training.arguments import add_arguments, refuse
+from lightning_megatron.training.loss import chunked_loss
 from tests import layers
 from tests.launch import spawn
 from tests.layers import assert_close
@@ -22,12 +22,13 @@ from tests.tolerances import LAYERS as TOLERANCE
 
 CHUNK = 48  # of 128 tokens
 COUNTED = """
-from lightning_megatron import pretrain, training
-original = training.linear_cross_entropy
+from lightning_megatron import pretrain
+from lightning_megatron.training import loss
+original = loss.linear_cross_entropy
 def counted(hidden, *args, chunk, **kwargs):
     print(f"chunk {chunk} of {len(hidden)}\\n", end="")  # one write, or ranks mix theirs
     return original(hidden, *args, chunk=chunk, **kwargs)
-training.linear_cross_entropy = counted
+loss.linear_cross_entropy = counted
 pretrain.main()
 """
 

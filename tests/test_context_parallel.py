@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.ops.triton import states as exchange_kernels
 from lightning_megatron.parallel import direct
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
@@ -287,11 +287,11 @@ def test_a_missing_rank_ends_in_an_error():
 
 
 def places(rank: int, world: int, layout: str, tokens: int, cu_seqlens) -> torch.Tensor:
-    return parallel.token_places(tokens, group=dist.group.WORLD, layout=layout, cu_seqlens=cu_seqlens)
+    return parallel.token_positions(tokens, group=dist.group.WORLD, layout=layout, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("layout", RANKS)
-def test_token_places(layout):
+def test_token_positions(layout):
     cu_seqlens = torch.tensor([0, 12, 12, 36, 48], dtype=torch.int32) if layout == "zigzag-documents" else None
     for rank, found in enumerate(spawn(places, 3, layout, 16, cu_seqlens)):
         assert torch.equal(found, tokens_of(rank, 3, layout, [16] * 3, cu_seqlens))

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import parallel
-from lightning_megatron.ops import triton_backend
-from lightning_megatron.ops.keep import _kept
+from lightning_megatron.ops.memo import _kept
+from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.parallel import chunks, direct
 from lightning_megatron.parallel.exchange import mail_for
 from tests.launch import spawn

@@ -234,7 +234,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``started(script, **variables)``: torchrun's own arguments, and what Megatron parses from the others."""
     from megatron.training.arguments import parse_args
 
-    from lightning_megatron.arguments import add_arguments
+    from lightning_megatron.training.arguments import add_arguments
 
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

@@ -13,8 +13,8 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops"},
-    {"parallel", "softmax_parallel"},
-    {"decay", "patches", "arguments", "norm", "softmax"},
+    {"parallel"},
+    {"decay", "patches", "norm", "softmax"},
     {"mixer"},
     {"spec"},
     {"training"},
@@ -24,20 +24,16 @@ LAYERS = [
 ONLY = {
     "decay": {"config"},
     "parallel": {"ops"},
-    "softmax_parallel": set(),
     "patches": {"config", "compat", "ops", "parallel"},
-    "arguments": {"config", "compat"},
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
-    "arguments": {"megatron"},
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},
-    "softmax_parallel": {"torch"},
     "pretrain": {"megatron"},
 }
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_megatron.patches import packed_rope, recompute
 from megatron.core import package_info
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer import TransformerConfig
@@ -14,9 +13,11 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training import checkpointing, global_vars
 from megatron.training import training as megatron_training
 
-from lightning_megatron import arguments, compat, patches, pretrain, training
-from lightning_megatron.arguments import add_arguments, options_from_args, parts_in_use, refuse
+from lightning_megatron import compat, patches, pretrain
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.patches import packed_rope, recompute
+from lightning_megatron.training import arguments, data, run
+from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use, refuse
 
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -222,7 +223,7 @@ def test_bare_assert_of_megatron_is_shown(parse, installed, capsys):
 
 def test_unexpected_error_keeps_its_traceback(parse, monkeypatch):
     parse()
-    monkeypatch.setattr(training, "configure", lambda: {}["bug"])
+    monkeypatch.setattr(run, "configure", lambda: {}["bug"])
     with pytest.raises(KeyError):
         pretrain.main()
 
@@ -381,19 +382,19 @@ def test_flops_of_a_softmax_model_are_megatrons(count, sums):
 
 def test_embedding_ranks():
     config = TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=2)
-    assert training.embedding_ranks(config, True, [3]) == [3]
-    assert training.embedding_ranks(config, True, [0, 2, 4]) == [0, 4]
-    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0]
+    assert run.embedding_ranks(config, True, [3]) == [3]
+    assert run.embedding_ranks(config, True, [0, 2, 4]) == [0, 4]
+    assert run.embedding_ranks(config, False, [0, 2, 4]) == [0]
     config.mtp_num_layers = 1
-    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
+    assert run.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
 
 
 def test_packed_seq_params():
-    batch = dict.fromkeys(training._BATCH)
-    assert training.packed_seq_params(batch, 8) is None
+    batch = dict.fromkeys(data._BATCH)
+    assert data.packed_seq_params(batch, 8) is None
     batch.update(cu_seqlens=torch.tensor([[0, 3, 8]], dtype=torch.int32), max_seqlen=torch.tensor([5]))
-    params = training.packed_seq_params(batch, 8)
+    params = data.packed_seq_params(batch, 8)
     assert params.cu_seqlens_q.tolist() == [0, 3, 8] and params.max_seqlen_q == 5 and params.cu_seqlens_q_padded is None
     batch["cu_seqlens_padded"] = torch.tensor([[0, 4, 8]], dtype=torch.int32)
-    params = training.packed_seq_params(batch, 8)
+    params = data.packed_seq_params(batch, 8)
     assert params.cu_seqlens_kv.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 4, 8]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_megatron.ops import triton_backend
+from lightning_megatron.ops.triton import attention as triton_backend
 
 from .cases import Case, Impl, assert_same_bits, check, evaluate, make_case
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_megatron.ops import linear_cross_entropy, loss_kernels, vocab_parallel_cross_entropy
+from lightning_megatron.ops import linear_cross_entropy, vocab_parallel_cross_entropy
+from lightning_megatron.ops.triton import loss as loss_kernels
 
 from ..launch import spawn
 from ..tolerances import LOSS, POINTWISE

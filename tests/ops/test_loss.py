@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.ops import loss_kernels, vocab_parallel_cross_entropy
+from lightning_megatron.ops import vocab_parallel_cross_entropy
+from lightning_megatron.ops.triton import loss as loss_kernels
 
 from ..launch import spawn
 from ..tolerances import LOSS, POINTWISE

@@ -8,7 +8,7 @@ import torch.distributed as dist
 LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
 
 
-def token_places(
+def token_positions(
     tokens: int,
     *,
     group: dist.ProcessGroup,
@@ -44,7 +44,7 @@ def packed_angles(
     ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all ranks, of
     the places in the whole sequence: what Megatron's GPTModel passes to its layers.
     """
-    places = token_places(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
+    places = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
     if freqs.shape[0] != tokens * group.size():
         bounds = cu_seqlens.long()
         places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]

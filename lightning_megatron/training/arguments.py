@@ -11,8 +11,8 @@ import typing
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .compat import importable, version
-from .config import LightningOptions
+from ..compat import importable, version
+from ..config import LightningOptions
 
 _TE = "transformer_engine.pytorch"
 _PREFIX = "lightning_"
