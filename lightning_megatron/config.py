@@ -11,7 +11,6 @@ FEATURE_MAPS = ("silu", "silu-qkv", "none")
 NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
 BACKENDS = ("auto", "triton", "torch")
-CP_LAYOUTS = ("auto", "zigzag", "zigzag-documents", "contiguous")
 CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
 
 # Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
@@ -64,11 +63,6 @@ class LightningOptions:
         "auto",
         "how context-parallel ranks pass states: auto is direct within a node, else all-gather up to 16 ranks, scan beyond",
         CP_EXCHANGES,
-    )
-    cp_layout: str = _option(
-        "auto",
-        "which tokens a context-parallel rank holds: auto is Megatron's, zigzag-documents with --sft and zigzag otherwise",
-        CP_LAYOUTS,
     )
     cp_keep_states: bool = _option(
         True,
@@ -202,3 +196,16 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
     if any(entry not in (0, 1) for entry in freq):
         raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
     return [bool(entry) for entry in freq]
+
+
+_PREPARED = "_lightning_prepared"  # an attribute of the config itself, so that it lives as long as that
+
+
+def mark_prepared(config: Any, what: tuple) -> None:
+    """``runtime.prepare`` has been called with ``what`` for this config."""
+    setattr(config, _PREPARED, what)
+
+
+def prepared_with(config: Any) -> tuple | None:
+    """What ``runtime.prepare`` was last called with for this config."""
+    return getattr(config, _PREPARED, None)

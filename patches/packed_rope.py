@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..parallel import packed_angles
+from ..rope import packed_angles
 from ._replace import replace
 
 SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)

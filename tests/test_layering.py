@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- spec <- training <- pretrain; each part knows only what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each part knows what it must."""
 
 import ast
 import subprocess
@@ -14,8 +14,10 @@ PACKAGE = "lightning_megatron"
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops"},
     {"parallel"},
-    {"decay", "patches", "norm", "softmax"},
-    {"mixer"},
+    {"decay", "norm", "softmax", "rope"},
+    {"patches"},
+    {"mixer", "summary"},
+    {"runtime"},
     {"spec"},
     {"training"},
     {"pretrain"},
@@ -24,7 +26,7 @@ LAYERS = [
 ONLY = {
     "decay": {"config"},
     "parallel": {"ops"},
-    "patches": {"config", "compat", "ops", "parallel"},
+    "patches": {"config", "compat", "ops", "parallel", "rope"},
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {

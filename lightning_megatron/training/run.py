@@ -27,8 +27,10 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from ..config import LightningOptions, resolve_shape
-from ..spec import get_hybrid_layer_specs, layer_norm, make_spec
+from ..config import LightningOptions
+from ..norm import layer_norm
+from ..runtime import check, loader_layout
+from ..spec import make_spec
 from .arguments import add_arguments, args_defaults, options_from_args, parts_in_use, refuse
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
@@ -50,8 +52,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     config = core_transformer_config_from_args(args)
-    resolve_shape(config, options, args.tensor_model_parallel_size)
-    get_hybrid_layer_specs(config, options)  # only to hear now what it refuses
+    check(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = make_spec(options)
     log_single_rank(logger, logging.INFO, parts_in_use(args, layer_norm(config).__name__))

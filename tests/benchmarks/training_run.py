@@ -114,7 +114,8 @@ def softmax_spec(config, vp_stage: int | None = None):
     """Every layer a softmax layer as the plugin builds it beside lightning layers: same norms, MLPs and SDPA core."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from lightning_megatron.spec import get_hybrid_layer_specs, layer_norm
+    from lightning_megatron.norm import layer_norm
+    from lightning_megatron.spec import get_hybrid_layer_specs
 
     assert vp_stage is None and config.transformer.pipeline_model_parallel_size == 1
     layers = config.transformer.num_layers
