@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_megatron.patches import flops as megatron_flops
 
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.patches import flops as megatron_flops
 from tests.benchmarks import training, training_models
 from tests.benchmarks.training_run import summarize
 from tests.launch import run_pretrain

@@ -10,9 +10,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from tests import layers
+from tests.helpers.context_parallel import tokens_of
 from tests.launch import spawn
 from tests.layers import Variant, assert_close
-from tests.test_context_parallel import tokens_of
 from tests.tolerances import LAYERS as TOLERANCE
 
 EVERYTHING = dict(rope=True, qk_norm=True, num_kv_heads=2, norm="all", decay="alibi")

@@ -1,6 +1,7 @@
 """The command line of the own entry point, the patches, and the FLOPs count. No process group, no training."""
 
 import dataclasses
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -17,12 +18,9 @@ from lightning_megatron import compat, patches, pretrain
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.patches import packed_rope, recompute
 from lightning_megatron.training import arguments, data, run
-from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use, refuse
+from lightning_megatron.training.arguments import options_from_args, parts_in_use, refuse
+from tests.helpers.arguments import MODEL, parse_flags
 
-MODEL = (
-    "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
-)
 KERNELS = {
     "apply_rope_fusion": ("--rope-fusion", "--no-rope-fusion", True),
     "no_persist_layer_norm": ("--persist-layer-norm", "--no-persist-layer-norm", False),
@@ -35,11 +33,7 @@ KERNELS = {
 def parse(monkeypatch):
     """Parse MODEL and more flags as Megatron does."""
 
-    def run(flags="", model=MODEL):
-        monkeypatch.setattr(sys, "argv", ["pretrain", *model.split(), *flags.split()])
-        return megatron_arguments.parse_args(add_arguments)
-
-    return run
+    return functools.partial(parse_flags, monkeypatch)
 
 
 @pytest.fixture

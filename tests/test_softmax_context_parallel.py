@@ -15,11 +15,11 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from lightning_megatron.softmax import SDPACoreAttention
 from lightning_megatron.softmax.parallel import Gather
 from tests import layers
+from tests.helpers.context_parallel import draw_documents, tokens_of
+from tests.helpers.softmax import causal, softmax_attention
 from tests.launch import spawn
 from tests.layers import transformer_config
 from tests.ops.cases import pick, randn
-from tests.test_context_parallel import draw_documents, tokens_of
-from tests.test_softmax import causal, softmax_attention
 from tests.tolerances import LAYERS
 
 LAYOUTS = ("plain", "packed", "documents-cut")

@@ -13,12 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import global_vars
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from lightning_megatron import patches, runtime, spec
 from lightning_megatron.config import LightningOptions, lightning_pattern
@@ -28,6 +26,7 @@ from lightning_megatron.runtime import prepare
 from lightning_megatron.spec import get_lightning_layer_spec, lightning_layer_spec, lightning_spec, make_spec
 from lightning_megatron.summary import layer_map
 from tests import layers
+from tests.helpers.models import gpt
 from tests.launch import spawn
 from tests.layers import decay_of, transformer_config
 
@@ -167,18 +166,6 @@ def test_layer_map_counts_the_parameters_of_the_modules():
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
-
-
-def gpt(config, layer_spec) -> GPTModel:
-    """The model as Megatron's training builds it."""
-    model = GPTModelConfig(
-        transformer=config,
-        transformer_layer_spec=layer_spec,
-        vocab_size=64,
-        seq_length=32,
-        position_embedding_type="rope",
-    )
-    return GPTModelBuilder(model).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
 def loss_of(model: GPTModel) -> torch.Tensor:

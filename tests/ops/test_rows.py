@@ -8,8 +8,7 @@ import torch
 from lightning_megatron.ops import backend as backends
 
 from ..tolerances import assert_close
-from .cases import Case, Impl, judge, make_case, pick
-from .test_packed import random_documents
+from .cases import Case, Impl, judge, make_case, pick, random_documents
 
 
 def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) -> tuple[Case, torch.Tensor]:
