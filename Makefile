@@ -2,50 +2,90 @@
 
 VENV := .venv
 OUT := demo_out
-STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test lint clean
+# Tests without training and without Triton's interpreter, for `make check`.
+QUICK := tests/test_decay.py tests/test_layering.py tests/test_makefile.py tests/test_mixer_errors.py \
+	tests/test_pretrain_args.py tests/test_spec.py tests/ops/test_errors.py tests/ops/test_reference.py
+
+# Names may hold spaces and quotes: recipes quote them for the shell, the stamp's name is escaped for make.
+quote = '$(subst ','\'',$(1))'
+space := $(subst ,, )
+STAMP := $(subst $(space),\ ,$(subst $$,$$$$,$(VENV)))/.installed
+PY = $(call quote,$(VENV)/bin/python)
+
+$(foreach name,VENV OUT,$(if $(strip $($(name))),,$(error $(name) is empty; name a folder, or leave $(name)= out)))
+
+.PHONY: help venv demo test check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
-	@echo '             (about 5 minutes on 2 CPU cores; on a GPU where there is one; results in $(OUT)/)'
-	@echo 'make test    install, then lint and run the tests (those marked gpu are skipped without a GPU)'
-	@echo 'make venv    only install, into $(VENV)/: 5 GB, because torch for Linux brings its CUDA libraries'
-	@echo 'make lint    only ruff'
-	@echo 'make clean   remove what make made: $(VENV)/, $(OUT)/, caches'
-	@echo 'Variables:   PYTHON=/path/to/python3.12   OUT=folder of the demo   PYTEST="-k name -x"'
+	@echo '             (about 5 minutes on 2 CPU cores; on a GPU where there is one)'
+	@echo 'make test    install, then lint, types and all tests (those marked gpu are skipped without a GPU)'
+	@echo 'make check   lint, types and the quick tests, in at most 90 seconds: before every commit'
+	@echo 'make docs    build the documentation into docs/_build/html; a warning is an error'
+	@echo 'make venv    only install, into .venv: 5 GB, because torch for Linux brings its CUDA libraries'
+	@echo 'make lint    only ruff: check and format'
+	@echo 'make format  let ruff format the code, and fix what it can'
+	@echo 'make types   only mypy, over the public modules'
+	@echo 'make clean   remove what make made: the environment, the results of the demo, the docs, caches'
+	@echo 'Variables:   PYTHON=/path/to/python3.12   VENV=.venv   OUT=demo_out   PYTEST="-k name -x"'
 
 venv: $(STAMP)
 
 # uv takes a third of the time of pip; pip is there for what only pip.conf knows, such as a mirror.
 $(STAMP): setup.py tests/constraints.txt
-	@set -e; start=$$(date +%s); \
-	if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	@set -e; start=$$(date +%s); venv=$(call quote,$(VENV)); \
+	if ! "$$venv/bin/python" -m pip --version >/dev/null 2>&1; then \
 		python=$$(sh examples/find_python.sh); \
-		echo "==> creating $(VENV) with $$python"; \
-		"$$python" -m venv --clear $(VENV); \
+		echo "==> creating $$venv with $$python"; \
+		"$$python" -m venv --clear "$$venv"; \
+		touch "$$venv/.lightning_venv"; \
 	fi; \
 	echo "==> installing torch, megatron-core and this package: 5 GB, about a minute once downloaded"; \
-	what="--constraint tests/constraints.txt --editable .[test]"; \
-	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check uv || true; \
-	if ! $(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python $$what; then \
+	what="--constraint tests/constraints.txt --editable .[test,docs]"; \
+	"$$venv/bin/python" -m pip install -qq --disable-pip-version-check uv || true; \
+	if ! "$$venv/bin/uv" pip install --quiet --compile-bytecode --python "$$venv/bin/python" $$what; then \
 		echo "==> uv could not do it; once more with pip"; \
-		$(VENV)/bin/python -m pip install -qq --disable-pip-version-check $$what; \
+		"$$venv/bin/python" -m pip install -qq --disable-pip-version-check $$what; \
 	fi; \
-	touch $@; \
+	touch "$$venv/.installed"; \
 	echo "==> installed in $$(( $$(date +%s) - start )) s"
 
 demo: $(STAMP)
-	@$(VENV)/bin/python examples/demo.py --out $(OUT)
+	@$(PY) examples/demo.py --out=$(call quote,$(OUT))
 
 lint: $(STAMP)
-	@$(VENV)/bin/ruff check .
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
-test: lint
-	@start=$$(date +%s); $(VENV)/bin/python -m pytest tests $(PYTEST); status=$$?; \
+format: $(STAMP)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+types: $(STAMP)
+	@$(PY) -m mypy
+
+test: lint types
+	@start=$$(date +%s); $(PY) -m pytest tests $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
+check: lint types
+	@start=$$(date +%s); $(PY) -m pytest -q $(QUICK) $(PYTEST); status=$$?; \
+	echo "==> quick tests took $$(( $$(date +%s) - start )) s"; exit $$status
+
+docs: $(STAMP)
+	@$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+# Removes a folder that a user may have named only if it carries the mark of what made it.
+remove_marked = @folder=$(call quote,$(1)); \
+	if [ ! -e "$$folder" ]; then :; \
+	elif [ -e "$$folder/$(2)" ]; then rm -rf -- "$$folder"; \
+	else echo "left $$folder: it holds no $(2), which $(3) writes; remove it yourself if you do not need it"; fi
+
 clean:
-	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache
+	$(call remove_marked,$(VENV),.lightning_venv,make venv)
+	$(call remove_marked,$(OUT),.lightning_demo,make demo)
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -maxdepth 1 -name '*.egg-info' -exec rm -rf {} +

@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT, help="text to continue at the end")
     options = parser.parse_args()
     out: Path = options.out.resolve()
+    if out.exists() and not out.is_dir():
+        raise SystemExit(f"demo: {out} is a file; give a folder with --out")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise SystemExit(f"demo: {out} holds files that are not the demo's; give another folder, or an empty one")
     shutil.rmtree(out, ignore_errors=True)

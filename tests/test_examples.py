@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +228,14 @@ def test_demo_leaves_foreign_folders_alone(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_demo_does_not_take_a_file_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path / "thesis.txt")])
+    with pytest.raises(SystemExit, match="is a file"):
+        demo.main()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``started(script, **variables)``: torchrun's own arguments, and what Megatron parses from the others."""
@@ -308,9 +315,3 @@ def test_patches_are_part_of_the_package(tmp_path: Path) -> None:
     code = "import lightning_megatron.patches as p, importlib.util as u; print(p.__name__, u.find_spec('patches'))"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.split() == ["lightning_megatron.patches", "None"], run.stderr
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_help_names_the_commands() -> None:
-    text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "make demo" in text and "make test" in text

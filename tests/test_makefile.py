@@ -1,0 +1,175 @@
+"""The Makefile, run for real in a folder of its own, with a virtual environment that only writes down what it is asked."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = ".lightning_demo"  # examples/demo.py
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+# bin/python of the stub: every argument on a line, and for `-m venv --clear DIR` a copy of itself there
+STUB = """#!/bin/sh
+printf '%s\\n' "$@" END >> "{log}"
+case "$*" in
+    "-c "*) echo "usable $0" ;;
+    "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+esac
+"""
+
+
+class Checkout:
+    """A folder with the Makefile and what it reads. ``calls`` are the arguments of each call of the stub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder.parent / "calls"
+        for name in ("Makefile", "setup.py", "pyproject.toml", "tests/constraints.txt", "examples/find_python.sh"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+    def stub(self, path: Path) -> Path:
+        path.parent.mkdir(parents=True)
+        path.write_text(STUB.format(log=self.log))
+        path.chmod(0o755)
+        return path
+
+    def installed(self, venv: str = ".venv") -> Path:
+        """A virtual environment that make takes for finished."""
+        self.stub(self.folder / venv / "bin" / "python")
+        (self.folder / venv / ".installed").touch()
+        return self.folder / venv
+
+    def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        self.log.unlink(missing_ok=True)
+        return subprocess.run(
+            ["make", *arguments], cwd=self.folder, env=inherited | environment, capture_output=True, text=True, timeout=60
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        text = self.log.read_text() if self.log.exists() else ""
+        return [call.splitlines() for call in text.split("END\n")[:-1]]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "a checkout")
+
+
+def folder_with(path: Path, *names: str) -> Path:
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).touch()
+    return path
+
+
+def test_clean_takes_a_name_with_a_space_for_one_name(checkout: Checkout) -> None:
+    others = [folder_with(checkout.folder.parent / "some", "thesis"), folder_with(checkout.folder / "dir", "thesis")]
+    demo = folder_with(checkout.folder.parent / "some dir", MARKER, "loss.png")
+    run = checkout.make("clean", "OUT=../some dir")
+    assert run.returncode == 0, run.stderr
+    assert all((folder / "thesis").exists() for folder in others)
+    assert not demo.exists()
+
+
+@pytest.mark.parametrize("name", ["../foreign", "it's", "x$unset`y`", "-rf", "*", "."])
+def test_clean_leaves_what_the_demo_did_not_make(checkout: Checkout, name: str) -> None:
+    thesis = checkout.folder / name / "thesis"
+    thesis.parent.mkdir(parents=True, exist_ok=True)
+    thesis.touch()
+    run = checkout.make("clean", "OUT=" + name.replace("$", "$$"))
+    assert run.returncode == 0, run.stderr
+    assert thesis.exists()
+    assert f"left {name}: it holds no {MARKER}" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["it's", "x$unset`y`", "-rf", "*"])
+def test_clean_removes_what_the_demo_made_whatever_its_name(checkout: Checkout, name: str) -> None:
+    folder_with(checkout.folder / name, MARKER)
+    run = checkout.make("clean", "OUT=" + name.replace("$", "$$"))
+    assert run.returncode == 0 and not (checkout.folder / name).exists(), run.stderr
+    assert (checkout.folder / "setup.py").exists()
+
+
+def test_clean_of_the_root_folder_leaves_it(checkout: Checkout) -> None:
+    rm = checkout.stub(checkout.folder.parent / "tools" / "rm")  # deletes nothing, should the Makefile be wrong
+    run = checkout.make("clean", "OUT=/", "VENV=/", PATH=f"{rm.parent}:{os.environ['PATH']}")
+    assert checkout.calls and not any("/" in call for call in checkout.calls)
+    assert f"left /: it holds no {MARKER}" in run.stdout and "left /: it holds no .lightning_venv" in run.stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "clean"])
+@pytest.mark.parametrize("variable", ["OUT", "VENV"])
+def test_an_empty_name_is_refused(checkout: Checkout, target: str, variable: str) -> None:
+    checkout.installed()
+    run = checkout.make(target, f"{variable}=")
+    assert run.returncode != 0 and f"{variable} is empty" in run.stderr
+    assert checkout.calls == [] and (checkout.folder / ".venv").exists()
+
+
+def test_clean_leaves_an_environment_that_make_did_not_create(checkout: Checkout) -> None:
+    venv = checkout.installed("my env")
+    run = checkout.make("clean", "VENV=my env")
+    assert run.returncode == 0 and venv.exists()
+    assert "left my env: it holds no .lightning_venv" in run.stdout
+    (venv / ".lightning_venv").touch()
+    assert checkout.make("clean", "VENV=my env").returncode == 0 and not venv.exists()
+
+
+@pytest.mark.parametrize("name", ["demo_out", "a folder with space", "it's", "x$unset"])
+def test_demo_takes_any_name(checkout: Checkout, name: str) -> None:
+    checkout.installed()
+    run = checkout.make("demo", "OUT=" + name.replace("$", "$$"))
+    assert run.returncode == 0, run.stderr
+    assert checkout.calls == [["examples/demo.py", f"--out={name}"]]
+
+
+def test_venv_and_python_with_spaces(checkout: Checkout) -> None:
+    python = checkout.stub(checkout.folder / "my pythons" / "python3.12")
+    arguments = [f"PYTHON={python}", "VENV=an env", "OUT=the demo"]
+    run = checkout.make("demo", *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ["-m", "venv", "--clear", "an env"] in checkout.calls
+    assert checkout.calls[-1] == ["examples/demo.py", "--out=the demo"]
+    assert (checkout.folder / "an env" / ".installed").exists()
+    assert checkout.make("demo", *arguments).returncode == 0
+    assert checkout.calls == [["examples/demo.py", "--out=the demo"]], "installed a second time"
+    assert checkout.make("clean", *arguments).returncode == 0 and not (checkout.folder / "an env").exists()
+
+
+def test_pytest_arguments_are_words_as_in_a_shell(checkout: Checkout) -> None:
+    checkout.installed()
+    run = checkout.make("test", "PYTEST=-x -k 'one or two'")
+    assert run.returncode == 0, run.stderr
+    assert checkout.calls[-1] == ["-m", "pytest", "tests", "-x", "-k", "one or two"]
+    modules = [call[1] for call in checkout.calls if call[0] == "-m"]
+    assert modules == ["ruff", "ruff", "mypy", "pytest"]
+
+
+def test_check_runs_lint_types_and_files_that_exist(checkout: Checkout) -> None:
+    checkout.installed()
+    run = checkout.make("check")
+    assert run.returncode == 0, run.stderr
+    modules = [call[1] for call in checkout.calls if call[0] == "-m"]
+    assert modules == ["ruff", "ruff", "mypy", "pytest"]
+    files = [argument for argument in checkout.calls[-1] if argument.endswith(".py")]
+    assert len(files) > 5
+    missing = [name for name in files if not (ROOT / name).is_file()]
+    assert not missing, f"QUICK in the Makefile names files that are gone: {missing}"
+
+
+def test_docs_are_built_strictly(checkout: Checkout) -> None:
+    checkout.installed()
+    assert checkout.make("docs").returncode == 0
+    assert checkout.calls[-1][:2] == ["-m", "sphinx"] and "--fail-on-warning" in checkout.calls[-1]
+
+
+def test_help_names_every_command() -> None:
+    text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = ("demo", "test", "check", "docs", "venv", "lint", "format", "types", "clean")
+    assert all(f"make {command} " in text for command in commands)
