@@ -71,8 +71,8 @@ def packed_angles(
 ) -> torch.Tensor:
     """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their positions in their documents.
 
-    ``freqs [length, 1, 1, dim]`` are those of the positions in a document, or, where there are as many as tokens on all ranks, of
-    the positions in the whole sequence: what Megatron's GPTModel passes to its layers.
+    ``freqs [length, 1, 1, dim]`` belong to positions in a document; or, if there are as many as tokens on all ranks, to
+    positions in the whole sequence, which is what Megatron's GPTModel passes to its layers.
     """
     positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
     if freqs.shape[0] != tokens * group.size():

@@ -1,14 +1,15 @@
 """Builders of layer and block specs, and the targets of ``--spec``.
 
 Names for ``--spec lightning_megatron.spec NAME`` of Megatron-LM's pretrain_gpt.py:
-    lightning_spec         called by Megatron >= 0.19; a block of lightning and softmax layers, by --linear-attention-freq
-    lightning_layer_spec   one ModuleSpec, for code that needs a ModuleSpec rather than a callable; each layer looks up its
-                           global number (the final norm of the block is then Megatron's own, which refuses sequence
-                           parallelism unless TransformerEngine or apex is installed)
+    lightning_spec         a callable, for Megatron >= 0.19: a block of lightning and softmax layers, which
+                           --linear-attention-freq places
+    lightning_layer_spec   one ModuleSpec, for code that needs a ModuleSpec rather than a callable: each layer looks up
+                           its global number. The final norm of the block is then Megatron's own, which refuses sequence
+                           parallelism unless TransformerEngine or apex is installed.
 For other options put ``my_spec = make_spec(decay="minimax", scale=1.0)`` into a module of your own.
 
-The builders ``get_...`` are pure: they print nothing and patch nothing. ``runtime.prepare`` does that, once on every rank; the
-targets above call it, and a program of your own does so before it builds its model.
+The builders ``get_...`` are pure: they print nothing and patch nothing. ``runtime.prepare`` does that, once on every
+rank. The targets above call it; a program of your own calls it before it builds its model.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def get_hybrid_layer_specs(
 ) -> list[ModuleSpec]:
     """Specs of all layers of the model, over all pipeline stages: lightning or softmax, dense or MoE.
 
-    MLPs, experts and projections are those of Megatron's own spec for ``config.transformer_impl``. For "local", norms and
-    softmax core attention are replaced by ones that support sequence parallelism and long sequences.
+    MLPs, experts and projections are those of Megatron's own spec for ``config.transformer_impl``. For "local", this
+    package's norms and softmax core take the place of Megatron's: they support sequence parallelism and long sequences.
 
     Args:
         config: Megatron's TransformerConfig.
@@ -146,8 +147,8 @@ def get_hybrid_block_spec(
         local = list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)))
         if not local:
             raise ValueError(
-                f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; use fewer "
-                "stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
+                f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; "
+                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
             )
     return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=layer_norm(config))
 

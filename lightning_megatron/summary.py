@@ -51,17 +51,23 @@ def layer_map(config, options: LightningOptions) -> str:
     te = config.transformer_impl == "transformer_engine"
     softmax = sum(not lightning for lightning in pattern)
     core = "TransformerEngine's core attention" if te else "torch's scaled_dot_product_attention"
-    return (
-        f"lightning_megatron {__version__}: {sum(pattern)} lightning layers (L), {softmax} softmax layers (s)\n{rows}\n"
-        f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, V {shape.value_dim}, "
-        f"scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, gate {options.gate}, "
-        f"rope {'on' if options.rope else 'off'}, q/k norm {'on' if options.qk_norm else 'off'}, backend {options.backend}\n"
-        f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
-        f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens\n"
-        f"  attention parameters a layer: lightning {lightning_size:,}" + (f", softmax {softmax_size:,}" if softmax else "")
-        + f"\n  parts: {layer_norm(config).__name__} for layer norms" + (f", {core} for softmax layers" if softmax else "")
-        + f"; megatron-core {version('megatron-core')}, torch {version('torch')}, triton {version('triton')}"
-    )  # fmt: skip
+    on = {True: "on", False: "off"}
+    sizes = f"lightning {lightning_size:,}" + (f", softmax {softmax_size:,}" if softmax else "")
+    parts = f"{layer_norm(config).__name__} for layer norms" + (f", {core} for softmax layers" if softmax else "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton"))
+    return "\n".join(
+        (
+            f"lightning_megatron {__version__}: {sum(pattern)} lightning layers (L), {softmax} softmax layers (s)",
+            rows,
+            f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, "
+            f"V {shape.value_dim}, scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, "
+            f"gate {options.gate}, rope {on[options.rope]}, q/k norm {on[options.qk_norm]}, backend {options.backend}",
+            f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
+            f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens",
+            f"  attention parameters a layer: {sizes}",
+            f"  parts: {parts}; {versions}",
+        )
+    )
 
 
 def _half_life(value: torch.Tensor) -> str:

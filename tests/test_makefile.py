@@ -47,7 +47,12 @@ class Checkout:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         self.log.unlink(missing_ok=True)
         return subprocess.run(
-            ["make", *arguments], cwd=self.folder, env=inherited | environment, capture_output=True, text=True, timeout=60
+            ["make", *arguments],
+            cwd=self.folder,
+            env=inherited | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
 
     @property
