@@ -24,9 +24,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from lightning_megatron.arguments import options_from_args
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.spec import make_spec
+from lightning_megatron.training.arguments import options_from_args
 
 
 def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:

@@ -11,7 +11,6 @@ FEATURE_MAPS = ("silu", "silu-qkv", "none")
 NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
 BACKENDS = ("auto", "triton", "torch")
-CP_LAYOUTS = ("auto", "zigzag", "zigzag-documents", "contiguous")
 CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
 
 # Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
@@ -62,17 +61,14 @@ class LightningOptions:
     )
     cp_exchange: str = _option(
         "auto",
-        "how context-parallel ranks pass states: auto is direct within a node, else all-gather up to 16 ranks, scan beyond",
+        "how context-parallel ranks pass states: auto takes direct within a node, else all-gather up to 16 ranks and "
+        "scan beyond",
         CP_EXCHANGES,
-    )
-    cp_layout: str = _option(
-        "auto",
-        "which tokens a context-parallel rank holds: auto is Megatron's, zigzag-documents with --sft and zigzag otherwise",
-        CP_LAYOUTS,
     )
     cp_keep_states: bool = _option(
         True,
-        "with full recompute, keep the states that entered, so that context-parallel ranks exchange them once and not twice",
+        "with full recompute, keep the incoming states of the first forward, so that context-parallel ranks exchange "
+        "states once instead of twice",
     )
 
     def __post_init__(self) -> None:
@@ -138,9 +134,9 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
         value = getattr(config, name, None)
         if value not in (None, _MEGATRON_LINEAR_DEFAULTS[name]):
             raise ValueError(
-                f"--{name.replace('_', '-')} {value} is Megatron's flag for gated delta net, whose value heads outnumber "
-                "its key heads. A lightning layer has --num-attention-heads query heads; set the number of key/value "
-                "heads with --lightning-num-kv-heads, or make_spec(num_kv_heads=...)"
+                f"--{name.replace('_', '-')} {value} is Megatron's flag for gated delta net, whose value heads "
+                "outnumber its key heads. A lightning layer has --num-attention-heads query heads; set the number of "
+                "key/value heads with --lightning-num-kv-heads, or make_spec(num_kv_heads=...)"
             )
 
     def dim(option: int | None, megatron_name: str, fallback: int) -> int:
@@ -159,8 +155,8 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
         )
     if kv_heads % tp:
         raise ValueError(
-            f"{kv_heads} key/value heads cannot be split over tensor-parallel size {tp}; use a --tensor-model-parallel-size "
-            "that divides them, or more key/value heads"
+            f"{kv_heads} key/value heads cannot be split over tensor-parallel size {tp}; use a "
+            "--tensor-model-parallel-size that divides them, or more key/value heads"
         )
     groups = {"head": heads, "group": options.norm_groups, "all": 1, "none": 0}[options.norm]
     assert groups is not None
@@ -168,8 +164,8 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
         raise ValueError(f"norm_groups={groups} must divide the {heads} heads")
     if groups > 1 and groups % tp:
         raise ValueError(
-            f"norm_groups={groups} must be divisible by tensor-parallel size {tp}, so that every group lives on one rank; "
-            "use norm='all' for one group over all ranks"
+            f"norm_groups={groups} must be divisible by tensor-parallel size {tp}, so that every group lives on one "
+            "rank; use norm='all' for one group over all ranks"
         )
     return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
 
@@ -197,8 +193,22 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
         return [(layer + 1) % freq != 0 for layer in range(num_layers)]
     if len(freq) != num_layers:
         raise ValueError(
-            f"--linear-attention-freq lists {len(freq)} layers, but --num-layers is {num_layers}: give one entry a layer"
+            f"--linear-attention-freq lists {len(freq)} layers, but --num-layers is {num_layers}: give one entry "
+            "a layer"
         )
     if any(entry not in (0, 1) for entry in freq):
         raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
     return [bool(entry) for entry in freq]
+
+
+_PREPARED = "_lightning_prepared"  # an attribute of the config itself, so that it lives as long as that
+
+
+def mark_prepared(config: Any, what: tuple) -> None:
+    """``runtime.prepare`` has been called with ``what`` for this config."""
+    setattr(config, _PREPARED, what)
+
+
+def prepared_with(config: Any) -> tuple | None:
+    """What ``runtime.prepare`` was last called with for this config."""
+    return getattr(config, _PREPARED, None)

@@ -83,7 +83,8 @@ def log_decay(
         raise ValueError(f"decay preset {preset!r} is unknown; choose one of {', '.join(DECAY_PRESETS)}")
     if num_heads < 1 or num_layers < 1 or not 0 <= layer < num_layers:
         raise ValueError(
-            f"num_heads={num_heads} and num_layers={num_layers} must be positive and layer={layer} within 0..num_layers-1"
+            f"num_heads={num_heads} and num_layers={num_layers} must be positive and layer={layer} within "
+            "0..num_layers-1"
         )
     if num_heads % tp_size or not 0 <= tp_rank < tp_size:
         raise ValueError(

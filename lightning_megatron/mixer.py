@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -17,13 +16,17 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.core.utils import log_single_rank
 
-from .config import LightningOptions, resolve_shape
+from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
 from .packed import document_bounds, sharing_group
-from .parallel import lightning_attn, packed_angles
+from .parallel import lightning_attn
+from .rope import rotate
+
+logger = logging.getLogger("lightning_megatron")
 
 
 @dataclass
@@ -48,6 +51,7 @@ class LightningAttention(MegatronModule):
         submodules: the projections.
         layer_number: 1-based, over all pipeline stages.
         options: what Megatron's config does not say (``lightning_megatron.config``).
+        layout: which tokens a context-parallel rank holds, as the data loader cuts them (``parallel.lightning_attn``).
         pg_collection: process groups; tp and cp are used.
 
     Raises:
@@ -60,6 +64,7 @@ class LightningAttention(MegatronModule):
         submodules: LightningAttentionSubmodules,
         layer_number: int,
         options: LightningOptions | None = None,
+        layout: str = "zigzag",
         pg_collection: ProcessGroupCollection | None = None,
         *,
         name: str | None = None,
@@ -71,6 +76,14 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.__init__", unknown)
         del cp_comm_type, pp_layer_offset  # schemes of softmax attention; layer_number is global already
         self.options = options = options or LightningOptions()
+        self.layout = layout
+        if prepared_with(config) is None:
+            log_single_rank(
+                logger,
+                logging.WARNING,
+                "a lightning layer is built without lightning_megatron.runtime.prepare(config, options): flags are not checked, "
+                "and Megatron is not patched (README, From Python)",
+            )
         self.layer_number = layer_number
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = self.pg_collection.tp
@@ -166,7 +179,10 @@ class LightningAttention(MegatronModule):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if options.rope:
-            q, k = self._rotate(q, k, rotary_pos_emb, cu_seqlens, inference_context, group, layout)
+            q, k = rotate(
+                q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
+                inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
+            )  # fmt: skip
 
         o, state = lightning_attn(
             *(x.transpose(0, 1) for x in (q, k, v)),
@@ -196,46 +212,10 @@ class LightningAttention(MegatronModule):
         return document_bounds(packed)
 
     def _layout(self, packed: PackedSeqParams | None) -> str:
-        """Which tokens a rank has; Megatron cuts batches of dynamic size as a whole."""
-        layout = "zigzag" if self.options.cp_layout == "auto" else self.options.cp_layout
-        if packed is None:
-            return "zigzag" if layout == "zigzag-documents" else layout
-        return layout if packed.local_cp_size is None else "zigzag"
-
-    def _rotate(
-        self, q, k, rotary_pos_emb, cu_seqlens, inference_context, group=None, layout="zigzag"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it."""
-        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
-            return q, k
-        if rotary_pos_emb is None:
-            raise ValueError(
-                "lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope"
-            )
-        freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-        if freqs[0].shape[-1] > self.shape.key_dim:
-            raise ValueError(
-                f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
-                f"{self.shape.key_dim}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
-            )
-        if inference_context is not None:
-            start = inference_context.sequence_len_offset
-            freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
-        packed = cu_seqlens is not None
-        if packed and group is not None and group.size() > 1:
-            # Megatron's packed rope takes documents for cut one by one: here every token gets its own angle
-            cut = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
-            freqs, packed = tuple(packed_angles(f, q.shape[0], **cut) for f in freqs), False
-        common = dict(
-            config=self.config,
-            cu_seqlens=cu_seqlens if packed else None,
-            mscale=_yarn_get_concentration_factor_from_config(self.config),  # 1 without YaRN
-            cp_group=self.pg_collection.cp,
-        )
-        rotated = (
-            apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)
-        )
-        return tuple(x.unsqueeze(1) if packed else x for x in rotated)
+        """Which tokens a rank holds; Megatron cuts batches of dynamic size as a whole, and without documents there are none."""
+        if self.layout == "zigzag-documents" and (packed is None or packed.local_cp_size is not None):
+            return "zigzag"
+        return self.layout
 
     def _cached_state(self, context, packed: PackedSeqParams | None) -> torch.Tensor | None:
         """The state after the tokens seen so far: fp32 ``[b, H, K, V]``, whatever their number."""

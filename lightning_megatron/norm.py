@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from .compat import importable
 from .ops import norm_gate
 
 
@@ -51,6 +52,19 @@ class TorchNorm(torch.nn.Module):
         else:
             y = F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
         return y.to(dtype)
+
+
+def layer_norm(config) -> type:
+    """The norm of layers and of the block's end: TransformerEngine's, apex's (LayerNorm only), or torch's."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    if config.normalization == "LayerNorm" and importable("apex.normalization.fused_layer_norm"):
+        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+        return FusedLayerNorm
+    return TorchNorm
 
 
 class OutputNorm(torch.nn.Module):

@@ -30,19 +30,20 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from . import patches, training
+    from . import patches
+    from .training import run
 
     main_entry = time.time()
     try:
-        container, options = training.configure()
+        container, options = run.configure()
     except (ValueError, AssertionError) as error:
         _give_up(error)
     patches.apply_all(options)
-    training.run(container, _PROGRAM_START, main_entry)
+    run.run(container, _PROGRAM_START, main_entry)
 
 
 def _give_up(error: Exception) -> NoReturn:
-    # Half of Megatron's checks are bare asserts, e.g. "assert args.micro_batch_size is not None": show the check itself.
+    # Half of Megatron's checks are bare asserts, such as "assert args.micro_batch_size is not None": show the check.
     message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
     print(f"lightning-pretrain: {message}", file=sys.stderr)
     sys.exit(2)

@@ -6,15 +6,24 @@ Nothing is patched at import: ``lightning_megatron.pretrain`` calls ``apply_all`
 from __future__ import annotations
 
 from ..config import LightningOptions
-from . import checkpoint_args, cross_entropy, dataset_helpers, distributed_optimizer, flops
+from . import (
+    checkpoint_args,
+    cross_entropy,
+    dataset_helpers,
+    distributed_optimizer,
+    flops,
+    packed_rope,
+    recompute,
+)
 
 PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entropy, flops)
+ALL = (*PATCHES, packed_rope, recompute)
 
 
 def apply_all(options: LightningOptions) -> None:
     """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
-    ``packed_rope`` and ``recompute`` are left to ``lightning_megatron.spec``, which knows whether a model needs them.
+    ``packed_rope`` and ``recompute`` are left to ``runtime.prepare``, which knows whether a model needs them.
 
     Raises:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.

@@ -1,9 +1,9 @@
 """``--cross-entropy-loss-fusion`` by lightning_megatron's own kernels.
 
 Symbol:   megatron.core.models.common.language_module.language_module.fused_vocab_parallel_cross_entropy
-Why:      Megatron's "native" fusion copies the logits to fp32 and passes over the copy five times: 8% of a step of a model
-          of 0.4B parameters, 4% at 1B, and 4 bytes per logit in memory from the forward to the backward. It casts every
-          gradient to bf16, in fp16 runs too. ``--cross-entropy-fusion-impl te`` is not touched.
+Why:      Megatron's "native" fusion copies the logits to fp32 and passes over the copy five times: 8% of a step of a
+          0.4B model, 4% at 1B, and 4 bytes per logit that stay in memory until the backward. It casts every gradient to
+          bf16, in fp16 runs too. The patch leaves ``--cross-entropy-fusion-impl te`` alone.
 Versions: megatron-core 0.19
 Can go:   when the native fusion reads the logits once each way.
 """

@@ -2,11 +2,11 @@
 
 Symbols:  megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict, .load_state_dict and
           ._set_main_param_and_optimizer_states
-Why:      with torch's Adam, which keeps a ``step`` tensor for every parameter, loading a checkpoint fails four times over:
-          state_dict() asserts that there are steps, before the first one (distrib_optimizer.py:840);
-          load_state_dict() gives one ``step`` tensor to all parameters, each of which then counts it up (:1032);
-          _set_main_param_and_optimizer_states() puts the step of the empty template over the loaded one, or misses it in
-          the fully reshardable format (:1222), and writes to fp32 parameters that require grad (:1225).
+Why:      torch's Adam keeps a ``step`` tensor for every parameter, and loading a checkpoint then fails four times over:
+          state_dict() asserts that steps exist, before the first one (distrib_optimizer.py:840);
+          load_state_dict() gives one ``step`` tensor to all parameters, each of which counts it up (:1032);
+          _set_main_param_and_optimizer_states() overwrites the loaded step with that of the empty template, or misses
+          it in the fully reshardable format (:1222), and writes to fp32 parameters that require grad (:1225).
 Versions: megatron-core 0.19
 Can go:   when a checkpoint of the distributed optimizer resumes without TransformerEngine and apex, with equal losses.
 """

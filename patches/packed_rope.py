@@ -1,18 +1,18 @@
 """RoPE of packed documents that cross the chunks of context-parallel ranks.
 
 Symbol:   megatron.core.transformer.attention.apply_rotary_pos_emb
-Why:      with context parallelism Megatron takes packed documents for cut one by one (``cu_seqlens // cp_size``,
-          core/models/common/embeddings/rope_utils.py), but ``--dataloader-inter-document-masking`` cuts the whole sequence,
-          and documents cross chunks anywhere: softmax layers then crash, or turn by wrong angles without a word.
+Why:      with context parallelism Megatron assumes each packed document is sharded separately (``cu_seqlens //
+          cp_size``, core/models/common/embeddings/rope_utils.py). ``--dataloader-inter-document-masking`` shards the
+          whole sequence, so documents cross chunks anywhere: softmax layers crash, or rotate by wrong angles silently.
 Versions: megatron-core 0.19
-Can go:   when ``apply_rotary_pos_emb`` knows which of the two cuts was made.
+Can go:   when ``apply_rotary_pos_emb`` knows how the sequence was sharded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..parallel import packed_angles
+from ..rope import packed_angles
 from ._replace import replace
 
 SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)
@@ -33,5 +33,5 @@ def _wrap(original: Callable) -> Callable:
 
 
 def apply() -> None:
-    """Apply the patch; a second call does nothing. Not where ``--sft`` cuts documents one by one."""
+    """Apply the patch; a second call does nothing. Not with ``--sft``, which shards each document separately."""
     replace(SYMBOLS[0], PARAMETERS, _wrap, "packed documents may cross the chunks of context-parallel ranks")

@@ -1,9 +1,10 @@
 """Full recompute over context-parallel ranks without exchanging states twice.
 
 Symbol:   megatron.core.tensor_parallel.checkpoint
-Why:      with ``--recompute-granularity full`` every layer's forward runs twice, and so would the exchange of states between
-          context-parallel ranks, and the pass over k and v before it. What entered is kept from the first run instead
-          (``parallel.exchange_once``); nothing that Megatron passes to its checkpoint says which layer and batch it is of.
+Why:      with ``--recompute-granularity full`` every layer's forward runs twice, and so would the exchange of states
+          between context-parallel ranks and the pass over k and v before it. ``parallel.exchange_once`` keeps the
+          incoming states of the first run instead. Megatron's checkpoint is not told which layer and batch it serves,
+          so the layer itself cannot keep them.
 Versions: megatron-core 0.19
 Can go:   when a layer can keep something from a forward for its own recomputation.
 """
@@ -32,5 +33,5 @@ def apply() -> None:
         SYMBOLS[0],
         PARAMETERS,
         _wrap,
-        "a recomputed layer takes the states that entered in place of exchanging them again",
+        "a recomputed layer reuses the incoming states of its first forward instead of exchanging them again",
     )

@@ -70,13 +70,14 @@ def layout(tp: int, sp: bool) -> dict:
     return {"tensor_model_parallel_size": tp, "sequence_parallel": sp}
 
 
-def build_mixer(variant: Variant, **config) -> LightningAttention:
+def build_mixer(variant: Variant, *, layout: str = "zigzag", **config) -> LightningAttention:
     """LightningAttention on Megatron's own parallel projections."""
     return LightningAttention(
         transformer_config(**config | variant.config),
         LightningAttentionSubmodules(ColumnParallelLinear, RowParallelLinear),
         layer_number=variant.layer,
         options=variant.values,
+        layout=layout,
     )
 
 

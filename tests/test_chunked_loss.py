@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import functools
-import sys
 
 import pytest
 import torch
-from megatron.training import arguments as megatron_arguments
 
-from lightning_megatron.arguments import add_arguments, refuse
 from lightning_megatron.spec import make_spec
-from lightning_megatron.training import chunked_loss
+from lightning_megatron.training.arguments import refuse
+from lightning_megatron.training.loss import chunked_loss
 from tests import layers
+from tests.helpers.arguments import parse_flags
+from tests.helpers.models import gpt
+from tests.helpers.training import assert_same_training, train
 from tests.launch import spawn
 from tests.layers import assert_close
-from tests.test_parallel import assert_same_training, train
-from tests.test_pretrain_args import MODEL
-from tests.test_spec import gpt
 from tests.tolerances import LAYERS as TOLERANCE
 
 CHUNK = 48  # of 128 tokens
 COUNTED = """
-from lightning_megatron import pretrain, training
-original = training.linear_cross_entropy
+from lightning_megatron import pretrain
+from lightning_megatron.training import loss
+original = loss.linear_cross_entropy
 def counted(hidden, *args, chunk, **kwargs):
     print(f"chunk {chunk} of {len(hidden)}\\n", end="")  # one write, or ranks mix theirs
     return original(hidden, *args, chunk=chunk, **kwargs)
-training.linear_cross_entropy = counted
+loss.linear_cross_entropy = counted
 pretrain.main()
 """
 
@@ -89,11 +88,7 @@ def test_model_never_makes_logits(world, config):
 
 @pytest.fixture
 def parse(monkeypatch):
-    def run(flags: str):
-        monkeypatch.setattr(sys, "argv", ["pretrain", *MODEL.split(), *flags.split()])
-        return megatron_arguments.parse_args(add_arguments)
-
-    return run
+    return functools.partial(parse_flags, monkeypatch)
 
 
 @pytest.mark.parametrize(

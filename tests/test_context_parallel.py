@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops import exchange_kernels
+from lightning_megatron.ops.triton import states as exchange_kernels
 from lightning_megatron.parallel import direct
+from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
 
 DECAYS = (0.0, -0.003, -0.1, -0.7, -3.0)
-EXCHANGES = ("all-gather", "ring", "pipelined", "scan")
 RANKS = {"contiguous": (2, 3, 4), "zigzag": (2, 3, 4, 8), "zigzag-documents": (2, 4)}
 CASES = [
     (world, layout, packed)
@@ -27,44 +27,6 @@ CASES = [
     for packed in ([True] if layout == "zigzag-documents" else [False, True])
 ]
 TOLERANCE = 1e-12
-
-
-def draw_documents(rng: torch.Generator, tokens: int) -> torch.Tensor:
-    """1 to 20 documents, some empty, some of one token."""
-    inner = torch.randint(0, tokens + 1, (int(torch.randint(0, 20, (), generator=rng)),), generator=rng)
-    if inner.numel() > 3:
-        inner[0], inner[1] = inner[2], (inner[3] + 1).clamp(max=tokens)
-    return torch.cat((torch.tensor([0]), inner.sort().values, torch.tensor([tokens])))
-
-
-def tokens_of(rank: int, world: int, layout: str, lengths: list[int], cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens of the whole sequence a rank holds, written down from Megatron's and TransformerEngine's definitions."""
-    everything = torch.arange(sum(lengths))
-    if layout == "contiguous":
-        return everything.split(lengths)[rank]
-    if layout == "zigzag":
-        chunks = everything.chunk(2 * world)
-        return torch.cat((chunks[rank], chunks[2 * world - 1 - rank]))
-    found = []
-    for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        chunks = everything[a:b].view(2 * world, -1)
-        found += [chunks[rank], chunks[2 * world - 1 - rank]]
-    return torch.cat(found)
-
-
-def results(attn, q, k, v, state, do, dfinal, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of <o, do> and <final_state, dfinal> as far as they are used."""
-    leaves = {"q": q, "k": k, "v": v} | ({} if state is None else {"initial_state": state})
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
-    o, final = attn(*(leaves[n] for n in "qkv"), initial_state=leaves.get("initial_state"))
-    outputs = [(o, do)] if used[0] else []
-    outputs += [(final, dfinal)] if used[1] else []
-    grads = torch.autograd.grad(
-        [y for y, _ in outputs], list(leaves.values()), [g for _, g in outputs], allow_unused=True
-    )
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves.values(), strict=True)]
-    found = {"o": o.detach()} | ({} if final is None else {"final_state": final.detach()})
-    return found | {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
 def check(
@@ -287,11 +249,11 @@ def test_a_missing_rank_ends_in_an_error():
 
 
 def places(rank: int, world: int, layout: str, tokens: int, cu_seqlens) -> torch.Tensor:
-    return parallel.token_places(tokens, group=dist.group.WORLD, layout=layout, cu_seqlens=cu_seqlens)
+    return parallel.token_positions(tokens, group=dist.group.WORLD, layout=layout, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("layout", RANKS)
-def test_token_places(layout):
+def test_token_positions(layout):
     cu_seqlens = torch.tensor([0, 12, 12, 36, 48], dtype=torch.int32) if layout == "zigzag-documents" else None
     for rank, found in enumerate(spawn(places, 3, layout, 16, cu_seqlens)):
         assert torch.equal(found, tokens_of(rank, 3, layout, [16] * 3, cu_seqlens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 
@@ -11,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import parallel
-from lightning_megatron.ops import triton_backend
-from lightning_megatron.ops.keep import _kept
+from lightning_megatron.ops.memo import _kept
+from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.parallel import chunks, direct
 from lightning_megatron.parallel.exchange import mail_for
+from tests.helpers.context_parallel import EXCHANGES
+from tests.helpers.sent import Sent
 from tests.launch import spawn
-from tests.test_context_parallel import EXCHANGES
 
 # ---- what is sent ----------------------------------------------------------------------------------------------------
 
@@ -26,37 +26,6 @@ class Ranks:
 
     def __init__(self, size: int, rank: int) -> None:
         self.size, self.rank = (lambda: size), (lambda: rank)
-
-
-class Sent:
-    """Counts the elements that this rank sends, by what the collectives are made of (ring algorithm for the gather)."""
-
-    def __init__(self, monkeypatch, world: int) -> None:
-        self.elements, self.dtypes = 0, set()
-
-        def count(name: str, tensor: int, copies: int) -> None:
-            function = getattr(dist, name)
-
-            @functools.wraps(function)
-            def counted(*args, **kwargs):
-                self.elements += args[tensor].numel() * copies
-                self.dtypes.add(args[tensor].dtype)
-                return function(*args, **kwargs)
-
-            monkeypatch.setattr(dist, name, counted)
-
-        count("all_gather_into_tensor", 1, world - 1)
-        count("isend", 0, 1)
-        isend, message = dist.isend, dist.P2POp
-
-        def counted_message(op, tensor, **where):
-            self.elements += tensor.numel() * (op is isend)
-            self.dtypes.add(tensor.dtype)
-            return message(getattr(op, "__wrapped__", op), tensor, **where)
-
-        monkeypatch.setattr(dist, "P2POp", counted_message)
-        for name in ("all_reduce", "broadcast", "all_to_all_single", "send", "reduce_scatter_tensor"):
-            monkeypatch.setattr(dist, name, None)
 
 
 def count_sent(rank: int, world: int, layout: str, exchange: str, tokens: int) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from lightning_megatron import parallel
 from lightning_megatron.parallel import recompute
 from lightning_megatron.patches import recompute as patch
 from tests import layers
+from tests.helpers.context_parallel import EXCHANGES, tokens_of
+from tests.helpers.sent import Sent
 from tests.launch import spawn
-from tests.test_context_parallel import EXCHANGES, tokens_of
-from tests.test_context_parallel_messages import Sent
 
 H, K = 2, 16
 

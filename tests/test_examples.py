@@ -251,7 +251,7 @@ def started(words_of, monkeypatch: pytest.MonkeyPatch):
     """``started(script, **variables)``: torchrun's own arguments, and what Megatron parses from the others."""
     from megatron.training.arguments import parse_args
 
-    from lightning_megatron.arguments import add_arguments
+    from lightning_megatron.training.arguments import add_arguments
 
     def start(script: str, **variables: str):
         words = words_of(script, "--lr", "0.5", **{"SAVE": "here and there"} | variables)

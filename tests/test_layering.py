@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- spec <- training <- pretrain; each part knows only what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each part knows what it must."""
 
 import ast
 import subprocess
@@ -13,9 +13,11 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops"},
-    {"parallel", "softmax_parallel"},
-    {"decay", "patches", "arguments", "norm", "softmax"},
-    {"mixer"},
+    {"parallel"},
+    {"decay", "norm", "softmax", "rope"},
+    {"patches"},
+    {"mixer", "summary"},
+    {"runtime"},
     {"spec"},
     {"training"},
     {"pretrain"},
@@ -24,20 +26,16 @@ LAYERS = [
 ONLY = {
     "decay": {"config"},
     "parallel": {"ops"},
-    "softmax_parallel": set(),
-    "patches": {"config", "compat", "ops", "parallel"},
-    "arguments": {"config", "compat"},
+    "patches": {"config", "compat", "ops", "parallel", "rope"},
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
-    "arguments": {"megatron"},
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},
-    "softmax_parallel": {"torch"},
     "pretrain": {"megatron"},
 }
 
@@ -139,3 +137,26 @@ def test_imports_are_cheap(module, absent):
     code = f"import sys, {PACKAGE}{module}; sys.exit(', '.join(x for x in {absent} if x in sys.modules) or None)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, f"importing {PACKAGE}{module} loads {run.stderr}"
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def other_tests(text: str, package: str) -> list[str]:
+    """Test modules among what a module of the package imports."""
+    return sorted(name for name in imports(text, package) if any(part.startswith("test_") for part in name.split(".")))
+
+
+def test_no_test_module_imports_another():
+    """What tests share is in tests/helpers; a test module can be changed, or run alone, without reading others."""
+    wrong = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        found = other_tests(path.read_text("utf-8"), ".".join(path.parent.relative_to(ROOT).parts))
+        wrong |= {str(path.relative_to(ROOT)): found} if found else {}
+    assert not wrong, f"move what is shared into tests/helpers: {wrong}"
+
+
+def test_imports_of_test_modules_are_found():
+    """The test above can fail."""
+    text = "from .test_loss import formula\nfrom tests.ops import test_rows\nfrom .cases import pick\nimport tests.test_spec"
+    assert other_tests(text, "tests.ops") == ["tests.ops.test_loss.formula", "tests.ops.test_rows", "tests.test_spec"]

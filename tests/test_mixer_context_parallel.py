@@ -10,18 +10,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from tests import layers
+from tests.helpers.context_parallel import tokens_of
 from tests.launch import spawn
 from tests.layers import Variant, assert_close
-from tests.test_context_parallel import tokens_of
 from tests.tolerances import LAYERS as TOLERANCE
 
 EVERYTHING = dict(rope=True, qk_norm=True, num_kv_heads=2, norm="all", decay="alibi")
 DOCUMENTS = {
-    "plain": (None, "auto"),
-    "one batch of two": (None, "auto"),
+    "plain": (None, "zigzag"),
+    "one batch of two": (None, "zigzag"),
     "packed": ([0, 5, 5, 6, 31, 48], "zigzag"),  # documents cross chunks, one is empty, one has one token
     "documents cut": ([0, 12, 24, 24, 48], "zigzag-documents"),
-    "dynamic group": ([0, 11, 48], "auto"),
+    "dynamic group": ([0, 11, 48], "zigzag"),
 }
 
 
@@ -44,7 +44,7 @@ def check(rank: int, world: int, kind: str, exchange: str, seed: int) -> float:
     dynamic = kind == "dynamic group"
     layers.start(cp=1 if dynamic else world)
     alone = [dist.new_group([r]) for r in range(world)][rank]
-    mixer = layers.build_mixer(Variant(EVERYTHING | dict(cp_exchange=exchange, cp_layout=layout)))
+    mixer = layers.build_mixer(Variant(EVERYTHING | dict(cp_exchange=exchange)), layout=layout)
     whole_weights = layers.draw_parameters(mixer, 1, rng)
     layers.set_parameters(mixer, whole_weights, 0, 1)
     T, batch = 48, 1 if kind != "one batch of two" else 2

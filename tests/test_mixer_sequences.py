@@ -10,9 +10,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
 
 from tests import layers
+from tests.helpers.variants import VARIANTS
 from tests.launch import spawn
 from tests.layers import Variant, assert_close, decay_of, error, reference
-from tests.test_mixer import VARIANTS
 from tests.tolerances import LAYERS as TOLERANCE
 
 DOCUMENTS = (7, 1, 0, 20, 12)

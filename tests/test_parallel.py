@@ -7,7 +7,6 @@ as printed (6 decimals) and gradient norms (3 decimals), which no error in a gra
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 
 import pytest
@@ -17,90 +16,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from lightning_megatron.spec import make_spec
 from tests import layers
-from tests.launch import ROOT, Run, run_pretrain, spawn
+from tests.helpers.models import gpt
+from tests.helpers.training import LAYOUTS, assert_same_training, gradient_norms, train
+from tests.launch import ROOT, Run, spawn
 from tests.layers import assert_close
-from tests.test_spec import gpt
 from tests.tolerances import LAYERS as TOLERANCE
 
-SIZE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
-    "--vocab-size 255 --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0"
-).split()
-TRAIN = (
-    "--micro-batch-size 1 --global-batch-size 4 --train-iters 6 --lr 2e-3 --lr-decay-style constant "
-    "--log-interval 1 --eval-iters 0 --num-workers 0"
-).split()
-EVERYTHING = "--lightning-norm all --lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2"
-MODELS = {
-    "all": "--normalization RMSNorm --swiglu --disable-bias-linear",
-    "freq4": f"--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear {EVERYTHING}",
-    "freq2": "--linear-attention-freq 2 --qk-layernorm --group-query-attention --num-query-groups 2 "
-    "--lightning-norm group --lightning-norm-groups 2 --lightning-decay minimax --lightning-feature-map silu-qkv "
-    "--lightning-gate linear --lightning-value-head-dim 32",
-    "moe": "--num-experts 4 --moe-layer-freq 2 --disable-bias-linear --linear-attention-freq 4 "
-    f"--moe-ffn-hidden-size 64 --moe-router-load-balancing-type none {EVERYTHING}",
-}
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LAYOUTS = {
-    "one": (1, ""),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-vp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "pp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL"),
-    "dp2": (2, "--use-distributed-optimizer"),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
-    "cp2": (2, "--context-parallel-size 2"),
-    "cp4-ring": (4, "--context-parallel-size 4 --lightning-cp-exchange ring"),
-    "tp2-cp2-sp": (
-        4,
-        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --lightning-cp-exchange pipelined",
-    ),
-    "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
-    "cp2-recompute": (2, f"--context-parallel-size 2 {RECOMPUTE}"),
-    "pp2-vp2-cp2-recompute": (
-        4,
-        f"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 {RECOMPUTE}",
-    ),
-    "recompute-full": (1, RECOMPUTE),
-    "recompute-core": (1, "--recompute-granularity selective --recompute-modules core_attn"),
-    "fused-loss": (1, "--cross-entropy-loss-fusion"),
-    "tp2-fused-loss": (2, "--tensor-model-parallel-size 2 --cross-entropy-loss-fusion"),
-    "tp2-sp-recompute": (
-        2,
-        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full --recompute-method block "
-        "--recompute-num-layers 3",
-    ),
-}
 CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
     *(("freq2", layout) for layout in ("tp2", "tp2-sp", "pp2-vp2")),
     *(("all", layout) for layout in ("tp2-sp", "pp2-vp2", "cp2", "cp4-ring", "tp2-cp2-sp", "pp2-cp2")),
     *(("moe", layout) for layout in ("tp2-sp", "pp2", "cp2")),
 ]
-
-
-def train(model: str, layout: str, flags: str = "", load: Path | None = None, fresh: bool = True, **arguments) -> Run:
-    """Six iterations; ``fresh`` takes only the weights of the checkpoint."""
-    nproc, layout_flags = LAYOUTS[layout]
-    data = [] if "--data-path" in flags else ["--mock-data"]
-    loading = ["--load", load] if load else []
-    loading += ["--finetune", "--no-load-optim", "--no-load-rng"] if load and fresh else []
-    return run_pretrain(
-        [*SIZE, *TRAIN, *MODELS[model].split(), *data, *layout_flags.split(), *loading, *flags.split()],
-        nproc,
-        **arguments,
-    )
-
-
-def gradient_norms(run: Run) -> list[float]:
-    return [float(norm) for norm in re.findall(r"grad norm: (\S+)", run.log)]
-
-
-def assert_same_training(run: Run, want: Run, losses: float = 5e-6, norms: float = 1.5e-3, skip: int = 0) -> None:
-    """The last losses and gradient norms of ``want``, after ``skip`` iterations, are those of ``run``."""
-    assert len(want.losses) == 6
-    assert run.losses == pytest.approx(want.losses[skip:], abs=losses)
-    assert gradient_norms(run) == pytest.approx(gradient_norms(want)[skip:], abs=norms)
 
 
 @pytest.fixture(scope="module")

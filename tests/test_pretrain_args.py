@@ -1,6 +1,7 @@
 """The command line of the own entry point, the patches, and the FLOPs count. No process group, no training."""
 
 import dataclasses
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -13,15 +14,13 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training import checkpointing, global_vars
 from megatron.training import training as megatron_training
 
-from lightning_megatron import arguments, compat, patches, pretrain, training
-from lightning_megatron.arguments import add_arguments, options_from_args, parts_in_use, refuse
+from lightning_megatron import compat, patches, pretrain
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.patches import packed_rope, recompute
+from lightning_megatron.training import arguments, data, run
+from lightning_megatron.training.arguments import options_from_args, parts_in_use, refuse
+from tests.helpers.arguments import MODEL, parse_flags
 
-MODEL = (
-    "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
-)
 KERNELS = {
     "apply_rope_fusion": ("--rope-fusion", "--no-rope-fusion", True),
     "no_persist_layer_norm": ("--persist-layer-norm", "--no-persist-layer-norm", False),
@@ -34,11 +33,7 @@ KERNELS = {
 def parse(monkeypatch):
     """Parse MODEL and more flags as Megatron does."""
 
-    def run(flags="", model=MODEL):
-        monkeypatch.setattr(sys, "argv", ["pretrain", *model.split(), *flags.split()])
-        return megatron_arguments.parse_args(add_arguments)
-
-    return run
+    return functools.partial(parse_flags, monkeypatch)
 
 
 @pytest.fixture
@@ -65,7 +60,7 @@ def test_options_all_flags(parse):
     wanted = LightningOptions(
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
         scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6, gate="linear",
-        backend="torch", cp_exchange="ring", cp_layout="zigzag", cp_keep_states=False,
+        backend="torch", cp_exchange="ring", cp_keep_states=False,
     )  # fmt: skip
     default, flags = LightningOptions(), []
     for field in dataclasses.fields(wanted):
@@ -222,7 +217,7 @@ def test_bare_assert_of_megatron_is_shown(parse, installed, capsys):
 
 def test_unexpected_error_keeps_its_traceback(parse, monkeypatch):
     parse()
-    monkeypatch.setattr(training, "configure", lambda: {}["bug"])
+    monkeypatch.setattr(run, "configure", lambda: {}["bug"])
     with pytest.raises(KeyError):
         pretrain.main()
 
@@ -381,19 +376,19 @@ def test_flops_of_a_softmax_model_are_megatrons(count, sums):
 
 def test_embedding_ranks():
     config = TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=2)
-    assert training.embedding_ranks(config, True, [3]) == [3]
-    assert training.embedding_ranks(config, True, [0, 2, 4]) == [0, 4]
-    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0]
+    assert run.embedding_ranks(config, True, [3]) == [3]
+    assert run.embedding_ranks(config, True, [0, 2, 4]) == [0, 4]
+    assert run.embedding_ranks(config, False, [0, 2, 4]) == [0]
     config.mtp_num_layers = 1
-    assert training.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
+    assert run.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
 
 
 def test_packed_seq_params():
-    batch = dict.fromkeys(training._BATCH)
-    assert training.packed_seq_params(batch, 8) is None
+    batch = dict.fromkeys(data._BATCH)
+    assert data.packed_seq_params(batch, 8) is None
     batch.update(cu_seqlens=torch.tensor([[0, 3, 8]], dtype=torch.int32), max_seqlen=torch.tensor([5]))
-    params = training.packed_seq_params(batch, 8)
+    params = data.packed_seq_params(batch, 8)
     assert params.cu_seqlens_q.tolist() == [0, 3, 8] and params.max_seqlen_q == 5 and params.cu_seqlens_q_padded is None
     batch["cu_seqlens_padded"] = torch.tensor([[0, 4, 8]], dtype=torch.int32)
-    params = training.packed_seq_params(batch, 8)
+    params = data.packed_seq_params(batch, 8)
     assert params.cu_seqlens_kv.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 4, 8]

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from lightning_megatron.norm import TorchNorm
 from lightning_megatron.softmax import SDPACoreAttention
 from tests import layers
+from tests.helpers.softmax import causal, softmax_attention
 from tests.launch import spawn
 from tests.layers import assert_close, transformer_config
 from tests.tolerances import LAYERS as TOLERANCE
@@ -25,18 +26,6 @@ def core(mask_type=AttnMaskType.causal, scale=None, dropout=None, **config) -> S
     return SDPACoreAttention(
         transformer_config(**config), 1, mask_type, "self", attention_dropout=dropout, softmax_scale=scale
     )
-
-
-def softmax_attention(q, k, v, allowed: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """q [sq, b, h, d], k, v [sk, b, g, d], allowed [b or 1, 1, sq, sk] -> [sq, b, h * d]."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("qbhd,kbhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(~allowed, float("-inf")).exp()
-    return torch.einsum("bhqk,kbhd->qbhd", weights / weights.sum(-1, keepdim=True), v).flatten(2)
-
-
-def causal(n: int) -> torch.Tensor:
-    return torch.ones(1, 1, n, n, dtype=torch.bool).tril()
 
 
 def draw(rng, *shapes, dtype=torch.float32) -> list[torch.Tensor]:

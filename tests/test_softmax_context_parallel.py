@@ -13,13 +13,13 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from lightning_megatron.softmax import SDPACoreAttention
-from lightning_megatron.softmax_parallel import Gather
+from lightning_megatron.softmax.parallel import Gather
 from tests import layers
+from tests.helpers.context_parallel import draw_documents, tokens_of
+from tests.helpers.softmax import causal, softmax_attention
 from tests.launch import spawn
 from tests.layers import transformer_config
 from tests.ops.cases import pick, randn
-from tests.test_context_parallel import draw_documents, tokens_of
-from tests.test_softmax import causal, softmax_attention
 from tests.tolerances import LAYERS
 
 LAYOUTS = ("plain", "packed", "documents-cut")
@@ -283,7 +283,7 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout, device)
         tokens = [x if packed is None else x[:, 0] for x in (q, k, v)]
         gathered = iter([x[torch.cat(places)] for x in tokens[1:]])
         gather = SimpleNamespace(apply=lambda x, rows, group, gathered=gathered: next(gathered)[rows])
-        monkeypatch.setattr("lightning_megatron.softmax.Gather", gather)
+        monkeypatch.setattr("lightning_megatron.softmax.core.Gather", gather)
         attention = core(stub(world, rank), documents_cut=layout == "documents-cut")
         outputs.append(attention(*(x[mine] for x in tokens), None, packed_seq_params=packed).view(-1, 1, 256))
     output = torch.cat(outputs)[torch.cat(places).argsort()]

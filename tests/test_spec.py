@@ -13,18 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import global_vars
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from lightning_megatron import patches, spec
+from lightning_megatron import patches, runtime, spec
 from lightning_megatron.config import LightningOptions, lightning_pattern
 from lightning_megatron.mixer import LightningAttention
-from lightning_megatron.spec import get_lightning_layer_spec, layer_map, lightning_layer_spec, lightning_spec, make_spec
+from lightning_megatron.patches import _replace
+from lightning_megatron.runtime import prepare
+from lightning_megatron.spec import get_lightning_layer_spec, lightning_layer_spec, lightning_spec, make_spec
+from lightning_megatron.summary import layer_map
 from tests import layers
+from tests.helpers.models import gpt
 from tests.launch import spawn
 from tests.layers import decay_of, transformer_config
 
@@ -89,7 +91,7 @@ def test_pattern_refuses(freq, message):
     ],
 )
 def test_config_is_refused(config, message, monkeypatch):
-    monkeypatch.setattr(spec, "importable", lambda module: False)
+    monkeypatch.setattr(runtime, "importable", lambda module: False)
     changed = transformer_config()
     for name, value in config.items():  # past Megatron's own checks, which want more of such a config
         setattr(changed, name, value)
@@ -166,18 +168,6 @@ def test_layer_map_counts_the_parameters_of_the_modules():
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
-def gpt(config, layer_spec) -> GPTModel:
-    """The model as Megatron's training builds it."""
-    model = GPTModelConfig(
-        transformer=config,
-        transformer_layer_spec=layer_spec,
-        vocab_size=64,
-        seq_length=32,
-        position_embedding_type="rope",
-    )
-    return GPTModelBuilder(model).build_model(ProcessGroupCollection.use_mpu_process_groups())
-
-
 def loss_of(model: GPTModel) -> torch.Tensor:
     tokens = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(32).expand(2, 32)
@@ -217,7 +207,7 @@ def test_options_reach_the_modules():
 def test_single_layer_spec_is_lightning_wherever_softmax_layers_are(freq):
     config, options = transformer_config(linear_attention_freq=freq), LightningOptions(gate="none")
     attention = get_lightning_layer_spec(config, options).submodules.self_attention
-    assert attention.module is LightningAttention and attention.params == {"options": options}
+    assert attention.module is LightningAttention and attention.params == {"options": options, "layout": "zigzag"}
     assert config.linear_attention_freq == freq
 
 
@@ -314,39 +304,105 @@ def megatron_args(monkeypatch):
     return args, counted
 
 
-def test_announcement_prints_the_map_once_and_patches_the_flops_count(megatron_args, capsys, caplog):
+def test_prepare_prints_the_map_once_and_patches_the_flops_count(megatron_args, capsys, caplog):
     _, counted = megatron_args
     options = LightningOptions(gate="linear")
     config = transformer_config(
         pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=2
     )
+    for _ in range(2):
+        assert prepare(config, options) == "zigzag"
     for vp_stage in (0, 1):
         spec.get_hybrid_block_spec(config, options, vp_stage=vp_stage, pp_rank=0)
     assert capsys.readouterr().out.count(layer_map(config, options)) == 1
     assert counted == [options]
     assert not caplog.records
+    prepare(config, LightningOptions(gate="none"))
+    assert "gate none" in capsys.readouterr().out and len(counted) == 2, "another model is announced again"
 
 
-def test_announcement_warns_of_the_attention_mask(megatron_args, caplog):
+def check_builders(rank: int, world: int) -> None:
+    """Builders print, log and patch nothing, and say so where a layer is built without ``prepare``."""
+    import contextlib
+    import io
+
+    layers.start()
+    before = {symbol: _resolve(symbol) for module in patches.ALL for symbol in module.SYMBOLS}
+    config, out = transformer_config(linear_attention_freq=2), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        block = spec.get_hybrid_block_spec(config)
+        spec.get_lightning_layer_spec(config)
+    assert out.getvalue() == ""
+    assert {symbol: _resolve(symbol) for symbol in before} == before
+    records = []
+    logging.getLogger("lightning_megatron").addFilter(lambda record: records.append(record.getMessage()))
+    gpt(config, block)
+    assert any("without lightning_megatron.runtime.prepare" in text for text in records), records
+    records.clear()
+    prepare(config)
+    gpt(config, block)
+    assert not any("without" in text for text in records), records
+
+
+def _resolve(symbol: str):
+    owner, _, name = symbol.rpartition(".")
+    return getattr(_replace._owner(owner), name)
+
+
+def test_builders_are_pure():
+    spawn(check_builders, 1)
+
+
+def check_stages(rank: int, world: int) -> None:
+    """Every pipeline stage is patched, not only the one with the first layer, in a program of one's own and by either spec."""
+    from megatron.core import tensor_parallel
+
+    layers.start(pp=2)
+    config = transformer_config(
+        pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, context_parallel_size=2,
+        recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1,
+    )  # fmt: skip
+    assert not hasattr(tensor_parallel.checkpoint, _replace.MARKER)
+    prepare(config)
+    assert hasattr(tensor_parallel.checkpoint, _replace.MARKER)
+
+
+def test_every_stage_is_patched():
+    spawn(check_stages, 2)
+
+
+def test_prepare_warns_of_the_attention_mask(megatron_args, caplog):
     args, _ = megatron_args
     args.create_attention_mask_in_dataloader = True
     with caplog.at_level(logging.WARNING):
-        spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
+        prepare(transformer_config())
     (record,) = caplog.records
     assert (
         "builds a 64 x 64 attention mask" in record.getMessage() and "--no-create-attention-mask" in record.getMessage()
     )
     caplog.clear()
     args.rank = 1
-    spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
+    prepare(transformer_config())
     assert not caplog.records
 
 
-def test_announcement_refuses_reset_attention_mask(megatron_args):
+def test_prepare_refuses_reset_attention_mask(megatron_args):
     args, counted = megatron_args
     args.reset_attention_mask = True
     with pytest.raises(
         ValueError, match="--reset-attention-mask has no effect .*use --dataloader-inter-document-masking"
     ):
-        spec.get_hybrid_block_spec(transformer_config(), pp_rank=0)
+        prepare(transformer_config())
     assert not counted
+
+
+@pytest.mark.parametrize("sft, layout", [(False, "zigzag"), (True, "zigzag-documents")])
+def test_the_loader_decides_the_layout(megatron_args, sft, layout):
+    args, _ = megatron_args
+    args.sft = sft
+    assert prepare(transformer_config()) == layout
+    assert prepare(transformer_config(), layout=layout) == layout
+    with pytest.raises(
+        ValueError, match=f"layout='contiguous', but Megatron's data loader cuts sequences as '{layout}'"
+    ):
+        prepare(transformer_config(), layout="contiguous")

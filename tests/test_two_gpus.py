@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_megatron import ops, parallel
 from tests.conftest import SEED
+from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
+from tests.helpers.training import MODELS, RECOMPUTE, SIZE
 from tests.launch import Run, run_pretrain, spawn
 from tests.ops.cases import pick, randn
-from tests.test_context_parallel import EXCHANGES, draw_documents, results, tokens_of
-from tests.test_parallel import MODELS, RECOMPUTE, SIZE
 
 pytestmark = [
     pytest.mark.gpu,

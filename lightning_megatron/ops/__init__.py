@@ -1,6 +1,6 @@
 """The operator, and what a layer does around it. Imports torch and triton only, never megatron."""
 
-from .api import lightning_attn
+from .attention import lightning_attn
 from .linear_loss import linear_cross_entropy
 from .loss import vocab_parallel_cross_entropy
 from .pointwise import norm_gate, split_heads

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from . import loss, torch_backend
-from .api import choose_implementation
+from .backend import choose
 
 # Products of bf16 or fp16 that are added to fp32; the first releases with out_dtype want the sum in bf16 as well.
 _ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
@@ -71,7 +71,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"hidden, weight and labels must be on one device: got {hidden.device}, {weight.device} and {labels.device}"
         )
-    by_torch = choose_implementation(backend, hidden) is torch_backend
+    by_torch = choose(backend, hidden) is torch_backend
     index = loss.own_columns(labels.reshape(parts, -1), weight.shape[0], tp_group)
     rows = max(1, chunk // parts)
     hidden = hidden.flatten(0, 1).contiguous()

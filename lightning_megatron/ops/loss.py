@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import torch_backend
-from .api import choose_implementation
+from .backend import choose
 
 
 def vocab_parallel_cross_entropy(
@@ -44,7 +44,7 @@ def vocab_parallel_cross_entropy(
         )
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
-    return _CrossEntropy.apply(logits, targets, tp_group, choose_implementation(backend, logits) is torch_backend)
+    return _CrossEntropy.apply(logits, targets, tp_group, choose(backend, logits) is torch_backend)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -74,7 +74,7 @@ def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Ten
     """[3, N], of every row of logits [N, C]: the largest, the sum of exp(logit - largest), and the logit at index, or 0."""
     if by_torch:
         return _sums(logits, index)
-    from . import loss_kernels
+    from .triton import loss as loss_kernels
 
     with torch.cuda.device_of(logits):
         return loss_kernels.sums(logits, index)
@@ -105,7 +105,7 @@ def gradient(
     """(softmax - 1 at index) dloss, of rows; ``reuse`` lets it take the place of logits, which have to be contiguous."""
     if by_torch:
         return _gradient(logits, index, log_total, dloss)
-    from . import loss_kernels
+    from .triton import loss as loss_kernels
 
     return loss_kernels.gradient(logits, index, log_total, dloss, logits if reuse else None)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import torch_backend
-from .api import choose_implementation
+from .backend import choose
 
 _SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
 _GATES = ("sigmoid", "linear", "none")
@@ -35,7 +35,7 @@ def split_heads(
     """
     silu = _SILU[feature_map]
     assert mixed.shape[-1] % sum(dims) == 0 and dims[0] % dims[2] == 0, f"{list(mixed.shape)} is not groups of {dims}"
-    if choose_implementation(backend, mixed) is torch_backend:
+    if choose(backend, mixed) is torch_backend:
         return _split_heads(mixed, dims, silu)
     return _SplitHeads.apply(mixed, dims, silu)
 
@@ -68,7 +68,7 @@ def norm_gate(
         gate = None
     if gate is None and weight is None and width is None:
         return o.flatten(2)
-    if choose_implementation(backend, o) is torch_backend:
+    if choose(backend, o) is torch_backend:
         return _norm_gate(o, gate, weight, kind, width, eps)
     return _NormGate.apply(o, gate, weight, kind, width, eps)
 
@@ -104,7 +104,7 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, mixed, dims, silu):
-        from . import pointwise_kernels
+        from .triton import pointwise as pointwise_kernels
 
         if silu[0]:
             _, gate, k, v = _views(mixed, dims)
@@ -122,7 +122,7 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dgate, dk, dv):
-        from . import pointwise_kernels
+        from .triton import pointwise as pointwise_kernels
 
         (mixed,) = ctx.saved_tensors
         return pointwise_kernels.split_backward(mixed, ctx.dims, ctx.silu, dq, dgate, dk, dv), None, None
@@ -133,7 +133,7 @@ class _NormGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o, gate, weight, kind, width, eps):
-        from . import pointwise_kernels
+        from .triton import pointwise as pointwise_kernels
 
         ctx.save_for_backward(o, gate, weight)
         ctx.options = kind, width, eps
@@ -143,7 +143,7 @@ class _NormGate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        from . import pointwise_kernels
+        from .triton import pointwise as pointwise_kernels
 
         o, gate, weight = ctx.saved_tensors
         learns = ctx.needs_input_grad[2]

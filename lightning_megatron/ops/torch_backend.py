@@ -119,9 +119,9 @@ def _split(x: torch.Tensor, pieces: int) -> torch.Tensor:
 
 
 @_without_autocast
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None, pieces=1):
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, split_states=None, pieces=1):
     """See ``triton_backend.forward``; the backward recomputes its states."""
-    del need_final, own  # the first costs nothing here, the second does not exist
+    del need_final, split_states  # the first costs nothing here, the second does not exist
     tokens_of_all = q.shape[:2]
     q, k, v = (_split(x, pieces) for x in (q, k, v))
     B, T, H, _ = q.shape
@@ -138,9 +138,9 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
 
 
 @_without_autocast
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None, pieces=1):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, split_grads=None, pieces=1):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
-    del saved, plan, own_grad
+    del saved, plan, split_grads
     dfinal = dfinal() if callable(dfinal) else dfinal
     tokens_of_all = q.shape[:2]
     q, k, v, do = (_split(x, pieces) for x in (q, k, v, do))

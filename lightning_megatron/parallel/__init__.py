@@ -15,7 +15,7 @@ from rank to rank, ZeCO (Chou et al. 2025, arXiv:2507.01004) does so in blocks t
 
 from .attention import lightning_attn
 from .exchange import EXCHANGES
-from .places import LAYOUTS, packed_angles, token_places
+from .layout import LAYOUTS, token_positions
 from .recompute import exchange_once
 
-__all__ = ["EXCHANGES", "LAYOUTS", "exchange_once", "lightning_attn", "packed_angles", "token_places"]
+__all__ = ["EXCHANGES", "LAYOUTS", "exchange_once", "lightning_attn", "token_positions"]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..ops import api
+from .. import ops
+from ..ops import backend as backends
+from ..ops import checks, memo
 from . import chunks, recompute
-from .agree import agree, check_documents, tokens_of_ranks
+from .consistency import agree, check_documents, tokens_of_ranks
 from .exchange import EXCHANGES, choose, exchange, mail_for
-from .places import LAYOUTS
+from .layout import LAYOUTS
 
 
 def lightning_attn(
@@ -65,8 +67,8 @@ def lightning_attn(
             "layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'"
         )
     if group is None or group.size() == 1:
-        return api.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
-    api.check_shapes(q, k, v, log_decay, **options)
+        return ops.lightning_attn(q, k, v, log_decay, output_final_state=output_final_state, backend=backend, **options)
+    checks.check_shapes(q, k, v, log_decay, **options)
     tokens = tokens_of_ranks(q.shape[1], group, layout, tokens)
     documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     agree(
@@ -74,10 +76,10 @@ def lightning_attn(
         K=k.shape[3], V=v.shape[3], dtype=q.dtype, layout=layout, exchange=exchange, documents=documents,
         initial_state=initial_state is not None, output_final_state=output_final_state,
     )  # fmt: skip
-    api.check_values(log_decay, cu_seqlens, sum(tokens))
+    checks.check_values(log_decay, cu_seqlens, sum(tokens))
     if layout == "zigzag-documents":
-        api.check_once(cu_seqlens, check_documents, 2 * group.size())
-    implementation = api.choose_implementation(backend, q)
+        memo.check_once(cu_seqlens, check_documents, 2 * group.size())
+    implementation = backends.choose(backend, q)
     exchange = choose(exchange, layout, group, q.device, implementation)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..ops.keep import keep
+from ..ops.memo import keep
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def _replacements(claims: Path) -> list[tuple[Any, str, Any]]:
     import triton
     from triton.runtime import Autotuner, JITFunction
 
-    from lightning_megatron.ops import api, triton_backend
+    from lightning_megatron.ops import attention as operator
+    from lightning_megatron.ops.triton import attention as triton_backend
 
     nothing = lambda *args, **kwargs: None
     driver = triton.runtime.driver.active
@@ -99,9 +100,9 @@ def _replacements(claims: Path) -> list[tuple[Any, str, Any]]:
         (driver, "get_current_stream", lambda device: 0),  # without a context on the GPU
         (torch.cuda, "synchronize", nothing),
         (torch.cuda, "empty_cache", nothing),
-        (api, "check_shapes", nothing),  # which wants all tensors on one device
-        (api, "check_values", nothing),
-        (api, "choose_implementation", lambda backend, q: triton_backend),
+        (operator, "check_shapes", nothing),  # which wants all tensors on one device
+        (operator, "check_values", nothing),
+        (operator, "choose", lambda backend, q: triton_backend),
         (triton_backend, "_has_copy_engine", lambda device: isinstance(capability, int) and capability >= 90),
         (JITFunction, "run", _compile_only(JITFunction.run)),
         (Autotuner, "run", _every_configuration),

@@ -114,7 +114,8 @@ def softmax_spec(config, vp_stage: int | None = None):
     """Every layer a softmax layer as the plugin builds it beside lightning layers: same norms, MLPs and SDPA core."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from lightning_megatron.spec import get_hybrid_layer_specs, layer_norm
+    from lightning_megatron.norm import layer_norm
+    from lightning_megatron.spec import get_hybrid_layer_specs
 
     assert vp_stage is None and config.transformer.pipeline_model_parallel_size == 1
     layers = config.transformer.num_layers
@@ -202,20 +203,21 @@ def main() -> None:
     plan = json.loads(sys.argv.pop(1))
     from megatron.training import training as megatron_training
 
-    from lightning_megatron import patches, training
+    from lightning_megatron import patches
+    from lightning_megatron.training import data, run
 
-    container, options = training.configure()
+    container, options = run.configure()
     if plan["softmax"]:
         container.model.transformer_layer_spec = softmax_spec
     patches.apply_all(options)
-    provider = partial(training.datasets_provider, container.model.transformer)
+    provider = partial(data.datasets_provider, container.model.transformer)
     provider.is_distributed = True
     takeover: contextlib.AbstractContextManager = contextlib.nullcontext()
     if plan["cells"]:
         sweep = partial(train_lengths, plan, provider, megatron_training.train)
         takeover = mock.patch.object(megatron_training, "train", sweep)
     with takeover:
-        training.run(container, PROGRAM_START, time.time())
+        run.run(container, PROGRAM_START, time.time())
 
 
 if __name__ == "__main__":

@@ -80,6 +80,15 @@ def pick(rng: torch.Generator, options: Sequence):
     return options[int(torch.randint(len(options), (), generator=rng))]
 
 
+def random_documents(rng: torch.Generator, T: int) -> list[int]:
+    """Lengths that sum to T: ragged, with empty and one-token documents among them."""
+    lengths = [0] * pick(rng, (0, 0, 1))
+    while sum(lengths) < T:
+        length = pick(rng, (0, 1, 1, pick(rng, range(2, 20)), pick(rng, (16, 32, 64)), pick(rng, range(1, T + 1))))
+        lengths.append(min(length, T - sum(lengths)))
+    return lengths + [0] * pick(rng, (0, 0, 1, 2))
+
+
 def make_case(
     rng: torch.Generator,
     impl: Impl,

@@ -54,11 +54,11 @@ def triton_impl(request: pytest.FixtureRequest) -> Impl:
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch):
     """``cut(n)``: segments of n tokens of two parts, and twice that for dk and dv; in real life they have 256 or more."""
-    from lightning_megatron.ops import triton_backend
+    from lightning_megatron.ops.triton import attention as triton_backend
 
     def set_length(tokens: int) -> None:
         print(f"segments of {tokens} tokens")
-        monkeypatch.setattr(triton_backend, "_plan", lambda *sizes: triton_backend.Plan(tokens // 2, 2, 4))
+        monkeypatch.setattr(triton_backend, "_plan_splits", lambda *sizes: triton_backend.SplitPlan(tokens // 2, 2, 4))
 
     return set_length
 

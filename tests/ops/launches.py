@@ -9,7 +9,11 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_megatron.ops import exchange_kernels, kernels, loss_kernels, pointwise, pointwise_kernels, triton_backend
+from lightning_megatron.ops import pointwise
+from lightning_megatron.ops.triton import attention as triton_backend
+from lightning_megatron.ops.triton import kernels, states
+from lightning_megatron.ops.triton import loss as loss_kernels
+from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
@@ -19,7 +23,7 @@ POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate
 LOSS = ("sums_kernel", "loss_grad_kernel")
 EXCHANGE = ("end_state_kernel", "combine_kernel", "receive_kernel")
 OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
-MODULES = {pointwise_kernels: POINTWISE, loss_kernels: LOSS, exchange_kernels: EXCHANGE, kernels: KERNELS}
+MODULES = {pointwise_kernels: POINTWISE, loss_kernels: LOSS, states: EXCHANGE, kernels: KERNELS}
 
 
 def kernel(name: str):
@@ -103,17 +107,17 @@ def record_end_states(
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
     cu_seqlens = torch.empty(B, documents + 1, dtype=torch.int32, device="meta") if documents else None
     mailboxes, between = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(1, H, device="meta")
-    mail = exchange_kernels.Mail(mailboxes, 1, 10**12, (1, B, H, K, V), between)
+    mail = states.Mail(mailboxes, 1, 10**12, (1, B, H, K, V), between)
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
         for name in EXCHANGE:
-            stack.enter_context(patch.object(exchange_kernels, name, _Recorder(name, launches)))
-        states, weights = torch.empty(2, B, H, K, V, device="meta"), torch.empty(2, 2, 1, H, device="meta")
+            stack.enter_context(patch.object(states, name, _Recorder(name, launches)))
+        gathered, weights = torch.empty(2, B, H, K, V, device="meta"), torch.empty(2, 2, 1, H, device="meta")
         log_decay = torch.empty(H, device="meta")
         triton_backend.end_states(k, v, log_decay, None, cu_seqlens)
-        triton_backend.combine(states, weights)
+        triton_backend.combine(gathered, weights)
         cu_seqlens = torch.empty(2 * B, documents + 1, dtype=torch.int32, device="meta") if documents else None
         q, do = (torch.empty(B, 2 * T, *x.shape[2:], dtype=dtype, device="meta") for x in (k, v))
         triton_backend.end_states(q, do, log_decay, None, cu_seqlens, reverse=True, pieces=2, mail=mail)

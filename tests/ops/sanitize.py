@@ -14,10 +14,11 @@ import sys
 
 import torch
 
-from lightning_megatron.ops import lightning_attn, triton_backend
+from lightning_megatron.ops import lightning_attn
 from lightning_megatron.ops.linear_loss import linear_cross_entropy
 from lightning_megatron.ops.loss import vocab_parallel_cross_entropy
 from lightning_megatron.ops.pointwise import norm_gate, split_heads
+from lightning_megatron.ops.triton import attention as triton_backend
 
 DTYPES = ("bfloat16", "float16", "float32")
 

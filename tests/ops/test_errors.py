@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_megatron.ops import api, lightning_attn, torch_backend, triton_backend
+from lightning_megatron.ops import backend as backends
+from lightning_megatron.ops import checks, lightning_attn, torch_backend
+from lightning_megatron.ops.triton import attention as triton_backend
 
 HALF, DOUBLE = torch.float16, torch.float64
 
@@ -97,14 +99,16 @@ WRONG = {  # call -> what its message says: value received, then remedy
     "unknown backend": (arguments(backend="cuda"), ["backend='cuda'", "'triton', 'torch'"]),
 }  # fmt: skip
 
+SOURCES = (Path(checks.__file__), Path(backends.__file__))
+
 
 def message(**call) -> tuple[str, int]:
-    """What lightning_attn says about a wrong call, and the line of api.py that says it."""
+    """What lightning_attn says about a wrong call, and the place in the source that says it."""
     with pytest.raises(ValueError) as error:
         lightning_attn(**call)
     frame = traceback.extract_tb(error.value.__traceback__)[-1]
-    assert Path(frame.filename) == Path(api.__file__)
-    return str(error.value), frame.lineno
+    assert Path(frame.filename) in SOURCES
+    return str(error.value), (Path(frame.filename), frame.lineno)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -130,7 +134,7 @@ def test_good_call():
 @pytest.fixture
 def compiled(monkeypatch):
     """As if Triton's interpreter were off."""
-    monkeypatch.setattr(api, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
 
 
 @pytest.fixture
@@ -139,39 +143,39 @@ def no_triton(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
     )
-    api._auto_backend.cache_clear()
+    backends._auto_backend.cache_clear()
     yield
-    api._auto_backend.cache_clear()
+    backends._auto_backend.cache_clear()
 
 
 def test_cpu_chooses_torch(compiled, monkeypatch):
     monkeypatch.setattr(triton_backend, "forward", None)
     for backend in (None, "auto", "torch"):
-        assert api.choose_implementation(backend, zeros(1)) is torch_backend
+        assert backends.choose(backend, zeros(1)) is torch_backend
         lightning_attn(**arguments(backend=backend))
 
 
 def test_cuda_chooses_triton(caplog):
-    assert api._auto_backend("cuda") == "triton" and not caplog.records
+    assert backends._auto_backend("cuda") == "triton" and not caplog.records
 
 
 def test_cuda_without_triton(no_triton, caplog):
     for _ in range(2):
-        assert api._auto_backend("cuda") == "torch"
+        assert backends._auto_backend("cuda") == "torch"
     assert len(caplog.records) == 1 and "pip install triton" in caplog.text and "slower" in caplog.text
 
 
 def test_triton_is_chosen_by_name(monkeypatch):
-    monkeypatch.setattr(api, "_triton_interpreted", lambda: True)
-    assert api.choose_implementation("triton", zeros(1)) is triton_backend
+    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
+    assert backends.choose("triton", zeros(1)) is triton_backend
 
 
 def backend_errors(monkeypatch) -> dict[str, tuple[dict, list[str]]]:
     """Calls that are wrong only on some machines."""
     doubles = {name: x.double() for name, x in arguments().items()}
-    monkeypatch.setattr(api, "_triton_interpreted", lambda: True)
+    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
     yield doubles | {"backend": "triton"}, ["float64", "triton backend", "backend='torch'"]
-    monkeypatch.setattr(api, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
     yield arguments(backend="triton"), ["backend='triton'", "q is on cpu", "backend='torch'"]
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -187,13 +191,21 @@ def test_wrong_backends(monkeypatch):
 
 
 def test_every_error_is_tested(monkeypatch):
-    """Each ``raise`` of api.py is reached by a call above."""
-    tree = ast.parse(Path(api.__file__).read_text("utf-8"))
-    raises = {(node.lineno, node.end_lineno) for node in ast.walk(tree) if isinstance(node, ast.Raise)}
+    """Each ``raise`` of the checks and of the choice of the backend is reached by a call above."""
+    raises = {
+        (path, node.lineno, node.end_lineno)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Raise)
+    }
     calls = [call for call, _ in WRONG.values()]
     reached = {message(**call)[1] for call in calls} | {message(**call)[1] for call, _ in backend_errors(monkeypatch)}
-    missed = [f"{first}-{last}" for first, last in raises if not any(first <= line <= last for line in reached)]
-    assert not missed, f"lines {missed} of {api.__file__} raise what no test sees"
+    missed = [
+        f"{path.name}:{first}-{last}"
+        for path, first, last in raises
+        if not any(path == where and first <= line <= last for where, line in reached)
+    ]
+    assert not missed, f"{missed} raise what no test sees"
 
 
 # ---- values are read once for each tensor, and again once it changes ----
@@ -232,8 +244,10 @@ def test_values_are_read_once(monkeypatch):
     """Reading waits for the GPU, so a layer must not do it in every step."""
     checked = []
     for name in ("_check_log_decay", "_check_cu_seqlens"):
-        check = getattr(api, name)
-        monkeypatch.setattr(api, name, lambda *a, check=check, name=name, **k: checked.append(name) or check(*a, **k))
+        check = getattr(checks, name)
+        monkeypatch.setattr(
+            checks, name, lambda *a, check=check, name=name, **k: checked.append(name) or check(*a, **k)
+        )
     call = packed([0, 3, 8])
     for _ in range(3):
         lightning_attn(**call)

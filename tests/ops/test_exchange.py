@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
-from lightning_megatron.ops import exchange_kernels, triton_backend
 from lightning_megatron.ops.torch_backend import combine
+from lightning_megatron.ops.triton import attention as triton_backend
+from lightning_megatron.ops.triton import states as exchange_kernels
 
 from .cases import Impl, randn
 from .conftest import parameters

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from ..tolerances import assert_close
-from .cases import EVERYTHING, Impl, assert_same_bits, evaluate, make_case
+from .cases import EVERYTHING, Impl, assert_same_bits, evaluate, make_case, random_documents
 from .conftest import MAIN, MORE
-from .test_packed import random_documents
 
 pytestmark = pytest.mark.gpu
 

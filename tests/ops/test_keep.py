@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from lightning_megatron.ops import triton_backend
-from lightning_megatron.ops.keep import MOST, _kept, keep
+from lightning_megatron.ops.memo import MOST, _kept, keep
+from lightning_megatron.ops.triton import attention as triton_backend
 
 
 class Counted:

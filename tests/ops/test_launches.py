@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_megatron.ops import kernels, triton_backend
+from lightning_megatron.ops.triton import attention as triton_backend
+from lightning_megatron.ops.triton import kernels
 
 from .launches import DECODING, SEGMENTED, SINGLE, record, record_end_states
 
@@ -86,7 +87,7 @@ LENGTHS = [*range(1, 5000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0
 def test_plan(programs):
     """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts that fill the GPU."""
     for T in LENGTHS:
-        part, *parts = triton_backend._plan(T, programs, 2 * programs)
+        part, *parts = triton_backend._plan_splits(T, programs, 2 * programs)
         segments = [-(-T // (part * n)) for n in parts]
         count = -(-T // part)
         assert part % 64 == 0 and count <= 32
@@ -101,11 +102,11 @@ def test_plan(programs):
 def test_plan_of_deterministic_algorithms():
     """Depends on T alone where torch.use_deterministic_algorithms asks for it."""
     sizes = [(1, 2), (24, 48), (5000, 10000)]
-    assert len({triton_backend._plan(70000, *size) for size in sizes}) > 1
+    assert len({triton_backend._plan_splits(70000, *size) for size in sizes}) > 1
     torch.use_deterministic_algorithms(True)
     try:
         for T in LENGTHS:
-            assert len({triton_backend._plan(T, *size) for size in sizes}) == 1
+            assert len({triton_backend._plan_splits(T, *size) for size in sizes}) == 1
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -125,5 +126,5 @@ def test_launches_of_end_states(T, documents):
     ]
     for launch in launches:
         assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
-    own, states = launches[0].arguments["own"], launches[1].arguments["own"]
-    assert own is states and own.shape[1] * launches[0].arguments["part"] >= T
+    sent, read = launches[0].arguments["split_states"], launches[1].arguments["split_states"]
+    assert sent is read and sent.shape[1] * launches[0].arguments["split_len"] >= T

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_megatron.ops import loss_kernels, vocab_parallel_cross_entropy
+from lightning_megatron.ops import vocab_parallel_cross_entropy
+from lightning_megatron.ops.triton import loss as loss_kernels
 
 from ..launch import spawn
 from ..tolerances import LOSS, POINTWISE
 from .cases import assert_same_bits, randn
+from .formulas import cross_entropy
 from .launches import record_loss
 
 COLUMNS = [1, 3, 16, 40, 100]
@@ -21,16 +23,6 @@ SHAPES = [(1,), (5,), (3, 2), (0,), (2, 0)]
 def small_blocks(monkeypatch):
     """Several blocks for few columns."""
     monkeypatch.setattr(loss_kernels, "BLOCK", 32)
-
-
-def formula(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Token by token, in fp64; differentiable."""
-    losses = []
-    for x, target in zip(logits.flatten(0, -2), targets.flatten().tolist(), strict=True):
-        shifted = x - x.max().detach()
-        loss = torch.log(torch.exp(shifted).sum()) + x.max().detach()
-        losses.append(loss - x[target] if 0 <= target < x.numel() else loss)
-    return torch.stack(losses).view(targets.shape) if losses else logits.sum(-1)
 
 
 def with_gradient(function, logits, targets, dloss) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +41,7 @@ def draw(rng, shape, columns, dtype, device="cpu") -> tuple[torch.Tensor, ...]:
 
 def judge(got, logits, targets, dloss) -> None:
     """Where softmax is almost 1 at the target, loss and gradient are small differences: compared with logits and dloss then."""
-    want = with_gradient(formula, logits.double().cpu(), targets.cpu(), dloss.double().cpu())
+    want = with_gradient(cross_entropy, logits.double().cpu(), targets.cpu(), dloss.double().cpu())
     wide = torch.promote_types(logits.dtype, torch.float32)
     assert got[0].dtype == wide and got[1].dtype == logits.dtype
     tolerances = LOSS[wide], POINTWISE[logits.dtype]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ..tolerances import SMALLEST, TOLERANCES, error
-from .cases import EVERYTHING, Case, assert_same_bits, check, evaluate, make_case, pick
+from .cases import EVERYTHING, Case, assert_same_bits, check, evaluate, make_case, pick, random_documents
 
 # with segments of 64 tokens, which are one or two chunks
 DOCUMENTS = {
@@ -29,15 +29,6 @@ def test_documents(impl, rng, cut, documents, initial, index):
     cut(64)
     case = make_case(rng, impl, documents=documents, H=1, log_decay=(-0.02,), initial=initial, index=index)
     check(impl, case)
-
-
-def random_documents(rng: torch.Generator, T: int) -> list[int]:
-    """Lengths that sum to T: ragged, with empty and one-token documents among them."""
-    lengths = [0] * pick(rng, (0, 0, 1))
-    while sum(lengths) < T:
-        length = pick(rng, (0, 1, 1, pick(rng, range(2, 20)), pick(rng, (16, 32, 64)), pick(rng, range(1, T + 1))))
-        lengths.append(min(length, T - sum(lengths)))
-    return lengths + [0] * pick(rng, (0, 0, 1, 2))
 
 
 @pytest.mark.parametrize("tokens", [32, 64, 128])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_megatron.ops import norm_gate, pointwise_kernels, split_heads
+from lightning_megatron.ops import norm_gate, split_heads
+from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 from ..tolerances import POINTWISE, SMALLEST, error
 from .cases import assert_same_bits, pick, randn

@@ -5,10 +5,9 @@ import os
 import pytest
 import torch
 
-from .cases import EVERYTHING, check, make_case, pick
+from .cases import EVERYTHING, check, make_case, pick, random_documents
 from .conftest import MAIN, MORE, runs_here
-from .test_layouts import expanded, fused, head_dim_not_last, inside, time_first
-from .test_packed import random_documents
+from .layouts import expanded, fused, head_dim_not_last, inside, time_first
 
 CUDA = torch.cuda.is_available()
 CASES = int(os.environ.get("LIGHTNING_TEST_CASES") or (200 if CUDA else 40))

@@ -5,11 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_megatron.ops import api
+from lightning_megatron.ops import backend as backends
 
 from ..tolerances import assert_close
-from .cases import Case, Impl, judge, make_case, pick
-from .test_packed import random_documents
+from .cases import Case, Impl, judge, make_case, pick, random_documents
 
 
 def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) -> tuple[Case, torch.Tensor]:
@@ -46,7 +45,7 @@ def test_states_are_of_rows(every_impl, rng, cut, rows, T, split):
     K, V = pick(rng, [(16, 16), (32, 64), (48, 32), (128, 128)])
     case, bounds = draw(rng, every_impl, rows, T, K, V)
     print(every_impl, case, bounds)
-    module = api.choose_implementation(every_impl.backend, case.q)
+    module = backends.choose(every_impl.backend, case.q)
     scale, (q, k, v, do), log_decay = K**-0.5, (case.q, case.k, case.v, case.do), case.log_decay
     own, own_grad, dfinal = None, None, case.dfinal
     if split:
@@ -72,7 +71,7 @@ def test_one_row_is_a_packed_sequence(every_impl, rng, cut):
     """Bit for bit, where no state enters."""
     cut(64)
     case, bounds = draw(rng, every_impl, 1, 150, 32, 32)
-    module = api.choose_implementation(every_impl.backend, case.q)
+    module = backends.choose(every_impl.backend, case.q)
     args = case.q, case.k, case.v, case.log_decay, 1.0, None
     outputs = [module.forward(*args, x, False)[0] for x in (bounds, bounds[0])]
     assert torch.equal(*outputs)

@@ -110,10 +110,10 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
 
 
 @triton.jit
-def _entering(
-    own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
+def _incoming_state(
+    split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, OWN: tl.constexpr, EDGE_IN: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr,
     VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """State [BV, BK] that enters the segment from ``begin`` to ``end``: of the parts before it, as far as their decay reaches.
@@ -121,12 +121,12 @@ def _entering(
     The sequence's own end is a segment too: (T, T), or reversed (0, 0).
     """
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
-    if OWN:
-        first = tl.cdiv(end, part) if REVERSE else tl.cdiv(begin, part) - 1  # the nearest part
-        passed = tl.cdiv(T, part) - first if REVERSE else first + 1
-        for i in range(tl.minimum(passed, _reach(b_ld) // part + 2)):
+    if SPLIT_STATES:
+        first = tl.cdiv(end, split_len) if REVERSE else tl.cdiv(begin, split_len) - 1  # the nearest part
+        passed = tl.cdiv(T, split_len) - first if REVERSE else first + 1
+        for i in range(tl.minimum(passed, _reach(b_ld) // split_len + 2)):
             i_o = first + i if REVERSE else first - i
-            edge = i_o * part if REVERSE else tl.minimum((i_o + 1) * part, begin)  # of the part, on this side
+            edge = i_o * split_len if REVERSE else tl.minimum((i_o + 1) * split_len, begin)  # of the part, on this side
             b_f = tl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(tl.float32))
             if VARLEN:  # only the document that crosses into this segment
                 if REVERSE:
@@ -134,9 +134,11 @@ def _entering(
                 else:
                     same = tl.load(doc + edge - 1) == tl.load(doc + begin - 1)
                 b_f = tl.where(same, b_f, 0.0)
-            i_o += i_b * own_rows - own_first
-            b_s += b_f * tl.load(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
-    if EDGE_IN and BY_ROW:
+            i_o += i_b * split_rows - split_first
+            b_s += b_f * tl.load(
+                _state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0
+            )
+    if INCOMING and BY_ROW:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
         if VARLEN:  # only the document at the sequence's edge, if it goes on up to here
             if REVERSE:
@@ -144,7 +146,7 @@ def _entering(
             else:
                 same = tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0))
             b_f = tl.where(same, b_f, 0.0)
-        b_s += b_f * tl.load(_state_tile(edge_in, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
+        b_s += b_f * tl.load(_state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
     return b_s
 
 
@@ -153,17 +155,17 @@ def _walk(
     q, k, v, o,  # at token 0 of this batch row and head: [T, dim] with strides q_st .. o_st and 1
     q_st, k_st, v_st, o_st,
     b_ld,  # log_decay of this head
-    own,  # own states of parts [B, own_rows, H, K, V], from part own_first on: written if STATE_ONLY, else read
-    edge_in, edge_out,  # states that enter and leave sequences [B, H, K, V], not BY_ROW documents [N, H, K, V]
+    split_states,  # states of splits [B, own_rows, H, K, V], from part own_first on: written if STATE_ONLY, else read
+    incoming, outgoing,  # states that enter and leave sequences [B, H, K, V], not BY_ROW documents [N, H, K, V]
     doc, cu_seqlens,  # VARLEN: document of each token [T], bounds [N+1]
     i_b, i_h, i_v,
     i_s,  # segment, or with STATE_ONLY the part
     T, H,
-    part, parts, segments, own_rows, own_first,  # tokens of a part, parts of a segment
+    split_len, splits, segments, split_rows, split_first,  # tokens of a part, parts of a segment
     read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
-    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment (STATE_ONLY: one part) of one head; a program holds BV columns of v, o and the state.
@@ -177,22 +179,22 @@ def _walk(
     m_k, m_v = o_k < K, o_v < V
     m_vk = m_v[:, None] & m_k[None, :]
     if STATE_ONLY:
-        begin = i_s * part
-        end = tl.minimum(T, begin + part)
+        begin = i_s * split_len
+        end = tl.minimum(T, begin + split_len)
         # parts between this one and the segment (or end of the sequence) that needs it first; nothing of it is left there if
         # not `used`: `_entering` reads no further
-        between = i_s % parts if REVERSE else tl.minimum(parts - 1 - i_s % parts, tl.cdiv(T, part) - 1 - i_s)
-        used = between < _reach(b_ld) // part + 2
+        between = i_s % splits if REVERSE else tl.minimum(splits - 1 - i_s % splits, tl.cdiv(T, split_len) - 1 - i_s)
+        used = between < _reach(b_ld) // split_len + 2
         skip = tl.maximum(end - begin - _reach(b_ld), 0) // BC  # chunks of which nothing is left at the part's end
-        skip = tl.where(used, skip, tl.cdiv(part, BC))
+        skip = tl.where(used, skip, tl.cdiv(split_len, BC))
         b_s = tl.zeros([BV, BK], dtype=tl.float32)
     else:
-        begin = i_s * parts * part
-        end = tl.minimum(T, begin + parts * part)
+        begin = i_s * splits * split_len
+        end = tl.minimum(T, begin + splits * split_len)
         skip = 0
-        b_s = _entering(
-            own, own_rows, own_first, edge_in, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, part,
-            K, V, BK, BV, REVERSE, TRANSPOSED, OWN, EDGE_IN, VARLEN, BY_ROW,
+        b_s = _incoming_state(
+            split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+            K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
         b_d = (p[:, None] - p[None, :]) if REVERSE else (p[None, :] - p[:, None])  # [BC of j, BC of i]
@@ -255,13 +257,13 @@ def _walk(
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
-        if EDGE_IN and not BY_ROW:
+        if INCOMING and not BY_ROW:
             # documents whose entering edge (start, or end if reversed) lies in this chunk
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
                 enters = (d_end > start) & (d_end <= start + n) if REVERSE else (d_start >= start)
                 if enters & (d_end > d_start):
-                    p_e = _state_tile(edge_in, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                    p_e = _state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                     b_e = tl.load(p_e, mask=m_vk, other=0.0)
                     if not STATE_ONLY:
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
@@ -275,7 +277,7 @@ def _walk(
                     if i_n == current:
                         after = (d_end - start) if REVERSE else (start + n - d_start)
                         b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
-        if EDGE_OUT and not BY_ROW:
+        if OUTGOING and not BY_ROW:
             # documents whose leaving edge (end, or start if reversed) lies in this chunk
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
@@ -289,13 +291,13 @@ def _walk(
                         tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION
                     )
                     b_l += tl.where(i_n == source, b_s * tl.exp(b_ld * (hi - lo).to(tl.float32)), 0.0)
-                    if EDGE_IN:
+                    if INCOMING:
                         whole = (lo == d_start) & (hi == d_end)
                         if whole:
-                            p_e = _state_tile(edge_in, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                            p_e = _state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                             b_e = tl.load(p_e, mask=m_vk, other=0.0)
                             b_l += b_e * tl.exp(b_ld * (hi - lo).to(tl.float32))
-                    p_e = _state_tile(edge_out, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                    p_e = _state_tile(outgoing, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                     tl.store(p_e, b_l, mask=m_vk)
 
         if not STATE_ONLY:
@@ -308,27 +310,38 @@ def _walk(
         b_s += tl.dot(tl.trans((b_v * (b_write * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
 
     if STATE_ONLY:
-        i_o = i_b * own_rows + i_s - own_first
-        tl.store(_state_tile(own, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
+        i_o = i_b * split_rows + i_s - split_first
+        tl.store(_state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:
-        if EDGE_OUT and BY_ROW:
+        if OUTGOING and BY_ROW:
             if i_s == (0 if REVERSE else segments - 1):
-                tl.store(_state_tile(edge_out, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
+                tl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
 @triton.jit(
-    do_not_specialize=("group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first")
+    do_not_specialize=(
+        "group",
+        "pieces",
+        "documents",
+        "T",
+        "H",
+        "split_len",
+        "splits",
+        "segments",
+        "split_rows",
+        "split_first",
+    )
 )
 def walk_kernel(
-    q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens,
+    q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
     group, pieces,  # query heads per head of k and v; sequences that follow each other along T in a row of the batch
     documents,  # of a sequence: doc [B, T], cu_seqlens [B, documents + 1]
-    T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
+    T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
-    OWN: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """o and the final states, or with STATE_ONLY the own states of ``own_rows`` parts.
@@ -339,7 +352,7 @@ def walk_kernel(
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns
-    rows = own_rows if STATE_ONLY else segments
+    rows = split_rows if STATE_ONLY else segments
     if STATE_ONLY:  # first the last heads, whose decay is slowest in most models: they have most to do
         n = tl.num_programs(0) // (columns * H)
         i_h, i = H - group * (1 + i // (n * group)) + i % group, i // group % n
@@ -351,38 +364,38 @@ def walk_kernel(
         doc += i_b * T
         cu_seqlens += i_b * (documents + 1)
     if STATE_ONLY:
-        i_s += own_first
+        i_s += split_first
     else:
         q += i_r * q_sb + i_t * q_st + i_h.to(tl.int64) * q_sh
         o += i_r * o_sb + i_t * o_st + i_h.to(tl.int64) * o_sh
     k += i_r * k_sb + i_t * k_st + (i_h // group).to(tl.int64) * k_sh
     v += i_r * v_sb + i_t * v_st + (i_h // group).to(tl.int64) * v_sh
     _walk(
-        q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), own, edge_in, edge_out, doc, cu_seqlens,
-        i_b, i_h, i_v, i_s, T, H, part, parts, segments, own_rows, own_first, read_scale, write_scale,
-        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, OWN, EDGE_IN, EDGE_OUT, VARLEN, BY_ROW, False, PRECISION, WIDE_STATE,
+        q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), split_states, incoming, outgoing, doc, cu_seqlens,
+        i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, SPLIT_STATES, INCOMING, OUTGOING, VARLEN, BY_ROW, False, PRECISION, WIDE_STATE,
     )  # fmt: skip
 
 
 _COUNTS = (
-    "group", "pieces", "documents", "T", "H", "part", "parts", "segments", "own_rows", "own_first",
-    "parts_q", "segments_q", "own_rows_q",
+    "group", "pieces", "documents", "T", "H", "split_len", "splits", "segments", "split_rows", "split_first",
+    "splits_q", "segments_q", "split_rows_q",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def gradients_kernel(
     q, k, v, do, dq, dk, dv, log_decay,
-    own, own_grad, initial, dfinal, dinitial, doc, cu_seqlens,
+    split_states, split_grads, initial, dfinal, dinitial, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
     dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st,  # heads of these are K, K and V elements apart
-    group, pieces, documents, T, H, part,
-    parts, segments, own_rows, own_first,  # of the walks for dk and dv
-    parts_q, segments_q, own_rows_q,  # of the walk for dq
+    group, pieces, documents, T, H, split_len,
+    splits, segments, split_rows, split_first,  # of the walks for dk and dv
+    splits_q, segments_q, split_rows_q,  # of the walk for dq
     scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     COLS_K: tl.constexpr, COLS_V: tl.constexpr,  # columns of a program for dq or dk, and for dv
-    BC: tl.constexpr, OWN: tl.constexpr, OWN_GRAD: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
+    BC: tl.constexpr, SPLIT_STATES: tl.constexpr, SPLIT_GRADS: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
     VARLEN: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv and d(initial_state) in one launch: first the programs for dq, then those for dk and dv.
@@ -416,21 +429,21 @@ def gradients_kernel(
     # three ifs, not elif: Triton then gives the three the same shared memory
     if (i_v < n_k) & (not for_q):
         _walk(
-            v, do, q, dk, v_st, do_st, q_st, dk_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
-            V, K, BV, COLS_K, BC, True, True, False, OWN_GRAD, DFINAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            v, do, q, dk, v_st, do_st, q_st, dk_st, b_ld, split_grads, dfinal, dinitial, doc, cu_seqlens,
+            i_b, i_h, i_v, segments - 1 - i_s, T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            V, K, BV, COLS_K, BC, True, True, False, SPLIT_GRADS, DFINAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         _walk(
-            k, q, do, dv, k_st, q_st, do_st, dv_st, b_ld, own_grad, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, part, parts, segments, own_rows, own_first, 1.0, scale,
-            K, V, BK, COLS_V, BC, True, False, False, OWN_GRAD, DFINAL, INITIAL, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            k, q, do, dv, k_st, q_st, do_st, dv_st, b_ld, split_grads, dfinal, dinitial, doc, cu_seqlens,
+            i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            K, V, BK, COLS_V, BC, True, False, False, SPLIT_GRADS, DFINAL, INITIAL, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if for_q:
         _walk(
-            do, v, k, dq, do_st, v_st, k_st, dq_st, b_ld, own, initial, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v, i_s, T, H, part, parts_q, segments_q, own_rows_q, 0, scale, 1.0,
-            V, K, BV, COLS_K, BC, False, True, False, OWN, INITIAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            do, v, k, dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, dinitial, doc, cu_seqlens,
+            i_b, i_h, i_v, i_s, T, H, split_len, splits_q, segments_q, split_rows_q, 0, scale, 1.0,
+            V, K, BV, COLS_K, BC, False, True, False, SPLIT_STATES, INITIAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
 
 

@@ -38,3 +38,17 @@ def keep[Made](
             made.clear()
         made[key] = make(tensor.detach())
     return made[key]
+
+
+def check_once(tensor: torch.Tensor, check: Callable, *arguments: int) -> None:
+    """``check(tensor, *arguments)``, which waits for the GPU, once per tensor and version: marks on the tensor remember."""
+    # tensors made in torch.inference_mode have no version and are checked every time
+    mark = None if tensor.is_inference() else (tensor._version, check.__name__, arguments)
+    marks = getattr(tensor, "_lightning_checked", ())
+    if mark in marks:
+        return
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # reading would break the capture; the warm-up before it has checked
+    check(tensor, *arguments)
+    if mark is not None:
+        tensor._lightning_checked = {mark}.union(x for x in marks if x[0] == tensor._version)

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .exchange_kernels import Mail, combine, end_state, mailbox_words, receive
-from .keep import keep
+from ..memo import keep
 from .kernels import gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
+from .states import Mail, combine, mailbox_words, receive, reduce_splits
 
 __all__ = ["Mail", "backward", "combine", "end_states", "final_states", "forward", "mailbox_words", "receive"]
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
-MIN_PART, MAX_PARTS = 1024, 32  # where there are more parts than segments
+MIN_SPLIT, MAX_SPLITS = 1024, 32  # where there are more parts than segments
 ONE_LAUNCH = 1024  # shorter sequences are not worth two
 
 
@@ -43,15 +43,15 @@ def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bo
     return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if long_chunks else 32, 4, 4)
 
 
-class Plan(NamedTuple):
+class SplitPlan(NamedTuple):
     """How a sequence is cut: tokens per part, a multiple of 64, and parts per segment of the walks."""
 
-    part: int
-    parts: int  # for o and dq
-    parts_grad: int  # for dk and dv
+    split_len: int
+    splits: int  # for o and dq
+    splits_grad: int  # for dk and dv
 
 
-def _plan(T: int, programs: int, programs_grad: int) -> Plan:
+def _plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
     """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
 
     Parts are shorter than segments: their states are computed by more programs. Results of another plan differ by
@@ -62,8 +62,8 @@ def _plan(T: int, programs: int, programs_grad: int) -> Plan:
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
     most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
     segments, segments_grad = (min(cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
-    count = max(segments, min(cdiv(4 * PROGRAMS, programs), T // MIN_PART, MAX_PARTS))
-    return Plan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
+    count = max(segments, min(cdiv(4 * PROGRAMS, programs), T // MIN_SPLIT, MAX_SPLITS))
+    return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
 @functools.cache
@@ -98,24 +98,38 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-def _walk(
-    q, k, v, o, log_decay, own, *, edge_in, edge_out=None, docs, reverse=False, part, parts, pieces=1, scale=1.0
+def _launch_walk(
+    q,
+    k,
+    v,
+    o,
+    log_decay,
+    split_states,
+    *,
+    incoming,
+    outgoing=None,
+    docs,
+    reverse=False,
+    split_len,
+    splits,
+    pieces=1,
+    scale=1.0,
 ) -> None:
-    """Launch ``walk_kernel``: o and the final states, edge_out, or without q the parts' own states."""
+    """Launch ``walk_kernel``: o and the final states, edge_out, or without q the splits' states."""
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
-    segments = cdiv(T, part * parts)
+    segments = cdiv(T, split_len * splits)
     states_only = q is None
     doc, cu_seqlens = docs
     tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
-    rows, first = _rows(own, segments, parts, reverse)
+    rows, first = _rows(split_states, segments, splits, reverse)
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
-        (q, k, v, o, log_decay, own, edge_in, edge_out, doc, cu_seqlens),
+        (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens),
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(cu_seqlens),
-         T, H, part, parts, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
+         T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         own is not None, edge_in is not None, edge_out is not None, doc is not None, _by_row(cu_seqlens), *_precision(v.dtype)),
+         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(cu_seqlens), *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
@@ -125,26 +139,26 @@ def _rows_of(x: torch.Tensor, pieces: int) -> tuple[int, int]:
     return x.shape[0] * pieces, x.shape[1] // pieces
 
 
-def _rows(own: torch.Tensor | None, segments: int, parts: int, reverse: bool) -> tuple[int, int]:
+def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse: bool) -> tuple[int, int]:
     """Rows of own states, and the part of the first: no segment needs those of the last segment, reversed of the first."""
-    rows = 0 if own is None else own.shape[1]
-    return rows, parts if reverse and rows < segments * parts else 0
+    rows = 0 if split_states is None else split_states.shape[1]
+    return rows, splits if reverse and rows < segments * splits else 0
 
 
-def _own_states(
-    k, v, log_decay, *, edge, docs, part, parts, pieces=1, reverse=False, scale=1.0, every=False
+def _split_states(
+    k, v, log_decay, *, incoming, docs, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
 ) -> torch.Tensor | None:
     """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
-    rows = (cdiv(T, part * parts) - (not every)) * parts
+    rows = (cdiv(T, split_len * splits) - (not every)) * splits
     if rows == 0:
         return None
-    own = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
-    _walk(  # those of documents enter inside parts
-        None, k, v, None, log_decay, own, edge_in=None if _by_row(docs[1]) else edge, docs=docs, reverse=reverse, part=part, parts=parts,
+    split_states = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
+    _launch_walk(  # those of documents enter inside parts
+        None, k, v, None, log_decay, split_states, incoming=None if _by_row(docs[1]) else incoming, docs=docs, reverse=reverse, split_len=split_len, splits=splits,
         pieces=pieces, scale=scale,
     )  # fmt: skip
-    return own
+    return split_states
 
 
 def _documents(cu_seqlens: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -184,15 +198,15 @@ def _tokens_like(x: torch.Tensor, heads: int, dim: int, dtype: torch.dtype) -> t
     return torch.empty(B, T, heads, dim, device=x.device, dtype=dtype)
 
 
-def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> Plan:
+def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> SplitPlan:
     columns_v, columns_k = cdiv(V, _tiles(dtype, K, V, T <= 16).BV), cdiv(K, _tiles(dtype, V, K, T <= 16).BV)
-    return _plan(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
+    return _plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
 
 
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, own=None, pieces=1):
+def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, split_states=None, pieces=1):
     """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
 
-    ``own`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
+    ``split_states`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
     ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces. ``cu_seqlens [N, documents + 1]``
     cuts every sequence into documents, whose first may have begun before it and whose last may go on: states are those of
     sequences. ``[N + 1]`` cuts one sequence, and states are those of documents.
@@ -210,13 +224,15 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, ow
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
         return o, final, (None, None, None), plan
-    if T == 1 and not packed and own is None and pieces == 1:
+    if T == 1 and not packed and split_states is None and pieces == 1:
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
-    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, pieces=pieces)
-    own = own if own is not None else _own_states(k, v, log_decay, edge=initial_state, **cut)
-    _walk(q, k, v, o, log_decay, own, edge_in=initial_state, edge_out=final, scale=scale, **cut)
-    return o, final, (own, *cut["docs"]), plan
+    cut = dict(docs=_documents(cu_seqlens, T), split_len=plan.split_len, splits=plan.splits, pieces=pieces)
+    split_states = (
+        split_states if split_states is not None else _split_states(k, v, log_decay, incoming=initial_state, **cut)
+    )
+    _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
+    return o, final, (split_states, *cut["docs"]), plan
 
 
 def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
@@ -235,7 +251,7 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
 def end_states(
     k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0
 ):
-    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the parts' own states, None
+    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the splits' states, None
     where ``forward`` (``backward``) needs none.
 
     With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
@@ -246,14 +262,16 @@ def end_states(
     if B == 0:
         return None if mail else v.new_empty(0, H, K, V, dtype=torch.float32), None
     plan = _plan_for(B, T, H, K, V, v.dtype)
-    docs, own, parts = _documents(cu_seqlens, T), None, plan.parts_grad if reverse else plan.parts
+    docs, split_states, splits = _documents(cu_seqlens, T), None, plan.splits_grad if reverse else plan.splits
     if T > 0:
-        own = _own_states(
-            k, v, log_decay, edge=None if initial_state is None else initial_state.contiguous(), docs=docs, part=plan.part,
-            parts=parts, pieces=pieces, reverse=reverse, scale=scale, every=True,
+        split_states = _split_states(
+            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), docs=docs, split_len=plan.split_len,
+            splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
         )  # fmt: skip
-    states = end_state(own, log_decay, docs[0], (B, T, K, V), plan.part, reverse=reverse, mail=mail, first=first)
-    return states, own if T > plan.part * parts else None  # one segment needs none
+    states = reduce_splits(
+        split_states, log_decay, docs[0], (B, T, K, V), plan.split_len, reverse=reverse, mail=mail, first=first
+    )
+    return states, split_states if T > plan.split_len * splits else None  # one segment needs none
 
 
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
@@ -267,15 +285,19 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     if T == 0 or B == 0:
         return final
     programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))
-    plan = _plan(T, programs, programs)
-    cut = dict(docs=_documents(cu_seqlens, T), part=plan.part, parts=plan.parts, reverse=reverse, scale=scale)
-    own = _own_states(k, v, log_decay, edge=initial_state, **cut)
+    plan = _plan_splits(T, programs, programs)
+    cut = dict(
+        docs=_documents(cu_seqlens, T), split_len=plan.split_len, splits=plan.splits, reverse=reverse, scale=scale
+    )
+    split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     q = k[:, :, :1].expand(B, T, H, K)
-    _walk(q, k, v, _tokens_like(k, H, V, v.dtype), log_decay, own, edge_in=initial_state, edge_out=final, **cut)
+    _launch_walk(
+        q, k, v, _tokens_like(k, H, V, v.dtype), log_decay, split_states, incoming=initial_state, outgoing=final, **cut
+    )
     return final
 
 
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, own_grad=None, pieces=1):
+def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, split_grads=None, pieces=1):
     """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
 
     ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called. ``dfinal`` may be a function, which waits
@@ -283,7 +305,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     """
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V, kv_heads = v.shape[-1], k.shape[2]
-    own, *docs = saved
+    split_states, *docs = saved
     packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
@@ -292,22 +314,22 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     wide = by_v if by_v.BK >= by_k.BK else by_k
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
-    segments, segments_q = (cdiv(T, plan.part * n) if tokens else 0 for n in (plan.parts_grad, plan.parts))
+    segments, segments_q = (cdiv(T, plan.split_len * n) if tokens else 0 for n in (plan.splits_grad, plan.splits))
     descriptors = (
-        tokens and plan.part % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
+        tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
     )  # which need parts of whole chunks
 
-    def walks(segments: int, segments_q: int, own_grad=None, dfinal=None, dinitial=None) -> None:
+    def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None) -> None:
         """Launch those for dk and dv in ``segments``, and those for dq in ``segments_q``; 0 for none."""
-        own_rows, own_first = _rows(own_grad, segments, plan.parts_grad, True)
+        split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
-            (q, k, v, do, dq, dk, dv, log_decay, own, own_grad, initial_state, dfinal, dinitial, *docs),
+            (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial, *docs),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.part, plan.parts_grad, segments, own_rows, own_first,
-             plan.parts, segments_q, _rows(own, segments_q, plan.parts, False)[0], scale),
+             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
+             plan.splits, segments_q, _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             own is not None, own_grad is not None, initial_state is not None, dfinal is not None, packed, by_row,
+             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None, packed, by_row,
              descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
@@ -321,23 +343,23 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        own_grad = (
-            own_grad
-            if own_grad is not None
-            else _own_states(
+        split_grads = (
+            split_grads
+            if split_grads is not None
+            else _split_states(
                 q,
                 do,
                 log_decay,
-                edge=dfinal,
+                incoming=dfinal,
                 docs=docs,
-                part=plan.part,
-                parts=plan.parts_grad,
+                split_len=plan.split_len,
+                splits=plan.splits_grad,
                 pieces=pieces,
                 reverse=True,
                 scale=scale,
             )
         )
-        walks(segments, segments_q, own_grad, dfinal, dinitial)
+        walks(segments, segments_q, split_grads, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     return dq, dk, dv, dinitial

@@ -11,8 +11,8 @@ import typing
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from .compat import importable, version
-from .config import LightningOptions
+from ..compat import importable, version
+from ..config import LightningOptions
 
 _TE = "transformer_engine.pytorch"
 _PREFIX = "lightning_"
@@ -147,7 +147,8 @@ def options_from_args(args: Namespace) -> LightningOptions:
         ValueError: values that do not go together.
     """
     names = [field.name for field in dataclasses.fields(LightningOptions)]
-    return LightningOptions(**{name: getattr(args, _PREFIX + name) for name in names})
+    saved = vars(args)  # of a checkpoint, maybe, that is older than an option
+    return LightningOptions(**{name: saved[_PREFIX + name] for name in names if _PREFIX + name in saved})
 
 
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:

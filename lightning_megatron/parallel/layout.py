@@ -8,7 +8,7 @@ import torch.distributed as dist
 LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
 
 
-def token_places(
+def token_positions(
     tokens: int,
     *,
     group: dist.ProcessGroup,
@@ -34,18 +34,3 @@ def token_places(
     offset = i - starts[document]
     offset = torch.where(offset < half, offset + r * half, offset - half + (2 * P - 1 - r) * half)
     return cu_seqlens.long()[document] + offset
-
-
-def packed_angles(
-    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup, layout: str, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
-    """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their places in their documents.
-
-    ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all ranks, of
-    the places in the whole sequence: what Megatron's GPTModel passes to its layers.
-    """
-    places = token_places(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
-    if freqs.shape[0] != tokens * group.size():
-        bounds = cu_seqlens.long()
-        places = places - bounds[torch.searchsorted(bounds, places, right=True) - 1]
-    return freqs[places]

@@ -21,9 +21,9 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from .ops.api import check_once
-from .packed import document_bounds, sharing_group
-from .softmax_parallel import Gather, Merged, check_documents, joined, merging_kernel, pieces_of_documents, sequence
+from ..ops.memo import check_once
+from ..packed import document_bounds, sharing_group
+from .parallel import Gather, Merged, check_documents, joined, merging_kernel, pieces_of_documents, sequence
 
 KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,

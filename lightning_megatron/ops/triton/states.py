@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from .kernels import _entering, _state_tile
+from .kernels import _incoming_state, _state_tile
 from .launch import cdiv, launch, pad
 
 COLUMNS = 16  # of a state in a program
@@ -73,27 +73,27 @@ def send_tile(x, y, tile, o_e, mailboxes, me, ranks, tiles, SIZE: tl.constexpr):
 
 @triton.jit
 def _end_state(
-    own, own_rows, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, T, H, part,
+    split_states, split_rows, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, T, H, split_len,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, SPLIT_STATES: tl.constexpr,
 ):  # fmt: skip
     """Tile [BV, BK] of the state at the end (reversed at the start) of sequence i_b."""
     at = 0 if REVERSE else T
     if VARLEN:
         doc += i_b * T
-    return _entering(
-        own, own_rows, 0, None, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, part,
-        K, V, BK, BV, REVERSE, False, OWN, False, VARLEN, True,
+    return _incoming_state(
+        split_states, split_rows, 0, None, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
+        K, V, BK, BV, REVERSE, False, SPLIT_STATES, False, VARLEN, True,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("T", "H", "part", "own_rows", "first", "sequences", "me", "ranks", "rows"))
+@triton.jit(do_not_specialize=("T", "H", "split_len", "split_rows", "first", "sequences", "me", "ranks", "rows"))
 def end_state_kernel(
-    own, log_decay, out, doc, mailboxes, between,  # own states of all parts [B, own_rows, H, K, V], out [B, H, K, V], between [rows, H]
-    T, H, part, own_rows,
+    split_states, log_decay, out, doc, mailboxes, between,  # states of all splits [B, own_rows, H, K, V], out [B, H, K, V], between [rows, H]
+    T, H, split_len, split_rows,
     first, sequences, me, ranks, rows,  # SEND: number of the first sequence among those of this rank's message
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, VARLEN: tl.constexpr, OWN: tl.constexpr, SEND: tl.constexpr, PAIRS: tl.constexpr,
+    REVERSE: tl.constexpr, VARLEN: tl.constexpr, SPLIT_STATES: tl.constexpr, SEND: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """The state at the end of a sequence (reversed at its start) of its own states; packed, of its last (first) document.
 
@@ -110,14 +110,52 @@ def end_state_kernel(
     i_s = i_b
     if PAIRS:
         i_s = 2 * i_b + (1 if REVERSE else 0)
-    b_s = _end_state(own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN)
+    b_s = _end_state(
+        split_states,
+        split_rows,
+        doc,
+        b_ld,
+        i_s,
+        i_h,
+        o_k,
+        o_v,
+        m_vk,
+        T,
+        H,
+        split_len,
+        K,
+        V,
+        BK,
+        BV,
+        REVERSE,
+        VARLEN,
+        SPLIT_STATES,
+    )
     if SEND:
         b_sum = b_s
         if PAIRS:
             i_s = 2 * i_b + (0 if REVERSE else 1)
             b_sum = b_s * tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
             b_sum += _end_state(
-                own, own_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, part, K, V, BK, BV, REVERSE, VARLEN, OWN
+                split_states,
+                split_rows,
+                doc,
+                b_ld,
+                i_s,
+                i_h,
+                o_k,
+                o_v,
+                m_vk,
+                T,
+                H,
+                split_len,
+                K,
+                V,
+                BK,
+                BV,
+                REVERSE,
+                VARLEN,
+                SPLIT_STATES,
             )
         o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
         tile = ((first + i // H) * H + i_h) * columns + i_v
@@ -180,7 +218,9 @@ def combine_kernel(states, weights, out, N, R, places, rows, H, SIZE: tl.constex
     tl.store(out + i.to(tl.int64) * SIZE + o_e, b_o, mask=m_e)
 
 
-def end_state(own, log_decay, doc, size, part, *, reverse: bool, mail: Mail | None, first: int) -> torch.Tensor | None:
+def reduce_splits(
+    split_states, log_decay, doc, size, split_len, *, reverse: bool, mail: Mail | None, first: int
+) -> torch.Tensor | None:
     """The state at the end of each of B sequences of own states ``[B, parts, H, K, V]`` (None: no tokens), ``size`` B, T, K, V.
 
     Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first. With ``mail`` the states are
@@ -194,9 +234,9 @@ def end_state(own, log_decay, doc, size, part, *, reverse: bool, mail: Mail | No
         mailboxes, between, pairs = mail.mailboxes, mail.between, mail.between is not None
         to = first, mail.shape[0] * mail.shape[1], mail.rank, mailboxes.numel(), between.shape[0] if pairs else 0
     launch(
-        end_state_kernel, cdiv(V, COLUMNS) * H * (B // 2 if pairs else B), (own, log_decay, out, doc, mailboxes, between),
-        (T, H, part, 0 if own is None else own.shape[1], *to),
-        (K, V, pad(K), COLUMNS, reverse, doc is not None, own is not None, mail is not None, pairs), num_warps=4,
+        end_state_kernel, cdiv(V, COLUMNS) * H * (B // 2 if pairs else B), (split_states, log_decay, out, doc, mailboxes, between),
+        (T, H, split_len, 0 if split_states is None else split_states.shape[1], *to),
+        (K, V, pad(K), COLUMNS, reverse, doc is not None, split_states is not None, mail is not None, pairs), num_warps=4,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,97 @@
+"""What the operator is given: checks of shapes, dtypes, devices and values."""
+
+from __future__ import annotations
+
+import torch
+
+from .memo import check_once
+
+MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
+    for name, x, axes in (("q", q, "B,T,H,K"), ("k", k, "B,T,Hkv,K"), ("v", v, "B,T,Hkv,V")):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have the 4 dimensions [{axes}], but has shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}"
+            )
+    if q.dtype not in (*_DTYPES, torch.float64):
+        raise ValueError(f"q has dtype {q.dtype}; lightning_attn computes bfloat16, float16 and float32")
+    B, T, H, K = q.shape
+    Hkv, V = v.shape[2:]
+    if k.shape != (B, T, Hkv, K) or v.shape[:2] != (B, T):
+        raise ValueError(
+            f"shapes do not fit: q {list(q.shape)} is [B,T,H,K], so k must be [{B},{T},Hkv,{K}] and v [{B},{T},Hkv,V], "
+            f"but k is {list(k.shape)} and v is {list(v.shape)}"
+        )
+    if Hkv == 0 or H == 0 or H % Hkv:
+        raise ValueError(f"{H} query heads cannot share {Hkv} key/value heads: the second must divide the first")
+    for name, dim in (("K", K), ("V", V)):
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+            raise ValueError(
+                f"head dim {name}={dim} is not supported: it must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to "
+                f"{MAX_HEAD_DIM}; pad q and k (or v) with zeros, which changes nothing but the default scale"
+            )
+    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if log_decay.shape != (H,) or log_decay.dtype != state_dtype or log_decay.device != q.device:
+        raise ValueError(
+            f"log_decay must be [{H}] (one entry per query head), {state_dtype} on {q.device}, but is "
+            f"{list(log_decay.shape)}, {log_decay.dtype} on {log_decay.device}"
+        )
+    if log_decay.requires_grad:
+        raise ValueError("log_decay requires grad, but lightning attention has fixed decays; pass log_decay.detach()")
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
+        raise ValueError(f"scale={scale!r} must be a finite number, or None for K ** -0.5 = {K**-0.5:.4g}")
+    sequences = B
+    if cu_seqlens is not None:
+        if B != 1:
+            raise ValueError(
+                f"cu_seqlens packs documents along T and needs B = 1, but q has B = {B}; reshape to [1, B*T, ...]"
+            )
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be [N+1] int32 or int64 with N >= 1, but is {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}; move it there")
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        if initial_state.shape != (sequences, H, K, V):
+            raise ValueError(
+                f"initial_state must be [N,H,K,V] = [{sequences},{H},{K},{V}] (N = "
+                f"{'documents in cu_seqlens' if cu_seqlens is not None else 'batch size'}), but is {list(initial_state.shape)}"
+            )
+        if initial_state.dtype != state_dtype or initial_state.device != q.device:
+            raise ValueError(
+                f"initial_state must be {state_dtype} on {q.device} (states are not kept in low precision), but is "
+                f"{initial_state.dtype} on {initial_state.device}"
+            )
+
+
+def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
+    """Checks that must read tensors."""
+    check_once(log_decay, _check_log_decay)
+    if cu_seqlens is not None:
+        check_once(cu_seqlens, _check_cu_seqlens, T)
+
+
+def _check_log_decay(log_decay: torch.Tensor) -> None:
+    bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
+    if bool(bad.any()):
+        head = int(bad.int().argmax())
+        raise ValueError(
+            f"log_decay[{head}] = {float(log_decay[head])}: every entry must be finite and <= 0 (0 keeps the whole state, "
+            "-0.1 keeps exp(-0.1) = 90% of it per token); did you pass a slope, which is -log_decay, or a decay?"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T:
+        raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, but goes from {bounds[0]} to {bounds[-1]}")
+    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if b < a:
+            raise ValueError(f"cu_seqlens must never fall, but cu_seqlens[{n}] = {a} is followed by {b}")

@@ -1,0 +1,1 @@
+"""The Triton backend: kernels, and what they are launched with."""

@@ -1,0 +1,81 @@
+"""Rotary embedding of q and k in lightning layers, and of packed documents over context-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+
+from .parallel import token_positions
+
+
+def rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rotary_pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    config,
+    layer_number: int,
+    cu_seqlens: torch.Tensor | None,
+    inference_context,
+    cp_group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    layout: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it.
+
+    Args:
+        q, k: ``[s, b, H, K]`` and ``[s, b, Hkv, K]``, this rank's tokens.
+        rotary_pos_emb: angles ``[length, 1, 1, dim]`` from GPTModel, or a pair of them for q and k.
+        cu_seqlens: bounds of packed documents in the whole sequence.
+        inference_context: its ``sequence_len_offset`` tokens come before these.
+        cp_group: the usual context-parallel ranks.
+        group, layout: the ranks that share this batch, and which tokens each holds.
+
+    Raises:
+        ValueError: no angles, or more channels than K.
+    """
+    if config.no_rope_freq and config.no_rope_freq[layer_number - 1]:
+        return q, k
+    if rotary_pos_emb is None:
+        raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
+    freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+    if freqs[0].shape[-1] > q.shape[-1]:
+        raise ValueError(
+            f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
+            f"{q.shape[-1]}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
+        )
+    if inference_context is not None:
+        start = inference_context.sequence_len_offset
+        freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
+    packed = cu_seqlens is not None
+    if packed and group is not None and group.size() > 1:
+        # Megatron's packed rope assumes each document is sharded separately: here every token gets its own angle
+        sharding = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
+        freqs, packed = tuple(packed_angles(f, q.shape[0], **sharding) for f in freqs), False
+    common = dict(
+        config=config,
+        cu_seqlens=cu_seqlens if packed else None,
+        mscale=_yarn_get_concentration_factor_from_config(config),  # 1 without YaRN
+        cp_group=cp_group,
+    )
+    q, k = (
+        apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)
+    )
+    return (q.unsqueeze(1), k.unsqueeze(1)) if packed else (q, k)
+
+
+def packed_angles(
+    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup, layout: str, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their positions in their documents.
+
+    ``freqs [length, 1, 1, dim]`` belong to positions in a document; or, if there are as many as tokens on all ranks, to
+    positions in the whole sequence, which is what Megatron's GPTModel passes to its layers.
+    """
+    positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
+    if freqs.shape[0] != tokens * group.size():
+        bounds = cu_seqlens.long()
+        positions = positions - bounds[torch.searchsorted(bounds, positions, right=True) - 1]
+    return freqs[positions]

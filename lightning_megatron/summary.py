@@ -1,0 +1,74 @@
+"""What will be trained, in words for the log: which layers are lightning, sizes, decays, parameters and parts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import __version__
+from .compat import version
+from .config import LightningOptions, lightning_pattern, resolve_shape
+from .decay import log_decay
+from .norm import layer_norm
+
+
+def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
+    """Parameters of the attention module of one lightning and of one softmax layer, over all tensor-parallel ranks."""
+    shape = resolve_shape(config, options, tp=1)
+    hidden, bias = config.hidden_size, config.add_bias_linear
+    qkv_bias = bias or config.add_qkv_bias
+
+    def projections(columns: int, rows: int) -> int:
+        return hidden * (columns + rows) + columns * qkv_bias + hidden * bias
+
+    norms = shape.output_dim * bool(shape.norm_groups and options.norm_affine) + 2 * shape.key_dim * options.qk_norm
+    query = config.kv_channels * config.num_attention_heads
+    gate = query if config.attention_output_gate else 0
+    key_value = 2 * config.kv_channels * config.num_query_groups
+    qk_weights = config.qk_layernorm and not config.qk_l2_norm
+    softmax_norms = 2 * config.kv_channels * (1 if config.normalization == "RMSNorm" else 2) * qk_weights
+    return projections(shape.projection_dim, shape.output_dim) + norms, projections(
+        query + gate + key_value, query
+    ) + softmax_norms
+
+
+def layer_map(config, options: LightningOptions) -> str:
+    """What will be trained, for the log: which layers are lightning, with which sizes, decays and parts."""
+    pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
+    shape = resolve_shape(config, options, config.tensor_model_parallel_size)
+    marks = "".join("L" if lightning else "s" for lightning in pattern)
+    rows = "\n".join(f"  {start:4d}  " + marks[start : start + 64] for start in range(0, len(marks), 64))
+    decays = torch.cat(
+        [
+            log_decay(options.decay, shape.num_heads, layer, config.num_layers, offset=options.decay_offset)
+            for layer, lightning in enumerate(pattern)
+            if lightning
+        ]
+    )
+    lightning_size, softmax_size = attention_parameters(config, options)
+    scale = shape.key_dim**-0.5 if options.scale is None else options.scale
+    te = config.transformer_impl == "transformer_engine"
+    softmax = sum(not lightning for lightning in pattern)
+    core = "TransformerEngine's core attention" if te else "torch's scaled_dot_product_attention"
+    on = {True: "on", False: "off"}
+    sizes = f"lightning {lightning_size:,}" + (f", softmax {softmax_size:,}" if softmax else "")
+    parts = f"{layer_norm(config).__name__} for layer norms" + (f", {core} for softmax layers" if softmax else "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton"))
+    return "\n".join(
+        (
+            f"lightning_megatron {__version__}: {sum(pattern)} lightning layers (L), {softmax} softmax layers (s)",
+            rows,
+            f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, "
+            f"V {shape.value_dim}, scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, "
+            f"gate {options.gate}, rope {on[options.rope]}, q/k norm {on[options.qk_norm]}, backend {options.backend}",
+            f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
+            f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens",
+            f"  attention parameters a layer: {sizes}",
+            f"  parts: {parts}; {versions}",
+        )
+    )
+
+
+def _half_life(value: torch.Tensor) -> str:
+    return "infinitely many" if value == 0 else f"{math.log(0.5) / float(value):.3g}"

@@ -1,0 +1,163 @@
+"""Datasets, and this rank's slice of every microbatch."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state as mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, print_rank_0
+from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+
+def needs_data(config: TransformerConfig, args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage reads batches: the ends read tokens and labels, with packing all read boundaries."""
+    return is_packed(args) or is_end_of_pipeline(config, vp_stage)
+
+
+def is_packed(args: Namespace) -> bool:
+    """Whether samples carry document boundaries (cu_seqlens)."""
+    return args.sft or args.dataloader_inter_document_masking
+
+
+def is_end_of_pipeline(config: TransformerConfig, vp_stage: int | None) -> bool:
+    """First or last stage, or one with multi-token prediction: it needs tokens, labels and loss mask."""
+    return is_first_or_last_pipeline_stage(vp_stage) or mtp_here(config, vp_stage)
+
+
+def mtp_here(config: TransformerConfig, vp_stage: int | None) -> bool:
+    """Whether this stage holds multi-token prediction layers."""
+    layout = config.pipeline_model_parallel_layout
+    return mtp_on_this_rank(
+        layout=layout, mtp_num_layers=config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+    )
+
+
+_BATCH = (
+    "tokens", "position_ids", "labels", "loss_mask", "attention_mask",
+    "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group",
+)  # fmt: skip
+_BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+
+
+def get_batch(
+    data_iterator: Iterator[dict] | None, config: TransformerConfig, vp_stage: int | None, micro_batch_size: int
+) -> dict[str, Any]:
+    """This rank's slice of the next microbatch; every key of ``_BATCH`` is there, None where the stage needs none.
+
+    Tensors are [b, s], with packing [1, b s]; cu_seqlens is [1, documents + 1] int32.
+    """
+    args = get_args()
+    nothing: dict[str, Any] = dict.fromkeys(_BATCH)
+    if not needs_data(config, args, vp_stage):
+        return nothing
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        sample = next(data_iterator)
+        batch = {k: None if sample.get(k) is None else sample[k].cuda(non_blocking=True) for k in _BATCH}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=is_packed(args),
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp_here(config, vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not is_end_of_pipeline(config, vp_stage):
+        return nothing | {key: batch[key] for key in _BOUNDARIES}
+    batch = get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=not args.sft,
+    )
+    return nothing | batch
+
+
+def packed_seq_params(batch: dict[str, Any], seq_length: int) -> PackedSeqParams | None:
+    """Document boundaries as attention layers take them, or None where samples carry none.
+
+    Boundaries are those of the padded documents, because that is where the data lies in the batch.
+    """
+    if batch["cu_seqlens"] is None:
+        return None
+    padded = batch["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
+    boundaries = batch["cu_seqlens"].squeeze(0) if padded is None else padded
+    longest = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=seq_length,
+    )
+
+
+def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: int | None = None) -> Any:
+    """Train, validation and test datasets of ``samples`` sequences each; None where this rank reads none."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
+    dataset_config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences and json.loads(Path(sequences).read_text("utf-8")),
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+    dataset = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+
+    def built_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and needs_data(config, args, vp_stage)
+
+    print_rank_0("> building train, validation, and test datasets ...")
+    return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()

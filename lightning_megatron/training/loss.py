@@ -1,0 +1,66 @@
+"""The loss of a microbatch, and the output layer in chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_args
+
+from ..ops import linear_cross_entropy
+
+_SPIKE = 10  # a loss this many times the largest one so far is reported with --check-for-spiky-loss
+
+
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Sum of the token losses, the number of tokens it is a sum of, and both for the log. Megatron divides."""
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+
+    rerun = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            message = f"found {name} in local forward loss calculation"
+            rerun.validate_result(result=loss, rejection_func=reject, message=message, tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        spike = partial(rerun.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        rerun.validate_result(result=loss, rejection_func=spike, message="Spiky loss", tolerance=0.0, fatal=False)
+    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+
+
+def chunked_loss(
+    hidden_states: torch.Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    scale_logits: Callable,
+    context: int,
+    **_: Any,
+) -> torch.Tensor:
+    """GPTModel's ``output_processor``: the loss [b, s] as of ``compute_language_model_loss``, of ``context`` tokens at a time.
+
+    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose forward
+    knows which weight, group and layout: only the product in it is another one, which returns losses instead of logits.
+    """
+
+    def product(input, weight, bias, sequence_parallel, tp_group, **_):
+        if bias is not None:
+            raise ValueError(
+                "--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out"
+            )
+        return linear_cross_entropy(
+            input, weight, labels.transpose(0, 1), tp_group, chunk=context, sequence_parallel=sequence_parallel
+        )
+
+    output_layer._forward_impl = product
+    try:
+        # scaled hidden states (--use-mup) make scaled logits
+        loss, _ = output_layer(scale_logits(hidden_states), weight=output_weight, runtime_gather_output=False)
+    finally:
+        del output_layer._forward_impl
+    return loss.transpose(0, 1).contiguous()

@@ -1,0 +1,118 @@
+"""The run: configuration from the command line, the forward step, and Megatron's training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_model_config,
+    log_single_rank,
+)
+from megatron.training import get_args, get_timers, inprocess_restart, pretrain, set_startup_timestamps
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.config import PretrainConfigContainer
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+from ..config import LightningOptions
+from ..norm import layer_norm
+from ..runtime import check, loader_layout
+from ..spec import make_spec
+from .arguments import add_arguments, args_defaults, options_from_args, parts_in_use, refuse
+from .data import datasets_provider, get_batch, packed_seq_params
+from .loss import chunked_loss, loss_func
+
+logger = logging.getLogger("lightning_megatron")
+stimer = StragglerDetector()
+
+
+def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
+    """Everything that the command line decides, checked, before any process talks to another.
+
+    Raises:
+        ValueError, AssertionError: the command line asks for something that cannot work.
+    """
+    raw = parse_args(add_arguments)
+    refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
+    options = options_from_args(raw)
+    args = parse_and_validate_args(extra_args_provider=add_arguments, args_defaults=args_defaults(raw))
+    args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
+    refuse(args)
+    config = core_transformer_config_from_args(args)
+    check(config, options, loader_layout(args), args)
+    model = gpt_config_from_args(args, config=config)
+    model.transformer_layer_spec = make_spec(options)
+    log_single_rank(logger, logging.INFO, parts_in_use(args, layer_norm(config).__name__))
+    return pretrain_cfg_container_from_args(args, model), options
+
+
+def forward_step(
+    data_iterator: Iterator[dict] | None, model: torch.nn.Module, return_schedule_plan: bool = False
+) -> tuple[Any, Callable]:
+    """One microbatch through this pipeline stage; what Megatron's schedules call."""
+    args, timers = get_args(), get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch = get_batch(data_iterator, get_model_config(model), vp_stage, samples)
+    packed = packed_seq_params(batch, args.seq_length)
+    if packed is not None and not vp_stage and model.training:
+        # Feeds the FLOPs count of one training step: once per microbatch, not once per chunk or evaluation.
+        update_seqlen_stats_from_cu_seqlens(batch["cu_seqlens"].squeeze(0))
+    timers("batch-generator").stop()
+
+    # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    chunks = {"output_processor": chunked_loss, "output_processor_context": args.loss_chunk} if args.loss_chunk else {}
+    with stimer:
+        output = forward(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packed,
+            **chunks,
+        )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def embedding_ranks(config: TransformerConfig, tied: bool, pp_ranks: list[int]) -> list[int]:
+    """Ranks of a pipeline group with a word embedding: the first, the last if tied to it, those with MTP layers."""
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        ranks |= {pp_ranks[-1]} if tied else set()
+        ranks |= set(get_mtp_ranks(pp_ranks, config))
+    return sorted(ranks)
+
+
+def run(container: PretrainConfigContainer, program_start: float, main_entry: float) -> None:
+    """Train, once everything is decided and patched. The two times are for Megatron's start-up report."""
+    set_startup_timestamps(program_start=program_start, main_entry=main_entry)
+    train, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    config = container.model.transformer
+    provider = partial(datasets_provider, config)
+    provider.is_distributed = True  # every rank calls it, and each decides what it reads
+    tied = container.model.share_embeddings_and_output_weights
+    train(
+        container,
+        provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        store=store,
+        get_embedding_ranks=partial(embedding_ranks, config, tied),
+    )

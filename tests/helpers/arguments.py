@@ -1,0 +1,19 @@
+"""Command lines that Megatron parses."""
+
+import sys
+
+import pytest
+from megatron.training import arguments as megatron_arguments
+
+from lightning_megatron.training.arguments import add_arguments
+
+MODEL = (
+    "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
+)
+
+
+def parse_flags(monkeypatch: pytest.MonkeyPatch, flags: str = "", model: str = MODEL):
+    """The arguments that Megatron makes of ``model`` and more flags."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", *model.split(), *flags.split()])
+    return megatron_arguments.parse_args(add_arguments)
