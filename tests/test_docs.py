@@ -9,9 +9,9 @@ from . import layers
 from .launch import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.sh"), ROOT / "patches/README.md"]
-)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "patches/README.md"])
+SCRIPTS = sorted(ROOT.glob("examples/*.sh"))
+SCRIPTS.remove(ROOT / "examples/find_python.sh")  # names flags of uv
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -34,7 +34,7 @@ OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, and of the scripts in e
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", DOCUMENTS + SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_exist(path: Path, flags: set[str]) -> None:
     if path.name == "CHANGELOG.md":
         pytest.skip("names flags of other versions")
@@ -43,7 +43,7 @@ def test_flags_exist(path: Path, flags: set[str]) -> None:
     assert not unknown, f"{path.relative_to(ROOT)} names flags that do not exist: {unknown}"
 
 
-@pytest.mark.parametrize("path", [x for x in DOCUMENTS if x.suffix == ".md"], ids=lambda x: str(x.relative_to(ROOT)))
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text("utf-8"))
     missing = [x for x in links if "://" not in x and not (path.parent / x).exists()]
