@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops.triton import states as exchange_kernels
+from lightning_megatron.ops.triton import states as states
 from lightning_megatron.parallel import direct
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
 from tests.launch import spawn
@@ -124,7 +124,7 @@ def write_into_each_other(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "why_not", lambda *where: "")
         patch.setattr(direct, "mailboxes", mailboxes)
-        patch.setattr(exchange_kernels, "globaltimer", time.monotonic_ns)
+        patch.setattr(states, "globaltimer", time.monotonic_ns)
         found = check_many(rank, world, layout, "direct", seeds, packed, "triton", torch.float32)
     assert kept, "nothing was sent"
     return found

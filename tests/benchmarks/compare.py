@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.compare OLD NEW [--more 2]      folders of <suite>.json, or two files
 
-Give several runs of a side, separated by commas, where the machine is noisy: the median of each cell counts. Prints the cells
-that differ by more than ``--more`` percent, and how all cells are spread; ends with status 1 if one is slower.
+Give several runs of a side, separated by commas, where the machine is noisy: the median of each cell counts. Prints the
+cells that differ by more than ``--more`` percent, and how all cells are spread; ends with status 1 if one is slower.
 """
 
 from __future__ import annotations

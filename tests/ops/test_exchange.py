@@ -7,7 +7,7 @@ import torch
 
 from lightning_megatron.ops.torch_backend import combine
 from lightning_megatron.ops.triton import attention as triton_backend
-from lightning_megatron.ops.triton import states as exchange_kernels
+from lightning_megatron.ops.triton import states as states
 
 from .cases import Impl, randn
 from .conftest import parameters
@@ -19,7 +19,7 @@ SHAPES = [(1, 1, 2, 16, 16), (2, 1, 1, 64, 48), (2, 2, 1, 16, 32), (1, 1, 1, 128
 @pytest.fixture(params=parameters([Impl("triton", torch.float32), Impl("triton", torch.float32, "cuda")]))
 def device(request, monkeypatch) -> str:
     if request.param.device == "cpu":
-        monkeypatch.setattr(exchange_kernels, "globaltimer", time.monotonic_ns)
+        monkeypatch.setattr(states, "globaltimer", time.monotonic_ns)
     return request.param.device
 
 
@@ -27,10 +27,10 @@ class Ranks:
     """Mailboxes of ``count`` ranks, and tokens [R, chunks * T, H, *] of each."""
 
     def __init__(self, rng: torch.Generator, count: int, shape: tuple[int, ...], device: str, T: int = 5) -> None:
-        words = exchange_kernels.mailbox_words(count, shape)
+        words = states.mailbox_words(count, shape)
         self.memory = [torch.zeros(words, device=device) for _ in range(count)]
         addresses = torch.tensor([x.data_ptr() for x in self.memory], device=device)
-        self.mails = [exchange_kernels.Mail(addresses, rank, LIMIT, shape) for rank in range(count)]
+        self.mails = [states.Mail(addresses, rank, LIMIT, shape) for rank in range(count)]
         self.rng, self.shape, self.device, self.T, self.chunks = rng, shape, device, T, shape[0]
         self.log_decay = torch.full((shape[2],), -0.1, device=device)
         self.tokens = [self.draw() for _ in range(count)]
@@ -74,7 +74,7 @@ def test_equals_a_gather(rng, device, count, shape):
             ranks.send(rank)
         for rank in torch.randperm(count, generator=rng).tolist():
             weights = ranks.weights(1 + repeat % 3, shape[1] if repeat % 2 else 1)
-            assert_received(exchange_kernels.receive(ranks.mails[rank], weights), states, weights)
+            assert_received(states.receive(ranks.mails[rank], weights), states, weights)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -96,7 +96,7 @@ def test_one_state_for_each_pair_of_ranks(rng, device, shape, reverse):
         for rank, mail in enumerate(ranks.mails):
             weights = ranks.weights(2, rows)
             sent = torch.cat((first[: rank + 1], both[rank + 1 :]))
-            assert_received(exchange_kernels.receive(mail, weights), sent, weights)
+            assert_received(states.receive(mail, weights), sent, weights)
 
 
 def test_a_rank_may_be_one_exchange_ahead(rng, device):
@@ -106,10 +106,10 @@ def test_a_rank_may_be_one_exchange_ahead(rng, device):
     ranks.send(0), ranks.send(1)
     for _ in range(3):
         weights = ranks.weights(2)
-        assert_received(exchange_kernels.receive(ranks.mails[0], weights), states, weights)
+        assert_received(states.receive(ranks.mails[0], weights), states, weights)
         ranks.tokens[0] = ranks.draw()
         ranks.send(0)
-        assert_received(exchange_kernels.receive(ranks.mails[1], weights), states, weights)
+        assert_received(states.receive(ranks.mails[1], weights), states, weights)
         ranks.tokens[1] = ranks.draw()
         states = ranks.states()
         ranks.send(1)
@@ -124,7 +124,7 @@ def test_numbers_of_exchanges_begin_anew(rng, device):
         ranks.send(0), ranks.send(1)
         for mail in ranks.mails:
             weights = ranks.weights(1)
-            assert_received(exchange_kernels.receive(mail, weights), ranks.states(), weights)
+            assert_received(states.receive(mail, weights), ranks.states(), weights)
 
 
 def test_all_ranks_get_the_same_bits(rng, device):
@@ -132,7 +132,7 @@ def test_all_ranks_get_the_same_bits(rng, device):
     weights = ranks.weights(1)
     for rank in range(3):
         ranks.send(rank)
-    a, b, c = (exchange_kernels.receive(mail, weights) for mail in ranks.mails)
+    a, b, c = (states.receive(mail, weights) for mail in ranks.mails)
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
@@ -144,7 +144,7 @@ def test_a_chunk_without_tokens(rng, device):
     ranks.tokens[1] = tuple(x[:, :0] for x in ranks.tokens[1])
     ranks.send(0), ranks.send(1)
     for mail in ranks.mails:
-        assert_received(exchange_kernels.receive(mail, weights), states, weights)
+        assert_received(states.receive(mail, weights), states, weights)
 
 
 @pytest.mark.gpu
@@ -155,7 +155,7 @@ def test_in_a_cuda_graph(rng, device):
 
     def exchange() -> list[torch.Tensor]:
         ranks.send(0), ranks.send(1)
-        return [exchange_kernels.receive(mail, w) for mail, w in zip(ranks.mails, weights, strict=True)]
+        return [states.receive(mail, w) for mail, w in zip(ranks.mails, weights, strict=True)]
 
     exchange()
     torch.cuda.synchronize()
