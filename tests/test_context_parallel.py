@@ -17,6 +17,7 @@ from lightning_megatron.parallel import direct
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
 from tests.launch import spawn
 from tests.ops.cases import pick, randn
+from tests.tolerances import RANKS as TOLERANCE
 
 DECAYS = (0.0, -0.003, -0.1, -0.7, -3.0)
 RANKS = {"contiguous": (2, 3, 4), "zigzag": (2, 3, 4, 8), "zigzag-documents": (2, 4)}
@@ -26,7 +27,6 @@ CASES = [
     for world in worlds
     for packed in ([True] if layout == "zigzag-documents" else [False, True])
 ]
-TOLERANCE = 1e-12
 
 
 def check(
@@ -73,7 +73,7 @@ def check(
         tokens = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tokens]
     got = results(local, *tokens[:3], state if state is None else state.to(wide), tokens[3], dfinal.to(wide), used)
     assert got.keys() == want.keys(), said
-    errors, limit = {}, TOLERANCE if dtype == torch.float64 else 1e-5
+    errors, limit = {}, TOLERANCE[dtype]
     for name, x in want.items():
         assert got[name].shape == x.shape, f"{name}: {said}"
         scale = float(x.norm()) or 1.0

@@ -13,7 +13,7 @@ from lightning_megatron.ops import linear_cross_entropy, vocab_parallel_cross_en
 from lightning_megatron.ops.triton import loss as loss_kernels
 
 from ..launch import spawn
-from ..tolerances import LOSS, POINTWISE
+from ..tolerances import LINEAR_LOSS, LOGITS_IN_CHUNKS, POINTWISE
 from .cases import assert_same_bits, randn
 from .formulas import cross_entropy
 
@@ -63,8 +63,8 @@ def errors(got: dict, case) -> dict[str, float]:
 def judge(got: dict, case, backend: str | None = None) -> None:
     """fp32 and fp64 by their tolerances; where logits are rounded to fewer bits, not far above all tokens at once."""
     dtype, found = case[0].dtype, errors(got, case)
-    if dtype in LOSS:
-        allowed = dict.fromkeys(("dhidden", "dweight"), POINTWISE[dtype]) | {"loss": LOSS[dtype]}
+    if dtype in LINEAR_LOSS:
+        allowed = dict.fromkeys(("dhidden", "dweight"), POINTWISE[dtype]) | {"loss": LINEAR_LOSS[dtype]}
     else:
         plain = functools.partial(at_once, functools.partial(vocab_parallel_cross_entropy, backend=backend))
         allowed = {name: 1.5 * error for name, error in errors(with_gradients(plain, *case), case).items()}
@@ -100,7 +100,7 @@ def test_one_chunk_is_all_tokens_at_once(impl, rng):
     chunked = functools.partial(linear_cross_entropy, hidden, weight, labels, backend=impl.backend)
     assert impl.device == "cuda" or torch.equal(chunked(chunk=40), plain)
     # another product sums in another order, and may round a logit to its neighbour
-    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.1}[impl.dtype]
+    tolerance = LOGITS_IN_CHUNKS[impl.dtype]
     for chunk in (40, 7):
         torch.testing.assert_close(chunked(chunk=chunk), plain, rtol=tolerance, atol=tolerance)
 
