@@ -1,4 +1,4 @@
-"""The benchmarks without a GPU: registry, floors, every suite on tiny shapes with the clock replaced, files and plots."""
+"""The benchmarks without a GPU: registry, floors, every suite on tiny shapes with another clock, files and plots."""
 
 import dataclasses
 import importlib
@@ -16,8 +16,8 @@ from lightning_megatron.ops import lightning_attn
 from .benchmarks import attention, measure, peers, report
 from .benchmarks.measure import Shape
 
-# B,T,H,K,V,Hkv; MB (10^6 bytes) of the least traffic forward and backward. By hand: a tensor of 1,8192,32 heads of 128 in
-# bf16 is 8192 * 32 * 128 * 2 = 67.108864 MB; forward moves 4 of them, backward 7.
+# B,T,H,K,V,Hkv; MB (10^6 bytes) of the least traffic forward and backward. By hand: a tensor of 1,8192,32 heads of 128
+# in bf16 is 8192 * 32 * 128 * 2 = 67.108864 MB; forward moves 4 of them, backward 7.
 FLOORS = [
     ((1, 2048, 32, 128, 128, None), 4 * 16.777216, 7 * 16.777216),
     ((1, 8192, 8, 128, 128, None), 4 * 16.777216, 7 * 16.777216),
@@ -110,7 +110,8 @@ def on_cpu(monkeypatch):
         return Shape(min(shape.B, 2), min(shape.T, 70), 2, shape.K // 4, shape.V // 4, shape.Hkv and min(shape.Hkv, 2))
 
     for name, value in {
-        "DEVICE": "cpu", "gpu_time": clock, "copies_beyond_cache": lambda footprint: 2, "copy_bandwidth": lambda: 3000.0,
+        "DEVICE": "cpu", "gpu_time": clock, "copies_beyond_cache": lambda footprint: 2,
+        "copy_bandwidth": lambda: 3000.0,
         "eager_ms": lambda calls, repeats: clock(calls, repeats).ms, "graph_ms": lambda calls, repeats: 1.0,
         "extra_bytes": lambda attn, q, k, v, do: torch.autograd.grad(attn(q, k, v), (q, k, v), do)[0].numel(),
     }.items():  # fmt: skip
