@@ -119,7 +119,9 @@ def parse_losses(log: str) -> list[float]:
 
 
 def excerpt(log: str, lines: int = 60) -> str:
-    """The first traceback of a log with what was said before it, and the end: in between ranks report that others are gone."""
+    """The first traceback of a log with what was said before it, and the end: in between ranks report that others are
+    gone.
+    """
     every = log.splitlines()
     first = next((i for i, line in enumerate(every) if re.match(r"(\[rank\d+\]: )?Traceback \(most", line)), 0)
     first = max(first - 10, 0)

@@ -45,7 +45,8 @@ def test_commands_of_data_parallel_ranks(capsys):
     (line,) = commands(capsys, *argv)
     assert "--nproc-per-node=4 " in line and '"cells": [[65536, 1, 4], [1048576, 1, 2]]' in line
     assert line.endswith(
-        "--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data --tokenizer-type NullTokenizer --vocab-size 31999"
+        "--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data "
+        "--tokenizer-type NullTokenizer --vocab-size 31999"
     )
 
 
@@ -132,8 +133,9 @@ def test_table():
 
 def test_row_of_megatrons_log():
     log = "".join(
-        f" [2026] iteration {i:8d}/       5 | consumed samples: 8 | elapsed time per iteration (ms): {ms} | learning rate: 1 "
-        f"| lm loss: {10 - i / 10:.6E} | loss scale: 1.0 |\n[Rank 0] memory (MB) | allocated: 1 | max allocated: {1024 * i}.0\n"
+        f" [2026] iteration {i:8d}/       5 | consumed samples: 8 | elapsed time per iteration (ms): {ms} "
+        f"| learning rate: 1 | lm loss: {10 - i / 10:.6E} | loss scale: 1.0 |\n"
+        f"[Rank 0] memory (MB) | allocated: 1 | max allocated: {1024 * i}.0\n"
         for i, ms in enumerate((9000.0, 5000.0, 1100.0, 1000.0, 1200.0), 1)
     )
     raw = training.from_log(log + " > padded vocab (size: 31999) with 1 dummy tokens (new size: 32000)\n", 8192)

@@ -1,4 +1,4 @@
-"""The benchmarks without a GPU: registry, floors, every suite on tiny shapes without a clock, files and plots."""
+"""The benchmarks without a GPU: registry, floors, every suite on tiny shapes with another clock, files and plots."""
 
 import dataclasses
 import importlib
@@ -110,8 +110,8 @@ def on_cpu(monkeypatch):
         return Shape(min(shape.B, 2), min(shape.T, 70), 2, shape.K // 4, shape.V // 4, shape.Hkv and min(shape.Hkv, 2))
 
     for name, value in {
-        "DEVICE": "cpu", "gpu_time": clock,
-        "copies_beyond_cache": lambda footprint: 2, "copy_bandwidth": lambda: 3000.0,
+        "DEVICE": "cpu", "gpu_time": clock, "copies_beyond_cache": lambda footprint: 2,
+        "copy_bandwidth": lambda: 3000.0,
         "eager_ms": lambda calls, repeats: clock(calls, repeats).ms, "graph_ms": lambda calls, repeats: 1.0,
         "extra_bytes": lambda attn, q, k, v, do: torch.autograd.grad(attn(q, k, v), (q, k, v), do)[0].numel(),
     }.items():  # fmt: skip

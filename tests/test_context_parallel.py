@@ -1,4 +1,6 @@
-"""Lightning attention over ranks: outputs, states and every gradient on every rank, against one rank that has all tokens."""
+"""Lightning attention over ranks: outputs, states and every gradient on every rank, against one rank that has all
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def check(
     with_state, used = pick(rng, states + 4 * [(False, (True, False))])  # as in training
     state = state if with_state else None
     common = dict(scale=pick(rng, [None, 1.0]), cu_seqlens=cu_seqlens, output_final_state=used[1])
-    said = f"{seed=} {layout=} {exchange=} {lengths=} {B=} {H=} {Hkv=} {K=} {V=} cu_seqlens={cu_seqlens} {log_decay=} {used=}"
+    said = f"{seed=} {layout=} {exchange=} {lengths=} {B=} {H=} {Hkv=} {K=} {V=} {cu_seqlens=} {log_decay=} {used=}"
 
     whole = functools.partial(ops.lightning_attn, log_decay=log_decay, backend="torch", **common)
     want = results(whole, q, k, v, state, do, dfinal, used)

@@ -1,4 +1,4 @@
-"""Recomputed layers over context-parallel ranks: states are exchanged once, results have the bits of a second exchange."""
+"""Recomputed layers over context-parallel ranks: one exchange of states, with the bits that a second would give."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Net:
         self.dtype = torch.float32 if backend == "triton" else torch.float64
         self.x, self.weight = draw(), draw()
         self.attn = functools.partial(
-            parallel.lightning_attn, group=dist.group.WORLD, layout=layout, exchange=exchange, cu_seqlens=cu_seqlens, backend=backend,
+            parallel.lightning_attn, group=dist.group.WORLD, layout=layout, exchange=exchange, cu_seqlens=cu_seqlens,
+            backend=backend,
         )  # fmt: skip
         self.log_decays = [torch.tensor(x, dtype=self.dtype) for x in ([-0.3, -0.01], [0.0, -1.0])]
 
@@ -72,7 +73,9 @@ once_without_reentry = functools.partial(once, use_reentrant=False)
 
 
 def check(rank: int, world: int, layout: str, exchange: str, seed: int, backend: str) -> list[list[int]]:
-    """Elements sent in forward, recomputation and backward, without and with ``exchange_once``, for dense and packed tokens."""
+    """Elements sent in forward, recomputation and backward, without and with ``exchange_once``, for dense and packed
+    tokens.
+    """
     sent_by_both = []
     for packed in (False, True) if layout == "zigzag" else (layout == "zigzag-documents",):
         rng = torch.Generator().manual_seed(seed)

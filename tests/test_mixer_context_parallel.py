@@ -1,4 +1,6 @@
-"""The lightning layer on context-parallel ranks against the same layer on one rank with all tokens: outputs and gradients."""
+"""The lightning layer on context-parallel ranks against the same layer on one rank with all tokens: outputs and
+gradients.
+"""
 
 from __future__ import annotations
 

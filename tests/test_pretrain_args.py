@@ -59,7 +59,8 @@ def test_options_default(parse):
 def test_options_all_flags(parse):
     wanted = LightningOptions(
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
-        scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6, gate="linear",
+        scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6,
+        gate="linear",
         backend="torch", cp_exchange="ring", cp_keep_states=False,
     )  # fmt: skip
     default, flags = LightningOptions(), []
@@ -155,7 +156,10 @@ REFUSALS = [
     ("--multi-latent-attention", ["--multi-latent-attention"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
     ("--hybrid-layer-pattern M*M", ["M*M"]),
-    ("--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4", ["--micro-batch-size 1", "not 4"]),
+    (
+        "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4",
+        ["--micro-batch-size 1", "not 4"],
+    ),
     ("--attention-backend local", ["--transformer-impl local"]),
     ("--transformer-impl transformer_engine", ["TransformerEngine", "--transformer-impl local"]),
     ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such/dir", ["--tokenizer-model /no/such/dir"]),

@@ -6,8 +6,9 @@ from tests.launch import run_pretrain
 from tests.tolerances import TRAINED_LOSSES
 
 FLAGS = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --train-iters 6 "
-    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --mock-data --vocab-size 128 --adam-eps 1e-3 "
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
+    "--train-iters 6 --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --adam-eps 1e-3 --lr-decay-style constant "
+    "--mock-data --vocab-size 128 "
     "--make-vocab-size-divisible-by 8 --position-embedding-type none --normalization RMSNorm --swiglu "
     "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --linear-attention-freq 4 --log-interval 1 "
     "--eval-iters 0 --num-workers 0 --log-throughput"
@@ -17,7 +18,7 @@ RESUME = ["--no-save-rng", "--no-load-rng", "--dataloader-inter-document-masking
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint after 2 iterations on packed documents, and the losses of the 4 that follow it in the same layout."""
+    """A checkpoint after 2 iterations on packed documents, and the losses of the next 4 in the same layout."""
     folder = tmp_path_factory.mktemp("checkpoint")
     run_pretrain([*FLAGS, *RESUME, "--save", folder, "--save-interval", 2, "--exit-interval", 2])
     return folder, run_pretrain([*FLAGS, *RESUME, "--load", folder]).losses
@@ -34,7 +35,8 @@ def test_loss_falls_and_log_says_what_runs():
         "lightning: patched megatron.core.datasets.utils.compile_helpers",
         "lightning: patched megatron.training.training.num_floating_point_operations",
         "lightning: patched megatron.training.checkpointing.check_checkpoint_args",
-        "lightning: patched megatron.core.models.common.language_module.language_module.fused_vocab_parallel_cross_entropy",
+        "lightning: patched megatron.core.models.common.language_module.language_module."
+        "fused_vocab_parallel_cross_entropy",
     ):
         assert run.log.count(line) == 1, line
     assert "throughput per GPU (TFLOP/s/GPU)" in run.log

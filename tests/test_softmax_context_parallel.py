@@ -1,4 +1,6 @@
-"""The softmax layers' core attention over ranks: output and gradients on every rank, against a formula that has all tokens."""
+"""The softmax layers' core attention over ranks: output and gradients on every rank, against a formula that has all
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,9 @@ def test_dynamic_groups(rng):
 
 
 def weights(rank: int, world: int, layout: str) -> tuple[torch.Tensor, ...]:
-    """Attention weights of 64 equal keys, which v = 1 lays bare, with the rows of this rank: evaluated, and trained twice."""
+    """Attention weights of 64 equal keys, which v = 1 lays bare, with the rows of this rank: evaluated, and trained
+    twice.
+    """
     layers.start(cp=world)
     group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]).cp
     attention = core(group, dropout=0.25, documents_cut=layout == "documents-cut")
@@ -255,7 +259,8 @@ def test_gradients_are_added_in_fp32():
     assert spawn(sums, 2) == [260, 260]  # 259, rounded once; in bf16 256 + 1 is 256, and the sum 258
 
 
-# ---- in one process, by the kernels that torch has for a CPU and for a GPU --------------------------------------------
+# ---- in one process, by the kernels that torch has for a CPU and for a GPU
+# --------------------------------------------
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -303,7 +308,8 @@ def test_refusals():
         (
             plain(4),
             dict(attn_mask_type=AttnMaskType.no_mask),
-            "mask type no_mask is not supported over 3 context-parallel ranks, only causal; use --context-parallel-size 1",
+            "mask type no_mask is not supported over 3 context-parallel ranks, only causal; "
+            "use --context-parallel-size 1",
         ),
         (
             packed(4),
@@ -330,7 +336,8 @@ def test_refusals():
     ):
         fused._one_by_one(*plain(6), [(slice(0, 2), slice(0, 6))], 0.0)
     bounds = thd(0, 6, 6, 10, 12)
-    message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set documents_cut=False"
+    message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set "
+    message += "documents_cut=False"
     for _ in range(2):  # what was refused once is not taken for checked
         with pytest.raises(ValueError, match=message):
             core(stub(3), documents_cut=True)(*packed(4), None, packed_seq_params=bounds)

@@ -160,12 +160,13 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", [name for name in RUNS if name != "one"])
 def test_trains_as_one_gpu(layout, runs):
-    """Rounding of bf16 differs from layout to layout; a loss misses that of one GPU by less than 1% of what is learnt."""
+    """bf16 rounds otherwise in each layout; a loss misses that of one GPU by less than 1% of what is learnt."""
     got, want = runs(layout).losses, runs("one").losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]
     print(
-        f"{layout}: differences of {len(want)} losses: median {statistics.median(differences):.1e}, largest {max(differences):.1e}"
+        f"{layout}: differences of {len(want)} losses: median {statistics.median(differences):.1e}, "
+        f"largest {max(differences):.1e}"
     )
     assert len(want) == 20 and learnt > 0.3
     assert max(differences) < 0.01 * learnt, f"{got} {want}"

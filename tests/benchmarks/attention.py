@@ -6,8 +6,9 @@
     python -m tests.benchmarks.attention --precompile 16        # compile in 16 processes first: minutes less with fla
 
 Prints tables and writes <out>/<suite>.json. Peers that are not installed are skipped. ``speedup`` is the time of the
-faster fla row over the time of this row; ``% floor`` is the time of the least traffic, at the bandwidth of a copy measured
-in the same run, over the time. bf16; decays are ALiBi slopes, or with --decay zero none (our worst case: no head forgets).
+faster fla row over the time of this row; ``% floor`` is the time of the least traffic, at the bandwidth of a copy
+measured in the same run, over the time. bf16; decays are ALiBi slopes, or with --decay zero none (our worst case: no
+head forgets).
 """
 
 from __future__ import annotations

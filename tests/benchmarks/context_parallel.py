@@ -2,12 +2,13 @@
 
     torchrun --standalone --nproc-per-node 2 -m tests.benchmarks.context_parallel
 
-Every rank holds ``tokens`` tokens. "one GPU" is the operator alone on as many, "exposed" what a scheme takes longer than that
-forward and backward. "states alone" is the bare all-gather of the states, once in each direction. "all-to-all" moves q, k and v
-in one message so that every rank has all tokens of H / P heads, and o back, as head-parallel layers do (Ulysses). Times are
-medians of the slowest rank, of the GPU alone. With --documents N every rank's tokens are packed documents, N a GPU, of random
-lengths: then without the all-to-all. --timeline TOKENS also prints what the first GPU does, stream by stream, in one
-forward and backward of each exchange. Writes <out>/context_parallel.json.
+Every rank holds ``tokens`` tokens. "one GPU" is the operator alone on as many, "exposed" what a scheme takes longer
+than that forward and backward. "states alone" is the bare all-gather of the states, once in each direction.
+"all-to-all" moves q, k and v in one message so that every rank has all tokens of H / P heads, and o back, as
+head-parallel layers do (Ulysses). Times are medians of the slowest rank, of the GPU alone. With --documents N every
+rank's tokens are packed documents, N a GPU, of random lengths: then without the all-to-all. --timeline TOKENS also
+prints what the first GPU does, stream by stream, in one forward and backward of each exchange. Writes
+<out>/context_parallel.json.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CALLS, SLEEP_MS = 10, 250.0  # the ring and all-to-all take the host millisecond
 
 
 class AllToAll(torch.autograd.Function):
-    """``[n, 1, L, H, D]`` of this rank's tokens to ``[n, 1, P L, H / P, D]`` of its heads, or back; the backward is the other."""
+    """``[n, 1, L, H, D]`` of this rank's tokens to ``[n, 1, P L, H / P, D]`` of its heads, or back."""
 
     @staticmethod
     def forward(ctx, x, group, to_heads):
@@ -97,7 +98,7 @@ def measured(attn: Callable, inputs: list[tuple[torch.Tensor, ...]]) -> tuple[fl
 
 
 def timeline(attn: Callable, q, k, v, do) -> tuple[list[dict], list[torch.Tensor]]:
-    """Kernels of one forward and backward on this GPU: name, stream, start and duration in us, by start. And the results."""
+    """Kernels of one forward and backward: name, stream, start and duration in us, by start. And the results."""
 
     def step() -> list[torch.Tensor]:
         o = attn(q, k, v)[0]
@@ -145,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     if first:
         print(
-            f"{'H':>4s}{'tokens':>8s}  {'scheme':24s}{'fwd ms':>9s}{'bwd ms':>9s}{'exposed us':>12s}{'bwd':>8s}{'of one GPU':>12s}"
+            f"{'H':>4s}{'tokens':>8s}  {'scheme':24s}{'fwd ms':>9s}{'bwd ms':>9s}"
+            f"{'exposed us':>12s}{'bwd':>8s}{'of one GPU':>12s}"
         )
 
     def report(
@@ -198,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(dict(heads=heads, tokens=tokens, scheme=f"{scheme}, zigzag", kernels=found))
             if first:
                 print(
-                    f"\n{heads} heads, {show_length(tokens)} tokens, {scheme}, zigzag\n   start us      us  stream  kernel"
+                    f"\n{heads} heads, {show_length(tokens)} tokens, {scheme}, zigzag\n"
+                    "   start us      us  stream  kernel"
                 )
                 for x in found:
                     print(f"{x['start_us']:11.1f}{x['us']:8.1f}{x['stream']:8d}  {x['kernel']}")

@@ -1,8 +1,8 @@
-"""What passing states between context-parallel ranks costs, by number of ranks and exchange: ``python -m tests.benchmarks.exchange``.
+"""What it costs to pass states between context-parallel ranks: ``python -m tests.benchmarks.exchange``.
 
 Runs on CPUs (gloo, one process a rank), where every message goes through the kernel: it shows how the schemes grow with
-the ranks, not what a GPU needs. Prints a table of milliseconds per layer, forward and backward exchange each once, and writes
-<out>/exchange.json.
+the ranks, not what a GPU needs. Prints a table of milliseconds per layer, forward and backward exchange each once, and
+writes <out>/exchange.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The registry of measured implementations: one row each, ours first.
 
-Peers are optional. Every row's ``load`` gives a function ``(q, k, v, log_decay, **features) -> (o, final_state or None)``
-on tensors in the row's own layout, so that nobody is charged for a transpose. Imports happen in ``load`` only.
+Peers are optional. Every row's ``load`` gives a function ``(q, k, v, log_decay, **features) -> (o, final_state or
+None)`` on tensors in the row's own layout, so that nobody is charged for a transpose. Imports happen in ``load`` only.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _linghe() -> Callable:
     return attn
 
 
-# What scaled_dot_product_attention calls once it has chosen. Called directly, neither can give way to another kernel, and no
-# context manager costs host time.
+# What scaled_dot_product_attention calls once it has chosen. Called directly, neither can give way to another kernel,
+# and no context manager costs host time.
 def _sdpa_flash() -> Callable:
     sdpa = torch.ops.aten._scaled_dot_product_flash_attention.default
     return lambda q, k, v, log_decay: (sdpa(q, k, v, 0.0, True)[0], None)
@@ -168,8 +168,9 @@ _choices: dict[tuple, dict] = {}
 def tune_for(*sizes) -> None:
     """Let fla's autotuners choose for these sizes, if they have not.
 
-    By themselves they keep the choice of the first length that comes, some of them also that of the first heads and head
-    dims, and on disk for later runs: good for a model, but in a benchmark the shapes that come later would be slower.
+    By themselves they keep the choice of the first length that comes, some of them also that of the first heads and
+    head dims, and on disk for later runs: good for a model, but in a benchmark the shapes that come later would be
+    slower.
     """
     import triton
 

@@ -1,8 +1,9 @@
 """Fill Triton's cache from many processes at once, so that what is measured afterwards finds its kernels compiled.
 
-Autotuned peers try up to 48 configurations of every kernel and compile them one after another, which takes minutes on a GPU
-that waits. Here every process runs the chosen suites on tensors without memory (torch's meta device): kernels are compiled as
-a launch would, with all configurations of the autotuners, and not launched. Who first comes to a compilation does it.
+Autotuned peers try up to 48 configurations of every kernel and compile them one after another, which takes minutes on a
+GPU that waits. Here every process runs the chosen suites on tensors without memory (torch's meta device): kernels are
+compiled as a launch would, with all configurations of the autotuners, and not launched. Who first comes to a
+compilation does it.
 """
 
 from __future__ import annotations

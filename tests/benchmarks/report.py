@@ -17,11 +17,14 @@ from .peers import Row
 RESULT_NAMES = ("o", "final_state", "dq", "dk", "dv", "dinitial_state")
 
 HEADERS = {
-    "impl": ("implementation", "{:24s}"), "shape": ("B,T,H", "{:>12s}"), "kv": ("K,V", "{:>8s}"), "Hkv": ("Hkv", "{:4d}"),
+    "impl": ("implementation", "{:24s}"), "shape": ("B,T,H", "{:>12s}"),
+    "kv": ("K,V", "{:>8s}"), "Hkv": ("Hkv", "{:4d}"),
     "decay": ("decay", "{:>6s}"), "documents": ("documents", "{:9d}"), "longest": ("longest", "{:7d}"),
-    "forward_ms": ("fwd ms", "{:9.4f}"), "forward_floor": ("% floor", "{:7.0f}"), "forward_speedup": ("speedup", "{:7.2f}"),
+    "forward_ms": ("fwd ms", "{:9.4f}"), "forward_floor": ("% floor", "{:7.0f}"),
+    "forward_speedup": ("speedup", "{:7.2f}"),
     "backward_ms": ("bwd ms", "{:9.4f}"), "backward_floor": ("% floor", "{:7.0f}"),
-    "backward_speedup": ("speedup", "{:7.2f}"), "both_ms": ("fwd+bwd ms", "{:10.4f}"), "both_speedup": ("speedup", "{:7.2f}"),
+    "backward_speedup": ("speedup", "{:7.2f}"),
+    "both_ms": ("fwd+bwd ms", "{:10.4f}"), "both_speedup": ("speedup", "{:7.2f}"),
     "eager_ms": ("eager ms", "{:9.4f}"), "graph_ms": ("graph ms", "{:9.4f}"),
     "forward_vs_dense": ("fwd/dense", "{:9.2f}"), "backward_vs_dense": ("bwd/dense", "{:9.2f}"),
     "extra_mib": ("extra MiB", "{:9.0f}"), "extra_percent": ("% of q+k+v", "{:10.1f}"),

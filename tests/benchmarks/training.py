@@ -1,17 +1,19 @@
 """Training speed against sequence length, as in Table 1 of Lightning Attention-2 (arXiv 2401.04658), through Megatron.
 
-    python -m tests.benchmarks.training --models 0.4B --attentions lightning softmax --recompute
-    python -m tests.benchmarks.training --models 3B --lengths 8K 64K --tensor-parallel 2 --append
-    python -m tests.benchmarks.training --models 0.4B --lengths 64K 1M --context-parallel 2 --loss-chunk 8K --recompute --append
-    python -m tests.benchmarks.training --models 0.4B --lengths 32K 512K --data-parallel 2 --loss-chunk 8K --recompute --append
-    python -m tests.benchmarks.training --models 0.4B --lengths 8K --attentions lightning --profile
-    python -m tests.benchmarks.training --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
+    run="python -m tests.benchmarks.training"
+    $run --models 0.4B --attentions lightning softmax --recompute
+    $run --models 3B --lengths 8K 64K --tensor-parallel 2 --append
+    $run --models 0.4B --lengths 64K 1M --context-parallel 2 --loss-chunk 8K --recompute --append
+    $run --models 0.4B --lengths 32K 512K --data-parallel 2 --loss-chunk 8K --recompute --append
+    $run --models 0.4B --lengths 8K --attentions lightning --profile
+    $run --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
 
-Prints tokens per GPU and second, and writes <out>/training.json. Every step has the same number of tokens at every length
-(to the nearest whole sequence), and so has every microbatch up to --tokens-per-microbatch; beyond, a microbatch is one
-sequence. One process per model and attention trains at all lengths (training_run.py says how; it is Megatron's pretrain()
-with lightning_megatron's model, optimizer, data and train_step); --no-in-process starts ``-m lightning_megatron.pretrain``
-anew for every cell and reads Megatron's log. The first WARMUP steps at a length are dropped, the median of the others counts.
+Prints tokens per GPU and second, and writes <out>/training.json. Every step has the same number of tokens at every
+length (to the nearest whole sequence), and so has every microbatch up to --tokens-per-microbatch; beyond, a microbatch
+is one sequence. One process per model and attention trains at all lengths (training_run.py says how; it is Megatron's
+pretrain() with lightning_megatron's model, optimizer, data and train_step); --no-in-process starts
+``-m lightning_megatron.pretrain`` anew for every cell and reads Megatron's log. The first WARMUP steps at a length are
+dropped, the median of the others counts.
 
 Attention: "lightning" in all layers; "softmax" in all layers, through torch's flash kernels, with rope; "hybrid", every
 eighth layer softmax. Lightning layers have an output gate: their models are larger (0.4B: 0.40 and 0.37 billion).
@@ -98,7 +100,7 @@ def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) ->
 
 
 def measure(name: str, attention: str, lengths: list[int], options: argparse.Namespace) -> Iterator[dict]:
-    """Run one process; a row for each length, as soon as it is there. The last one has an "error" if the process fails."""
+    """Run one process; a row for each length, as soon as it is there. If the process fails, the last has an "error"."""
     env = {"OMP_NUM_THREADS": "1"} if options.cpu else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path, left, text, ended = Path(folder, "rows"), list(lengths), "", False
@@ -133,7 +135,7 @@ def measure(name: str, attention: str, lengths: list[int], options: argparse.Nam
 
 
 def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[dict]:
-    """Rows of all lengths, ascending. Where one does not fit no longer one is tried: its microbatches are no smaller."""
+    """Rows of all lengths, ascending. Beyond one that does not fit none is tried: microbatches are no smaller there."""
     left = sorted(options.lengths)
     together = options.in_process and not options.cuda_graph  # Megatron keeps a graph as long as its process lives
     while left:

@@ -1,12 +1,14 @@
 """What tests.benchmarks.training trains: model shapes, their operations per token, batches, Megatron's flags, commands.
 
-MFU is of 989 TFLOP/s, an H100 SXM in bf16 without sparsity. Operations of a token, forward and backward, recomputation not
-counted, for P parameters in matrices (the output layer is one, the embedding is not), head dims K = V = h / H, length T:
+MFU is of 989 TFLOP/s, an H100 SXM in bf16 without sparsity. Operations of a token, forward and backward, recomputation
+not counted, for P parameters in matrices (the output layer is one, the embedding is not), head dims K = V = h / H,
+length T:
 
     6 P  +  3 * 4 K V H for each lightning layer  +  3 * 2 T h for each softmax layer
 
-A multiply-add is 2 operations, backward twice forward. A lightning head needs k^T v and q S, 2 K V each, at the least, by
-whichever chunks a kernel computes them; softmax needs q k^T and p v with the T/2 tokens that a token sees on average.
+A multiply-add is 2 operations, backward twice forward. A lightning head needs k^T v and q S, 2 K V each, at the least,
+by whichever chunks a kernel computes them; softmax needs q k^T and p v with the T/2 tokens that a token sees on
+average.
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     steps = options.steps + PROFILED * options.profile
     text = f"""
         --num-layers {model.layers} --hidden-size {model.hidden} --num-attention-heads {model.heads} --swiglu
-        --ffn-hidden-size {model.ffn} --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights
+        --ffn-hidden-size {model.ffn} --normalization RMSNorm --disable-bias-linear
+        --untie-embeddings-and-output-weights
         --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --seq-length {lengths[0]}
         --max-position-embeddings {max(lengths)} --micro-batch-size {micro} --global-batch-size {whole}
         --train-iters {steps} --lr 1e-4 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --bf16

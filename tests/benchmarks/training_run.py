@@ -1,19 +1,19 @@
-"""The process that tests.benchmarks.training starts: Megatron's pretrain(), at several sequence lengths one after the other.
+"""The process that tests.benchmarks.training starts: Megatron's pretrain(), at one sequence length after the other.
 
     torchrun ... -m tests.benchmarks.training_run PLAN <flags of lightning_megatron.pretrain>
 
-PLAN is JSON: ``softmax`` (bool: every layer softmax, which the flags cannot say), ``cells`` (length, micro-batch size and
-global batch size of each length), ``warmup`` and ``steps`` (how many come first, how many there are), ``profiled`` (steps
-that follow under the profiler) and ``rows`` (the file that gets a line of JSON after each length). Without cells it is a
-plain ``lightning_megatron.pretrain``.
+PLAN is JSON: ``softmax`` (bool: every layer softmax, which the flags cannot say), ``cells`` (length, micro-batch size
+and global batch size of each length), ``warmup`` and ``steps`` (how many come first, how many there are), ``profiled``
+(steps that follow under the profiler) and ``rows`` (the file that gets a line of JSON after each length). Without cells
+it is a plain ``lightning_megatron.pretrain``.
 
 Configuration, model, optimizer and the first data loader are those that pretrain() builds. Only its call of train() is
 taken over: train() is called once a length, after what depends on the length is set and with data loaders built anew by
-Megatron's own function. Weights and optimizer states go on from length to length. torch.compile forgets the shapes of the
-length before, else it would compile for shapes of any size, which a run at one length does not.
+Megatron's own function. Weights and optimizer states go on from length to length. torch.compile forgets the shapes of
+the length before, else it would compile for shapes of any size, which a run at one length does not.
 
-A step's time is from the end of the step before to its own end, with the GPU idle at both: data loading, logging and all
-that train() does belong to it, as in the "elapsed time per iteration" of Megatron's log.
+A step's time is from the end of the step before to its own end, with the GPU idle at both: data loading, logging and
+all that train() does belong to it, as in the "elapsed time per iteration" of Megatron's log.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class StepClock:
 
 
 def summarize(events, device_type, steps: int, seconds: float) -> dict:
-    """The kernels of ``steps`` steps by time, how long the device does nothing in a step of ``seconds``, and between which
-    kernels.
+    """The kernels of ``steps`` steps by time, how long the device does nothing in a step of ``seconds``, and between
+    which kernels.
 
     Percentages are of a step without the profiler, whose own cost would count as idle time.
     """
@@ -146,8 +146,8 @@ def train_lengths(
                 micro_batch_size=micro_batch,
                 data_parallel_size=args.data_parallel_size,
             )
-            # What train() leaves otherwise than it insists to find it: a running timer, and with overlapping communication
-            # a function that it set and hooks that it removed.
+            # What train() leaves otherwise than it insists to find it: a running timer, and with overlapping
+            # communication a function that it set and hooks that it removed.
             get_timers()("interval-time", log_level=0).reset()
             get_model_config(model[0]).no_sync_func = None
             if training.should_disable_forward_pre_hook(args):
@@ -193,7 +193,7 @@ def counted(embedding, batches: collections.Counter):
 
 
 def describe(model) -> dict[str, int]:
-    """Parameters on this rank, and how many attention layers of which class: what was trained, not what was asked for."""
+    """Parameters on this rank, and attention layers of each class: what was trained, not what was asked for."""
     layers = collections.Counter(type(m).__name__ for n, m in model.named_modules() if n.endswith(".self_attention"))
     return {"parameters": sum(p.numel() for p in model.parameters()), **layers}
 

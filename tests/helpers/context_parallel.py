@@ -1,4 +1,4 @@
-"""Sequences cut over context-parallel ranks: which rank holds which token, random documents, results of the operator."""
+"""Sequences over context-parallel ranks: which rank holds which token, random documents, results of the operator."""
 
 import torch
 
@@ -14,7 +14,9 @@ def draw_documents(rng: torch.Generator, tokens: int) -> torch.Tensor:
 
 
 def tokens_of(rank: int, world: int, layout: str, lengths: list[int], cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens of the whole sequence a rank holds, written down from Megatron's and TransformerEngine's definitions."""
+    """Which tokens of the whole sequence a rank holds, written down from Megatron's and TransformerEngine's
+    definitions.
+    """
     everything = torch.arange(sum(lengths))
     if layout == "contiguous":
         return everything.split(lengths)[rank]

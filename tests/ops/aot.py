@@ -60,7 +60,9 @@ AROUND = [
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (AMD: registers) spilled per thread."""
+    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (AMD: registers) spilled per
+    thread.
+    """
 
     shared: int
     registers: int

@@ -46,7 +46,7 @@ def expanded(case: Case) -> Case:
 def summed(case: Case) -> Case:
     """Gradients of stride 0, as from ``.sum()``.
 
-    A head's dv is then one draw a token: by itself, and not with short random documents, where all draws may be almost 0 and
-    the error of the head what was rounded off them.
+    A head's dv is then one draw a token: by itself, and not with short random documents, where all draws may be almost
+    0 and the error of the head what was rounded off them.
     """
     return expand(case, do=case.do[:1, :1, :1, :1], dfinal=case.dfinal[:1, :1, :1, :1])

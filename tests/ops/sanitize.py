@@ -4,8 +4,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.ops.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m tests.ops.sanitize
 
-Names of dtypes after it choose among them. Run it once without the sanitizer first, for instance a process for each dtype:
-compiling its kernels takes minutes.
+Names of dtypes after it choose among them. Run it once without the sanitizer first, for instance a process for each
+dtype: compiling its kernels takes minutes.
 """
 
 from __future__ import annotations

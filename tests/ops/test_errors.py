@@ -90,7 +90,8 @@ WRONG = {  # call -> what its message says: value received, then remedy
         packed([0, 3, 8]) | dict(initial_state=zeros(1, 4, 16, 32)), ["[2,4,16,32]", "documents in cu_seqlens"],
     ),
     "half state": (
-        arguments(initial_state=zeros(2, 4, 16, 32, dtype=HALF)), ["torch.float16", "be torch.float32", "low precision"],
+        arguments(initial_state=zeros(2, 4, 16, 32, dtype=HALF)),
+        ["torch.float16", "be torch.float32", "low precision"],
     ),
     "a slope": (decay(-0.1, 0.0, 0.5, -0.1), ["log_decay[2] = 0.5", "<= 0", "-log_decay"]),
     "a decay": (decay(0.9, 0.9, 0.9, 0.9), ["log_decay[0] = 0.89", "did you pass"]),

@@ -1,4 +1,6 @@
-"""States that ranks write into each other's memory: here into memory of one process, in which all ranks send, then receive."""
+"""States that ranks write into each other's memory: here into memory of one process, in which all ranks send, then
+receive.
+"""
 
 import time
 
@@ -63,9 +65,12 @@ def assert_received(got: torch.Tensor, states: torch.Tensor, weights: torch.Tens
     assert (got - want).norm() <= EXCHANGED * want.norm()
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_a_gather(rng, device, count, shape):
+@pytest.mark.parametrize(
+    "shape, count",
+    [(SHAPES[0], 2), (SHAPES[0], 4), (SHAPES[1], 3), (SHAPES[2], 2), (SHAPES[2], 3), (SHAPES[3], 2)],
+    ids=str,
+)
+def test_equals_a_gather(rng, device, shape, count):
     """Many times with the same mailboxes, other values, and ranks that come in another order."""
     ranks = Ranks(rng, count, shape, device)
     for repeat in range(3):
@@ -79,9 +84,9 @@ def test_equals_a_gather(rng, device, count, shape):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 2, 16, 16), (1, 2, 1, 64, 48), (1, 3, 2, 128, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 16, 16), (1, 2, 1, 64, 48), (1, 3, 1, 128, 16)], ids=str)
 def test_one_state_for_each_pair_of_ranks(rng, device, shape, reverse):
-    """Of two chunks a rank sends the first to ranks behind it, and to those before it the sum at the end of the second."""
+    """A rank sends the first of its two chunks to later ranks, and the sum of both to earlier ones."""
     count, R, H = 3, *shape[1:3]
     ranks = Ranks(rng, count, shape, device)
     ranks.chunks = 2

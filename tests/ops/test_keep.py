@@ -56,8 +56,8 @@ def test_tensors_without_versions_are_looked_at_every_time():
 
 @pytest.mark.gpu
 def test_streams_and_graphs_have_their_own(rng):
-    """Memory of another stream may be given away before it is read; a replay finds other values in the same place. Not so of
-    what is constant, whose memory must not be that of a graph."""
+    """Memory of another stream may be given away before it is read; a replay finds other values in the same place. Not
+    so of what is constant, whose memory must not be that of a graph."""
     tensor, make = torch.rand(3, generator=rng).cuda(), Counted()
     first, constant = keep(tensor, "a", make), keep(tensor, "b", make, constant=True)
     assert make.calls == 2

@@ -1,4 +1,6 @@
-"""Output layer and loss in chunks: values and gradients against the formula in fp64, on one rank and on several; memory."""
+"""Output layer and loss in chunks: values and gradients against the formula in fp64, on one rank and on several;
+memory.
+"""
 
 import functools
 from collections.abc import Callable
@@ -40,8 +42,8 @@ def with_gradients(function: Callable, hidden, weight, labels, dloss) -> dict[st
 
 
 def errors(got: dict, case) -> dict[str, float]:
-    """Relative RMS of every result. Of a single token loss and gradients may be almost 0, a difference of numbers of order 1:
-    then relative to 1, and to the gradient of the loss.
+    """Relative RMS of every result. Of a single token loss and gradients may be almost 0, a difference of numbers of
+    order 1: then relative to 1, and to the gradient of the loss.
     """
     hidden, weight, labels, dloss = (x.cpu() for x in case)
     want = with_gradients(
@@ -151,7 +153,9 @@ def on_rank(
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_tensor_parallel(rng, size, sequence_parallel):
-    """Every rank has the loss of all tokens, the gradient of its slice of weight, and that of all, or its, hidden states."""
+    """Every rank has the loss of all tokens, the gradient of its slice of weight, and that of all, or its, hidden
+    states.
+    """
     case = draw(rng, 6, 2, 8, 10 * size, torch.float64)
     results = spawn(on_rank, size, sequence_parallel, CHUNKS, "torch", *case)
     for chunk, ranks in zip(CHUNKS, zip(*results, strict=True), strict=True):
@@ -236,7 +240,7 @@ def test_real_sizes(rng):
 
 @pytest.mark.gpu
 def test_memory(rng):
-    """Of any number of tokens: the logits of a chunk, gradients of hidden states, those of weight in fp32 and in bf16."""
+    """For any number of tokens: logits of one chunk, gradients of hidden states, those of weight in fp32 and bf16."""
     h, columns, chunk = 512, 32000, 1024
     weight = torch.randn(columns, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     for tokens in (chunk, 4096, 32768):  # the first for the workspaces of cuBLAS

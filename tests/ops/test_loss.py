@@ -40,7 +40,9 @@ def draw(rng, shape, columns, dtype, device="cpu") -> tuple[torch.Tensor, ...]:
 
 
 def judge(got, logits, targets, dloss) -> None:
-    """Where softmax is almost 1 at the target, loss and gradient are small differences: compared with logits and dloss then."""
+    """Where softmax is almost 1 at the target, loss and gradient are small differences: compared with logits and dloss
+    then.
+    """
     want = with_gradient(cross_entropy, logits.double().cpu(), targets.cpu(), dloss.double().cpu())
     wide = torch.promote_types(logits.dtype, torch.float32)
     assert got[0].dtype == wide and got[1].dtype == logits.dtype

@@ -1,4 +1,4 @@
-"""Heads out of the projection, and output norm with gate: values and gradients against formulas in fp64, and launches."""
+"""split_heads and norm_gate: values and gradients against formulas in fp64, strides, and the kernels launched."""
 
 import pytest
 import torch
@@ -143,8 +143,8 @@ def strided(x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_strides_of_projection(triton_impl, rng, small_tiles, feature_map):
-    sizes = (4, 2, 48, 16)
-    mixed, given = split_case(rng, triton_impl, sizes, True, (7, 3))
+    sizes = (2, 1, 48, 16)
+    mixed, given = split_case(rng, triton_impl, sizes, True, (3, 2))
     want = split_with_gradients(triton_impl, mixed, sizes, True, feature_map, given)
     for other in strided(mixed):
         assert_same_bits(split_with_gradients(triton_impl, other, sizes, True, feature_map, given), want)
@@ -203,7 +203,8 @@ def norm_judge(leaves, options, given):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_norm_gate(every_impl, rng, small_tiles, kind, norm, affine):
-    for _ in range(3):
+    interpreted = every_impl.backend == "triton" and every_impl.device == "cpu"  # which is slow
+    for _ in range(1 if interpreted else 3):
         case = norm_case(rng, every_impl, pick(rng, SIZES), kind, norm, affine, pick(rng, TOKENS))
         assert_close(norm_with_gradients(every_impl, *case), norm_judge(*case), every_impl.dtype)
 
@@ -218,7 +219,7 @@ def test_tiles_in_use(impl, rng, tokens, sizes):
 
 
 def test_strides_of_output(triton_impl, rng, small_tiles):
-    leaves, options, given = norm_case(rng, triton_impl, (4, 2, 16, 48), "sigmoid", "all", True, (7, 3))
+    leaves, options, given = norm_case(rng, triton_impl, (2, 1, 16, 48), "sigmoid", "all", True, (3, 2))
     want = norm_with_gradients(triton_impl, leaves, options, given)
     for o, gate, y in zip(*(strided(x) for x in (leaves["o"], leaves["gate"], given["y"])), strict=True):
         assert_same_bits(norm_with_gradients(triton_impl, leaves | {"o": o}, options, given), want)

@@ -12,7 +12,9 @@ from .cases import Case, Impl, judge, make_case, pick, random_documents
 
 
 def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) -> tuple[Case, torch.Tensor]:
-    """Tokens of ``rows`` parts one after the other with their states, and bounds ``[rows, N + 1]`` of all documents in each."""
+    """Tokens of ``rows`` parts one after the other with their states, and bounds ``[rows, N + 1]`` of all documents in
+    each.
+    """
     ends = torch.tensor([0, *random_documents(rng, (rows + 2) * T)]).cumsum(0)
     starts = torch.randperm(rows + 2, generator=rng)[:rows, None] * T  # parts need not be neighbours
     bounds = torch.minimum(torch.maximum(ends, starts), starts + T) - starts
@@ -39,10 +41,11 @@ def judge_rows(case: Case, bounds: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["", "states apart"])
-@pytest.mark.parametrize("rows, T", [(1, 70), (2, 1), (2, 33), (2, 200), (3, 64)])
+@pytest.mark.parametrize("rows, T", [(1, 70), (2, 1), (2, 33), (2, 130), (3, 64)])
 def test_states_are_of_rows(every_impl, rng, cut, rows, T, split):
     cut(pick(rng, (32, 64)))
-    K, V = pick(rng, [(16, 16), (32, 64), (48, 32), (128, 128)])
+    interpreted = every_impl.backend == "triton" and every_impl.device == "cpu"
+    K, V = pick(rng, [(16, 16), (32, 64), (48, 32), *([] if interpreted else [(128, 128)])])
     case, bounds = draw(rng, every_impl, rows, T, K, V)
     print(every_impl, case, bounds)
     module = backends.choose(every_impl.backend, case.q)
