@@ -5,12 +5,13 @@
 
 The prompt is read in one forward pass; after it every token costs the same. A lightning layer keeps one K x V state a head,
 however many tokens there were, a softmax layer keeps the keys and values of all of them: the sizes are printed at the end.
-Model sizes and options come from the arguments saved in the checkpoint, so any parallel layout can be loaded.
+Model sizes and options come from what was saved in the checkpoint, so any parallel layout can be loaded, in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
@@ -25,8 +26,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder
 
 from lightning_megatron.mixer import LightningAttention
+from lightning_megatron.record import saved_function
 from lightning_megatron.spec import make_spec
-from lightning_megatron.training.arguments import options_from_args
 
 
 def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
@@ -44,9 +45,14 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
     args.sequence_parallel = False
-    by_us = hasattr(args, "lightning_decay")  # else pretrain_gpt.py --spec, and the spec itself knows its options
-    if by_us:
+    if args.mtp_num_layers:
+        print(f"[{args.mtp_num_layers} multi-token prediction layers are left out: they only help training]", flush=True)
+        args.mtp_num_layers = None
+    options = saved_function(args).options
+    if options is not None:
         args.spec = None
+    else:
+        check_spec(args.spec, checkpoint)
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
@@ -56,8 +62,8 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
     config = core_transformer_config_from_args(args)
     model_config = gpt_config_from_args(args, config=config)
-    if by_us:
-        model_config.transformer_layer_spec = make_spec(options_from_args(args))
+    if options is not None:
+        model_config.transformer_layer_spec = make_spec(options)
     model = GPTModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(torch.cuda.current_device())
     if args.bf16 or args.fp16:
@@ -68,6 +74,20 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     if missing:
         raise SystemExit(f"--load {checkpoint}: the checkpoint lacks {', '.join(missing)}")
     return model, args
+
+
+def check_spec(spec: list[str] | None, checkpoint: Path) -> None:
+    """A checkpoint that holds no options needs the spec it was trained with; Megatron ignores one that does not import."""
+    if spec is None:
+        raise SystemExit(f"--load {checkpoint}: it was trained without lightning_megatron, and has no lightning layers")
+    module, _, name = " ".join(spec).partition(" ")
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(
+            f"--load {checkpoint}: it holds no lightning options, and the spec it was trained with, {module} {name}, cannot be "
+            f"used here ({error}): put the folder of that module on PYTHONPATH"
+        ) from error
 
 
 @torch.inference_mode()
@@ -117,6 +137,10 @@ def main() -> None:
     if options.tokens < 1 or options.temperature < 0:
         parser.error(f"--tokens {options.tokens} must be at least 1 and --temperature {options.temperature} at least 0")
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every rank would load and print the same
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(1)
+        raise SystemExit("generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun")
     model, args = load_model(options.load)
     if options.tokenizer_model:
         args.tokenizer_model = options.tokenizer_model
