@@ -46,7 +46,9 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
     args.sequence_parallel = False
     if args.mtp_num_layers:
-        print(f"[{args.mtp_num_layers} multi-token prediction layers are left out: they only help training]", flush=True)
+        print(
+            f"[{args.mtp_num_layers} multi-token prediction layers are left out: they only help training]", flush=True
+        )
         args.mtp_num_layers = None
     options = saved_function(args).options
     if options is not None:
@@ -140,7 +142,9 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every rank would load and print the same
         if int(os.environ.get("RANK", "0")) > 0:
             raise SystemExit(1)
-        raise SystemExit("generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun")
+        raise SystemExit(
+            "generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun"
+        )
     model, args = load_model(options.load)
     if options.tokenizer_model:
         args.tokenizer_model = options.tokenizer_model

@@ -236,6 +236,7 @@ ROWS = (
     Row("moe_router_force_biased", "--moe-router-force-biased", "experts"),
     Row("moe_sinkhorn", "--moe-router-load-balancing-type sinkhorn", "experts", _sinkhorn),
     Row("moe_expert_capacity_factor", "--moe-expert-capacity-factor", "experts"),
+    Row("moe_expert_rank_capacity_factor", "--moe-expert-rank-capacity-factor", "experts"),
     Row("moe_token_drop_policy", "--moe-token-drop-policy", "experts", _dropped),
     Row("moe_apply_probs_on_input", "--moe-apply-probs-on-input", "experts"),
     Row("moe_latent_size", "--moe-latent-size", "experts"),
