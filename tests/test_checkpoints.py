@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from tests.launch import ROOT, Run, run_pretrain
 
@@ -183,13 +184,13 @@ def older(saved, tmp_path):
     def write(name: str, **more) -> Path:
         folder = tmp_path / name
         shutil.copytree(saved(name), folder)
-        (common,) = folder.glob("iter_*/common.pt")
-        state = torch.load(common, weights_only=False)
+        (iteration,) = folder.glob("iter_*")
+        state = dist_checkpointing.load_common_state_dict(iteration)
         vars(state["args"]).pop("lightning_function", None)
         vars(state["args"]).update(more)
         for option in ("lightning_cp_keep_states", "lightning_norm_affine"):  # that did not exist yet
             vars(state["args"]).pop(option, None)
-        torch.save(state, common)
+        torch.save(state, iteration / "common.pt")  # which is read first, where there is one
         return folder
 
     return write
