@@ -37,7 +37,10 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
         raise SystemExit(
             f"--load {checkpoint}: no {tracker.name} there; give the folder that --save of the training named"
         )
-    folder = str(checkpoint / f"iter_{int(tracker.read_text()):07d}")
+    newest = tracker.read_text(errors="replace").strip()
+    if newest != "release" and not newest.isdigit():
+        raise SystemExit(f"{tracker} says {newest[:40]!r}: write the number of the last complete iter_ folder into it")
+    folder = str(checkpoint / ("release" if newest == "release" else f"iter_{int(newest):07d}"))
     args = dist_checkpointing.load_common_state_dict(folder)["args"]
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.context_parallel_size = 1
     args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1

@@ -140,7 +140,9 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         return _log(
             f"the checkpoint computes the same function as this run, as far as {saved.source} tells", logging.INFO
         )
-    lines = [f"{flag}: {_show(old)} in the checkpoint, {_show(new)} in this run" for flag, old, new in found]
+    lines = [
+        f"{flag}: {_show(old, flag)} in the checkpoint, {_show(new, flag)} in this run" for flag, old, new in found
+    ]
     if args.finetune:
         return _log(
             f"--finetune: this run computes another function than the checkpoint in {load_dir}: {'; '.join(lines)}"
@@ -162,11 +164,16 @@ def _count(record: dict[str, Any]) -> str:
 def _options(record: dict[str, Any]) -> str:
     values = record["values"]
     names = ("decay", "scale", "feature_map", "norm_groups", "gate", "rope", "qk_norm")
-    return f"{_count(record)}, " + ", ".join(f"{name} {_show(values[name])}" for name in names)
+    return f"{_count(record)}, " + ", ".join(f"{name} {_show(values[name], name)}" for name in names)
 
 
-def _show(value: Any) -> str:
-    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+def _show(value: Any, name: str) -> str:
+    if "decay" in name:
+        preset, offset, digest = value
+        return f"{preset} with offset {offset} (values {digest})"
+    if value is None:
+        return "none"
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:

@@ -37,7 +37,7 @@ SAVED = {
     "plain": ("gpt", GPT),
 }  # fmt: skip
 LAYERS = "--linear-attention-freq: LLLs in the checkpoint, LsLs in this run"
-DECAY = "--lightning-decay, --lightning-decay-offset: ['{}', 0, "
+DECAY = "--lightning-decay, --lightning-decay-offset: {} with offset 0 (values "
 # Loaded checkpoint, way of starting, flags, and what is said.
 REFUSED = {
     "freq": ("own", "own", "--linear-attention-freq 2 --attention-output-gate", LAYERS),
