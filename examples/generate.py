@@ -5,12 +5,13 @@
 
 The prompt is read in one forward pass; after it every token costs the same. A lightning layer keeps one K x V state a head,
 however many tokens there were, a softmax layer keeps the keys and values of all of them: the sizes are printed at the end.
-Model sizes and options come from the arguments saved in the checkpoint, so any parallel layout can be loaded.
+Model sizes and options come from what was saved in the checkpoint, so any parallel layout can be loaded, in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
@@ -25,8 +26,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelBuilder
 
 from lightning_megatron.mixer import LightningAttention
+from lightning_megatron.record import saved_function
 from lightning_megatron.spec import make_spec
-from lightning_megatron.training.arguments import options_from_args
 
 
 def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
@@ -36,7 +37,10 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
         raise SystemExit(
             f"--load {checkpoint}: no {tracker.name} there; give the folder that --save of the training named"
         )
-    folder = str(checkpoint / f"iter_{int(tracker.read_text()):07d}")
+    newest = tracker.read_text(errors="replace").strip()
+    if newest != "release" and not newest.isdigit():
+        raise SystemExit(f"{tracker} says {newest[:40]!r}: write the number of the last complete iter_ folder into it")
+    folder = str(checkpoint / ("release" if newest == "release" else f"iter_{int(newest):07d}"))
     args = dist_checkpointing.load_common_state_dict(folder)["args"]
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.context_parallel_size = 1
     args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1
@@ -44,9 +48,16 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
     args.sequence_parallel = False
-    by_us = hasattr(args, "lightning_decay")  # else pretrain_gpt.py --spec, and the spec itself knows its options
-    if by_us:
+    if args.mtp_num_layers:
+        print(
+            f"[{args.mtp_num_layers} multi-token prediction layers are left out: they only help training]", flush=True
+        )
+        args.mtp_num_layers = None
+    options = saved_function(args).options
+    if options is not None:
         args.spec = None
+    else:
+        check_spec(args.spec, checkpoint)
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
@@ -56,8 +67,8 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
     config = core_transformer_config_from_args(args)
     model_config = gpt_config_from_args(args, config=config)
-    if by_us:
-        model_config.transformer_layer_spec = make_spec(options_from_args(args))
+    if options is not None:
+        model_config.transformer_layer_spec = make_spec(options)
     model = GPTModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(torch.cuda.current_device())
     if args.bf16 or args.fp16:
@@ -68,6 +79,20 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     if missing:
         raise SystemExit(f"--load {checkpoint}: the checkpoint lacks {', '.join(missing)}")
     return model, args
+
+
+def check_spec(spec: list[str] | None, checkpoint: Path) -> None:
+    """A checkpoint that holds no options needs the spec it was trained with; Megatron ignores one that does not import."""
+    if spec is None:
+        raise SystemExit(f"--load {checkpoint}: it was trained without lightning_megatron, and has no lightning layers")
+    module, _, name = " ".join(spec).partition(" ")
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(
+            f"--load {checkpoint}: it holds no lightning options, and the spec it was trained with, {module} {name}, cannot be "
+            f"used here ({error}): put the folder of that module on PYTHONPATH"
+        ) from error
 
 
 @torch.inference_mode()
@@ -117,6 +142,12 @@ def main() -> None:
     if options.tokens < 1 or options.temperature < 0:
         parser.error(f"--tokens {options.tokens} must be at least 1 and --temperature {options.temperature} at least 0")
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every rank would load and print the same
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(1)
+        raise SystemExit(
+            "generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun"
+        )
     model, args = load_model(options.load)
     if options.tokenizer_model:
         args.tokenizer_model = options.tokenizer_model

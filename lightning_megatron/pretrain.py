@@ -31,6 +31,7 @@ def main() -> None:
         _give_up(error)
 
     from . import patches
+    from .resume import CheckpointError
     from .training import run
 
     main_entry = time.time()
@@ -39,7 +40,10 @@ def main() -> None:
     except (ValueError, AssertionError) as error:
         _give_up(error)
     patches.apply_all(options)
-    run.run(container, _PROGRAM_START, main_entry)
+    try:
+        run.run(container, _PROGRAM_START, main_entry)
+    except CheckpointError as error:  # on every rank: all read the same file
+        _give_up(error)
 
 
 def _give_up(error: Exception) -> NoReturn:

@@ -14,6 +14,7 @@ import torch
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, mark_prepared, prepared_with, resolve_shape
 from .parallel import LAYOUTS
+from .record import ATTRIBUTE, function_record
 from .summary import layer_map
 
 logger = logging.getLogger("lightning_megatron")
@@ -56,6 +57,7 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     check(config, options, layout, args)
     if args is not None:
         warn_of_args(args)
+        setattr(args, ATTRIBUTE, function_record(config, options, args))  # Megatron saves it with its args
     apply_patches(config, options, layout, args)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(layer_map(config, options), flush=True)
@@ -156,7 +158,7 @@ def warn_of_args(args: Namespace) -> None:
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has those of the own entry point."""
-    from .patches import flops, packed_rope, recompute
+    from .patches import checkpoint_args, flops, packed_rope, recompute
 
     softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
     packed = args is None or getattr(args, "dataloader_inter_document_masking", False)
@@ -165,4 +167,5 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     if config.context_parallel_size > 1 and config.recompute_granularity == "full" and options.cp_keep_states:
         recompute.apply()
     if args is not None:
+        checkpoint_args.apply()
         flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -1,13 +1,16 @@
-"""Refuses to resume a checkpoint with other lightning options than it was trained with.
+"""Refuses to go on from a checkpoint that would train another function, before its weights are read.
 
-Symbol:   megatron.training.checkpointing.check_checkpoint_args
-Why:      it compares a fixed list of arguments. Decay, scale, activation and gate leave no trace in the weights, so a
-          flag forgotten on resuming would load without a word and go on training another model.
+Symbol:   megatron.training.checkpointing._load_base_checkpoint
+Why:      Megatron compares a fixed list of arguments, after loading. Decay, scale, epsilon, and with equal projection shapes
+          even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go on training
+          another model without a word. And where it does refuse (another schedule, the optimizer in another layout, a
+          tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
 Versions: megatron-core 0.19
-Can go:   when Megatron lets a program name the arguments it compares.
+Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
-Megatron saves all parsed arguments and calls this where it loads a checkpoint without --finetune. Checkpoints of
-``pretrain_gpt.py --spec`` hold no lightning options, and nothing is compared for them.
+``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its
+weights. Only the first is checked, or the only call of formats that have one; and not where ``--use-checkpoint-args`` reads
+arguments, before a model exists. The checks themselves are in resume.py.
 """
 
 from __future__ import annotations
@@ -15,30 +18,35 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
+from ..record import ATTRIBUTE
+from ..resume import check, gave_up
 from ._replace import replace
 
-SYMBOLS = ("megatron.training.checkpointing.check_checkpoint_args",)
-PARAMETERS = ("checkpoint_args", "skip_args")
-FREE = {"lightning_backend"}  # another way to the same numbers
+SYMBOLS = ("megatron.training.checkpointing._load_base_checkpoint",)
+PARAMETERS = (
+    "load_dir", "args", "rank0", "sharded_state_dict", "checkpointing_context", "dp_cp_group", "expt_dp_group",
+    "gpt_compat_layer_maps",
+)  # fmt: skip
+_TWO_CALLS = ("torch_dist", "fsdp_dtensor")
 
 
-def _wrap(original: Callable[..., None]) -> Callable[..., None]:
-    def check_checkpoint_args(checkpoint_args: Namespace, skip_args: set[str] | None = None) -> None:
-        original(checkpoint_args, skip_args)
-        from megatron.training import get_args
+def _wrap(original: Callable[..., tuple]) -> Callable[..., tuple]:
+    def _load_base_checkpoint(load_dir: str | None, args: Namespace, rank0: bool = False, *others, **more) -> tuple:
+        try:
+            result = original(load_dir, args, rank0, *others, **more)
+        except SystemExit as stop:
+            reason = None if stop.code else gave_up(load_dir, args)
+            if reason is None:
+                raise
+            raise reason from stop
+        first = rank0 or not (args.auto_detect_ckpt_format or args.ckpt_format in _TWO_CALLS)
+        if first and result[0] is not None and hasattr(args, ATTRIBUTE):
+            check(result[0], load_dir, args)
+        return result
 
-        now = vars(get_args())
-        for name, saved in vars(checkpoint_args).items():
-            if name.startswith("lightning_") and name not in FREE and now.get(name, saved) != saved:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"the checkpoint was trained with {flag} {saved}, but this run has {now[name]}: give the "
-                    "checkpoint's value, or load only its weights with --finetune"
-                )
-
-    return check_checkpoint_args
+    return _load_base_checkpoint
 
 
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
-    replace(SYMBOLS[0], PARAMETERS, _wrap, "lightning options must equal those of the checkpoint")
+    replace(SYMBOLS[0], PARAMETERS, _wrap, "a checkpoint must compute the same function as this run")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import sentencepiece
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from lightning_megatron.config import LightningOptions
+from lightning_megatron.mixer import LightningAttention
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
@@ -34,6 +38,7 @@ CHECKPOINTS = {
     "everything": (1, EVERYTHING),
     "bf16": (1, f"{EVERYTHING} --bf16"),
     "defaults": (1, "--linear-attention-freq 2 --position-embedding-type learned_absolute"),
+    "mtp": (1, "--linear-attention-freq 2 --mtp-num-layers 1"),
     "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
 }
 COPIES = {  # saved once more from another layout, after steps of length 0
@@ -47,6 +52,10 @@ COPIES = {  # saved once more from another layout, after steps of length 0
         "--account-for-loss-in-pipeline-split",
     ),
 }
+GPT = (
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
+    "--no-create-attention-mask-in-dataloader --eval-interval 100"
+)
 PROMPT = "7 1 200 33 33 5 90 18 2"
 
 
@@ -142,12 +151,8 @@ def test_states_are_fp32_in_bf16(checkpoint):
 
 
 def test_checkpoint_of_pretrain_gpt(tmp_path):
-    """It holds no lightning options, but the name of the spec that has them."""
-    flags = (
-        "--linear-attention-freq 4 --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm "
-        "--no-rope-fusion --no-create-attention-mask-in-dataloader --eval-interval 100 "
-        "--spec lightning_megatron.spec lightning_spec"
-    )
+    """It holds no lightning flags, but a record of the options."""
+    flags = f"--linear-attention-freq 4 {GPT} --spec lightning_megatron.spec lightning_spec"
     run_pretrain(
         [*SIZE, *NUMBERS.split(), *flags.split(), "--save", tmp_path], script=ROOT / "tests" / "pretrain_gpt.py"
     )
@@ -155,11 +160,92 @@ def test_checkpoint_of_pretrain_gpt(tmp_path):
     assert worst < LOGITS[torch.float32]
 
 
+def options_and_pattern(rank: int, world: int, folder: Path):
+    """Of the model that is built."""
+    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
+    model, _ = example().load_model(folder)
+    attention = [layer.self_attention for layer in model.decoder.layers]
+    lightning = [isinstance(module, LightningAttention) for module in attention]
+    return attention[0].options, lightning
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_a_spec(tmp_path_factory):
+    """Trained by pretrain_gpt.py with a spec of the user's own."""
+    folder = tmp_path_factory.mktemp("spec")
+    flags = f"--linear-attention-freq 2 {GPT} --spec tests.specs minimax_spec"
+    script = ROOT / "tests" / "pretrain_gpt.py"
+    run_pretrain([*SIZE, *NUMBERS.split(), *flags.split(), "--save", folder], script=script)
+    return folder
+
+
+def rewrite_args(folder: Path, change) -> None:
+    """Change the args in a checkpoint; Megatron reads them from common.pt where there is one, as earlier versions wrote it."""
+    (iteration,) = folder.glob("iter_*")
+    state = dist_checkpointing.load_common_state_dict(iteration)
+    change(state["args"])
+    torch.save(state, iteration / "common.pt")
+
+
+def test_options_come_from_the_record(checkpoint_of_a_spec, tmp_path):
+    """... so that the spec need not be there any more."""
+    shutil.copytree(checkpoint_of_a_spec, tmp_path / "run")
+    rewrite_args(tmp_path / "run", lambda args: setattr(args, "spec", ["module_that_is_gone", "my_spec"]))
+    wanted = (LightningOptions(decay="minimax"), [True, False, True, False])
+    assert spawn(options_and_pattern, 1, tmp_path / "run") == [wanted]
+
+
+def test_older_checkpoint_needs_its_spec(checkpoint_of_a_spec, tmp_path):
+    """Without a record only the spec knows its options."""
+    shutil.copytree(checkpoint_of_a_spec, tmp_path / "run")
+    rewrite_args(tmp_path / "run", lambda args: vars(args).pop("lightning_function"))
+    wanted = (LightningOptions(decay="minimax"), [True, False, True, False])
+    assert spawn(options_and_pattern, 1, tmp_path / "run") == [wanted]
+    rewrite_args(tmp_path / "run", lambda args: setattr(args, "spec", ["module_that_is_gone", "my_spec"]))
+    message = "the spec it was trained with, module_that_is_gone my_spec, cannot be used here"
+    assert_ends_with(generate(tmp_path / "run"), message)
+    rewrite_args(tmp_path / "run", lambda args: setattr(args, "spec", None))
+    assert_ends_with(generate(tmp_path / "run"), "it was trained without lightning_megatron")
+
+
+def test_older_checkpoint_lacks_options(checkpoint, tmp_path):
+    """Saved before an option existed, and before records."""
+    shutil.copytree(checkpoint("everything"), tmp_path / "run")
+
+    def age(args):
+        for name in ("lightning_function", "lightning_cp_keep_states", "lightning_norm_affine", "lightning_backend"):
+            delattr(args, name)
+        args.lightning_cp_layout = "zigzag"
+
+    rewrite_args(tmp_path / "run", age)
+    ((options, _),) = spawn(options_and_pattern, 1, tmp_path / "run")
+    assert options == LightningOptions(norm="all", qk_norm=True, rope=True, num_kv_heads=2, decay="minimax")
+
+
+def test_mtp_layers_are_left_out(checkpoint):
+    run = generate(checkpoint("mtp"), "--prompt", PROMPT, "--tokens", "5")
+    assert run.ok and "[1 multi-token prediction layers are left out: they only help training]" in run.log
+    assert "5 generated" in run.log
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def assert_ends_with(run: Run, message: str) -> None:
     assert not run.ok and message in run.log and "Traceback" not in run.log, run.log
+
+
+def test_one_process_only(tmp_path):
+    run = run_pretrain(["--load", tmp_path], 2, script=SCRIPT, check=False)
+    assert_ends_with(
+        run, "generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun"
+    )
+    assert run.log.count("start it without torchrun") == 1
+
+
+def test_unreadable_tracker_file(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("not a number")
+    assert_ends_with(generate(tmp_path), "latest_checkpointed_iteration.txt says 'not a number': write the number of")
 
 
 def test_missing_checkpoint(tmp_path):

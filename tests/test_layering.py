@@ -15,6 +15,8 @@ LAYERS = [
     {"__init__", "config", "compat", "packed", "ops"},
     {"parallel"},
     {"decay", "norm", "softmax", "rope"},
+    {"record"},
+    {"resume"},
     {"patches"},
     {"mixer", "summary"},
     {"runtime"},
@@ -26,7 +28,9 @@ LAYERS = [
 ONLY = {
     "decay": {"config"},
     "parallel": {"ops"},
-    "patches": {"config", "compat", "ops", "parallel", "rope"},
+    "record": {"config", "decay"},
+    "resume": {"record"},
+    "patches": {"config", "compat", "ops", "parallel", "rope", "record", "resume"},
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {

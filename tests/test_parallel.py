@@ -111,9 +111,7 @@ def test_training_goes_on_in_another_layout(model, before, after, initial, alone
 
 @pytest.mark.parametrize("before, after", MOVES_OF_SHARDED_OPTIMIZER, ids=map("-".join, MOVES_OF_SHARDED_OPTIMIZER))
 def test_training_goes_on_with_sharded_optimizer(before, after, initial, alone, tmp_path):
-    reshardable = "" if after == "one" else "--dist-ckpt-optim-fully-reshardable"  # without it only DP may change
-    flags = f"--use-distributed-optimizer {reshardable}"
-    check_move("freq4", before, after, flags, initial, alone, tmp_path)
+    check_move("freq4", before, after, "--use-distributed-optimizer", initial, alone, tmp_path)
 
 
 # ---- packed documents ------------------------------------------------------------------------------------------------

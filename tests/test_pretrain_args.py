@@ -11,7 +11,7 @@ from megatron.core import package_info
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer import TransformerConfig
 from megatron.training import arguments as megatron_arguments
-from megatron.training import checkpointing, global_vars
+from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 
 from lightning_megatron import compat, patches, pretrain
@@ -133,9 +133,33 @@ def test_user_overrides_other_defaults(parse, installed):
     assert not parse(
         "--create-attention-mask-in-dataloader --no-create-attention-mask-in-dataloader"
     ).create_attention_mask_in_dataloader
-    assert arguments.args_defaults(args) == {"eval_interval": sys.maxsize, "tokenizer_type": "NullTokenizer"}
+    reshardable = {"dist_ckpt_optim_fully_reshardable": False}
+    wanted = {"eval_interval": sys.maxsize, "tokenizer_type": "NullTokenizer"} | reshardable
+    assert arguments.args_defaults(args) == wanted
     args = parse("--eval-interval 5 --tokenizer-type HuggingFaceTokenizer")
-    assert arguments.args_defaults(args) == {}
+    assert arguments.args_defaults(args) == reshardable
+
+
+@pytest.mark.parametrize(
+    "flags, value",
+    [
+        ("", False),
+        ("--use-distributed-optimizer", True),
+        ("--use-distributed-optimizer --no-dist-ckpt-optim-fully-reshardable", False),
+        (
+            "--use-distributed-optimizer --no-dist-ckpt-optim-fully-reshardable --dist-ckpt-optim-fully-reshardable",
+            True,
+        ),
+        ("--use-distributed-optimizer --non-persistent-ckpt-type local", False),
+        ("--use-distributed-optimizer --non-persistent-ckpt-type local --dist-ckpt-optim-fully-reshardable", True),
+    ],
+)
+def test_optimizer_checkpoints_are_reshardable(parse, flags, value):
+    """... as far as Megatron lets them; what the user says wins."""
+    args = parse(flags)
+    defaults = arguments.args_defaults(args)
+    given = args.dist_ckpt_optim_fully_reshardable
+    assert (defaults["dist_ckpt_optim_fully_reshardable"] if given is None else given) is value
 
 
 def test_parts_in_use(parse, installed):
@@ -234,7 +258,7 @@ def unpatched(monkeypatch):
     """Give the patched symbols back after the test."""
     symbols = (
         (dataset_utils, "compile_helpers"),
-        (checkpointing, "check_checkpoint_args"),
+        (checkpointing, "_load_base_checkpoint"),
         (megatron_training, "num_floating_point_operations"),
     )
     for module, name in symbols:
@@ -295,14 +319,18 @@ def test_compiled_helpers_are_used(unpatched, monkeypatch):
     assert calls == ["make"]
 
 
-def test_resuming_with_other_options_is_refused(unpatched, monkeypatch, parse):
-    monkeypatch.setattr(checkpointing, "check_checkpoint_args", lambda checkpoint_args, skip_args=None: None)
-    patches.checkpoint_args.apply()
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", parse("--lightning-scale 1 --lightning-backend torch"))
-    checkpointing.check_checkpoint_args(parse("--lightning-scale 1.0"))  # the backend may change
-    checkpointing.check_checkpoint_args(SimpleNamespace(num_layers=4))  # saved without our options
-    with pytest.raises(ValueError, match=r"--lightning-scale 0\.5, but this run has 1\.0.*--finetune"):
-        checkpointing.check_checkpoint_args(parse("--lightning-scale 0.5"), skip_args=None)
+def test_checkpoint_brings_what_decides_the_function(parse):
+    """--use-checkpoint-args: of checkpoints of any age, and what the user gives wins."""
+    saved = parse("--lightning-scale 1 --lightning-backend torch --norm-epsilon 1e-6 --linear-attention-freq 3")
+    del saved.lightning_gate  # an older version
+    brought = arguments.defaults_from_checkpoint(saved)
+    assert not {"lightning_backend", "lightning_cp_exchange", "micro_batch_size", "lr"} & brought.keys()
+    parse("--lightning-decay paper")  # sets sys.argv
+    args = megatron_arguments.parse_args(functools.partial(add_arguments, checkpoint=brought))
+    assert options_from_args(args) == LightningOptions(scale=1.0, decay="paper")
+    assert args.layernorm_epsilon == 1e-6 and args.linear_attention_freq == 3
+    saved = SimpleNamespace(num_layers=3, spec=["my_module", "my_spec"], linear_attention_freq=3)
+    assert arguments.defaults_from_checkpoint(saved) == {"linear_attention_freq": 3}
 
 
 # ---- FLOPs ----

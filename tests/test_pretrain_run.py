@@ -34,7 +34,7 @@ def test_loss_falls_and_log_says_what_runs():
         "lightning: parts in use: linear layers megatron-core local; layer norms TorchNorm",
         "lightning: patched megatron.core.datasets.utils.compile_helpers",
         "lightning: patched megatron.training.training.num_floating_point_operations",
-        "lightning: patched megatron.training.checkpointing.check_checkpoint_args",
+        "lightning: patched megatron.training.checkpointing._load_base_checkpoint",
         "lightning: patched megatron.core.models.common.language_module.language_module."
         "fused_vocab_parallel_cross_entropy",
     ):

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from ..compat import importable, version
 from ..config import LightningOptions
+from ..record import FREE_OPTIONS, ROWS, options_from_args, saved_function
+
+__all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use", "refuse"]
 
 _TE = "transformer_engine.pytorch"
 _PREFIX = "lightning_"
@@ -74,11 +77,14 @@ _REFUSED_WITH_LOSS_CHUNK = {
 }
 
 
-def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | None = None) -> ArgumentParser:
     """Megatron's ``extra_args_provider``: add the lightning group and set our defaults.
 
     Defaults go through ``parser.set_defaults`` because Megatron's ``args_defaults`` reach only what is None after
     parsing, which a switch never is. A flag that the user gives wins over them, as over any default.
+
+    Args:
+        checkpoint: more defaults, which ``defaults_from_checkpoint`` found in a checkpoint.
     """
     # Megatron has 700 flags: without this, every typing error scrolls its own message away.
     parser.usage = "%(prog)s [flags of Megatron-LM's pretrain_gpt.py] [--lightning-* flags]; --help lists them all"
@@ -113,9 +119,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="build the T x T mask that no layer here reads (opposite of --no-create-attention-mask-in-dataloader, "
         "which is the default here)",
     )
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="save the state of --use-distributed-optimizer for the present TP and PP only, which takes less time and memory "
+        "(opposite of --dist-ckpt-optim-fully-reshardable, which is the default here, except with local checkpoints)",
+    )
+    parser.set_defaults(dist_ckpt_optim_fully_reshardable=None)  # args_defaults decides
     defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
-    parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults)
+    parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults, **(checkpoint or {}))
     for action in parser._actions:
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
@@ -140,15 +154,25 @@ def _plain_type(hint: typing.Any) -> type:
     return next(t for t in typing.get_args(hint) if t is not types.NoneType) if typing.get_args(hint) else hint
 
 
-def options_from_args(args: Namespace) -> LightningOptions:
-    """The options that the lightning group parsed.
+def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
+    """What ``--use-checkpoint-args`` brings beyond Megatron's own list: all that decides the function of the model.
 
-    Raises:
-        ValueError: values that do not go together.
+    Args:
+        saved: the args in the checkpoint.
+
+    Returns:
+        Defaults for the parser, so that a flag that the user gives wins.
     """
-    names = [field.name for field in dataclasses.fields(LightningOptions)]
-    saved = vars(args)  # of a checkpoint, maybe, that is older than an option
-    return LightningOptions(**{name: saved[_PREFIX + name] for name in names if _PREFIX + name in saved})
+    options = saved_function(saved).options
+    held = vars(saved)
+    brought = {row.key: held[row.key] for row in ROWS if row.key in held and row.applies != "lightning"} | {
+        name: held[name] for name in ("linear_attention_freq",) if name in held
+    }
+    if options is None:
+        return brought
+    return brought | {
+        _PREFIX + name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_OPTIONS
+    }
 
 
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:
@@ -157,6 +181,11 @@ def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     # Megatron promises not to evaluate while training without it, but divides by it (training/training.py:4481).
     if args.eval_interval is None:
         defaults["eval_interval"] = sys.maxsize
+    if args.dist_ckpt_optim_fully_reshardable is None:
+        # Megatron's default saves an optimizer that no other TP or PP can load. Local checkpoints take nothing else.
+        defaults["dist_ckpt_optim_fully_reshardable"] = (
+            args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local"
+        )
     if args.tokenizer_type is None and args.mock_data:
         defaults["tokenizer_type"] = "NullTokenizer"
     return defaults

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,14 +28,23 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from ..config import LightningOptions
 from ..norm import layer_norm
+from ..resume import check_folder
 from ..runtime import check, loader_layout
 from ..spec import make_spec
-from .arguments import add_arguments, args_defaults, options_from_args, parts_in_use, refuse
+from .arguments import (
+    add_arguments,
+    args_defaults,
+    defaults_from_checkpoint,
+    options_from_args,
+    parts_in_use,
+    refuse,
+)
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
 
@@ -47,8 +60,10 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     """
     raw = parse_args(add_arguments)
     refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
-    options = options_from_args(raw)
-    args = parse_and_validate_args(extra_args_provider=add_arguments, args_defaults=args_defaults(raw))
+    check_folder(raw)
+    add = partial(add_arguments, checkpoint=checkpoint_defaults(raw)) if raw.use_checkpoint_args else add_arguments
+    options = options_from_args(parse_args(add))
+    args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     config = core_transformer_config_from_args(args)
@@ -57,6 +72,22 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     model.transformer_layer_spec = make_spec(options)
     log_single_rank(logger, logging.INFO, parts_in_use(args, layer_norm(config).__name__))
     return pretrain_cfg_container_from_args(args, model), options
+
+
+def checkpoint_defaults(raw: Namespace) -> dict[str, Any]:
+    """``defaults_from_checkpoint`` of the checkpoint that ``--use-checkpoint-args`` reads; nothing if there is none."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron says the same when it reads them itself
+        found = load_args_from_checkpoint(copy.copy(raw)) if raw.load else None
+    if not isinstance(found, tuple):
+        return {}
+    defaults = defaults_from_checkpoint(found[1])
+    log_single_rank(
+        logger,
+        logging.INFO,
+        "lightning: --use-checkpoint-args: unless given as flags, from the checkpoint: "
+        + ", ".join(f"{name} {value}" for name, value in defaults.items() if getattr(raw, name, None) != value),
+    )
+    return defaults
 
 
 def forward_step(

@@ -1,0 +1,406 @@
+"""What function a model computes, as plain values: saved with every checkpoint, and compared when one is loaded.
+
+Weights do not tell decay, scale, activation or epsilon, and with equal projection shapes not even which layers are lightning.
+``runtime.prepare`` puts ``function_record`` into Megatron's args, which Megatron saves; ``resume`` compares it on loading. A
+program of your own, which has no such args, saves the record with its checkpoint and calls ``differences`` itself::
+
+    record = function_record(config, options, args)    # plain values: torch.save and json take them
+    for flag, saved, now in differences(saved_record, record):
+        ...
+
+``ROWS`` is the table of what is compared. What changes no function is not in it: parallel sizes, backends, fusions, precision,
+recomputation, dropout and other noise, batch, loss terms and learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from . import __version__
+from .config import LightningOptions, lightning_pattern, resolve_shape
+from .decay import log_decay
+
+FORMAT = 1
+ATTRIBUTE = "lightning_function"  # of Megatron's args
+FREE_OPTIONS = ("backend", "cp_exchange", "cp_keep_states")  # other ways to the same numbers
+_ROPE = ("rope", "mrope", "yarn")
+
+# The options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
+_OPTIONS_BEFORE_RECORDS = dict(
+    decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None, scale=None,
+    rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None, gate="sigmoid",
+)  # fmt: skip
+
+
+class _Unknown(Exception):
+    """A value that neither config nor args hold."""
+
+
+class _Model:
+    """Where the values of one model are read from: the config, then Megatron's args."""
+
+    def __init__(self, config: Any, options: LightningOptions | None, args: Any):
+        self.sources = [source for source in (config, args) if source is not None]
+        self.options = options
+        freq, layers = self.get("linear_attention_freq"), self.get("num_layers")
+        self.pattern = lightning_pattern(freq, layers) if options else [False] * layers
+        self.shape = resolve_shape(config, options, tp=1) if options else None
+
+    def get(self, name: str) -> Any:
+        for source in self.sources:
+            if hasattr(source, name):
+                return getattr(source, name)
+        raise _Unknown(name)
+
+    def known(self, name: str, otherwise: Any) -> Any:
+        try:
+            return self.get(name)
+        except _Unknown:
+            return otherwise
+
+    # Which rows apply. A multi-token prediction layer is a softmax layer.
+
+    def always(self) -> bool:
+        return True
+
+    def softmax(self) -> bool:
+        return not all(self.pattern) or bool(self.known("mtp_num_layers", None))
+
+    def rope(self) -> bool:
+        used = self.softmax() or bool(self.options and self.options.rope)
+        return used and self.known("position_embedding_type", "rope") in _ROPE
+
+    def experts(self) -> bool:
+        return bool(self.known("num_moe_experts", None))
+
+    def lightning(self) -> bool:
+        return self.options is not None
+
+    def output_norm(self) -> bool:
+        return self.shape is not None and self.shape.norm_groups > 0
+
+    def any_lightning_norm(self) -> bool:
+        return self.output_norm() or bool(self.options and self.options.qk_norm)
+
+
+class Row(NamedTuple):
+    """One compared value: its key in the record, the flag that sets it, where it matters, and how it is read.
+
+    ``applies`` names a method of ``_Model``. ``read`` None: the attribute ``key`` of the config or of the args.
+    """
+
+    key: str
+    flag: str
+    applies: str = "always"
+    read: Callable[[_Model], Any] | None = None
+
+
+def _decay(model: _Model) -> list:
+    """Preset, offset, and a digest of the values, which are what counts."""
+    options, heads, layers = model.options, model.shape.num_heads, len(model.pattern)
+    every = (
+        log_decay(options.decay, heads, layer, layers, offset=options.decay_offset).tolist()
+        for layer, lightning in enumerate(model.pattern)
+        if lightning
+    )
+    values = " ".join(f"{value:.5e}" for layer in every for value in layer)
+    return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
+
+
+def _scale(model: _Model) -> float:
+    return model.shape.key_dim**-0.5 if model.options.scale is None else model.options.scale
+
+
+def _norm_eps(model: _Model) -> float:
+    return model.get("layernorm_epsilon") if model.options.norm_eps is None else model.options.norm_eps
+
+
+def _activation(model: _Model) -> str:
+    function = model.get("activation_func")
+    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
+    return f"gated {name}" if model.get("gated_linear_unit") else name
+
+
+def _position_embedding(model: _Model) -> str:
+    """Rotary embeddings count only where a layer applies them."""
+    kind = model.get("position_embedding_type")
+    return "none" if kind in _ROPE and not model.rope() else kind
+
+
+def _mup(model: _Model) -> list | None:
+    used = model.get("use_mup")
+    return [model.get("mup_embedding_mult"), model.get("mup_output_mult")] if used else None
+
+
+def _window_layers(model: _Model) -> Any:
+    return model.get("window_attn_skip_freq") if model.get("window_size") else None
+
+
+def _no_rope(model: _Model) -> list | None:
+    """1 for every layer without rotary embedding, as TransformerConfig expands a number."""
+    freq, layers = model.get("no_rope_freq"), len(model.pattern)
+    return [int((layer + 1) % freq == 0) for layer in range(layers)] if isinstance(freq, int) and freq else freq or None
+
+
+def _yarn(model: _Model) -> list | None:
+    names = (
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "correction_range_round_to_int",
+    )  # fmt: skip
+    yarn = model.get("position_embedding_type") == "yarn"
+    return [model.get(f"yarn_{name}") for name in names] if yarn else None
+
+
+def _expert_layers(model: _Model) -> list[int]:
+    freq, layers = model.get("moe_layer_freq"), len(model.pattern)
+    return [int(layer % freq == 0) for layer in range(layers)] if isinstance(freq, int) else freq
+
+
+def _sinkhorn(model: _Model) -> bool:
+    """The other kinds of balancing are terms of the loss; this one chooses other experts."""
+    kinds = model.get("moe_router_load_balancing_type")
+    return "sinkhorn" in (kinds if isinstance(kinds, (list, tuple)) else [kinds])
+
+
+def _dropped(model: _Model) -> str | None:
+    return model.get("moe_token_drop_policy") if model.get("moe_expert_capacity_factor") else None
+
+
+# fmt: off
+ROWS = (
+    Row("layers", "--linear-attention-freq", read=lambda m: "".join("L" if x else "s" for x in m.pattern)),
+    Row("decay", "--lightning-decay, --lightning-decay-offset", "lightning", _decay),
+    Row("feature_map", "--lightning-feature-map", "lightning", lambda m: m.options.feature_map),
+    Row("kv_heads", "--lightning-num-kv-heads", "lightning", lambda m: m.shape.num_kv_heads),
+    Row("key_dim", "--lightning-key-head-dim", "lightning", lambda m: m.shape.key_dim),
+    Row("value_dim", "--lightning-value-head-dim", "lightning", lambda m: m.shape.value_dim),
+    Row("scale", "--lightning-scale", "lightning", _scale),
+    Row("rope", "--lightning-rope", "lightning", lambda m: m.options.rope),
+    Row("qk_norm", "--lightning-qk-norm", "lightning", lambda m: m.options.qk_norm),
+    Row("norm_groups", "--lightning-norm, --lightning-norm-groups", "lightning", lambda m: m.shape.norm_groups),
+    Row("norm_affine", "--lightning-norm-affine", "output_norm", lambda m: m.options.norm_affine),
+    Row("norm_eps", "--lightning-norm-eps (default --norm-epsilon)", "any_lightning_norm", _norm_eps),
+    Row("gate", "--lightning-gate", "lightning", lambda m: m.options.gate),
+
+    Row("num_attention_heads", "--num-attention-heads"),
+    Row("normalization", "--normalization"),
+    Row("layernorm_epsilon", "--norm-epsilon"),
+    Row("layernorm_zero_centered_gamma", "--apply-layernorm-1p"),
+    Row("activation", "--swiglu, --squared-relu, --quick-geglu", read=_activation),
+    Row("activation_func_clamp_value", "--activation-func-clamp-value"),
+    Row("glu_linear_offset", "--glu-linear-offset"),
+    Row("add_bias_linear", "--disable-bias-linear"),
+    Row("add_qkv_bias", "--add-qkv-bias"),
+    Row("apply_residual_connection_post_layernorm", "--apply-residual-connection-post-layernorm"),
+    Row("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights"),
+    Row("mup", "--use-mup, --mup-embedding-mult, --mup-output-mult, --mup-base-hidden-size", read=_mup),
+    Row("mtp_num_layers", "--mtp-num-layers", read=lambda m: m.get("mtp_num_layers") or None),
+    Row("mtp_use_repeated_layer", "--mtp-use-repeated-layer",
+        read=lambda m: bool(m.get("mtp_num_layers") and m.get("mtp_use_repeated_layer"))),
+
+    Row("position_embedding_type", "--position-embedding-type", read=_position_embedding),
+    Row("rotary_base", "--rotary-base", "rope"),
+    Row("rotary_percent", "--rotary-percent", "rope"),
+    Row("rotary_interleaved", "--rotary-interleaved", "rope"),
+    Row("use_rope_scaling", "--use-rope-scaling", "rope"),
+    Row("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", "rope"),
+    Row("no_rope_freq", "--no-rope-freq", "rope", _no_rope),
+    Row("mrope_section", "--mrope-section", "rope"),
+    Row("yarn", "--rotary-scaling-factor, --yarn-..., --mscale, --mscale-all-dim", "rope", _yarn),
+
+    Row("num_query_groups", "--num-query-groups", "softmax"),
+    Row("kv_channels", "--kv-channels", "softmax"),
+    Row("attention_output_gate", "--attention-output-gate", "softmax"),
+    Row("qk_layernorm", "--qk-layernorm", "softmax"),
+    Row("qk_l2_norm", "--qk-l2-norm", "softmax"),
+    Row("softmax_scale", "--mup-base-head-dim, --mup-attn-scale-power", "softmax"),
+    Row("softmax_type", "--softmax-type", "softmax"),
+    Row("window_size", "--window-size", "softmax"),
+    Row("window_attn_skip_freq", "--window-attn-skip-freq", "softmax", _window_layers),
+
+    Row("num_moe_experts", "--num-experts", read=lambda m: m.get("num_moe_experts") or None),
+    Row("moe_layer_freq", "--moe-layer-freq", "experts", _expert_layers),
+    Row("moe_router_topk", "--moe-router-topk", "experts"),
+    Row("moe_router_score_function", "--moe-router-score-function", "experts"),
+    Row("moe_router_pre_softmax", "--moe-router-pre-softmax", "experts"),
+    Row("moe_router_num_groups", "--moe-router-num-groups", "experts"),
+    Row("moe_router_group_topk", "--moe-router-group-topk", "experts"),
+    Row("moe_router_topk_scaling_factor", "--moe-router-topk-scaling-factor", "experts"),
+    Row("moe_router_enable_expert_bias", "--moe-router-enable-expert-bias", "experts"),
+    Row("moe_router_force_load_balancing", "--moe-router-force-load-balancing", "experts"),
+    Row("moe_router_force_biased", "--moe-router-force-biased", "experts"),
+    Row("moe_sinkhorn", "--moe-router-load-balancing-type sinkhorn", "experts", _sinkhorn),
+    Row("moe_expert_capacity_factor", "--moe-expert-capacity-factor", "experts"),
+    Row("moe_expert_rank_capacity_factor", "--moe-expert-rank-capacity-factor", "experts"),
+    Row("moe_token_drop_policy", "--moe-token-drop-policy", "experts", _dropped),
+    Row("moe_apply_probs_on_input", "--moe-apply-probs-on-input", "experts"),
+    Row("moe_latent_size", "--moe-latent-size", "experts"),
+    Row("moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size", "experts"),
+    Row("moe_shared_expert_gate", "--moe-shared-expert-gate", "experts"),
+    Row("moe_mlp_glu_interleave_size", "--moe-mlp-glu-interleave-size", "experts"),
+    Row("moe_shared_expert_glu_interleave_size", "--moe-shared-expert-glu-interleave-size", "experts"),
+)
+# fmt: on
+
+
+def function_record(config: Any, options: LightningOptions, args: Any = None) -> dict[str, Any]:
+    """The function of a model, as plain values.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        options: what the config does not say.
+        args: what the config does not hold, as attributes: ``position_embedding_type``, ``rotary_base``,
+            ``rotary_percent``, ``use_rope_scaling``, ``rotary_seq_len_interpolation_factor`` and
+            ``untie_embeddings_and_output_weights``. Megatron's args have them. What is missing is not recorded.
+
+    Returns:
+        ``format``; ``package``, our version; ``options``, all fields of LightningOptions as given; and ``values``, the rows of
+        ``ROWS`` that matter to this model, defaults resolved: ``values["layers"]`` is ``"LLLs..."``, L for lightning.
+
+    Raises:
+        ValueError: options that do not fit the config.
+    """
+    model = _Model(config, options, args)
+    return {
+        "format": FORMAT,
+        "package": __version__,
+        "options": dataclasses.asdict(options),
+        "values": _values(model),
+    }
+
+
+def _values(model: _Model) -> dict[str, Any]:
+    values = {}
+    for row in ROWS:
+        if getattr(model, row.applies)():
+            try:
+                values[row.key] = _plain(row.read(model) if row.read else model.get(row.key))
+            except _Unknown:
+                continue
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between two records: ``[(flag, saved value, present value), ...]``, in the order of ``ROWS``.
+
+    A value that only one of the two holds is not compared.
+    """
+    saved, now = saved["values"], now["values"]
+    return [
+        (row.flag, saved[row.key], now[row.key])
+        for row in ROWS
+        if row.key in saved and row.key in now and not _equal(row.key, saved, now)
+    ]
+
+
+def _equal(key: str, saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    if key == "decay":  # the digest is over lightning layers: where those differ, the difference is named already
+        same_layers = saved["layers"] == now["layers"]
+        return saved[key][-1] == now[key][-1] if same_layers else saved[key][:-1] == now[key][:-1]
+    return saved[key] == now[key]
+
+
+def options_from_record(record: dict[str, Any]) -> LightningOptions:
+    """The options of a record, maybe of another version: fields that this one does not know are left out."""
+    names = {field.name for field in dataclasses.fields(LightningOptions)}
+    return LightningOptions(**{name: value for name, value in record["options"].items() if name in names})
+
+
+def options_from_args(args: Namespace) -> LightningOptions:
+    """The options among parsed or saved args, ``lightning_x`` for field x.
+
+    Args saved by an older version lack the newer fields, and those have their defaults.
+
+    Raises:
+        ValueError: values that do not go together.
+    """
+    names = [field.name for field in dataclasses.fields(LightningOptions)]
+    held = vars(args)
+    return LightningOptions(**{name: held["lightning_" + name] for name in names if "lightning_" + name in held})
+
+
+# ---- what a checkpoint says -------------------------------------------------------------------------------------------
+
+
+class Saved(NamedTuple):
+    """What the args in a checkpoint tell about its function."""
+
+    record: dict[str, Any] | None  # None: nothing that can be compared
+    options: LightningOptions | None  # None: they are not known
+    source: str  # where this is known from, for the log
+    softmax: str = ""  # not empty: no lightning layers at all; what they are instead
+
+
+def saved_function(args: Any) -> Saved:
+    """What the function of a checkpoint was, from the args that Megatron saved in it.
+
+    With a record, that. Else checkpoints of the own entry point hold our flags, those of ``--spec lightning_megatron.spec``
+    have the options of that time; other specs hold options of their own, and what Megatron's config says is compared. All
+    others have no lightning layers.
+    """
+    record = getattr(args, ATTRIBUTE, None)
+    if record is not None:
+        return Saved(record, options_from_record(record), "the record saved with it")
+    if hasattr(args, "lightning_decay"):
+        options, source = options_from_args(args), "the flags saved with it, by a version that saved no record"
+    else:
+        spec = getattr(args, "spec", None)
+        if not spec:
+            return Saved(None, None, "the flags saved with it", softmax=_softmax_layers(args))
+        name = " ".join(map(str, spec)) if isinstance(spec, (list, tuple)) else str(spec)
+        if name not in ("lightning_megatron.spec lightning_spec", "lightning_megatron.spec lightning_layer_spec"):
+            return Saved(_derived(args, None), None, f"--spec {name}")
+        options, source = LightningOptions(**_OPTIONS_BEFORE_RECORDS), f"--spec {name}, whose options were the defaults"
+    return Saved(_derived(args, options), options, source)
+
+
+def _softmax_layers(args: Any) -> str:
+    layers = getattr(args, "num_layers", None)
+    for name in ("experimental_attention_variant", "hybrid_layer_pattern"):
+        if getattr(args, name, None):
+            return f"{layers} layers of --{name.replace('_', '-')} {getattr(args, name)}"
+    return f"{layers} softmax layers"
+
+
+def _derived(args: Any, options: LightningOptions | None) -> dict[str, Any]:
+    """A record from saved args: Megatron's config of them, as far as it decides the function."""
+    held = dict(vars(args))
+    config = SimpleNamespace(**held)
+    renamed = {"num_moe_experts": "num_experts", "yarn_rotary_scaling_factor": "rotary_scaling_factor"}
+    renamed |= {"yarn_mscale": "mscale", "yarn_mscale_all_dim": "mscale_all_dim"}
+    for name, arg in renamed.items():
+        if arg in held:
+            setattr(config, name, held[arg])
+    if "swiglu" in held:
+        gated = held["swiglu"] or held.get("quick_geglu", False)
+        names = {"swiglu": "silu", "squared_relu": "squared_relu", "quick_geglu": "quick_gelu"}
+        config.activation_func = next((names[flag] for flag in names if held.get(flag)), "gelu")
+        config.gated_linear_unit = bool(gated)
+    if "group_query_attention" in held and not held["group_query_attention"]:
+        config.num_query_groups = held["num_attention_heads"]
+    if held.get("use_mup"):  # TransformerConfig computes them
+        del config.mup_output_mult
+    else:
+        config.softmax_scale = None
+    if held.get("position_embedding_type") == "yarn":
+        # TransformerConfig is given defaults for what is None.
+        for name, default in (("original_max_position_embeddings", 4096), ("beta_fast", 32.0), ("beta_slow", 1.0)):
+            value = held.get(f"yarn_{name}")
+            setattr(config, f"yarn_{name}", default if value is None else value)
+        if held.get("yarn_correction_range_round_to_int") is None:
+            config.yarn_correction_range_round_to_int = True
+    values = _values(_Model(config, options, None))
+    if options is None:  # which layers are lightning is not known either
+        del values["layers"]
+        if values.get("position_embedding_type") in _ROPE:  # applied or not, by the layers
+            del values["position_embedding_type"]
+    return {"format": FORMAT, "options": dataclasses.asdict(options) if options else {}, "values": values}

@@ -1,0 +1,216 @@
+"""What is checked when a checkpoint is loaded: does it go on as it was trained? Before any weight is read.
+
+``patches.checkpoint_args`` calls ``check`` with what a checkpoint says of itself, in both ways of starting;
+``lightning_megatron.pretrain`` calls ``check_folder`` before anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .record import ATTRIBUTE, differences, saved_function
+
+logger = logging.getLogger("lightning_megatron")
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATIONS = "--train-iters, --lr-decay-iters or --global-batch-size"
+_SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them; those called steps count samples
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_warmup_steps": "--lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction",
+    "lr_decay_steps": _ITERATIONS,
+    "lr_decay_style": "--lr-decay-style",
+    "start_wd": "--weight-decay or --start-weight-decay",
+    "end_wd": "--weight-decay or --end-weight-decay",
+    "wd_incr_steps": _ITERATIONS.replace(", --lr-decay-iters", ""),
+    "wd_incr_style": "--weight-decay-incr-style",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that this run cannot go on from; the message names the remedy."""
+
+
+def check_folder(args: Namespace) -> None:
+    """Refuse a ``--load`` that has no checkpoint, where Megatron trains from scratch or ends with exit status 0.
+
+    ``--load`` equal to ``--save`` may be empty: that is the first start of a run.
+
+    Raises:
+        CheckpointError: naming the folder and the remedy.
+    """
+    if args.load is None or "://" in args.load:  # not a file system: left to Megatron
+        return
+    tracker = Path(args.load, TRACKER)
+    if not tracker.is_file():
+        elsewhere = (args.ckpt_step, args.pretrained_checkpoint, args.non_persistent_save_interval)
+        first_start = args.save is not None and Path(args.save).resolve() == Path(args.load).resolve()
+        if any(elsewhere) or (first_start and not args.exit_on_missing_checkpoint):
+            return
+        raise CheckpointError(
+            f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random values. "
+            "Give the folder that --save of the training named; or leave --load out to train from scratch (where it equals "
+            "--save, a first start finds nothing)"
+        )
+    text = tracker.read_text("utf-8", errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdigit()):
+        raise CheckpointError(_unreadable(tracker, text))
+    folder = tracker.with_name("release" if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir() and not args.ckpt_step:
+        raise CheckpointError(
+            f"--load {args.load}: {TRACKER} names {folder.name}, which is not there; write the number of an iter_ folder that "
+            "is complete into the file, or give another folder"
+        )
+
+
+def _unreadable(tracker: Path, text: str) -> str:
+    return (
+        f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number of the last "
+        "complete iter_ folder into it, or choose one with --ckpt-step"
+    )
+
+
+def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
+    """Why Megatron called ``sys.exit()`` without a status while it looked for a checkpoint; None if the user asked for it."""
+    tracker = Path(load_dir or "", TRACKER)
+    if load_dir and tracker.is_file():
+        text = tracker.read_text("utf-8", errors="replace").strip()
+        if text != "release" and not text.isdigit():
+            return CheckpointError(_unreadable(tracker, text))
+        return CheckpointError(f"the checkpoint in {load_dir} cannot be read; the log above says why")
+    return None if args.exit_on_missing_checkpoint else CheckpointError(f"Megatron found nothing to load in {load_dir}")
+
+
+def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
+    """Refuse to go on from a checkpoint with another function, or where Megatron would fail without naming a remedy.
+
+    With ``--finetune``, which takes only the weights, differences are logged instead.
+
+    Args:
+        state: what a checkpoint says of itself: ``args``, ``opt_param_scheduler``, ``content_metadata``.
+        load_dir: its folder, for messages.
+        args: Megatron's parsed flags, with the record of this run.
+
+    Raises:
+        CheckpointError: naming every difference, and the remedy.
+    """
+    saved = state.get("args")
+    if saved is None:
+        _log(
+            f"the checkpoint in {load_dir} holds no args: whether it computes the same function as this run is not checked"
+        )
+    else:
+        _check_function(saved, load_dir, args)
+    if saved is None or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    _check_optimizer(state, saved, load_dir, args)
+    if state.get("opt_param_scheduler"):
+        _check_scheduler(state["opt_param_scheduler"], saved, args)
+
+
+def _log(message: str, level: int = logging.WARNING) -> None:
+    from megatron.core.utils import log_single_rank
+
+    log_single_rank(logger, level, message)
+
+
+def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
+    now = getattr(args, ATTRIBUTE)
+    saved = saved_function(saved_args)
+    if saved.softmax:
+        what = f"the checkpoint in {load_dir} has {saved.softmax} where this run has {_count(now)}"
+        if args.finetune:
+            return _log(f"--finetune: {what}; weights that fit are taken over")
+        raise CheckpointError(
+            f"{what}: it would go on training another function. Train it on with the program it comes from; or start a new run "
+            "from those of its weights that fit, with --finetune"
+        )
+    if saved.options is None:
+        _log(
+            f"the checkpoint in {load_dir} was trained with {saved.source}, by a version that saved no record of the lightning "
+            "options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate and the other lightning "
+            f"options. This run has {_options(now)}"
+        )
+    found = differences(saved.record, now)
+    if not found:
+        return _log(
+            f"the checkpoint computes the same function as this run, as far as {saved.source} tells", logging.INFO
+        )
+    lines = [
+        f"{flag}: {_show(old, flag)} in the checkpoint, {_show(new, flag)} in this run" for flag, old, new in found
+    ]
+    if args.finetune:
+        return _log(
+            f"--finetune: this run computes another function than the checkpoint in {load_dir}: {'; '.join(lines)}"
+        )
+    remedy = "Give the checkpoint's values, or load only its weights with --finetune"
+    if not hasattr(args, "lightning_decay") and any("--lightning" in flag for flag, _, _ in found):
+        remedy = f"{remedy}. Options of a --spec are not flags: --lightning-x is make_spec(x=...)"
+    raise CheckpointError(
+        "\n  ".join([f"the checkpoint in {load_dir} was trained with another function than this run has:", *lines])
+        + f"\n{remedy}"
+    )
+
+
+def _count(record: dict[str, Any]) -> str:
+    layers = record["values"]["layers"]
+    return f"{layers.count('L')} lightning layers ({layers})"
+
+
+def _options(record: dict[str, Any]) -> str:
+    values = record["values"]
+    names = ("decay", "scale", "feature_map", "norm_groups", "gate", "rope", "qk_norm")
+    return f"{_count(record)}, " + ", ".join(f"{name} {_show(values[name], name)}" for name in names)
+
+
+def _show(value: Any, name: str) -> str:
+    if "decay" in name:
+        preset, offset, digest = value
+        return f"{preset} with offset {offset} (values {digest})"
+    if value is None:
+        return "none"
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:
+    """What Megatron says of it names a flag that does not help."""
+    kind = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    before, now = (tuple(getattr(x, name, 1) for name in names) for x in (saved, args))
+    if not args.use_distributed_optimizer or kind != "dp_reshardable" or before == now:
+        return
+    raise CheckpointError(
+        f"the optimizer's state in {load_dir} was saved for TP {before[0]}, PP {before[1]} only, and this run has TP {now[0]}, PP "
+        f"{now[1]}. Resume once at TP {before[0]}, PP {before[1]} with --dist-ckpt-optim-fully-reshardable, which any layout can "
+        "load, and save; or go on without the optimizer's state: --no-load-optim --no-load-rng, or --finetune to start at "
+        "iteration 0"
+    )
+
+
+def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) -> None:
+    """What its assertions do not name: the flag, and that there are two to settle it."""
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    now = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
+    batch = getattr(saved_args, "global_batch_size", None), args.global_batch_size
+
+    def show(name: str, value: Any, size: int | None) -> str:
+        return f"{value} samples ({value / size:g} iterations)" if "steps" in name and size else str(value)
+
+    lines = [
+        f"{flag}: {show(name, saved[name], batch[0])} in the checkpoint, {show(name, now[name], batch[1])} in this run"
+        for name, flag in _SCHEDULER.items()
+        if name in saved and saved[name] != now[name]
+    ]
+    if lines:
+        raise CheckpointError(
+            "\n  ".join(["the schedule of learning rate and weight decay is another than the checkpoint's:", *lines])
+            + "\nTo go on with this run's values, give --override-opt-param-scheduler; with the checkpoint's, "
+            "--use-checkpoint-opt-param-scheduler"
+        )

@@ -1,0 +1,271 @@
+"""Real runs that load checkpoints: one of another function is refused with all differences, the same function goes on.
+
+In both ways of starting: `own` is lightning_megatron.pretrain, `gpt` is pretrain_gpt.py, with --spec or as plain Megatron. A run
+saves after 2 of 4 iterations; a run that goes on must give the other two losses of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from tests.launch import ROOT, Run, run_pretrain
+
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --vocab-size 255 "
+    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --swiglu --disable-bias-linear --mock-data "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --log-interval 1 --eval-iters 0 "
+    "--num-workers 0"
+)
+GPT = "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --eval-interval 100"
+SPEC = f"{GPT} --no-create-attention-mask-in-dataloader --spec lightning_megatron.spec lightning_spec"
+BARE = "--lightning-gate none --lightning-norm none"
+HYBRID = "--linear-attention-freq 4 --attention-output-gate"  # all layers have projections of the same shapes
+TRACKER = "latest_checkpointed_iteration.txt"
+# The checkpoints that are loaded: way of starting, flags.
+SAVED = {
+    "own": ("own", HYBRID),
+    "own-bare": ("own", f"--linear-attention-freq 4 {BARE}"),
+    "own-minimax": ("own", f"{HYBRID} --lightning-decay minimax"),
+    "gpt": ("gpt", f"{HYBRID} {SPEC}"),
+    "gpt-minimax": ("gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}"),
+    "plain": ("gpt", GPT),
+}  # fmt: skip
+LAYERS = "--linear-attention-freq: LLLs in the checkpoint, LsLs in this run"
+DECAY = "--lightning-decay, --lightning-decay-offset: {} with offset 0 (values "
+# Loaded checkpoint, way of starting, flags, and what is said.
+REFUSED = {
+    "freq": ("own", "own", "--linear-attention-freq 2 --attention-output-gate", LAYERS),
+    "freq-bare": ("own-bare", "own", f"--linear-attention-freq 2 {BARE}", LAYERS),
+    "freq-spec": ("gpt", "gpt", f"--linear-attention-freq 2 --attention-output-gate {SPEC}", LAYERS),
+    "softmax": ("plain", "own", BARE, "has 4 softmax layers where this run has 4 lightning layers (LLLL)"),
+    "softmax-spec": (
+        "plain",
+        "gpt",
+        SPEC.replace("lightning_megatron.spec lightning_spec", "tests.specs bare_spec"),
+        "has 4 softmax layers where this run has 4 lightning layers (LLLL)",
+    ),
+    "decay": ("own", "own", f"{HYBRID} --lightning-decay minimax", DECAY.format("tnl")),
+    "decay-own-to-spec": ("own-minimax", "gpt", f"{HYBRID} {SPEC}", DECAY.format("minimax")),
+    "decay-spec-to-own": ("gpt-minimax", "own", HYBRID, DECAY.format("minimax")),
+    "epsilon": ("own", "own", f"{HYBRID} --norm-epsilon 1e-6", "--norm-epsilon: 1e-05 in the checkpoint, 1e-06 in"),
+    "base": ("own", "own", f"{HYBRID} --rotary-base 500000", "--rotary-base: 10000 in the checkpoint, 500000 in this run"),
+    "percent": ("own", "own", f"{HYBRID} --rotary-percent 0.5", "--rotary-percent: 1.0 in the checkpoint, 0.5 in this run"),
+    "position": (
+        "gpt", "gpt", f"{HYBRID} {SPEC} --position-embedding-type none",
+        "--position-embedding-type: rope in the checkpoint, none in this run",
+    ),
+    "activation": (
+        "own", "own", f"{HYBRID} --lightning-feature-map none",
+        "--lightning-feature-map: silu in the checkpoint, none in this run",
+    ),
+    "schedule": (
+        "own", "own", f"{HYBRID} --train-iters 6",
+        "--train-iters or --global-batch-size: 16 samples (4 iterations) in the checkpoint, 24 samples (6 iterations) in this run",
+    ),
+    "schedule-spec": (
+        "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
+        "  --lr: 0.002 in the checkpoint, 0.001 in this run\n  --lr-decay-style: constant in the checkpoint, linear in this run",
+    ),
+}  # fmt: skip
+GOES_ON = {
+    "own": ("own", "own", HYBRID),
+    "gpt": ("gpt", "gpt", f"{HYBRID} {SPEC}"),
+    "own-to-spec": ("own", "gpt", f"{HYBRID} {SPEC}"),
+    "spec-to-own": ("gpt", "own", HYBRID),
+    "own-to-layer-spec": ("own", "gpt", f"{HYBRID} {SPEC.replace('lightning_spec', 'lightning_layer_spec')}"),
+    "backend": ("own", "own", f"{HYBRID} --lightning-backend torch"),
+    "exchange": ("own", "own", f"{HYBRID} --lightning-cp-exchange ring --no-lightning-cp-keep-states --context-parallel-size 2"),
+    "list": ("own", "own", "--linear-attention-freq ([1,1,1,0]) --attention-output-gate"),
+    "checkpoint-args": ("own-minimax", "own", "--use-checkpoint-args"),
+}  # fmt: skip
+
+
+def start(way: str, flags: str, *, save: Path | None = None, load: Path | None = None, check: bool = True) -> Run:
+    """Four iterations, or with ``save`` the first two of them."""
+    stopping = f"--save {save} --save-interval 2 --exit-interval 2" if save else ""
+    nproc = 2 if "parallel-size 2" in flags else 1
+    script = ROOT / "tests" / "pretrain_gpt.py" if way == "gpt" else None
+    loading = f"--load {load}" if load else ""
+    arguments = f"{MODEL} --train-iters 4 {flags} {stopping} {loading}".split()  # the later of two flags counts
+    return run_pretrain(arguments, nproc, script=script, check=check)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """saved(name): a folder with the checkpoint of that name, after two iterations."""
+
+    @functools.cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        start(*SAVED[name], save=folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """whole(name): all four losses of a checkpoint's run."""
+    return functools.cache(lambda name: start(*SAVED[name]).losses)
+
+
+def refusal(run: Run) -> str:
+    assert not run.ok and not run.losses, f"it went on with losses {run.losses}"
+    return run.log
+
+
+# ---- another function ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_function_or_schedule_is_refused(name, saved):
+    checkpoint, way, flags, message = REFUSED[name]
+    log = refusal(start(way, flags, load=saved(checkpoint), check=False))
+    assert message in log
+    remedy = "--override-opt-param-scheduler" if name.startswith("schedule") else "--finetune"
+    assert remedy in log
+    if way == "own":  # the message alone, and status 2
+        assert "\nlightning-pretrain: " in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_same_function_goes_on(name, saved, whole):
+    checkpoint, way, flags = GOES_ON[name]
+    run = start(way, flags, load=saved(checkpoint))
+    assert run.losses == pytest.approx(whole(checkpoint)[2:], abs=5e-6)
+    assert run.log.count("the checkpoint computes the same function as this run") == 1
+
+
+def test_all_differences_at_once(saved):
+    flags = "--linear-attention-freq 2 --attention-output-gate --rotary-base 500 --lightning-scale 1 --lightning-gate linear"
+    log = refusal(start("own", flags, load=saved("own"), check=False))
+    for flag in ("linear-attention-freq", "rotary-base", "lightning-scale", "lightning-gate"):
+        assert log.count(f"\n  --{flag}: ") == 1
+    assert "lightning-decay" not in log.partition("lightning-pretrain: ")[2]
+
+
+def test_flag_wins_over_checkpoint_args(saved):
+    run = start("own", "--use-checkpoint-args --lightning-decay tnl", load=saved("own-minimax"), check=False)
+    assert DECAY.format("minimax") in refusal(run)
+
+
+def test_options_of_a_spec_are_no_flags(saved):
+    log = refusal(start("gpt", f"{HYBRID} {SPEC}", load=saved("own-minimax"), check=False))
+    assert "--lightning-x is make_spec(x=...)" in log
+
+
+@pytest.mark.parametrize(
+    "checkpoint, flags, words",
+    [
+        ("own", "--linear-attention-freq 2 --attention-output-gate", [LAYERS]),
+        ("plain", BARE, ["--finetune: the checkpoint in", "4 softmax layers"]),
+    ],
+)
+def test_finetune_logs_the_differences(checkpoint, flags, words, saved):
+    run = start("own", f"{flags} --finetune", load=saved(checkpoint))
+    assert len(run.losses) == 4
+    (line,) = [line for line in run.log.splitlines() if "--finetune: " in line]
+    assert all(word in line for word in words)
+
+
+# ---- checkpoints of earlier versions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older(saved, tmp_path):
+    """older(name): the checkpoint as a version would have written it that saved no record."""
+
+    def write(name: str, **more) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(saved(name), folder)
+        (iteration,) = folder.glob("iter_*")
+        state = dist_checkpointing.load_common_state_dict(iteration)
+        vars(state["args"]).pop("lightning_function", None)
+        vars(state["args"]).update(more)
+        for option in ("lightning_cp_keep_states", "lightning_norm_affine"):  # that did not exist yet
+            vars(state["args"]).pop(option, None)
+        torch.save(state, iteration / "common.pt")  # which is read first, where there is one
+        return folder
+
+    return write
+
+
+def test_older_checkpoints_go_on(older, whole):
+    run = start("own", HYBRID, load=older("own", lightning_cp_layout="zigzag"))
+    assert run.losses == pytest.approx(whole("own")[2:], abs=5e-6)
+    assert "as far as the flags saved with it, by a version that saved no record tells" in run.log
+    run = start("gpt", f"{HYBRID} {SPEC}", load=older("gpt"))
+    assert run.losses == pytest.approx(whole("gpt")[2:], abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, way, flags, message",
+    [
+        ("own", "own", "--linear-attention-freq 2 --attention-output-gate", LAYERS),
+        ("own-minimax", "gpt", f"{HYBRID} {SPEC}", DECAY.format("minimax")),
+        ("gpt", "own", f"{HYBRID} --lightning-decay minimax", DECAY.format("tnl")),
+        ("gpt-minimax", "own", f"{HYBRID} --norm-epsilon 1e-6", "--norm-epsilon: 1e-05 in the checkpoint"),
+    ],
+)
+def test_older_checkpoints_are_refused(checkpoint, way, flags, message, older):
+    assert message in refusal(start(way, flags, load=older(checkpoint), check=False))
+
+
+def test_older_checkpoint_of_another_spec_is_said_to_be_unknown(older):
+    run = start("own", HYBRID, load=older("gpt-minimax"))
+    assert "was trained with --spec tests.specs minimax_spec" in run.log and "Not compared: which layers" in run.log
+
+
+# ---- optimizer and schedule ------------------------------------------------------------------------------------------
+
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+SHARDED = f"{HYBRID} --use-distributed-optimizer"
+
+
+def test_sharded_optimizer_moves_to_another_layout(tmp_path, whole):
+    """What examples/pretrain_1gpu.sh and then pretrain_tp2_sp.sh do, and back."""
+    start("own", SHARDED, save=tmp_path / "one")
+    run = start("own", f"{SHARDED} {TP2}", load=tmp_path / "one")
+    assert run.losses == pytest.approx(whole("own")[2:], abs=5e-6)
+
+
+def test_optimizer_of_one_layout_is_refused_in_another(tmp_path):
+    start("own", f"{SHARDED} --no-dist-ckpt-optim-fully-reshardable", save=tmp_path)
+    log = refusal(start("own", f"{SHARDED} {TP2}", load=tmp_path, check=False))
+    assert "was saved for TP 1, PP 1 only, and this run has TP 2, PP 1" in log and "Traceback" not in log
+    for words in ("--dist-ckpt-optim-fully-reshardable", "--no-load-optim --no-load-rng", "--finetune"):
+        assert words in log
+    assert len(start("own", f"{SHARDED} {TP2} --no-load-optim --no-load-rng", load=tmp_path).losses) == 2
+
+
+@pytest.mark.parametrize("flag, losses", [("override", 4), ("use-checkpoint", 4)])
+def test_schedule_can_be_settled(flag, losses, saved):
+    run = start("own", f"{HYBRID} --train-iters 6 --{flag}-opt-param-scheduler", load=saved("own"))
+    assert len(run.losses) == losses
+
+
+# ---- what cannot be found or read ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way, flags", [("own", HYBRID), ("gpt", f"{HYBRID} {SPEC}")])
+def test_unreadable_tracker_file(way, flags, tmp_path):
+    (tmp_path / TRACKER).write_text("not a number")
+    log = refusal(start(way, flags, load=tmp_path, check=False))
+    assert f"{tmp_path / TRACKER} says 'not a number', where the number of an iteration" in log
+
+
+def test_folder_that_is_not_there(tmp_path):
+    log = refusal(start("own", HYBRID, load=tmp_path / "typo", check=False))
+    assert f"--load {tmp_path}/typo: no {TRACKER} there" in log and "Traceback" not in log
+
+
+def test_first_start_of_a_run(tmp_path):
+    run = start("own", f"{HYBRID} --load {tmp_path}", save=tmp_path)
+    assert len(run.losses) == 2
+    assert len(start("own", HYBRID, load=tmp_path).losses) == 2
