@@ -166,8 +166,15 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``."""
-    return torch.einsum("pnrh,nrhkv->prhkv", weights.expand(-1, -1, states.shape[1], -1), states)
+    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``.
+
+    A state of weight 0 belongs to another document and adds nothing, even if it holds infinities or NaN.
+    """
+    total = states.new_zeros(weights.shape[0], *states.shape[1:])
+    for state, weight in zip(states, weights.unbind(1), strict=True):  # no product of matrices: 0 times NaN is NaN
+        weight = weight[..., None, None]
+        total += torch.where(weight == 0, 0.0, weight * state)
+    return total
 
 
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail=None, first=0):
