@@ -45,6 +45,9 @@ def linear_cross_entropy(
         ``[s, b]`` fp32 (fp64 of fp64 hidden states). Gradients have the dtypes of hidden and weight; that of weight is
         summed over the chunks in fp32. Kept for the backward: hidden, weight, labels, and one number per token.
 
+    The matrix products are those of the output layer. With fp32 inputs they follow
+    ``torch.set_float32_matmul_precision``, as Megatron's own output layer does; the loss of these logits is fp32.
+
     Raises:
         ValueError: shapes, dtypes or a chunk that do not fit.
     """

@@ -27,7 +27,7 @@ def vocab_parallel_cross_entropy(
 
     Returns:
         ``[...]`` fp32 (fp64 of fp64 logits). Gradients of logits have their dtype. Kept for the backward: logits, and one
-        number per token.
+        number per token. No matrix products: ``torch.set_float32_matmul_precision`` changes nothing.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.

@@ -1,5 +1,7 @@
 """Chunked lightning attention in plain torch: any device, deterministic, fp32 inside (fp64 for fp64 inputs).
 
+fp32 means fp32: torch's setting for the precision of fp32 matrix products changes nothing here, see ``_matmul``.
+
 The same chunk identities as the Triton kernels (see kernels.py), with all chunks' products in one batched matmul and a
 Python loop only over the running state. Packed sequences are walked one document after another.
 """
@@ -23,6 +25,26 @@ def _without_autocast(function):
             return function(q, *args, **kwargs)
 
     return wrapper
+
+
+def _fp32_is_reduced() -> bool:
+    """Whether torch may multiply fp32 matrices in less than fp32: TF32 on GPUs, bf16 or TF32 on CPUs that have it."""
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:  # the older interface raises where a user has set the newer one
+        return any(x.fp32_precision not in ("ieee", "none") for x in matmuls)
+    except AttributeError:  # torch before 2.9
+        return torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` to the accuracy of a's dtype, whatever ``torch.set_float32_matmul_precision`` says.
+
+    Where that setting allows less than fp32, the product is computed in fp64: the setting is global, and changing it even
+    for a moment would change it for the user's other threads.
+    """
+    if a.dtype == torch.float32 and a.device.type != "mps" and _fp32_is_reduced():  # Apple's GPUs have neither
+        return (a.double() @ b.double()).to(a.dtype)
+    return a @ b
 
 
 def _attend(
@@ -62,9 +84,9 @@ def _attend(
     distance = (i[None, :] - i[:, None]) if reverse else (i[:, None] - i[None, :])
     weights = torch.where(distance >= 0, (ld * distance).clamp(max=0).exp(), 0)
 
-    products = q @ k.transpose(-1, -2) * weights
-    o = (products @ v) * (write_scale if reverse else read_scale)
-    written = k.transpose(-1, -2) @ (v * ((ld * write[..., None]).exp() * write_scale))  # [B, H, N, K, V]
+    products = _matmul(q, k.transpose(-1, -2)) * weights
+    o = _matmul(products, v) * (write_scale if reverse else read_scale)
+    written = _matmul(k.transpose(-1, -2), v * ((ld * write[..., None]).exp() * write_scale))  # [B, H, N, K, V]
     carry = (ld * count.view(1, N, 1, 1)).exp()  # [H, N, 1, 1]
 
     state = q.new_zeros(B, H, K, V) if state is None else state.to(q.dtype)
@@ -73,7 +95,7 @@ def _attend(
         incoming.append(state)
         state = carry[:, n] * state + written[:, :, n]
     states = torch.stack(incoming[::-1] if reverse else incoming, dim=2)
-    o = o + (q @ states) * ((ld * read[..., None]).exp() * read_scale)
+    o = o + _matmul(q, states) * ((ld * read[..., None]).exp() * read_scale)
     return o.reshape(B, H, N * C, V)[:, :, :T], state
 
 
@@ -166,8 +188,15 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``."""
-    return torch.einsum("pnrh,nrhkv->prhkv", weights.expand(-1, -1, states.shape[1], -1), states)
+    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``.
+
+    A state of weight 0 belongs to another document and adds nothing, even if it holds infinities or NaN.
+    """
+    total = states.new_zeros(weights.shape[0], *states.shape[1:])
+    for state, weight in zip(states, weights.unbind(1), strict=True):  # no product of matrices: 0 times NaN is NaN
+        weight = weight[..., None, None]
+        total += torch.where(weight == 0, 0.0, weight * state)
+    return total
 
 
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail=None, first=0):

@@ -71,32 +71,27 @@ def _wide(b_s):
 
 @triton.jit
 def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE: tl.constexpr):
-    """What a walk must know of the documents in a chunk, in scalars alone: layouts of vectors cost shared memory.
+    """The documents of a chunk in scalars alone: layouts of vectors would cost shared memory.
 
-    ``inside``: the chunk lies wholly in the document ``current``, that of the chunk before. Nothing is loaded then: these
-    loads are not pipelined, so that each would stop the walk.
-    ``first`` and ``last`` are the documents of its first and last token, ``source`` the one that the incoming state belongs
-    to (-1: none). Its tokens end before ``r_edge``, reversed they begin there. The outgoing state's document begins at
-    ``w_edge``, reversed it ends before it. Then the new ``current``, and where it starts and ends.
+    ``first`` and ``last`` are the documents of its first and last token, ``source`` is the one that the incoming state
+    belongs to. Tokens of ``source`` end before ``r_edge``, reversed they begin there. The document of the outgoing state
+    begins at ``w_edge``, reversed it ends before it; it is the new ``current``, from ``c_start`` to ``c_end``.
+
+    A chunk that lies wholly in ``current``, the document of the chunk before, loads nothing: these loads are not pipelined,
+    so that each would stop the walk.
     """
-    inside = (c_start <= start) & (start + n <= c_end)
-    if inside:
+    if (c_start <= start) & (start + n <= c_end):
         first = current
         last = current
-        if REVERSE:
-            goes_on = start + n < c_end
-            r_edge = tl.where(goes_on, c_start, start + n)
-            w_edge = c_end
-        else:
-            goes_on = c_start < start
-            r_edge = tl.where(goes_on, c_end, start)
-            w_edge = c_start
-        source = tl.where(goes_on, current, -1)
+        source = current
+        r_edge = c_start if REVERSE else c_end
     else:
         first = tl.load(doc + start)
         last = tl.load(doc + start + n - 1)
         if REVERSE:
-            source = tl.load(doc + tl.minimum(start + n, T - 1))  # at the end what enters there, if anything does
+            source = tl.load(
+                doc + tl.minimum(start + n, T - 1)
+            )  # at the end of the sequence: the one that goes on there
             r_edge = tl.load(cu_seqlens + source)
             current = first
         else:
@@ -105,8 +100,49 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
             current = last
         c_start = tl.load(cu_seqlens + current)
         c_end = tl.load(cu_seqlens + current + 1)
-        w_edge = c_end if REVERSE else c_start
-    return inside, first, last, source, r_edge, w_edge, current, c_start, c_end
+    w_edge = c_end if REVERSE else c_start
+    return first, last, source, r_edge, w_edge, current, c_start, c_end
+
+
+@triton.jit
+def _read_state(b_s, b_q, dtype: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr):
+    """State [BV, BK] times q: [BV, BC]."""
+    if WIDE_STATE:
+        return tl.dot(_wide(b_s), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
+    else:
+        return tl.dot(b_s.to(dtype), tl.trans(b_q), input_precision=PRECISION)
+
+
+@triton.jit
+def _not_finite(b_x):
+    """Whether a tile holds an infinity or a NaN."""
+    return tl.sum(b_x.to(tl.float32) * 0.0) != 0.0  # in place of 0, NaN
+
+
+@triton.jit
+def _attend_by_token(b_o, b_a, v, v_st, doc, start, n, p, o_v, m_v):
+    """Add v times the weights b_a [BC of j, BC of i] to b_o [BV, BC], one token j after another, within documents."""
+    b_i = tl.load(doc + start + p, mask=p < n, other=-1)
+    for j in range(n):
+        b_p = tl.sum(tl.where(p[:, None] == j, b_a, 0.0), axis=0)
+        b_v = tl.load(v + tl.cast(start + j, tl.int64) * v_st + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_o += tl.where((b_i == tl.load(doc + start + j))[None, :], b_v[:, None] * b_p[None, :], 0.0)
+    return b_o
+
+
+@triton.jit
+def _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE: tl.constexpr):
+    """What the tokens from lo to hi write to a state, one token after another.
+
+    It takes the place of b_s [BV, BK], whose layout it keeps: zeros would get another, and the way back takes shared memory.
+    """
+    for t in range(lo, hi):
+        passed = t - lo + 1 if REVERSE else hi - 1 - t
+        b_k = tl.load(k + tl.cast(t, tl.int64) * k_st + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + tl.cast(t, tl.int64) * v_st + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_v *= tl.exp(b_ld * passed.to(tl.float32)) * write_scale
+        b_s = tl.where(t == lo, 0.0, b_s) + b_v[:, None] * b_k[None, :]
+    return b_s
 
 
 @triton.jit
@@ -128,25 +164,26 @@ def _incoming_state(
             i_o = first + i if REVERSE else first - i
             edge = i_o * split_len if REVERSE else tl.minimum((i_o + 1) * split_len, begin)  # of the part, on this side
             b_f = tl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(tl.float32))
-            if VARLEN:  # only the document that crosses into this segment
+            m_s = m_vk
+            if (
+                VARLEN
+            ):  # only of the document that crosses into this segment: others are not read, for 0 times NaN is NaN
                 if REVERSE:
-                    same = tl.load(doc + edge) == tl.load(doc + end)
+                    m_s = m_vk & (tl.load(doc + edge) == tl.load(doc + end))
                 else:
-                    same = tl.load(doc + edge - 1) == tl.load(doc + begin - 1)
-                b_f = tl.where(same, b_f, 0.0)
+                    m_s = m_vk & (tl.load(doc + edge - 1) == tl.load(doc + begin - 1))
             i_o += i_b * split_rows - split_first
-            b_s += b_f * tl.load(
-                _state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0
-            )
+            p_s = _state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            b_s += b_f * tl.load(p_s, mask=m_s, other=0.0)
     if INCOMING and BY_ROW:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
-        if VARLEN:  # only the document at the sequence's edge, if it goes on up to here
+        m_s = m_vk
+        if VARLEN:  # only if the document at the sequence's edge reaches this segment
             if REVERSE:
-                same = tl.load(doc + T - 1) == tl.load(doc + tl.minimum(end, T - 1))
+                m_s = m_vk & (tl.load(doc + T - 1) == tl.load(doc + tl.minimum(end, T - 1)))
             else:
-                same = tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0))
-            b_f = tl.where(same, b_f, 0.0)
-        b_s += b_f * tl.load(_state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
+                m_s = m_vk & (tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0)))
+        b_s += b_f * tl.load(_state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_s, other=0.0)
     return b_s
 
 
@@ -225,11 +262,16 @@ def _walk(
         b_write = tl.exp(b_ld * e_write.to(tl.float32))
         b_carry = tl.exp(b_ld * n.to(tl.float32))
         if VARLEN:
-            inside, first, last, source, r_edge, w_edge, current, c_start, c_end = _chunk_documents(
+            first, last, source, r_edge, w_edge, current, c_start, c_end = _chunk_documents(
                 doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE
             )
+            several = first != last
+            if not STATE_ONLY:
+                if source != (last if REVERSE else first):  # no token here is of the state's document
+                    b_s = tl.zeros([BV, BK], dtype=tl.float32)
             token = start + p
-            b_read = tl.where((token >= r_edge) if REVERSE else (token < r_edge), b_read, 0.0)
+            m_read = (token >= r_edge) if REVERSE else (token < r_edge)
+            b_read = tl.where(m_read, b_read, 0.0)
             b_write = tl.where((token < w_edge) if REVERSE else (token >= w_edge), b_write, 0.0)
             b_carry = tl.where(source == current, b_carry, 0.0)
 
@@ -240,14 +282,11 @@ def _walk(
                 b_q = tl.load(_rows(q, q_st, start, p, o_k), mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_w  # [BC of j, BC of i]
             if VARLEN:
-                if not inside:
+                if several:
                     b_j = tl.load(doc + start + p[:, None], mask=m_p[:, None], other=-1)
                     b_i = tl.load(doc + start + p[None, :], mask=m_p[None, :], other=-1)
                     b_a = tl.where(b_j == b_i, b_a, 0.0)
-            if WIDE_STATE:
-                b_o = tl.dot(_wide(b_s), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
-            else:
-                b_o = tl.dot(b_s.to(dtype), tl.trans(b_q), input_precision=PRECISION)
+            b_o = _read_state(b_s, b_q, dtype, PRECISION, WIDE_STATE)
             b_o = b_o * (b_read * read_scale)[None, :]
             b_p = b_a.to(dtype)
             b_o += tl.dot(tl.trans(b_v), b_p, input_precision=PRECISION)  # [BV, BC]
@@ -255,6 +294,17 @@ def _walk(
                 # What bf16 cut off. Short chunks make more of the sum come from the state, which is rounded to bf16 as well:
                 # this is the cheaper one to mend.
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
+            if VARLEN:
+                if BY_ROW or not INCOMING:  # nothing is added below; layouts of o are changed in its own dtype
+                    b_o = b_o.to(o.dtype.element_ty)
+                poisoned = several
+                if several:
+                    poisoned = _not_finite(b_o)
+                    if poisoned:
+                        b_x = _read_state(b_s, b_q, dtype, PRECISION, WIDE_STATE) * (b_read * read_scale)[None, :]
+                        b_x = tl.where(m_read[None, :], b_x, 0.0)
+                        b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_w
+                        b_o = _attend_by_token(b_x, b_a, v, v_st, doc, start, n, p, o_v, m_v).to(b_o.dtype)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
         if INCOMING and not BY_ROW:
@@ -267,13 +317,9 @@ def _walk(
                     b_e = tl.load(p_e, mask=m_vk, other=0.0)
                     if not STATE_ONLY:
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
-                        b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32))
-                        b_f = tl.where((token >= d_start) & (token < d_end), b_f, 0.0)
-                        if WIDE_STATE:
-                            b_x = tl.dot(_wide(b_e), tl.trans(b_q.to(tl.float32)), input_precision="tf32")
-                        else:
-                            b_x = tl.dot(b_e.to(dtype), tl.trans(b_q), input_precision=PRECISION)
-                        b_o += b_x * (b_f * read_scale)[None, :]
+                        b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32)) * read_scale
+                        b_x = _read_state(b_e, b_q, dtype, PRECISION, WIDE_STATE) * b_f[None, :]
+                        b_o += tl.where(((token >= d_start) & (token < d_end))[None, :], b_x, 0.0)
                     if i_n == current:
                         after = (d_end - start) if REVERSE else (start + n - d_start)
                         b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
@@ -290,6 +336,10 @@ def _walk(
                     b_l = tl.dot(
                         tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION
                     )
+                    if poisoned:
+                        b_l = _write_by_token(
+                            b_l, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE
+                        )
                     b_l += tl.where(i_n == source, b_s * tl.exp(b_ld * (hi - lo).to(tl.float32)), 0.0)
                     if INCOMING:
                         whole = (lo == d_start) & (hi == d_end)
@@ -308,8 +358,25 @@ def _walk(
                 tl.store(_rows(o, o_st, start, p, o_v), b_o, mask=m_p[:, None] & m_v[None, :])
         b_s = b_s * b_carry + b_enter
         b_s += tl.dot(tl.trans((b_v * (b_write * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
+        if VARLEN and not STATE_ONLY:
+            if several:
+                if poisoned:  # what entered the chunk is of another document
+                    lo, hi = tl.maximum(c_start, start), tl.minimum(c_end, start + n)
+                    b_s = _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE)
+                    if INCOMING and not BY_ROW:
+                        p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                        b_s += tl.load(p_e, mask=m_vk, other=0.0) * tl.exp(b_ld * (hi - lo).to(tl.float32))
 
     if STATE_ONLY:
+        if VARLEN:
+            if (c_start > begin) | (c_end < end):  # other documents may have got in
+                if _not_finite(b_s):
+                    lo, hi = tl.maximum(c_start, begin), tl.minimum(c_end, end)
+                    b_s = _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE)
+                    if INCOMING and not BY_ROW:
+                        if (c_end <= end) if REVERSE else (c_start >= begin):
+                            p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                            b_s += tl.load(p_e, mask=m_vk, other=0.0) * tl.exp(b_ld * (hi - lo).to(tl.float32))
         i_o = i_b * split_rows + i_s - split_first
         tl.store(_state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:

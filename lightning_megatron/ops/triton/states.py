@@ -135,7 +135,8 @@ def end_state_kernel(
         b_sum = b_s
         if PAIRS:
             i_s = 2 * i_b + (0 if REVERSE else 1)
-            b_sum = b_s * tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
+            b_w = tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
+            b_sum = tl.where(b_w == 0, 0.0, b_w * b_s)  # 0: another document's, which may hold infinities and NaN
             b_sum += _end_state(
                 split_states,
                 split_rows,
@@ -195,7 +196,8 @@ def receive_kernel(
             tl.debug_barrier()  # no thread reads before it has arrived
             b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * rows + i_w) * H + i_h)
             at = (((number & 1) * ranks + a) * tiles + tile).to(tl.int64) * SIZE
-            b_o += b_w * tl.load(data + at + o_e, cache_modifier=".cg")  # written by another GPU
+            # written by another GPU; without weight another document's, which may hold infinities and NaN
+            b_o += b_w * tl.load(data + at + o_e, mask=(o_e < SIZE) & (b_w != 0), other=0.0, cache_modifier=".cg")
     o_k, o_v = o_e // BV, i_v * BV + o_e % BV
     tl.store(out + i.to(tl.int64) * K * V + o_k * V + o_v, b_o, mask=(o_k < K) & (o_v < V))
 
