@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Hashable
 
-from .memo import check_once
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -71,14 +72,53 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             )
 
 
+class Seen:
+    """Tensors whose values have been looked at, and at which version. This saves a look, and never a result.
+
+    To look at a tensor on a GPU is to wait for it, so that it is done once for every tensor and version. What changes a tensor
+    without raising its version (a collective, a graph replay, a kernel of one's own) is then not noticed. On a CPU there is
+    nothing to wait for, and tensors are looked at every time.
+    """
+
+    def __init__(self) -> None:
+        self._versions = WeakTensorKeyDictionary()  # tensor -> {key: version}
+
+    def is_new(self, tensor: torch.Tensor, key: Hashable = None) -> bool:
+        if not _waits(tensor):
+            return True
+        if torch.cuda.is_current_stream_capturing():
+            return False  # reading would break the capture; the warm-up before it has looked
+        # tensors made in torch.inference_mode have no version and are looked at every time
+        return tensor.is_inference() or self._versions.get(tensor, {}).get(key) != tensor._version
+
+    def remember(self, tensor: torch.Tensor, key: Hashable = None) -> None:
+        if _waits(tensor) and not tensor.is_inference():
+            self._versions.setdefault(tensor, {})[key] = tensor._version
+
+
+def _waits(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+_seen = Seen()
+
+
+def check_once(check: Callable[..., None], tensor: torch.Tensor, *arguments: int) -> None:
+    """``check(values, *arguments)`` of the tensor's values on the host, if these have not been looked at."""
+    key = check, arguments
+    if _seen.is_new(tensor, key):
+        check(tensor.detach().cpu(), *arguments)
+        _seen.remember(tensor, key)
+
+
 def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
     """Checks that must read tensors."""
-    check_once(log_decay, _check_log_decay)
+    check_once(check_log_decay, log_decay)
     if cu_seqlens is not None:
-        check_once(cu_seqlens, _check_cu_seqlens, T)
+        check_once(check_cu_seqlens, cu_seqlens, T)
 
 
-def _check_log_decay(log_decay: torch.Tensor) -> None:
+def check_log_decay(log_decay: torch.Tensor) -> None:
     bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
     if bool(bad.any()):
         head = int(bad.int().argmax())
@@ -88,7 +128,7 @@ def _check_log_decay(log_decay: torch.Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, but goes from {bounds[0]} to {bounds[-1]}")

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Plan
+from .plan import ParallelPlan
 
 
 class Exchanged(NamedTuple):
     """What an exchange returned: ``[chunks, R, H, K, V]`` that entered, ``[R, H, K, V]`` that left the last chunk or None."""
 
-    plan: Plan
-    entering: torch.Tensor
+    plan: ParallelPlan
+    incoming: torch.Tensor
     end: torch.Tensor | None
 
 
@@ -62,13 +62,13 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def put(plan: Plan, entering: torch.Tensor, end: torch.Tensor | None) -> None:
+def put(plan: ParallelPlan, incoming: torch.Tensor, end: torch.Tensor | None) -> None:
     """Keep what was exchanged if the caller is the first run of a checkpointed function."""
     if _run.kept is not None and _run.first:
-        _run.kept.append(Exchanged(plan, entering, end))
+        _run.kept.append(Exchanged(plan, incoming, end))
 
 
-def take(plan: Plan) -> Exchanged | None:
+def take(plan: ParallelPlan) -> Exchanged | None:
     """What was exchanged in the first run, if this is the recomputation; None where there was no first run."""
     if not _run.kept or _run.first:
         return None

@@ -134,7 +134,7 @@ def test_good_call():
 @pytest.fixture
 def compiled(monkeypatch):
     """As if Triton's interpreter were off."""
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: False)
 
 
 @pytest.fixture
@@ -166,16 +166,16 @@ def test_cuda_without_triton(no_triton, caplog):
 
 
 def test_triton_is_chosen_by_name(monkeypatch):
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: True)
     assert backends.choose("triton", zeros(1)) is triton_backend
 
 
 def backend_errors(monkeypatch) -> dict[str, tuple[dict, list[str]]]:
     """Calls that are wrong only on some machines."""
     doubles = {name: x.double() for name, x in arguments().items()}
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: True)
     yield doubles | {"backend": "triton"}, ["float64", "triton backend", "backend='torch'"]
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: False)
     yield arguments(backend="triton"), ["backend='triton'", "q is on cpu", "backend='torch'"]
     find = importlib.util.find_spec
     monkeypatch.setattr(
