@@ -182,7 +182,8 @@ def local_states(
     first=0,
 ):
     """See ``Backend.local_states``; there are no splits here, and no destination."""
-    assert destination is None and first == 0
+    assert destination is None
+    del first  # of the destination
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, documents, reverse, scale)
     if documents is not None and not documents.by_row:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(documents.bounds[0], 0 if reverse else k.shape[1] - 1, right=True) - 1

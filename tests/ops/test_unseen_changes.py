@@ -19,7 +19,9 @@ def unseen(x: torch.Tensor, values: list) -> None:
     assert x._version == version, "the change would be seen"
 
 
-def call(cu_seqlens: torch.Tensor, tokens: list[torch.Tensor], backend: str, between=lambda: None) -> list[torch.Tensor]:
+def call(
+    cu_seqlens: torch.Tensor, tokens: list[torch.Tensor], backend: str, between=lambda: None
+) -> list[torch.Tensor]:
     """Output, final states and gradients; ``between`` runs after the forward."""
     q, k, v = (x.clone().requires_grad_() for x in tokens)
     log_decay = torch.tensor([-0.1, -0.01], device=q.device)
@@ -117,6 +119,9 @@ torch.cuda.synchronize()
 def test_the_gpu_refuses_wrong_bounds_however_they_came(values):
     """In a process of its own, whose GPU context an assertion ends."""
     run = subprocess.run(
-        [sys.executable, "-c", BROKEN.format(values=values)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", BROKEN.format(values=values)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert run.returncode != 0 and "cu_seqlens" in run.stderr, run.stderr
