@@ -52,11 +52,12 @@ def lightning_attn(
     Raises:
         ValueError: any shape, dtype, device or value outside of the above.
 
-    Nothing derived from the values of log_decay and cu_seqlens is remembered: every call (and every replay of a CUDA graph)
-    takes them as they are then, and its backward takes the same documents. Only the check of the values is not repeated: on a
-    GPU it waits for them once for every tensor object and ``tensor._version``, and not while a CUDA graph is being captured.
-    Values that change without raising the version, as by ``dist.broadcast``, a graph replay or a kernel of your own, are not
-    checked again on the host; wrong cu_seqlens then end in an assertion on the device (triton backend). On a CPU all calls check.
+    Nothing derived from the values of log_decay and cu_seqlens is remembered: every call (and every replay of a CUDA
+    graph) takes them as they are then, and its backward takes the same documents. Only the check of the values is not
+    repeated: on a GPU it waits for them once for every tensor object and ``tensor._version``, and not while a CUDA
+    graph is being captured. Values that change without raising the version, as by ``dist.broadcast``, a graph replay or
+    a kernel of your own, are not checked again on the host; wrong cu_seqlens then end in an assertion on the device
+    (triton backend). On a CPU all calls check.
     """
     check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     computing = choose(backend, q)

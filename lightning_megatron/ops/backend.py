@@ -23,8 +23,8 @@ class Documents(NamedTuple):
         torch.Tensor | None
     )  # [rows, T] int32, document of each token; None from the torch backend, which needs bounds only
     bounds: torch.Tensor  # [rows, N+1] int32, from the first token of each row on
-    # Rows are segments of a longer sequence: the first document may have begun before the row and the last may go on behind it,
-    # and states are those of rows. Otherwise there is one row, and states are those of its N documents.
+    # Rows are segments of a longer sequence: the first document may have begun before the row and the last may go on
+    # behind it, and states are those of rows. Otherwise there is one row, and states are those of its N documents.
     by_row: bool
 
 
@@ -40,8 +40,10 @@ class Destination(NamedTuple):
 
 
 class Backend(Protocol):
-    """What operator and context parallelism ask of a module. Shapes: q ``[B, T, H, K]``, k ``[B, T, Hkv, K]``, v ``[B, T, Hkv, V]``,
-    log_decay ``[H]``; states ``[N, H, K, V]`` fp32 (torch: fp64 for fp64 inputs).
+    """What operator and context parallelism ask of a module.
+
+    Shapes: q ``[B, T, H, K]``, k ``[B, T, Hkv, K]``, v ``[B, T, Hkv, V]``, log_decay ``[H]``; states ``[N, H, K, V]``
+    fp32 (torch: fp64 for fp64 inputs).
 
     With ``pieces`` a row of the batch holds so many sequences of equal length one after the other. N counts sequences,
     ``B * pieces``, or documents where ``documents.by_row`` is False.
@@ -53,11 +55,11 @@ class Backend(Protocol):
     def find_documents(
         self, cu_seqlens: torch.Tensor, T: int, total: int, starts: tuple[int, ...] | None = None, per_document: int = 0
     ) -> Documents:
-        """Documents of ``cu_seqlens [N+1]`` (int32 or int64, from 0 to ``total``) in T tokens, without waiting for the GPU.
+        """Documents of ``cu_seqlens [N+1]`` (int32 or int64, from 0 to ``total``) in T tokens. Does not wait for a GPU.
 
-        By default the tokens are the whole sequence. With ``starts`` they are rows of T tokens which begin there (``by_row``).
-        With ``per_document`` every document has been cut into that many equal chunks, and the T tokens are, document after
-        document, two of them as pieces of their own: 2 N documents.
+        By default the tokens are the whole sequence. With ``starts`` they are rows of T tokens which begin there
+        (``by_row``). With ``per_document`` every document has been cut into that many equal chunks, and the T tokens
+        are, document after document, two of them as pieces of their own: 2 N documents.
         """
         ...
 
@@ -76,7 +78,8 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, Saved, Any]:
         """``(o [B,T,H,V], final_state or None, tensors for the backward, plan for the backward)``.
 
-        ``split_states`` is what ``local_states`` of (k, v) returned last, if it has been called with the same initial_state.
+        ``split_states`` is what ``local_states`` of (k, v) returned last, if it has been called with the same
+        initial_state.
         """
         ...
 
@@ -98,8 +101,8 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """``(dq, dk, dv, dinitial or None)``; ``saved`` and ``plan`` are what ``forward`` returned last.
 
-        ``split_grads`` is what ``local_states`` of (q, do) returned last, if it has been called. ``dfinal`` may be a function,
-        which waits for it: what does not depend on it is then launched before the function is called.
+        ``split_grads`` is what ``local_states`` of (q, do) returned last, if it has been called. ``dfinal`` may be a
+        function, which waits for it: what does not depend on it is then launched before the function is called.
         """
         ...
 
@@ -116,11 +119,13 @@ class Backend(Protocol):
         destination: Destination | None = None,
         first: int = 0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What every sequence adds to the state, ``[B * pieces, H, K, V]``; of packed sequences their last document. And the states
-        of splits, None where ``forward`` (``backward``) needs none.
+        """What every sequence adds to the state, ``[B * pieces, H, K, V]``; of packed sequences their last document.
 
-        With ``reverse``, of (q, do): what it adds to the gradient of the state, of packed sequences their first document. With
-        ``destination`` (DirectBackend) they are sent, as sequences ``first``, first + 1, ... of the message, and not returned.
+        And the states of splits, None where ``forward`` (``backward``) needs none.
+
+        With ``reverse``, of (q, do): what it adds to the gradient of the state, of packed sequences their first
+        document. With ``destination`` (DirectBackend) they are sent, as sequences ``first``, first + 1, ... of the
+        message, and not returned.
         """
         ...
 
@@ -134,13 +139,18 @@ class Backend(Protocol):
         reverse: bool = False,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Final states ``[N, H, K, V]`` alone. With ``reverse``, of (q, do): the gradients of initial states, from those of final
-        states in initial_state's place."""
+        """Final states ``[N, H, K, V]`` alone.
+
+        With ``reverse``, of (q, do): the gradients of initial states, from those of final states in initial_state's
+        place.
+        """
         ...
 
     def combine(self, states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``. What has weight 0 is not
-        read: a NaN there stays where it is."""
+        """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``.
+
+        What has weight 0 does not count: a NaN there stays where it is.
+        """
         ...
 
     def decay_factors(
@@ -153,12 +163,14 @@ class Backend(Protocol):
         cu_seqlens: torch.Tensor | None = None,
         per_document: int = 0,
     ) -> torch.Tensor:
-        """What is left of a state on the way from one bound of chunks to another, ``[n, R or 1, H]`` in log_decay's dtype, for
-        ``pairs [n, 2]`` int32 (a, b): ``exp((bounds[b] - bounds[a]) log_decay)``, and 0 where a > b.
+        """What is left of a state on the way from one bound of chunks to another, ``[n, R or 1, H]``.
 
-        Bound i is token ``i * length``, or ``bounds[i]`` of ``[chunks + 1]`` int64. With ``cu_seqlens [N+1]``, 0 also where a
-        document begins on the way, edges included. With ``per_document`` each of R = N documents is a sequence of its own, cut
-        into that many equal chunks. Without waiting for the GPU.
+        In log_decay's dtype, for ``pairs [n, 2]`` int32 (a, b): ``exp((bounds[b] - bounds[a]) log_decay)``, and 0 where
+        a > b.
+
+        Bound i is token ``i * length``, or ``bounds[i]`` of ``[chunks + 1]`` int64. With ``cu_seqlens [N+1]``, 0 also
+        where a document begins on the way, edges included. With ``per_document`` each of R = N documents is a sequence
+        of its own, cut into that many equal chunks. Without waiting for the GPU.
         """
         ...
 
@@ -167,12 +179,14 @@ class DirectBackend(Backend, Protocol):
     """A backend whose local states can be written straight into other GPUs' memory."""
 
     def buffer_words(self, ranks: int, shape: tuple[int, int, int, int, int]) -> int:
-        """Size of a symmetric buffer for messages of this ``shape``, in words of 4 bytes, which must be zero at first."""
+        """Size of a symmetric buffer for messages of this ``shape``, in words of 4 bytes, zero at first."""
         ...
 
     def receive(self, destination: Destination, weights: torch.Tensor) -> torch.Tensor:
-        """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that this rank has been sent; chunks in the
-        order of ranks."""
+        """``combine(states, weights)`` of the states ``[ranks * chunks, R, H, K, V]`` that this rank has been sent.
+
+        Chunks in the order of ranks.
+        """
         ...
 
 

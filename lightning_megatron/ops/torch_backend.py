@@ -170,17 +170,9 @@ def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def local_states(
-    k,
-    v,
-    log_decay,
-    initial_state,
-    documents,
-    reverse=False,
-    scale=1.0,
-    pieces=1,
-    destination: Destination | None = None,
-    first=0,
-):
+    k, v, log_decay, initial_state, documents, reverse=False, scale=1.0, pieces=1,
+    destination: Destination | None = None, first=0,
+):  # fmt: skip
     """See ``Backend.local_states``; there are no splits here, and no destination."""
     assert destination is None
     del first  # of the destination

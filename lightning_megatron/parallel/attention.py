@@ -42,28 +42,29 @@ def lightning_attn(
         q, k, v, log_decay, scale, backend: as of ``lightning_megatron.ops.lightning_attn``; tokens are this rank's.
         group: the P ranks, each calling with the same arguments but for the tokens. Size 1, or
             None, is the operator itself.
-        layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P.
-            ``"zigzag"``: the sequence is cut into 2P equal chunks, and rank r holds chunk r and then chunk 2P-1-r, which is
-            how Megatron balances causal softmax attention. ``"zigzag-documents"``: every document by itself is cut so (its
-            length is a multiple of 2P), as by TransformerEngine's ``thd_get_partitioned_indices``.
+        layout: where the tokens are. ``"contiguous"``: rank r holds chunk r of P. ``"zigzag"``: the sequence is cut
+            into 2P equal chunks, and rank r holds chunk r and then chunk 2P-1-r, which is how Megatron balances causal
+            softmax attention. ``"zigzag-documents"``: every document by itself is cut so (its length is a multiple of
+            2P), as by TransformerEngine's ``thd_get_partitioned_indices``.
         tokens: of every rank, where contiguous chunks differ in length; the same on all ranks.
-        exchange: ``"direct"`` (GPUs of one node write into each other's memory), ``"all-gather"``, ``"ring"``, ``"pipelined"``,
-            ``"scan"`` (prefix sums by doubling), or ``"auto"``: direct where it is possible, else all-gather up to 16 ranks, scan
-            beyond.
+        exchange: ``"direct"`` (GPUs of one node write into each other's memory), ``"all-gather"``, ``"ring"``,
+            ``"pipelined"``, ``"scan"`` (prefix sums by doubling), or ``"auto"``: direct where it is possible, else
+            all-gather up to 16 ranks, scan beyond.
         initial_state: as of the operator, of the whole sequence (or of whole documents) and the same on all ranks.
-        output_final_state: also return the final state of the whole sequence (of every whole document), on all ranks. Its
-            gradient must then be the same on all ranks, and that of initial_state is.
+        output_final_state: also return the final state of the whole sequence (of every whole document), on all ranks.
+            Its gradient must then be the same on all ranks, and that of initial_state is.
         cu_seqlens: bounds of the documents in the whole sequence, the same on all ranks; may cross chunks anywhere.
 
     Returns:
         ``(o, final_state)``: o of this rank's tokens.
 
     Raises:
-        ValueError: what the operator raises, an unknown layout or exchange, tokens that cannot be this layout, or, on every
-            rank and with the same message, ranks whose arguments differ where they must not, values of log_decay and cu_seqlens
-            included. The ranks compare them whenever an argument or a tensor is new on this rank (see ``check_consistency``):
-            keep log_decay, and cu_seqlens of a batch, as one tensor object. An argument that is new on some ranks only ends in
-            the group's timeout, and a value that changes without raising ``tensor._version`` on a GPU is not compared again.
+        ValueError: what the operator raises, an unknown layout or exchange, tokens that cannot be this layout, or, on
+            every rank and with the same message, ranks whose arguments differ where they must not, values of log_decay
+            and cu_seqlens included. The ranks compare them whenever an argument or a tensor is new on this rank (see
+            ``check_consistency``): keep log_decay, and cu_seqlens of a batch, as one tensor object. An argument that is
+            new on some ranks only ends in the group's timeout, and a value that changes without raising
+            ``tensor._version`` on a GPU is not compared again.
     """
     for name, value, known in (("layout", layout, LAYOUTS), ("exchange", exchange, EXCHANGES)):
         if value not in known:
@@ -85,10 +86,10 @@ def lightning_attn(
         values.append(Values("cu_seqlens", cu_seqlens, check, (sum(tokens), layout)))
     check_consistency(
         group, q.device, values, operator="lightning_attn",
-        tokens=q.shape[1] if len(set(tokens)) == 1 else tuple(tokens), B=q.shape[0], H=q.shape[2], Hkv=k.shape[2], K=k.shape[3],
-        V=v.shape[3], dtype=q.dtype, layout=layout, exchange=exchange, scale=scale, backend=computing.NAME,
-        documents=0 if cu_seqlens is None else cu_seqlens.numel() - 1, initial_state=initial_state is not None,
-        output_final_state=output_final_state,
+        tokens=q.shape[1] if len(set(tokens)) == 1 else tuple(tokens), B=q.shape[0], H=q.shape[2], Hkv=k.shape[2],
+        K=k.shape[3], V=v.shape[3], dtype=q.dtype, layout=layout, exchange=exchange, scale=scale,
+        backend=computing.NAME, documents=0 if cu_seqlens is None else cu_seqlens.numel() - 1,
+        initial_state=initial_state is not None, output_final_state=output_final_state,
     )  # fmt: skip
     exchange = choose(exchange, layout, group, q.device, computing)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -152,11 +153,12 @@ class _ContextParallel(torch.autograd.Function):
             grads, dinitial = finish()
             return chunks.final_grads(grads, own_grad)
 
-        # Given the function, dq has a launch of its own, which hides a message from another node. One from this node is there
-        # sooner than that launch takes longer (H100, NVLink: 7 us with 8 heads, 18 with 32; tests/benchmarks/NOTES.md).
+        # Given the function, dq has a launch of its own, which hides a message from another node. One from this node is
+        # there sooner than that launch takes longer (H100, NVLink: 7 us with 8 heads, 18 with 32;
+        # tests/benchmarks/NOTES.md).
         dq, dk, dv, dpieces = plan.backend.backward(
-            q, k, v, chunks.log_decay, plan.scale, chunks.initial_states(incoming, own), chunks.documents, tuple(saved), ctx.cut,
-            do, arrived() if destination else arrived, split_grads, chunks.pieces,
+            q, k, v, chunks.log_decay, plan.scale, chunks.initial_states(incoming, own), chunks.documents, tuple(saved),
+            ctx.cut, do, arrived() if destination else arrived, split_grads, chunks.pieces,
         )  # fmt: skip
         if initial_state is not None and chunks.by_document:
             dinitial = _sum(chunks.documents_beginning(dpieces, dfinal), plan.group)

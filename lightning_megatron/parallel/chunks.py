@@ -15,7 +15,8 @@ class Rows:
         log_decay: ``[H]``.
         documents: of all chunks, found for this call; None if not packed.
         pieces: chunks that the operator finds in a row of the batch.
-        by_document: whether documents have states of their own, which initial_state and final_state of the caller then are.
+        by_document: whether documents have states of their own, which initial_state and final_state of the caller then
+            are.
     """
 
     by_document = False
@@ -29,7 +30,9 @@ class Rows:
         return plan.backend.find_documents(cu_seqlens, plan.length, plan.total, starts=plan.starts)
 
     def initial_states(self, incoming: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor | None:
-        """The operator's initial states, from those that enter the chunks ``[chunks, R, ...]``, and the documents' ``own``."""
+        """The operator's initial states, from those that enter the chunks ``[chunks, R, ...]``, and the documents'
+        ``own``.
+        """
         return None if incoming is None else incoming.transpose(0, 1).flatten(0, 1)
 
     final_grads = initial_states  # the same in reversed time: gradients of final states
@@ -43,8 +46,9 @@ class Rows:
         reverse: bool = False,
         scale: float = 1.0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the chunks add ``[chunks, R, ...]``, or None if it went to the ``destination``; and the states of splits, which
-        the operator need not compute again. Reversed, of (q, do)."""
+        """What the chunks add ``[chunks, R, ...]``, or None if it went to the ``destination``; and the states of
+        splits, which the operator need not compute again. Reversed, of (q, do).
+        """
         states, split_states = self.plan.backend.local_states(
             k, v, self.log_decay, initial, self.documents, reverse, scale, self.pieces, destination
         )
@@ -105,7 +109,9 @@ class DocumentStates:
         self.empty = (cu_seqlens.diff() == 0)[:, None, None, None] & (plan.group.rank() == 0)
 
     def initial_states(self, incoming: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor | None:
-        """Initial states of pieces: what enters the chunks ``[chunks, 1, ...]``, and ``own [N, ...]`` where documents begin."""
+        """Initial states of pieces: what enters the chunks ``[chunks, 1, ...]``, and ``own [N, ...]`` where
+        documents begin.
+        """
         return self._place(incoming, own, self.first, self.begins)
 
     def final_grads(self, incoming: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor | None:

@@ -29,8 +29,8 @@ def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Se
         tokens = [mine] * group.size()
     if len(tokens) != group.size() or tokens[group.rank()] != mine or min(tokens) < 0:
         raise ValueError(
-            f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank {group.rank()} "
-            f"has {mine}"
+            f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank "
+            f"{group.rank()} has {mine}"
         )
     if layout != "contiguous" and len(set(tokens)) > 1:
         raise ValueError(
@@ -46,12 +46,13 @@ def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Se
 def check_consistency(
     group: dist.ProcessGroup, device: torch.device, values: Sequence[Values] = (), **arguments: Hashable
 ) -> None:
-    """Raise on every rank, with the same message, if arguments or values of tensors differ between the ranks of a group.
+    """Raise on every rank, with the same message, if arguments or values of tensors differ between the ranks of a
+    group.
 
-    The ranks ask each other, in one collective, whenever arguments of this rank are new or a tensor is: another object, or
-    changed in a way that raises its version (on a CPU in any way). These change on all ranks together; should they change on
-    one rank alone, it waits here and the others in their next collective, until the group's timeout. Tensors are read on the
-    host when they are new, and then checked. Nothing is read or asked while a CUDA graph is captured.
+    The ranks ask each other, in one collective, whenever arguments of this rank are new or a tensor is: another object,
+    or changed in a way that raises its version (on a CPU in any way). These change on all ranks together; should they
+    change on one rank alone, it waits here and the others in their next collective, until the group's timeout. Tensors
+    are read on the host when they are new, and then checked. Nothing is read or asked while a CUDA graph is captured.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
@@ -110,6 +111,6 @@ def check_divisible(cu_seqlens: torch.Tensor, chunks: int) -> None:
     for n, length in enumerate(cu_seqlens.diff().tolist()):
         if length % chunks:
             raise ValueError(
-                f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has {length} "
-                f"tokens; pad documents to a multiple of {chunks}"
+                f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has "
+                f"{length} tokens; pad documents to a multiple of {chunks}"
             )

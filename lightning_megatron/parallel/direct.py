@@ -1,4 +1,4 @@
-"""Memory of every rank that the other ranks' GPUs can write into, which takes NVLink or PCIe peer access within one node."""
+"""Memory of every rank that the other ranks' GPUs can write into: takes NVLink or PCIe peer access in one node."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
     here = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     others = [uuid for rank, (_, uuid, _) in enumerate(ranks) if rank != group.rank()]
     if any(uuid not in here for uuid in others):
-        mine = "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it reaches them"
+        mine = (
+            "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it "
+            "reaches them"
+        )
     elif not all(torch.cuda.can_device_access_peer(device.index, here.index(uuid)) for uuid in others):
         mine = "a GPU has no peer access to another"
     else:
@@ -70,7 +73,9 @@ def _all(group: dist.ProcessGroup, mine) -> list:
 
 
 def buffers(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ...], words: int) -> SymmetricBuffers:
-    """For messages of this shape, ``words`` words of 4 bytes, zero at first; made by all ranks together when they first ask."""
+    """For messages of this shape, ``words`` words of 4 bytes, zero at first; made by all ranks together when they
+    first ask.
+    """
     state = state_of(group)
     if shape not in state.buffers:
         import torch.distributed._symmetric_memory as symmetric_memory

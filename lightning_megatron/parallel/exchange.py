@@ -1,8 +1,8 @@
 """Exchanges between the ranks: the local states of chunks become the states that enter them.
 
-Two are here: ``direct``, where kernels write states into the memory of the other ranks' GPUs, and ``all-gather`` (LASP-2). Both
-give every rank the local states of all chunks, of which it adds up what it needs. Exchanges that pass states on from rank to
-rank are in ring.py.
+Two are here: ``direct``, where kernels write states into the memory of the other ranks' GPUs, and ``all-gather``
+(LASP-2). Both give every rank the local states of all chunks, of which it adds up what it needs. Exchanges that pass
+states on from rank to rank are in ring.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
     if exchange not in ("auto", "direct"):
         return exchange
     if layout == "zigzag-documents":
-        why_not = "documents that are cut one by one differ in number from batch to batch, and so would the memory for their states"
+        why_not = (
+            "documents that are cut one by one differ in number from batch to batch, and so would the memory for "
+            "their states"
+        )
     elif not backend.DIRECT:
         why_not = "it takes the triton backend"
     else:
@@ -49,9 +52,9 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
 def needed_pairs(plan: ParallelPlan, reverse: bool) -> dict[str, Pairs]:
     """The pairs of bounds whose decay factors the exchange of a plan needs, by name.
 
-    ``weights``: from the end of every chunk that is sent to this rank to the bounds where states enter its chunks, and to the
-    end of the sequence where states are asked for. ``start``: from the begin of the sequence. ``between``: from the end of the
-    first of this rank's chunks to that of the second. Reversed: from begins, to ends.
+    ``weights``: from the end of every chunk that is sent to this rank to the bounds where states enter its chunks, and
+    to the end of the sequence where states are asked for. ``start``: from the begin of the sequence. ``between``: from
+    the end of the first of this rank's chunks to that of the second. Reversed: from begins, to ends.
     """
     if plan.exchange not in ("direct", "all-gather"):
         return ring.needed_pairs(plan, reverse)
@@ -81,7 +84,10 @@ def _sent(plan: ParallelPlan, reverse: bool) -> tuple[int, ...]:
 def destination_for(
     plan: ParallelPlan, factors: Factors, q: torch.Tensor, v: torch.Tensor, reverse: bool = False
 ) -> Destination | None:
-    """Where the states of (k, v), reversed of (q, do), go as soon as they are computed; None where ``exchange`` sends them."""
+    """Where the states of (k, v), reversed of (q, do), go as soon as they are computed.
+
+    None where ``exchange`` sends them.
+    """
     if plan.exchange != "direct":
         return None
     between = factors("between", reverse)[0] if _sends_one_state(plan) else None
@@ -110,8 +116,9 @@ def exchange(
         reverse: states go from the last chunk to the first.
 
     Returns:
-        A function that waits and returns the incoming states of this rank's chunks, ``[chunks of this rank, R, H, K, V]``, and
-        what leaves the last chunk ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched before it is called.
+        A function that waits and returns the incoming states of this rank's chunks, ``[chunks of this rank, R, H, K,
+        V]``, and what leaves the last chunk ``[R, H, K, V]``. On a GPU the exchange goes on beside what is launched
+        before it is called.
     """
     if destination is not None:
         backend = backends.direct(plan.backend)

@@ -1,4 +1,6 @@
-"""Decay factors of a call: what is left of states between bounds of chunks, for forward and backward from one launch."""
+"""Decay factors of a call: what is left of states between bounds of chunks, for forward and backward from one
+launch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class Factors:
         self._values, self._slices = values, slices
 
     def __call__(self, name: str, reverse: bool) -> torch.Tensor:
-        """``[pairs, R or 1, H]`` of the pairs that the exchange has named so; R: rows, or documents that are cut one by one."""
+        """``[pairs, R or 1, H]`` of the pairs that the exchange has named so; R: rows, or documents that are cut one
+        by one.
+        """
         return self._values[self._slices[name, reverse]]
 
 

@@ -1,4 +1,7 @@
-"""What this process knows of a process group. It lives as long as the group object, and a new group of the same name has its own."""
+"""What this process knows of a process group.
+
+It lives as long as the group object: a new group of the same name has its own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ MOST_AGREED = 4096  # lengths that never return must not fill the memory; all ra
 
 
 class GroupState:
-    """Of one group: what its ranks have agreed on, memory they share, constants on the device. Never holds the group itself."""
+    """Of one group: what its ranks have agreed on, memory they share, constants on the device.
+
+    Never holds the group itself, which could not die then.
+    """
 
     def __init__(self) -> None:
         self.agreed: set[Hashable] = set()  # arguments that were the same on all ranks
@@ -58,8 +64,8 @@ class GroupState:
     def symmetric_name(self, group: dist.ProcessGroup) -> str:
         """Under which torch knows the group for symmetric memory; all ranks ask together.
 
-        torch registers rank, size and store by the group's name, for ever. After ``destroy_process_group`` a new group can
-        have an old name: this one is given once only.
+        torch registers rank, size and store by the group's name, for ever. After ``destroy_process_group`` a new group
+        can have an old name: this one is given once only.
         """
         if self._symmetric_name is None:
             from torch._C._distributed_c10d import _SymmetricMemory
@@ -83,7 +89,7 @@ def state_of(group: dist.ProcessGroup) -> GroupState:
 
 
 def integers(values: list, device: torch.device, captured: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of nested ``values``. While a graph is captured nothing can be copied from the host: each is then filled in."""
+    """A tensor of nested ``values``. Where nothing can be copied from the host (``captured``) each is filled in."""
     if not captured:
         return torch.tensor(values, device=device, dtype=dtype)
     if not isinstance(values, (list, tuple)):

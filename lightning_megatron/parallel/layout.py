@@ -16,7 +16,8 @@ def token_positions(
     cu_seqlens: torch.Tensor | None = None,
     device=None,
 ) -> torch.Tensor:
-    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of ``lightning_attn``.
+    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of
+    ``lightning_attn``.
 
     contiguous: all ranks have as many tokens.
     """
@@ -41,8 +42,8 @@ def packed_angles(
 ) -> torch.Tensor:
     """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their places in their documents.
 
-    ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all ranks, of
-    the places in the whole sequence: what Megatron's GPTModel passes to its layers.
+    ``freqs [length, 1, 1, dim]`` are those of the places in a document, or, where there are as many as tokens on all
+    ranks, of the places in the whole sequence: what Megatron's GPTModel passes to its layers.
     """
     places = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
     if freqs.shape[0] != tokens * group.size():

@@ -15,7 +15,8 @@ BLOCKS = 4  # of the pipelined exchange, along K
 
 
 def needed_pairs(plan: ParallelPlan, reverse: bool) -> dict[str, Pairs]:
-    """See ``exchange.needed_pairs``. ``passing``: for each of this rank's chunks, through it, and from its end to its end.
+    """See ``exchange.needed_pairs``. ``passing``: for each of this rank's chunks, through it, and from its end to its
+    end.
 
     For a scan also ``step d``: through the d chunks before this rank's; ``start``: from the begin of the sequence.
     """
@@ -92,16 +93,19 @@ def _ring(plan, local, factors, start, need_end, reverse):
 
 
 def _scan(plan, local, factors, start, need_end, reverse):
-    """Prefix sums by doubling (Hillis and Steele 1986): what enters a chunk is the sum of the 1, 2, 4, ... chunks before it.
+    """Prefix sums by doubling (Hillis and Steele 1986): what enters a chunk is the sum of the 1, 2, 4, ... chunks
+    before it.
 
-    1 + ceil(log2(N - 1)) messages for each of N chunks: fewer than all-gather sends and faster than a state that goes from
-    rank to rank where there are many. Any number of ranks and any layout.
+    1 + ceil(log2(N - 1)) messages for each of N chunks: fewer than all-gather sends and faster than a state that goes
+    from rank to rank where there are many. Any number of ranks and any layout.
     """
     forth = -1 if reverse else 1
     incoming = torch.zeros_like(local)
 
     def add(states: torch.Tensor, distance: int, through: int) -> None:
-        """``states`` of the chunks that far before, which stand ``through`` bounds before those where they are added."""
+        """``states`` of the chunks that far before, which stand ``through`` bounds before those where they are
+        added.
+        """
         arrived = _moved(plan, states, forth * distance)
         passed = zip(factors(f"step {through}", reverse), arrived, strict=True)
         more = [None if x is None else left(factor, x) for factor, x in passed]  # x may be of incoming

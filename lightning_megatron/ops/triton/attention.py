@@ -16,7 +16,8 @@ from .states import combine, reduce_splits
 from .symmetric import buffer_words, receive
 
 __all__ = [
-    "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward", "local_states", "receive",
+    "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward", "local_states",
+    "receive",
 ]  # fmt: skip
 
 NAME, DIRECT = "triton", True
@@ -242,17 +243,9 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
 
 
 def local_states(
-    k,
-    v,
-    log_decay,
-    initial_state,
-    documents,
-    reverse=False,
-    scale=1.0,
-    pieces=1,
-    destination: Destination | None = None,
-    first=0,
-):
+    k, v, log_decay, initial_state, documents, reverse=False, scale=1.0, pieces=1,
+    destination: Destination | None = None, first=0,
+):  # fmt: skip
     """See ``Backend.local_states``."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H = v.shape[-1], log_decay.numel()

@@ -1,8 +1,8 @@
 """Where documents lie among the tokens of a call, and what they and the decay leave of a state between two chunks.
 
-Both are derived from bounds that may change without a trace (a collective, a graph replay or a kernel of one's own writes into
-them), so that nothing is remembered: each takes one launch of a call, and no wait for the GPU. Assertions on the device take
-the place of checks on the host where these could not see a change.
+Both are derived from bounds that may change without a trace (a collective, a graph replay or a kernel of one's own
+writes into them), so that nothing is remembered: each takes one launch of a call, and no wait for the GPU. Assertions
+on the device take the place of checks on the host where these could not see a change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ LIBDEVICE = tl.constexpr(not triton_interpreted())
 
 @triton.jit
 def _bound(cu_seqlens, i, start, T, chunks, PER_DOCUMENT: tl.constexpr):
-    """Bound ``i`` of the documents among the tokens of a row: of [start, start + T), or of two chunks of each document."""
+    """Bound ``i`` of the documents among the tokens of a row: of [start, start + T), or of two chunks of each
+    document.
+    """
     if PER_DOCUMENT:
         low = tl.load(cu_seqlens + i // 2).to(tl.int64)
         return (low + tl.load(cu_seqlens + (i + 1) // 2).to(tl.int64)) // chunks
@@ -149,7 +151,8 @@ def decay_factors(
     out = torch.empty(count, R, H, device=log_decay.device, dtype=torch.float32)
     launch(
         decay_kernel, cdiv(out.numel(), 128), (log_decay, pairs, bounds, cu_seqlens, out),
-        (N, length, per_document or 1, count, R, H), (cu_seqlens is not None, per_document > 0, bounds is not None, 128),
+        (N, length, per_document or 1, count, R, H),
+        (cu_seqlens is not None, per_document > 0, bounds is not None, 128),
         num_warps=4,
     )  # fmt: skip
     return out

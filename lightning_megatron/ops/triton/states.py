@@ -37,10 +37,11 @@ def local_state_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, SPLIT_STATES: tl.constexpr, SEND: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The state at the end of a sequence (reversed at its start) of its split states; packed, of its last (first) document.
+    """The state at the end of a sequence (reversed at its start) of its split states; packed, of its last (first)
+    document.
 
-    With SEND it goes to all ranks of a group and not into out. PAIRS: sequences 2 i and 2 i + 1 are the chunks of one row, of
-    which every rank gets what it needs.
+    With SEND it goes to all ranks of a group and not into out. PAIRS: sequences 2 i and 2 i + 1 are the chunks of one
+    row, of which every rank gets what it needs.
     """
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
@@ -99,9 +100,9 @@ def reduce_splits(
 ) -> torch.Tensor | None:
     """The state at the end of each of B sequences of split states ``[B, splits, H, K, V]`` (None: no tokens).
 
-    ``size`` is B, T, K, V. Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first. With
-    ``destination`` the states are sent, as the sequences from number ``first`` on of the message, and not returned; with
-    ``destination.between`` what the two chunks of every row add.
+    ``size`` is B, T, K, V. Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first.
+    With ``destination`` the states are sent, as the sequences from number ``first`` on of the message, and not
+    returned; with ``destination.between`` what the two chunks of every row add.
     """
     (B, T, K, V), H = size, log_decay.numel()
     out = None if destination else torch.empty(B, H, K, V, device=log_decay.device, dtype=torch.float32)

@@ -1,20 +1,21 @@
 """Ranks of one node write states into each other's memory, the symmetric buffers.
 
-This takes two halves, so that other work can go on between them: ``send_tile``, at the end of the kernel that computes the
-states (states.py), and ``receive``. A rank sends to all ranks, itself included; a message is cut into tiles of 16 columns of a
-state. The symmetric buffer of a rank holds
+This takes two halves, so that other work can go on between them: ``send_tile``, at the end of the kernel that computes
+the states (states.py), and ``receive``. A rank sends to all ranks, itself included; a message is cut into tiles of 16
+columns of a state. The symmetric buffer of a rank holds
 
     data   fp32  [2, ranks, tiles, tile]  of this exchange and of the one before
     full   int32 [ranks, tiles]           number of the last exchange of which a rank's tile has arrived
     count  int32 [tiles]                  number of the last exchange to which this rank has sent
 
-Of two chunks, as under zigzag, each other rank needs one state only. Let rank r have chunks r and 2P-1-r in the direction of the
-exchange. The two chunks of a rank a > r come after the first and before the second: it needs what the first adds. Those of a rank
-a < r come one before, one after both: it needs their sum, at the end of the second (``Destination.between``).
+Of two chunks, as under zigzag, each other rank needs one state only. Let rank r have chunks r and 2P-1-r in the
+direction of the exchange. The two chunks of a rank a > r come after the first and before the second: it needs what the
+first adds. Those of a rank a < r come one before, one after both: it needs their sum, at the end of the second
+(``Destination.between``).
 
-Nobody waits before it writes. A rank sends exchange n+1 after it has received exchange n, which the others have sent after
-they received exchange n-1: what exchange n+1 overwrites has been read. Numbers are in memory and not in arguments, so that a
-CUDA graph can repeat the launches.
+Nobody waits before it writes. A rank sends exchange n+1 after it has received exchange n, which the others have sent
+after they received exchange n-1: what exchange n+1 overwrites has been read. Numbers are in memory and not in
+arguments, so that a CUDA graph can repeat the launches.
 """
 
 from __future__ import annotations
