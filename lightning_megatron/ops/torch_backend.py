@@ -13,7 +13,8 @@ import torch
 
 from .backend import Destination, Documents
 
-NAME, DIRECT = "torch", False
+NAME = "torch"
+DIRECT = False
 CHUNK = 64
 
 
@@ -228,6 +229,7 @@ def decay_factors(
     a, b = (x.long()[:, None] for x in pairs.unbind(1))
     left = a <= b
     if per_document:
+        assert cu_seqlens is not None
         tokens = (b - a) * (cu_seqlens.diff().long() // per_document)
     else:
         begin, end = (x * length if bounds is None else bounds[x] for x in (a, b))

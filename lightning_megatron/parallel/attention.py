@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ def lightning_attn(
     for name, value, known in (("layout", layout, LAYOUTS), ("exchange", exchange, EXCHANGES)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
-    options = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    options: dict[str, Any] = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if layout == "zigzag-documents" and cu_seqlens is None:
         raise ValueError(
             "layout='zigzag-documents' needs cu_seqlens, the bounds of the documents; or use layout='zigzag'"
@@ -127,7 +128,8 @@ class _ContextParallel(torch.autograd.Function):
         ctx.plan, ctx.chunks, ctx.factors = plan, chunks, factors
         ctx.save_for_backward(q, k, v, initial_state, incoming, *saved)
         ctx.set_materialize_grads(False)
-        if plan.need_final and chunks.by_document:
+        if plan.need_final and isinstance(chunks, DocumentStates):
+            assert final is not None
             end = _sum(chunks.documents_ending(final, initial_state), plan.group)
         return o, end if plan.need_final else None
 

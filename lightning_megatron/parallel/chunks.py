@@ -146,7 +146,8 @@ class DocumentStates:
             how = documents, reverse, scale, 1, destination, c
             states, _ = self.plan.backend.local_states(k[:, tokens], v[:, tokens], self.log_decay, initials[c], *how)
             found.append(states)
-        return None if destination else torch.stack(found), None  # splits of a chunk are not those of all tokens
+        local = [x for x in found if x is not None]
+        return torch.stack(local) if local else None, None  # splits of a chunk are not those of all tokens
 
     def documents_beginning(self, states: torch.Tensor, of_empty: torch.Tensor | None) -> torch.Tensor:
         """States of pieces for the documents ``[N, ...]`` that begin on this rank, 0 for the others."""

@@ -79,11 +79,12 @@ def buffers(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ..
     state = state_of(group)
     if shape not in state.buffers:
         import torch.distributed._symmetric_memory as symmetric_memory
+        import torch.distributed.distributed_c10d as c10d
 
         name = state.symmetric_name(group)
         memory = symmetric_memory.empty(words, dtype=torch.float32, device=device).zero_()
         torch.cuda.synchronize(device)
-        handle = symmetric_memory.rendezvous(memory, name)
+        handle = symmetric_memory.rendezvous(memory, c10d.GroupName(name))
         dist.barrier(group=group, device_ids=[device.index])  # nobody writes into what is not yet zero
         inside = memory.data_ptr() - handle.buffer_ptrs[group.rank()]  # of a larger allocation
         addresses = torch.tensor([base + inside for base in handle.buffer_ptrs], dtype=torch.int64, device=device)

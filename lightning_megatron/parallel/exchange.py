@@ -161,13 +161,15 @@ def _add_up(
     return states[: len(plan.mine)], states[-1].contiguous() if need_end else None
 
 
-def _beside(plan, pass_on: Callable[[], Exchanged], *inputs: torch.Tensor | None) -> Callable[[], Exchanged]:
+def _beside(
+    plan: ParallelPlan, pass_on: Callable[[], Exchanged], local: torch.Tensor, start: torch.Tensor | None
+) -> Callable[[], Exchanged]:
     """``pass_on`` on a stream of its own, beside what is launched until the function returned is called."""
-    stream, here = state_of(plan.group).stream(inputs[0].device), torch.cuda.current_stream()
+    stream, here = state_of(plan.group).stream(local.device), torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
         found = pass_on()
-    for x in inputs:
+    for x in (local, start):
         if x is not None:
             x.record_stream(stream)
 

@@ -33,7 +33,8 @@ def decay_factors(plan: ParallelPlan, needed, log_decay: torch.Tensor, cu_seqlen
     state, device = state_of(plan.group), log_decay.device
 
     def structure(captured: bool) -> tuple[torch.Tensor, dict[tuple[str, bool], slice]]:
-        pairs, slices = [], {}
+        pairs: list[tuple[int, int]] = []
+        slices = {}
         for reverse in (False, True):
             for name, found in needed(plan, reverse).items():
                 slices[name, reverse] = slice(len(pairs), len(pairs) + len(found))

@@ -177,6 +177,6 @@ def check_packed_bounds(tokens: int, chunks: int, bounds: torch.Tensor) -> None:
         if (b - a) % chunks:
             raise ValueError(
                 f"with per_document=True every document is cut into {chunks} equal chunks, but document {document} "
-                f"has {b - a} tokens; pad documents to a multiple of {chunks}, or set per_document=False for a sequence "
-                "cut as a whole"
+                f"has {b - a} tokens; pad documents to a multiple of {chunks}, or set per_document=False for a "
+                "sequence cut as a whole"
             )

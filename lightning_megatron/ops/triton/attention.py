@@ -16,11 +16,12 @@ from .states import combine, reduce_splits
 from .symmetric import buffer_words, receive
 
 __all__ = [
-    "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward", "local_states",
+    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward", "local_states",
     "receive",
 ]  # fmt: skip
 
-NAME, DIRECT = "triton", True
+NAME = "triton"
+DIRECT = True
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
