@@ -89,7 +89,7 @@ class Seen:
     def is_new(self, tensor: torch.Tensor, key: Hashable = None) -> bool:
         if not _waits(tensor):
             return True
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # reading would break the capture; the warm-up before it has looked
         # tensors made in torch.inference_mode have no version and are looked at every time
         return tensor.is_inference() or self._versions.get(tensor, {}).get(key) != tensor._version

@@ -89,10 +89,10 @@ def _text_of(values: torch.Tensor) -> str:
 
 
 def _compare(group: dist.ProcessGroup, device: torch.device, fields: dict[str, str]) -> None:
-    header = torch.tensor(list("".join(fields.values()).encode()), dtype=torch.uint8, device=device)
-    headers = [torch.empty_like(header) for _ in range(group.size())]
-    dist.all_gather(headers, header, group=group)
-    ranks = [bytes(x.tolist()).decode() for x in headers]
+    header = torch.frombuffer(bytearray("".join(fields.values()).encode()), dtype=torch.uint8).to(device)
+    headers = header.new_empty(group.size(), header.numel())
+    dist.all_gather(list(headers.unbind()), header, group=group)
+    ranks = [bytes(x).decode() for x in headers.tolist()]  # one wait for the GPU
     wrong = []
     for i, name in enumerate(fields):
         found = [text[i * (SHOWN + DIGEST) : (i + 1) * (SHOWN + DIGEST)] for text in ranks]

@@ -69,7 +69,9 @@ def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0; states of these or ``by_row``."""
+    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0; states of these or
+    ``by_row``.
+    """
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
@@ -91,7 +93,9 @@ def _documents(rows: int, T: int, count: int, by_row: bool = True) -> Documents 
 
 
 def record_derived(*, T: int, documents: int) -> list[Launch]:
-    """The launches for what is derived in every call: documents of one rank, of two chunks and of chunks of each; factors."""
+    """The launches for what is derived in every call: documents of one rank, of two chunks and of chunks of each;
+    factors.
+    """
     cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
     pairs, log_decay = torch.empty(40, 2, dtype=torch.int32, device="meta"), torch.empty(32, device="meta")
     launches: list[tuple] = []

@@ -1,4 +1,6 @@
-"""States that ranks write into each other's memory: here into memory of one process, in which all ranks send, then receive."""
+"""States that ranks write into each other's memory: here into memory of one process, in which all ranks send, then
+receive.
+"""
 
 import time
 
@@ -87,7 +89,9 @@ def test_equals_a_gather(rng, device, count, shape):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 2, 16, 16), (1, 2, 1, 64, 48), (1, 3, 2, 128, 16)], ids=str)
 def test_one_state_for_each_pair_of_ranks(rng, device, shape, reverse):
-    """Of two chunks a rank sends the first to ranks behind it, and to those before it the sum at the end of the second."""
+    """Of two chunks a rank sends the first to ranks behind it, and to those before it the sum at the end of the
+    second.
+    """
     count, R, H = 3, *shape[1:3]
     ranks = Ranks(rng, count, shape, device)
     ranks.chunks = 2

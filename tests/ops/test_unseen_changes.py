@@ -1,4 +1,6 @@
-"""Bounds of documents may change without a trace in ``tensor._version``: nothing derived from them outlives its call."""
+"""Bounds of documents may change without a trace in ``tensor._version``: nothing derived from them outlives its
+call.
+"""
 
 import subprocess
 import sys
@@ -32,7 +34,9 @@ def call(
 
 
 def draw(rng: torch.Generator, device: str = "cpu", T: int = 48) -> list[torch.Tensor]:
-    return [randn(rng, 1, T, 2, 16).float().to(device) for _ in range(3)]
+    """q, k, v and log_decay."""
+    tokens = [randn(rng, 1, T, 2, 16).float().to(device) for _ in range(3)]
+    return [*tokens, torch.tensor([-0.1, -0.01], device=device)]
 
 
 def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:

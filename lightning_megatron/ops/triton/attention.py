@@ -16,8 +16,8 @@ from .states import combine, reduce_splits
 from .symmetric import buffer_words, receive
 
 __all__ = [
-    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward", "local_states",
-    "receive",
+    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward",
+    "local_states", "receive",
 ]  # fmt: skip
 
 NAME = "triton"
