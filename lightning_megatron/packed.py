@@ -13,7 +13,8 @@ def document_bounds(packed: PackedSeqParams) -> torch.Tensor:
 
 
 def sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks that share the sequence: the ``usual`` ones, but batches of dynamic size bring their own, or None for one rank.
+    """The ranks that share the sequence: the ``usual`` ones, but batches of dynamic size bring their own, or None for
+    one rank.
 
     Raises:
         ValueError: the batch says how many ranks, but brings another group or none.
@@ -24,6 +25,7 @@ def sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | Non
     if packed.local_cp_size not in (None, size):
         raise ValueError(
             f"packed_seq_params.local_cp_size is {packed.local_cp_size}, but cp_group there is "
-            f"{'None' if packed.cp_group is None else f'of size {size}'}; give the group of the ranks that share this batch"
+            f"{'None' if packed.cp_group is None else f'of size {size}'}; give the group of the ranks that "
+            "share this batch"
         )
     return packed.cp_group

@@ -4,7 +4,7 @@ Weights do not tell decay, scale, activation or epsilon, and with equal projecti
 ``runtime.prepare`` puts ``function_record`` into Megatron's args, which Megatron saves; ``resume`` compares it on loading. A
 program of your own, which has no such args, saves the record with its checkpoint and calls ``differences`` itself::
 
-    record = function_record(config, options, args)    # plain values: torch.save and json take them
+    record = function_record(config, options, args)  # plain values: torch.save and json take them
     for flag, saved, now in differences(saved_record, record):
         ...
 

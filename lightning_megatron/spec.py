@@ -109,7 +109,7 @@ def get_hybrid_layer_specs(
                 submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
             )
         elif local:
-            core = functools.partial(SDPACoreAttention, documents_cut=layout == "zigzag-documents")
+            core = functools.partial(SDPACoreAttention, per_document=layout == "zigzag-documents")
             replaced = dataclasses.replace(projections, core_attention=core)
             if config.qk_layernorm and not config.qk_l2_norm:
                 replaced = dataclasses.replace(replaced, q_layernorm=norm, k_layernorm=norm)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
-from lightning_megatron.ops.triton import states as states
+from lightning_megatron.ops.triton import symmetric
 from lightning_megatron.parallel import direct
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
 from tests.launch import spawn
@@ -113,20 +113,20 @@ def write_into_each_other(
     """ "direct" with the memory of processes in place of GPUs': what all ranks have mapped."""
     kept = {}
 
-    def mailboxes(group, device, shape, words):
+    def buffers(group, device, shape, words):
         if shape not in kept:
             files = [f"{folder}/{'x'.join(map(str, shape))}-of-{r}" for r in range(world)]
             with open(files[rank], "wb") as file:
                 file.truncate(4 * words)
             dist.barrier()
             memory = [torch.from_file(file, shared=True, size=words) for file in files]
-            kept[shape] = direct.Mailboxes(torch.tensor([x.data_ptr() for x in memory]), 10**9, memory)
+            kept[shape] = direct.SymmetricBuffers(torch.tensor([x.data_ptr() for x in memory]), 10**9, memory)
         return kept[shape]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(direct, "why_not", lambda *where: "")
-        patch.setattr(direct, "mailboxes", mailboxes)
-        patch.setattr(states, "globaltimer", time.monotonic_ns)
+        patch.setattr(direct, "buffers", buffers)
+        patch.setattr(symmetric, "globaltimer", time.monotonic_ns)
         found = check_many(rank, world, layout, "direct", seeds, packed, "triton", torch.float32)
     assert kept, "nothing was sent"
     return found
@@ -183,7 +183,7 @@ def test_ranks_that_disagree_all_say_so():
         "different arguments: exchange all-gather, all-gather, ring$",
         "different arguments: dtype torch.float32, torch.float32, torch.bfloat16$",
         "different arguments: output_final_state False, False, True$",
-        "different arguments: documents 1, 1, 2$",
+        r"different arguments: documents 1, 1, 2; cu_seqlens \[0, 12\] int32, \[0, 12\] int32, \[0, 8, 12\] int32$",
         r"different arguments: tokens \(8, 9, 8\), \(8, 8, 9\), 8$",
     )
     for message, want in zip(ranks[0], wanted, strict=True):

@@ -1,19 +1,17 @@
-"""What context-parallel ranks send each other for lightning attention, and what is kept from call to call."""
+"""What context-parallel ranks send each other for lightning attention."""
 
 from __future__ import annotations
-
-import gc
-import math
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_megatron import parallel
-from lightning_megatron.ops.memo import _kept
 from lightning_megatron.ops.triton import attention as triton_backend
-from lightning_megatron.parallel import chunks, direct
-from lightning_megatron.parallel.exchange import mail_for
+from lightning_megatron.parallel import direct
+from lightning_megatron.parallel.exchange import _sent, destination_for, needed_pairs
+from lightning_megatron.parallel.factors import decay_factors
+from lightning_megatron.parallel.plan import ParallelPlan
 from tests.helpers.context_parallel import EXCHANGES
 from tests.helpers.sent import Sent
 from tests.launch import spawn
@@ -76,7 +74,7 @@ def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
     """Of two chunks one state, whatever the length; two where a state enters or leaves the sequence."""
     sizes = []
     monkeypatch.setattr(
-        direct, "mailboxes", lambda *where: sizes.append(where[3]) or direct.Mailboxes(torch.zeros(3), 1, None)
+        direct, "buffers", lambda *where: sizes.append(where[3]) or direct.SymmetricBuffers(torch.zeros(3), 1, None)
     )
     group = Ranks(3, 1)
     log_decay, q, v = torch.tensor([-0.5, -0.1]), torch.empty(2, 8, 2, 16), torch.empty(2, 8, 2, 32)
@@ -86,42 +84,18 @@ def test_direct_sends_a_state_for_each_pair_of_ranks(monkeypatch, reverse):
         ("zigzag", False, 1),
         ("zigzag", True, 2),
     ):
-        plan = chunks.Plan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
-        mail = mail_for(plan, chunks.local(plan, log_decay, None).chain, q, v, reverse)
-        assert mail.shape == (sent, 2, 2, 16, 32)
-        state = 2 * 2 * 16 * 32  # twice in the mailbox for each rank; tiles of 256 have a word for each rank and one
+        plan = ParallelPlan(group, layout, "direct", (8, 8, 8), 1.0, states, states, triton_backend)
+        factors = decay_factors(plan, needed_pairs, log_decay, None)
+        destination = destination_for(plan, factors, q, v, reverse)
+        count = factors("weights", reverse).shape[0]
+        assert destination.shape == (sent, 2, 2, 16, 32)
+        state = 2 * 2 * 16 * 32  # twice in the buffer for each rank; tiles of 256 have a word for each rank and one
         assert sizes.pop() == sent * (2 * 3 * state + (3 + 1) * state // 256)
-        if (
-            sent == 1 and layout == "zigzag"
-        ):  # chunks 0 5, 1 4, 2 3: what the first of them add before rank 1, both after it
-            assert mail.chunks == ((5, 4, 2) if reverse else (0, 1, 3))
-        else:
-            assert mail.chunks == ((0, 1, 2) if layout == "contiguous" else (0, 5, 1, 4, 2, 3))
-        assert (mail.between is not None) == (layout == "zigzag" and not states)
-        if (
-            mail.between is not None
-        ):  # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
-            assert torch.allclose(mail.between, (12 * log_decay).exp()[None])
-
-
-# ---- what is kept from call to call ----------------------------------------------------------------------------------
-
-
-def test_what_is_kept_follows_its_tensor():
-    group = Ranks(2, 0)
-    plan = chunks.Plan(group, "zigzag", "ring", (8, 8), 1.0, False, False, None)
-    gc.collect()
-    before = len(_kept)
-    tensors = torch.tensor([-0.5]), torch.tensor([0, 5, 16])
-    chain = lambda: chunks.local(plan, *tensors).chain
-    factor = lambda: float(chain().factors(((1, 2),)))  # from token 4 to 8
-    assert chain().same is chain().same and chain().decay is chain().decay
-    assert factor() == 0
-    tensors[1].copy_(torch.tensor([0, 9, 16]))
-    assert factor() == pytest.approx(math.exp(-2))
-    tensors[0].mul_(2)
-    assert factor() == pytest.approx(math.exp(-4))
-    assert len(_kept) == before + 2
-    tensors = ()
-    gc.collect()
-    assert len(_kept) == before
+        # one weight for each state that is sent, at each place where one enters (or the sequence ends)
+        assert count == (1 if layout == "contiguous" else 2) * 3 * sent + (3 * sent if states else 0)
+        assert (destination.between is not None) == (layout == "zigzag" and not states)
+        if destination.between is not None:
+            # chunks are 0 5, 1 4, 2 3: what the first of them add before rank 1, both after it
+            assert _sent(plan, reverse) == ((5, 4, 2) if reverse else (0, 1, 3))
+            # chunks 1 and 4 of 6: three chunks of 4 tokens from the end of one to that of the other
+            assert torch.allclose(destination.between, (12 * log_decay).exp()[None])

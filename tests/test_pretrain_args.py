@@ -18,7 +18,7 @@ from lightning_megatron import compat, patches, pretrain
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.patches import packed_rope, recompute
 from lightning_megatron.training import arguments, data, run
-from lightning_megatron.training.arguments import options_from_args, parts_in_use, refuse
+from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use, refuse
 from tests.helpers.arguments import MODEL, parse_flags
 
 KERNELS = {

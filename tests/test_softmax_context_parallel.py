@@ -4,6 +4,7 @@ tokens.
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from lightning_megatron.parallel import consistency
 from lightning_megatron.softmax import SDPACoreAttention
 from lightning_megatron.softmax.parallel import Gather
 from tests import layers
@@ -27,12 +29,12 @@ from tests.tolerances import LAYERS, SOFTMAX, WEIGHTS
 LAYOUTS = ("plain", "packed", "documents-cut")
 
 
-def core(group, scale=None, dropout=None, documents_cut=False) -> SDPACoreAttention:
+def core(group, scale=None, dropout=None, per_document=False) -> SDPACoreAttention:
     config = transformer_config(context_parallel_size=1 if group is None else group.size())
     groups = None if group is None else ProcessGroupCollection(cp=group)
     return SDPACoreAttention(
         config, 1, AttnMaskType.causal, "self", attention_dropout=dropout, softmax_scale=scale, cp_comm_type="p2p",
-        pg_collection=groups, documents_cut=documents_cut,
+        pg_collection=groups, per_document=per_document,
     )  # fmt: skip
 
 
@@ -60,9 +62,17 @@ def packed_params(rng: torch.Generator, bounds: torch.Tensor, **dynamic) -> Pack
     return PackedSeqParams("thd", shorter, shorter, bounds, bounds, **fields)
 
 
-def stub(size: int, rank: int = 0) -> SimpleNamespace:
-    """A group that cannot communicate."""
-    return SimpleNamespace(size=lambda: size, rank=lambda: rank)
+class stub:
+    """A group that cannot communicate; see ``unasked``."""
+
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self.size, self.rank = (lambda: size), (lambda: rank)
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks do not ask each other whether they agree."""
+    monkeypatch.setattr(consistency, "_compare", lambda *where: None)
 
 
 def thd(*ends: int, device="cpu", **fields) -> PackedSeqParams:
@@ -125,7 +135,7 @@ def check(rank: int, world: int, layout: str, seed: int, dtype) -> dict[str, flo
         mine = tokens_of(rank, world, "zigzag-documents", [T], documents)
     else:
         mine = zigzag(T, dist.group.WORLD)
-    attend = Attend(core(dist.group.WORLD, scale, documents_cut=layout == "documents-cut"), world, packed)
+    attend = Attend(core(dist.group.WORLD, scale, per_document=layout == "documents-cut"), world, packed)
     batch = 1 if packed is not None else integer(1, 3)
     return compare(attend, documents, mine, rng, batch, scale, dtype)
 
@@ -204,7 +214,7 @@ def check_dynamic(rank: int, world: int, seed: int) -> dict[str, dict[str, float
         documents = torch.tensor([0, 3, 10, 12])
         mine = zigzag(12, pair) if ranks == 2 else torch.arange(12)
         # Megatron cuts batches with a local size as a whole, whatever it does with others
-        attention = core(built_for, documents_cut="local_cp_size" in dynamic)
+        attention = core(built_for, per_document="local_cp_size" in dynamic)
         attend = Attend(attention, ranks, packed_params(rng, documents, **dynamic))
         found[name] = compare(attend, documents, mine, rng, 1, None)
     return found
@@ -223,7 +233,7 @@ def weights(rank: int, world: int, layout: str) -> tuple[torch.Tensor, ...]:
     """
     layers.start(cp=world)
     group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]).cp
-    attention = core(group, dropout=0.25, documents_cut=layout == "documents-cut")
+    attention = core(group, dropout=0.25, per_document=layout == "documents-cut")
     mine, packed = zigzag(64, group), None
     q = torch.zeros(32, 1, 2, 64)
     v = torch.eye(64)[mine][:, None, None].repeat(1, 1, 2, 1)
@@ -269,7 +279,7 @@ GPU = pytest.param(
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout, device):
+def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, unasked, layout, device):
     world = 3
     lengths = {"plain": (96,), "packed": (1, 0, 40, 13, 0, 1, 41), "documents-cut": (12, 0, 48, 6, 30)}[layout]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -289,7 +299,7 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout, device)
         gathered = iter([x[torch.cat(places)] for x in tokens[1:]])
         gather = SimpleNamespace(apply=lambda x, rows, group, gathered=gathered: next(gathered)[rows])
         monkeypatch.setattr("lightning_megatron.softmax.core.Gather", gather)
-        attention = core(stub(world, rank), documents_cut=layout == "documents-cut")
+        attention = core(stub(world, rank), per_document=layout == "documents-cut")
         outputs.append(attention(*(x[mine] for x in tokens), None, packed_seq_params=packed).view(-1, 1, 256))
     output = torch.cat(outputs)[torch.cat(places).argsort()]
     got = [output, *torch.autograd.grad(output, leaves, weight.to(device))]
@@ -297,10 +307,43 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, layout, device)
     assert all(error <= LAYERS[torch.bfloat16] for error in errors.values()), errors
 
 
+# ---- ranks that differ -----------------------------------------------------------------------------------------------
+
+
+def disagree(rank: int, world: int) -> list[str]:
+    last, found = rank == world - 1, []
+    attention = core(dist.group.WORLD)
+    draw = lambda tokens, heads=4: [torch.zeros(tokens, heads, 8)] * 3
+    for inputs, packed in (
+        (draw(6 if last else 4), thd(0, 12 if last else 8)),
+        (draw(4, 2 if last else 4), thd(0, 8)),
+        (draw(4), thd(0, 6 if last else 4, 8)),
+    ):
+        with pytest.raises(ValueError) as error:
+            attention(*inputs, None, packed_seq_params=packed)
+        found.append(str(error.value))
+    return found
+
+
+def test_ranks_that_disagree_all_say_so():
+    ranks = spawn(disagree, 2)
+    assert ranks[0] == ranks[1]
+    for message, want in zip(
+        ranks[0],
+        (
+            r"arguments: tokens 4, 6; cu_seqlens \[0, 8\] int32, \[0, 12\] int32$",
+            "arguments: heads 4, 2; groups 4, 2$",
+            r"arguments: cu_seqlens \[0, 4, 8\] int32, \[0, 6, 8\] int32$",
+        ),
+        strict=True,
+    ):
+        assert re.search(want, message), message
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_refusals():
+def test_refusals(unasked):
     plain, packed = (lambda s: [torch.zeros(s, 1, 4, 8)] * 3), (lambda t: [torch.zeros(t, 4, 8)] * 3)
     for inputs, options, message in (
         (plain(5), {}, "two chunks of equal length, but this one has 5 queries and 5 keys; .*a multiple of 6"),
@@ -337,7 +380,7 @@ def test_refusals():
         fused._one_by_one(*plain(6), [(slice(0, 2), slice(0, 6))], 0.0)
     bounds = thd(0, 6, 6, 10, 12)
     message = "cut into 6 equal chunks, but document 2 has 4 tokens; pad documents to a multiple of 6, or set "
-    message += "documents_cut=False"
+    message += "per_document=False"
     for _ in range(2):  # what was refused once is not taken for checked
         with pytest.raises(ValueError, match=message):
-            core(stub(3), documents_cut=True)(*packed(4), None, packed_seq_params=bounds)
+            core(stub(3), per_document=True)(*packed(4), None, packed_seq_params=bounds)

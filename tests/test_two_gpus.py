@@ -170,3 +170,73 @@ def test_trains_as_one_gpu(layout, runs):
     )
     assert len(want) == 20 and learnt > 0.3
     assert max(differences) < 0.01 * learnt, f"{got} {want}"
+
+
+# ---- what may change unseen, and process groups ----------------------------------------------------------------------
+
+
+def draw_tokens(seed: int) -> list[torch.Tensor]:
+    """q, k, v, do and log_decay."""
+    rng = torch.Generator("cuda").manual_seed(seed + dist.get_rank())
+    tokens = [torch.randn(1, 2048, 4, 128, generator=rng, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    return [*tokens, torch.full((4,), -0.01, device="cuda")]
+
+
+def attend(tokens: list[torch.Tensor], bounds: torch.Tensor | None, *exchanges: str) -> list[dict[str, torch.Tensor]]:
+    """Outputs and gradients of the same tokens by each exchange."""
+    (*qkv, do, log_decay), found = tokens, []
+    for exchange in exchanges:
+        how = dict(log_decay=log_decay, group=dist.group.WORLD, exchange=exchange, cu_seqlens=bounds)
+        found.append(results(functools.partial(parallel.lightning_attn, **how), *qkv, None, do, None, (True, False)))
+    return found
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(float((a[name].float() - b[name].float()).norm() / b[name].float().norm()) < 1e-3 for name in a)
+
+
+def live_twice(rank: int, world: int, folder: str) -> list[bool]:
+    """Direct and all-gather give the same in each life of the process groups, whose names are the same."""
+    found = [close(*attend(draw_tokens(1), None, "direct", "all-gather"))]
+    name = dist.group.WORLD.group_name
+    dist.barrier()
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found.append(dist.group.WORLD.group_name == name)
+    found.append(close(*attend(draw_tokens(2), None, "direct", "all-gather")))
+    return found
+
+
+def test_direct_after_groups_were_destroyed_and_made_anew(tmp_path):
+    assert spawn(live_twice, 2, str(tmp_path), gpus=True, timeout=300) == [[True] * 3] * 2
+
+
+def change_unseen(rank: int, world: int) -> list[bool]:
+    """NCCL writes other bounds into the same tensor, between calls; and other bounds are there at replays of a graph."""
+    values, found = ([0, 100, 2000, 4096], [0, 2048, 2048, 4096], [0, 1, 4000, 4096]), []
+    kept, tokens = torch.tensor(values[0], device="cuda", dtype=torch.int32), draw_tokens(3)
+    same = lambda a, b: all(torch.equal(a[name], b[name]) for name in a)
+    for bounds in values:
+        source, version = torch.tensor(bounds, device="cuda", dtype=torch.int32), kept._version
+        if rank == 0:
+            torch.from_dlpack(kept).copy_(source)
+        dist.broadcast(kept, 0)
+        found.append(kept._version == version)
+        how = "direct", "all-gather", "ring"
+        found += [same(a, b) for a, b in zip(attend(tokens, kept, *how), attend(tokens, source, *how), strict=True)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        (captured,) = attend(tokens, kept, "direct")
+    for bounds in values:
+        source = torch.tensor(bounds, device="cuda", dtype=torch.int32)
+        torch.from_dlpack(kept).copy_(source)
+        graph.replay()
+        found.append(same(captured, attend(tokens, source, "direct")[0]))
+    return found
+
+
+def test_bounds_that_nccl_or_a_graph_finds_changed():
+    for found in spawn(change_unseen, 2, gpus=True, timeout=300):
+        assert found and all(found), found

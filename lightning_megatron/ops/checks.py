@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Hashable
 
-from .memo import check_once
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -16,7 +17,8 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             raise ValueError(f"{name} must have the 4 dimensions [{axes}], but has shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on {x.device}"
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
+                f"{x.device}"
             )
     if q.dtype not in (*_DTYPES, torch.float64):
         raise ValueError(f"q has dtype {q.dtype}; lightning_attn computes bfloat16, float16 and float32")
@@ -32,8 +34,8 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
     for name, dim in (("K", K), ("V", V)):
         if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
             raise ValueError(
-                f"head dim {name}={dim} is not supported: it must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to "
-                f"{MAX_HEAD_DIM}; pad q and k (or v) with zeros, which changes nothing but the default scale"
+                f"head dim {name}={dim} is not supported: it must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} "
+                f"to {MAX_HEAD_DIM}; pad q and k (or v) with zeros, which changes nothing but the default scale"
             )
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if log_decay.shape != (H,) or log_decay.dtype != state_dtype or log_decay.device != q.device:
@@ -53,7 +55,8 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             )
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"cu_seqlens must be [N+1] int32 or int64 with N >= 1, but is {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+                f"cu_seqlens must be [N+1] int32 or int64 with N >= 1, but is {list(cu_seqlens.shape)} "
+                f"{cu_seqlens.dtype}"
             )
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}; move it there")
@@ -62,7 +65,8 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
         if initial_state.shape != (sequences, H, K, V):
             raise ValueError(
                 f"initial_state must be [N,H,K,V] = [{sequences},{H},{K},{V}] (N = "
-                f"{'documents in cu_seqlens' if cu_seqlens is not None else 'batch size'}), but is {list(initial_state.shape)}"
+                f"{'documents in cu_seqlens' if cu_seqlens is not None else 'batch size'}), but is "
+                f"{list(initial_state.shape)}"
             )
         if initial_state.dtype != state_dtype or initial_state.device != q.device:
             raise ValueError(
@@ -71,24 +75,63 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             )
 
 
+class Seen:
+    """Tensors whose values have been looked at, and at which version. This saves a look, and never a result.
+
+    To look at a tensor on a GPU is to wait for it, so that it is done once for every tensor and version. What changes a
+    tensor without raising its version (a collective, a graph replay, a kernel of one's own) is then not noticed. On a
+    CPU there is nothing to wait for, and tensors are looked at every time.
+    """
+
+    def __init__(self) -> None:
+        self._versions = WeakTensorKeyDictionary()  # tensor -> {key: version}
+
+    def is_new(self, tensor: torch.Tensor, key: Hashable = None) -> bool:
+        if not _waits(tensor):
+            return True
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # reading would break the capture; the warm-up before it has looked
+        # tensors made in torch.inference_mode have no version and are looked at every time
+        return tensor.is_inference() or self._versions.get(tensor, {}).get(key) != tensor._version
+
+    def remember(self, tensor: torch.Tensor, key: Hashable = None) -> None:
+        if _waits(tensor) and not tensor.is_inference():
+            self._versions.setdefault(tensor, {})[key] = tensor._version
+
+
+def _waits(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+_seen = Seen()
+
+
+def check_once(check: Callable[..., None], tensor: torch.Tensor, *arguments: int) -> None:
+    """``check(values, *arguments)`` of the tensor's values on the host, if these have not been looked at."""
+    key = check, arguments
+    if _seen.is_new(tensor, key):
+        check(tensor.detach().cpu(), *arguments)
+        _seen.remember(tensor, key)
+
+
 def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
     """Checks that must read tensors."""
-    check_once(log_decay, _check_log_decay)
+    check_once(check_log_decay, log_decay)
     if cu_seqlens is not None:
-        check_once(cu_seqlens, _check_cu_seqlens, T)
+        check_once(check_cu_seqlens, cu_seqlens, T)
 
 
-def _check_log_decay(log_decay: torch.Tensor) -> None:
+def check_log_decay(log_decay: torch.Tensor) -> None:
     bad = ~(torch.isfinite(log_decay) & (log_decay <= 0))
     if bool(bad.any()):
         head = int(bad.int().argmax())
         raise ValueError(
-            f"log_decay[{head}] = {float(log_decay[head])}: every entry must be finite and <= 0 (0 keeps the whole state, "
-            "-0.1 keeps exp(-0.1) = 90% of it per token); did you pass a slope, which is -log_decay, or a decay?"
+            f"log_decay[{head}] = {float(log_decay[head])}: every entry must be finite and <= 0 (0 keeps the whole "
+            "state, -0.1 keeps exp(-0.1) = 90% of it per token); did you pass a slope, which is -log_decay, or a decay?"
         )
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T:
         raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, but goes from {bounds[0]} to {bounds[-1]}")

@@ -13,6 +13,10 @@ from itertools import pairwise
 
 import torch
 
+from .backend import Destination, Documents
+
+NAME = "torch"
+DIRECT = False
 CHUNK = 64
 
 
@@ -105,20 +109,16 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _runs(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, slice, slice, slice]]:
+def _runs(documents: Documents | None, B: int, T: int) -> list[tuple[slice, slice, slice, slice]]:
     """(rows, tokens, states that enter, states that leave) of each run: the whole batch at once, or one document at a time."""
     rows = slice(0, B)
-    if cu_seqlens is None:
+    if documents is None:
         return [(rows, slice(0, T), rows, rows)]
-    if cu_seqlens.dim() == 1:  # states are those of documents
-        return [
-            (rows, slice(a, b), slice(n, n + 1), slice(n, n + 1))
-            for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
-        ]
+    if not documents.by_row:  # states are those of documents
+        bounds = documents.bounds[0].tolist()
+        return [(rows, slice(a, b), slice(n, n + 1), slice(n, n + 1)) for n, (a, b) in enumerate(pairwise(bounds))]
     runs, none = [], slice(0, 0)
-    for r, bounds in enumerate(
-        cu_seqlens.tolist()
-    ):  # states are those of rows: of what documents have left and right of them
+    for r, bounds in enumerate(documents.bounds.tolist()):  # of rows: of what documents have left and right of them
         row = slice(r, r + 1)
         runs += [(row, slice(a, b), none if a else row, row if b == T else none) for a, b in pairwise(bounds) if a < b]
     return runs
@@ -128,10 +128,10 @@ def _of(states: torch.Tensor | None, which: slice) -> torch.Tensor | None:
     return None if states is None or which.start == which.stop else states[which]
 
 
-def _new_states(like: torch.Tensor, cu_seqlens: torch.Tensor | None, V: int) -> torch.Tensor:
+def _new_states(like: torch.Tensor, documents: Documents | None, V: int) -> torch.Tensor:
     """Zeros for the states that leave, of the inputs ``like [B, H, T, K]``."""
     B, H, _, K = like.shape
-    N = cu_seqlens.numel() - 1 if cu_seqlens is not None and cu_seqlens.dim() == 1 else B
+    N = B if documents is None or documents.by_row else documents.bounds.shape[1] - 1
     return like.new_zeros(N, H, K, V)
 
 
@@ -141,15 +141,15 @@ def _split(x: torch.Tensor, pieces: int) -> torch.Tensor:
 
 
 @_without_autocast
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, split_states=None, pieces=1):
-    """See ``triton_backend.forward``; the backward recomputes its states."""
+def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, split_states=None, pieces=1):
+    """See ``Backend.forward``; the backward recomputes its states."""
     del need_final, split_states  # the first costs nothing here, the second does not exist
     tokens_of_all = q.shape[:2]
     q, k, v = (_split(x, pieces) for x in (q, k, v))
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
-    o, final = torch.empty_like(vh), _new_states(qh, cu_seqlens, v.shape[3])
-    for rows, tokens, enters, leaves in _runs(cu_seqlens, B, T):
+    o, final = torch.empty_like(vh), _new_states(qh, documents, v.shape[3])
+    for rows, tokens, enters, leaves in _runs(documents, B, T):
         o[rows, :, tokens], state = _attend(
             *(x[rows, :, tokens] for x in (qh, kh, vh)), log_decay, _of(initial_state, enters),
             reverse=False, read_scale=scale, write_scale=1.0,
@@ -160,7 +160,7 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, sp
 
 
 @_without_autocast
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, split_grads=None, pieces=1):
+def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, do, dfinal, split_grads=None, pieces=1):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
     del saved, plan, split_grads
     dfinal = dfinal() if callable(dfinal) else dfinal
@@ -168,8 +168,8 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     q, k, v, do = (_split(x, pieces) for x in (q, k, v, do))
     B, T, H, _ = q.shape
     qh, kh, vh, doh = (_heads_first(x, H) for x in (q, k, v, do))
-    (dq, dk, dv), dinitial = (torch.empty_like(x) for x in (qh, kh, vh)), _new_states(qh, cu_seqlens, v.shape[3])
-    for rows, tokens, enters, leaves in _runs(cu_seqlens, B, T):
+    (dq, dk, dv), dinitial = (torch.empty_like(x) for x in (qh, kh, vh)), _new_states(qh, documents, v.shape[3])
+    for rows, tokens, enters, leaves in _runs(documents, B, T):
         qs, ks, vs, dos = (x[rows, :, tokens] for x in (qh, kh, vh, doh))
         s0, d0 = _of(initial_state, enters), _of(dfinal, leaves)
         s0_t, d0_t = (None if x is None else x.transpose(-1, -2) for x in (s0, d0))
@@ -188,35 +188,31 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sums ``[P, R, H, K, V]`` of ``states [N, R, H, K, V]`` with ``weights [P, N, R or 1, H]``.
-
-    A state of weight 0 belongs to another document and adds nothing, even if it holds infinities or NaN.
-    """
-    total = states.new_zeros(weights.shape[0], *states.shape[1:])
-    for state, weight in zip(states, weights.unbind(1), strict=True):  # no product of matrices: 0 times NaN is NaN
-        weight = weight[..., None, None]
-        total += torch.where(weight == 0, 0.0, weight * state)
-    return total
+    """See ``Backend.combine``."""
+    return torch.stack([torch.where(w == 0, 0.0, w * states).sum(0) for w in weights[..., None, None]])
 
 
-def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail=None, first=0):
-    """See ``triton_backend.end_states``; there are no parts here, and no mail."""
-    assert mail is None
-    states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, cu_seqlens, reverse, scale)
-    if cu_seqlens is not None and cu_seqlens.dim() == 1:  # of the document of the last token, reversed of the first
-        at = torch.searchsorted(cu_seqlens, 0 if reverse else k.shape[1] - 1, right=True) - 1
+def local_states(
+    k, v, log_decay, initial_state, documents, reverse=False, scale=1.0, pieces=1,
+    destination: Destination | None = None, first=0,
+):  # fmt: skip
+    """See ``Backend.local_states``; there are no splits here, and no destination."""
+    assert destination is None
+    del first  # of the destination
+    states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, documents, reverse, scale)
+    if documents is not None and not documents.by_row:  # of the document of the last token, reversed of the first
+        at = torch.searchsorted(documents.bounds[0], 0 if reverse else k.shape[1] - 1, right=True) - 1
         states = states[at.clamp(min=0)][None]
     return states, None
 
 
 @_without_autocast
-def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
-    """Final states ``[N, H, K, V]`` alone. With ``reverse``, of (q, do): the gradients of initial states, from those of final
-    states in initial_state's place."""
+def final_states(k, v, log_decay, initial_state, documents, reverse=False, scale=1.0):
+    """See ``Backend.final_states``."""
     H = log_decay.numel()
     kh, vh = (_heads_first(x, H) for x in (k, v))
-    final = _new_states(kh, cu_seqlens, v.shape[3])
-    for rows, tokens, *edges in _runs(cu_seqlens, *k.shape[:2]):
+    final = _new_states(kh, documents, v.shape[3])
+    for rows, tokens, *edges in _runs(documents, *k.shape[:2]):
         enters, leaves = reversed(edges) if reverse else edges
         ks, vs = kh[rows, :, tokens], vh[rows, :, tokens]
         state = _attend(
@@ -224,3 +220,42 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
         )[1]
         final[leaves] = state
     return final
+
+
+def find_documents(
+    cu_seqlens: torch.Tensor, T: int, total: int, starts: tuple[int, ...] | None = None, per_document: int = 0
+) -> Documents:
+    """See ``Backend.find_documents``."""
+    del total
+    cu_seqlens = cu_seqlens.detach().long()
+    if per_document:  # pieces end at the middle of a document's tokens on this rank, and at their end
+        edges = torch.stack((2 * cu_seqlens[:-1], cu_seqlens[:-1] + cu_seqlens[1:]), 1).flatten()
+        bounds = torch.cat((edges, 2 * cu_seqlens[-1:]))[None] // per_document
+    elif starts is not None:
+        bounds = torch.stack([(cu_seqlens - start).clamp(0, T) for start in starts])
+    else:
+        bounds = cu_seqlens[None]
+    return Documents(None, bounds.to(torch.int32, copy=True), starts is not None)
+
+
+def decay_factors(
+    log_decay: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    length: int = 0,
+    bounds: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    per_document: int = 0,
+) -> torch.Tensor:
+    """See ``Backend.decay_factors``."""
+    a, b = (x.long()[:, None] for x in pairs.unbind(1))
+    left = a <= b
+    if per_document:
+        assert cu_seqlens is not None
+        tokens = (b - a) * (cu_seqlens.diff().long() // per_document)
+    else:
+        begin, end = (x * length if bounds is None else bounds[x] for x in (a, b))
+        tokens = end - begin  # in integers: fp32 ends at 2^24 tokens
+        if cu_seqlens is not None:
+            left = left & ~((cu_seqlens >= begin) & (cu_seqlens <= end)).any(1, keepdim=True)
+    return torch.where(left[..., None], torch.exp(tokens.clamp(min=0)[..., None] * log_decay), 0.0)

@@ -1,14 +1,27 @@
-"""Checks that every rank makes of what it was given, and of what the others were."""
+"""Consistency check: every rank learns what the others were given, and all raise the same error where it differs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-WORDS = 64  # of a name or number in the header
-_agreed: set[tuple] = set()
+from .group import state_of
+
+SHOWN, DIGEST = 64, 16  # characters of an argument in the header: its beginning, and what tells all of it apart
+FIRST = 16  # values of a tensor that are shown
+
+
+class Values(NamedTuple):
+    """A tensor whose values must be the same on all ranks."""
+
+    name: str
+    tensor: torch.Tensor
+    check: Callable[[torch.Tensor], None]  # of the values on the host, once the ranks have agreed
+    key: Hashable = None  # what the check depends on besides
 
 
 def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Sequence[int] | None) -> tuple[int, ...]:
@@ -16,7 +29,8 @@ def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Se
         tokens = [mine] * group.size()
     if len(tokens) != group.size() or tokens[group.rank()] != mine or min(tokens) < 0:
         raise ValueError(
-            f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank {group.rank()} has {mine}"
+            f"tokens={list(tokens)} must say how many tokens each of the {group.size()} ranks has, and rank "
+            f"{group.rank()} has {mine}"
         )
     if layout != "contiguous" and len(set(tokens)) > 1:
         raise ValueError(
@@ -29,35 +43,74 @@ def tokens_of_ranks(mine: int, group: dist.ProcessGroup, layout: str, tokens: Se
     return tuple(tokens)
 
 
-def agree(group: dist.ProcessGroup, device: torch.device, **arguments) -> None:
-    """Raise on every rank if arguments differ, asked whenever this rank's change: they change on all ranks together.
+def check_consistency(
+    group: dist.ProcessGroup, device: torch.device, values: Sequence[Values] = (), **arguments: Hashable
+) -> None:
+    """Raise on every rank, with the same message, if arguments or values of tensors differ between the ranks of a
+    group.
 
-    Should they change on one rank alone, it waits here and the others in the exchange, until the group's timeout.
+    The ranks ask each other, in one collective, whenever arguments of this rank are new or a tensor is: another object,
+    or changed in a way that raises its version (on a CPU in any way). These change on all ranks together; should they
+    change on one rank alone, it waits here and the others in their next collective, until the group's timeout. Tensors
+    are read on the host when they are new, and then checked. Nothing is read or asked while a CUDA graph is captured.
     """
-    key = (group.group_name, device, *arguments.values())
-    if key in _agreed:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
-    mine = "".join(f"{value!s:{WORDS}.{WORDS}}" for value in arguments.values()).encode("ascii", "replace")
-    header = torch.tensor(list(mine), dtype=torch.uint8, device=device)
-    headers = [torch.empty_like(header) for _ in range(group.size())]
-    dist.all_gather(headers, header, group=group)
-    ranks = [bytes(x.tolist()).decode() for x in headers]
+    state = state_of(group)
+    read = {x.name: x.tensor.detach().cpu() for x in values if state.seen.is_new(x.tensor, (x.name, x.key))}
+    texts, new = {}, False
+    for x in values:
+        known = state.values.get(x.tensor)
+        texts[x.name] = _text_of(read[x.name]) if x.name in read else known
+        new |= texts[x.name] != known
+    key = device, *arguments.items()
+    if new or key not in state.agreed:
+        _compare(group, device, {name: _field(str(value)) for name, value in arguments.items()} | texts)
+        state.remember_agreed(key)
+        for x in values:
+            state.values[x.tensor] = texts[x.name]
+    for x in values:
+        if x.name in read:
+            x.check(read[x.name])
+            state.seen.remember(x.tensor, (x.name, x.key))
+
+
+def _field(text: str, all_of_it: bytes | None = None) -> str:
+    """What the header holds of an argument: as much as it has room for, and a digest of all of it."""
+    short = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    digest = hashlib.sha256(text.encode() if all_of_it is None else all_of_it).hexdigest()[:DIGEST]
+    return f"{short.encode('ascii', 'replace').decode():{SHOWN}}{digest}"
+
+
+def _text_of(values: torch.Tensor) -> str:
+    begin = ", ".join(f"{x:.6g}" for x in values[:FIRST].tolist())
+    text = f"[{begin}{', ...' if values.numel() > FIRST else ''}] {str(values.dtype).removeprefix('torch.')}"
+    return _field(text, text.encode() + values.contiguous().numpy().tobytes())
+
+
+def _compare(group: dist.ProcessGroup, device: torch.device, fields: dict[str, str]) -> None:
+    header = torch.frombuffer(bytearray("".join(fields.values()).encode()), dtype=torch.uint8).to(device)
+    headers = header.new_empty(group.size(), header.numel())
+    dist.all_gather(list(headers.unbind()), header, group=group)
+    ranks = [bytes(x).decode() for x in headers.tolist()]  # one wait for the GPU
     wrong = []
-    for i, name in enumerate(arguments):
-        values = [text[i * WORDS : (i + 1) * WORDS].strip() for text in ranks]
-        if len(set(values)) > 1:
-            wrong.append(f"{name} {', '.join(values)}")
+    for i, name in enumerate(fields):
+        found = [text[i * (SHOWN + DIGEST) : (i + 1) * (SHOWN + DIGEST)] for text in ranks]
+        if len(set(found)) > 1:
+            shown = [x[:SHOWN].strip() for x in found]
+            if len(set(shown)) < len(set(found)):  # they differ behind what is shown
+                shown = [f"{x} (digest {y[SHOWN:]})" for x, y in zip(shown, found, strict=True)]
+            wrong.append(f"{name} {', '.join(shown)}")
     if wrong:
         raise ValueError(
             f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}"
         )
-    _agreed.add(key)
 
 
-def check_documents(cu_seqlens: torch.Tensor, chunks: int) -> None:
+def check_divisible(cu_seqlens: torch.Tensor, chunks: int) -> None:
     for n, length in enumerate(cu_seqlens.diff().tolist()):
         if length % chunks:
             raise ValueError(
-                f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has {length} tokens; "
-                f"pad documents to a multiple of {chunks}"
+                f"layout='zigzag-documents' cuts every document into {chunks} equal chunks, but document {n} has "
+                f"{length} tokens; pad documents to a multiple of {chunks}"
             )

@@ -1,4 +1,4 @@
-"""Memory of every rank that the other ranks' GPUs can write into, which takes NVLink or PCIe peer access within one node."""
+"""Memory of every rank that the other ranks' GPUs can write into: takes NVLink or PCIe peer access in one node."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from .group import state_of
+
 logger = logging.getLogger(__name__)
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a node
 
 
-class Mailboxes(NamedTuple):
-    """Addresses of the mailboxes of all ranks, ``[P]`` int64, and how long to wait for them in ns."""
+class SymmetricBuffers(NamedTuple):
+    """Addresses of the buffers of all ranks, ``[P]`` int64, and how long to wait for them in ns."""
 
     addresses: torch.Tensor
     limit: int
     memory: object  # what keeps them alive
 
 
-_why_not: dict[str, str] = {}
-_mailboxes: dict[tuple, Mailboxes] = {}
-
-
 def why_not(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Why GPUs of the group cannot write into each other's memory, "" if they can; the same on all ranks, which ask together."""
-    if group.group_name not in _why_not:
-        _why_not[group.group_name] = _why_not_any(group, device)
-        logger.info(
-            "context-parallel group %s: %s", group.group_name, _why_not[group.group_name] or "GPUs write directly"
-        )
-    return _why_not[group.group_name]
+    """Why GPUs of the group cannot write into each other's memory, "" if they can.
+
+    The same on all ranks, which ask together.
+    """
+    state = state_of(group)
+    if state.why_not_direct is None:
+        state.why_not_direct = _why_not_any(group, device)
+        logger.info("context-parallel group %s: %s", group.group_name, state.why_not_direct or "GPUs write directly")
+    return state.why_not_direct
 
 
 def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -47,7 +47,10 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
     here = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     others = [uuid for rank, (_, uuid, _) in enumerate(ranks) if rank != group.rank()]
     if any(uuid not in here for uuid in others):
-        mine = "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it reaches them"
+        mine = (
+            "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it "
+            "reaches them"
+        )
     elif not all(torch.cuda.can_device_access_peer(device.index, here.index(uuid)) for uuid in others):
         mine = "a GPU has no peer access to another"
     else:
@@ -55,8 +58,8 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
     reasons = _all(group, mine)
     if not any(reasons):  # asked of all ranks at once, for one that fails would leave the others waiting
         try:
-            mailboxes(group, device, (), 1024)
-        except RuntimeError as error:
+            buffers(group, device, (), 1024)
+        except (RuntimeError, AttributeError, ImportError) as error:  # of torch's private interface too
             mine = f"memory cannot be shared ({error})"
             logger.warning("context-parallel group %s has peer access, but %s", group.group_name, mine)
         reasons = _all(group, mine)
@@ -69,18 +72,22 @@ def _all(group: dist.ProcessGroup, mine) -> list:
     return found
 
 
-def mailboxes(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ...], words: int) -> Mailboxes:
-    """For messages of this shape, ``words`` words of 4 bytes, zero at first; made by all ranks together when they first ask."""
-    key = group.group_name, shape
-    if key not in _mailboxes:
+def buffers(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ...], words: int) -> SymmetricBuffers:
+    """For messages of this shape, ``words`` words of 4 bytes, zero at first; made by all ranks together when they
+    first ask.
+    """
+    state = state_of(group)
+    if shape not in state.buffers:
         import torch.distributed._symmetric_memory as symmetric_memory
+        import torch.distributed.distributed_c10d as c10d
 
+        name = state.symmetric_name(group)
         memory = symmetric_memory.empty(words, dtype=torch.float32, device=device).zero_()
         torch.cuda.synchronize(device)
-        handle = symmetric_memory.rendezvous(memory, group)
+        handle = symmetric_memory.rendezvous(memory, c10d.GroupName(name))
         dist.barrier(group=group, device_ids=[device.index])  # nobody writes into what is not yet zero
         inside = memory.data_ptr() - handle.buffer_ptrs[group.rank()]  # of a larger allocation
         addresses = torch.tensor([base + inside for base in handle.buffer_ptrs], dtype=torch.int64, device=device)
         timeout = group._get_backend(device).options._timeout
-        _mailboxes[key] = Mailboxes(addresses, int(timeout.total_seconds() * 1e9), (memory, handle))
-    return _mailboxes[key]
+        state.buffers[shape] = SymmetricBuffers(addresses, int(timeout.total_seconds() * 1e9), (memory, handle))
+    return state.buffers[shape]

@@ -16,7 +16,8 @@ def token_positions(
     cu_seqlens: torch.Tensor | None = None,
     device=None,
 ) -> torch.Tensor:
-    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of ``lightning_attn``.
+    """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of
+    ``lightning_attn``.
 
     contiguous: all ranks have as many tokens.
     """
@@ -28,9 +29,10 @@ def token_positions(
     if layout == "zigzag":
         half = tokens // 2
         return torch.where(i < half, i + r * half, i - half + (2 * P - 1 - r) * half)
+    assert cu_seqlens is not None
     starts = cu_seqlens.long() // P  # of the documents on this rank
     document = torch.searchsorted(starts, i, right=True) - 1
-    half = (starts.diff() // 2)[document]
+    halves = (starts.diff() // 2)[document]
     offset = i - starts[document]
-    offset = torch.where(offset < half, offset + r * half, offset - half + (2 * P - 1 - r) * half)
+    offset = torch.where(offset < halves, offset + r * halves, offset - halves + (2 * P - 1 - r) * halves)
     return cu_seqlens.long()[document] + offset

@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from .chunks import Plan
+from .plan import ParallelPlan
 
 
 class Exchanged(NamedTuple):
-    """What an exchange returned: ``[chunks, R, H, K, V]`` that entered, ``[R, H, K, V]`` that left the last chunk or None."""
+    """What an exchange returned: ``[chunks, R, H, K, V]`` that entered, ``[R, H, K, V]`` that left the last chunk or
+    None.
+    """
 
-    plan: Plan
-    entering: torch.Tensor
+    plan: ParallelPlan
+    incoming: torch.Tensor
     end: torch.Tensor | None
 
 
@@ -31,18 +33,19 @@ _run = _Run()
 
 
 def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` for activation checkpointing, with states exchanged in its first run and not again in the recomputation.
+    """``function`` for activation checkpointing, with states exchanged in its first run and not again in the
+    recomputation.
 
-    For every checkpoint anew, as in ``torch.utils.checkpoint.checkpoint(exchange_once(layer), x, use_reentrant=True)``: without
-    gradients the function keeps what enters the chunks in each call of ``lightning_attn`` over a group, with gradients it takes
-    that, in the same order, as the recomputation makes the same calls. Without reentry the first run has gradients too, and
-    states are exchanged again. Results have the same bits. It costs
-    ``H K V`` fp32 for each chunk, row and call until the recomputation, 2 K / n of the hidden states kept with n tokens in a
-    chunk. (LASP keeps states for its backward in the same way: Sun et al. 2024, arXiv:2404.02882, "state caching".)
+    For every checkpoint anew, as in ``torch.utils.checkpoint.checkpoint(exchange_once(layer), x, use_reentrant=True)``:
+    without gradients the function keeps what enters the chunks in each call of ``lightning_attn`` over a group, with
+    gradients it takes that, in the same order, as the recomputation makes the same calls. Without reentry the first run
+    has gradients too, and states are exchanged again. Results have the same bits. It costs ``H K V`` fp32 for each
+    chunk, row and call until the recomputation, 2 K / n of the hidden states kept with n tokens in a chunk. (LASP keeps
+    states for its backward in the same way: Sun et al. 2024, arXiv:2404.02882, "state caching".)
 
     Raises:
-        RuntimeError: what was returned is used for two checkpoints at a time; or the recomputation calls lightning_attn with
-            other shapes, group or options than the first run.
+        RuntimeError: what was returned is used for two checkpoints at a time; or the recomputation calls lightning_attn
+            with other shapes, group or options than the first run.
     """
     kept: deque[Exchanged] = deque()
 
@@ -50,8 +53,9 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         before, first = (_run.kept, _run.first), not torch.is_grad_enabled()
         if first and kept:
             raise RuntimeError(
-                "a function that exchange_once returned ran forward twice before it was recomputed, and the states of the two would "
-                "be mixed up; call exchange_once for every checkpoint: checkpoint(exchange_once(layer), x, use_reentrant=True)"
+                "a function that exchange_once returned ran forward twice before it was recomputed, and the states of "
+                "the two would be mixed up; call exchange_once for every checkpoint: "
+                "checkpoint(exchange_once(layer), x, use_reentrant=True)"
             )
         _run.kept, _run.first = kept, first
         try:
@@ -62,20 +66,20 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def put(plan: Plan, entering: torch.Tensor, end: torch.Tensor | None) -> None:
+def put(plan: ParallelPlan, incoming: torch.Tensor, end: torch.Tensor | None) -> None:
     """Keep what was exchanged if the caller is the first run of a checkpointed function."""
     if _run.kept is not None and _run.first:
-        _run.kept.append(Exchanged(plan, entering, end))
+        _run.kept.append(Exchanged(plan, incoming, end))
 
 
-def take(plan: Plan) -> Exchanged | None:
+def take(plan: ParallelPlan) -> Exchanged | None:
     """What was exchanged in the first run, if this is the recomputation; None where there was no first run."""
     if not _run.kept or _run.first:
         return None
     found = _run.kept.popleft()
     if found.plan != plan:
         raise RuntimeError(
-            f"a recomputation calls lightning_attn with {plan}, but the forward with {found.plan}: a checkpointed function must "
-            "make the same calls each time; or let it exchange again (--no-lightning-cp-keep-states)"
+            f"a recomputation calls lightning_attn with {plan}, but the forward with {found.plan}: a checkpointed "
+            "function must make the same calls each time; or let it exchange again (--no-lightning-cp-keep-states)"
         )
     return found

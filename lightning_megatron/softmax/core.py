@@ -2,13 +2,14 @@
 
 Megatron's own (core/transformer/dot_product_attention.py) materialises the T x T scores and refuses packed documents.
 
-Over context-parallel ranks every rank gathers the keys and values of all, in their own heads only, and attends with its queries
-to the tokens before them: what is computed is the same numbers as on one rank, whatever --cp-comm-type says.
+Over context-parallel ranks every rank gathers the keys and values of all, in their own heads only, and attends with its
+queries to the tokens before them: what is computed is the same numbers as on one rank, whatever --cp-comm-type says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from itertools import pairwise
 
 import torch
@@ -21,9 +22,9 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from ..ops.memo import check_once
 from ..packed import document_bounds, sharing_group
-from .parallel import Gather, Merged, check_documents, joined, merging_kernel, pieces_of_documents, sequence
+from ..parallel.consistency import Values, check_consistency
+from .parallel import Gather, Merged, check_packed_bounds, joined, merging_kernel, pieces_of_documents, sequence
 
 KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
@@ -37,16 +38,21 @@ class SDPACoreAttention(MegatronModule):
 
     Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist.
 
-    ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN, unfused is plain torch; auto leaves
-    it to torch, which takes cuDNN's on an H100. Packed documents take FlashAttention unless another one is named.
+    ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN, unfused is plain torch;
+    auto leaves it to torch, which takes cuDNN's on an H100. Packed documents take FlashAttention unless another one is
+    named.
 
     Args:
-        pg_collection: process groups; cp is used, and where a batch brings packed_seq_params.cp_group, that instead. Of P ranks,
-            rank r holds chunks r and 2P-1-r of the 2P equal chunks of the sequence, packed or not.
-        documents_cut: packed documents are cut into such chunks one by one (their lengths are multiples of 2P), as Megatron does
-            with --sft through TransformerEngine, and not the packed sequence as a whole, as it does with
-            --dataloader-inter-document-masking. PackedSeqParams does not say which; the attribute may be set later. Batches
-            with packed_seq_params.local_cp_size are cut as a whole, as Megatron always does.
+        pg_collection: process groups; cp is used, and where a batch brings packed_seq_params.cp_group, that instead. Of
+            P ranks, rank r holds chunks r and 2P-1-r of the 2P equal chunks of the sequence, packed or not.
+        per_document: per-document zigzag: packed documents are cut into such chunks one by one (their lengths are
+            multiples of 2P), as Megatron does with --sft through TransformerEngine, and not the packed sequence as a
+            whole, as it does with --dataloader-inter-document-masking. PackedSeqParams does not say which; the
+            attribute may be set later. Batches with packed_seq_params.local_cp_size are cut as a whole, as Megatron
+            always does.
+
+    Over ranks all of them must be given the same shapes and bounds; where these differ, every rank raises the same
+    ValueError (see ``parallel.lightning_attn`` for when they are compared).
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
-        documents_cut: bool = False,
+        per_document: bool = False,
     ):
         super().__init__(config=config)
         del attention_type, cp_comm_type  # self-attention on the ranks' own heads; there is one way to communicate
@@ -85,10 +91,10 @@ class SDPACoreAttention(MegatronModule):
         self.cp_group = getattr(pg_collection, "cp", None)
         if config.context_parallel_size > 1 and self.cp_group is None:
             raise ValueError(
-                f"context_parallel_size is {config.context_parallel_size}, but pg_collection has no cp; give the process groups "
-                "of this rank, as ProcessGroupCollection.use_mpu_process_groups() returns them"
+                f"context_parallel_size is {config.context_parallel_size}, but pg_collection has no cp; give the "
+                "process groups of this rank, as ProcessGroupCollection.use_mpu_process_groups() returns them"
             )
-        self.documents_cut = documents_cut
+        self.per_document = per_document
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -115,15 +121,16 @@ class SDPACoreAttention(MegatronModule):
         mask_type = attn_mask_type or self.attn_mask_type
         causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         dropout = self.dropout if self.training else 0.0
-        # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's attention)
+        # with sequence parallelism the tensor-parallel region already has its own generator (as in Megatron's
+        # attention)
         own_rng = dropout > 0 and not self.config.sequence_parallel
         group = sharing_group(packed_seq_params, self.cp_group)
         with self._kernels(query), get_cuda_rng_tracker().fork() if own_rng else contextlib.nullcontext():
             if group is not None and group.size() > 1:
                 if query.dim() == 4 and not causal:
                     raise ValueError(
-                        f"attention with mask type {mask_type.name} is not supported over {group.size()} context-parallel ranks, "
-                        "only causal; use --context-parallel-size 1, which generation needs too"
+                        f"attention with mask type {mask_type.name} is not supported over {group.size()} "
+                        "context-parallel ranks, only causal; use --context-parallel-size 1, which generation needs too"
                     )
                 return self._context_parallel(query, key, value, packed_seq_params, group, dropout).flatten(-2)
             if packed_seq_params is not None:
@@ -141,8 +148,8 @@ class SDPACoreAttention(MegatronModule):
                 mask_type == AttnMaskType.no_mask and 1 < q.shape[2] < k.shape[2]
             ):  # what Megatron says while it generates
                 raise ValueError(
-                    f"{q.shape[2]} new tokens after {k.shape[2] - q.shape[2]} cached ones would see each other's future; "
-                    "generate one token at a time, or use TransformerEngine"
+                    f"{q.shape[2]} new tokens after {k.shape[2] - q.shape[2]} cached ones would see each other's "
+                    "future; generate one token at a time, or use TransformerEngine"
                 )
             o = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
@@ -166,7 +173,9 @@ class SDPACoreAttention(MegatronModule):
         return sdpa_kernel(KERNELS[self.backend])
 
     def _packed(self, q, k, v, bounds_q, bounds_k, longest: int | None, dropout: float) -> torch.Tensor:
-        """The last query of each document stands at its last key: ``[t, heads, d]``, and keys of other bounds if chunks."""
+        """The last query of each document stands at its last key: ``[t, heads, d]``, and keys of other bounds if
+        chunks.
+        """
         flash = self.backend not in (AttnBackend.fused, AttnBackend.unfused)
         if flash and q.is_cuda and dropout == 0 and q.dtype in (torch.bfloat16, torch.float16):
             from torch.nn.attention.varlen import varlen_attn
@@ -195,8 +204,8 @@ class SDPACoreAttention(MegatronModule):
                 continue
             if a != b and self.backend == AttnBackend.fused:
                 raise ValueError(
-                    f"--attention-backend fused (cuDNN) does not attend from {a} tokens to the {b} up to their end, as packed "
-                    "documents and dropout need it over context-parallel ranks: use flash or auto"
+                    f"--attention-backend fused (cuDNN) does not attend from {a} tokens to the {b} up to their end, as "
+                    "packed documents and dropout need it over context-parallel ranks: use flash or auto"
                 )
             o = F.scaled_dot_product_attention(
                 *(x.permute(1, 2, 0, 3) for x in (q[queries], k[keys], v[keys])), attn_mask=causal_lower_right(a, b),
@@ -209,11 +218,14 @@ class SDPACoreAttention(MegatronModule):
         tokens, P, r = q.shape[0], group.size(), group.rank()
         if tokens % 2 or k.shape[0] != tokens:
             raise ValueError(
-                f"each of {P} context-parallel ranks has the queries and keys of two chunks of equal length, but this one has "
-                f"{tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
+                f"each of {P} context-parallel ranks has the queries and keys of two chunks of equal length, but this "
+                f"one has {tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
             )
         n = tokens // 2
-        if q.dim() == 4:
+        bounds = None if packed is None else document_bounds(packed)
+        cut = packed is not None and self.per_document and packed.local_cp_size is None
+        self._check_consistency(q, k, v, bounds, cut, group)
+        if bounds is None:
             rows = sequence(tokens, P, q.device)
             k, v = (Gather.apply(x, rows, group) for x in (k, v))
             pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
@@ -221,9 +233,6 @@ class SDPACoreAttention(MegatronModule):
                 return Merged.apply(q, k, v, pieces, self.softmax_scale, kernel)
             return self._one_by_one(q, k, v, pieces, dropout)
         chunks = torch.full((1,), n, device=q.device)
-        bounds = document_bounds(packed)
-        cut = self.documents_cut and packed.local_cp_size is None
-        check_once(bounds, check_documents, P * tokens, 2 * P if cut else 1)
         bounds = bounds.long()
         if cut:
             chunks = bounds.diff() // (2 * P)
@@ -234,3 +243,17 @@ class SDPACoreAttention(MegatronModule):
             bounds_q = joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
             bounds_k = joined(bounds.clamp(max=a + n), bounds.clamp(max=b + n))
         return self._packed(q, k, v, bounds_q, bounds_k, packed.max_seqlen_q, dropout)
+
+    def _check_consistency(self, q, k, v, bounds: torch.Tensor | None, cut: bool, group) -> None:
+        """Ranks that differ in what is sent would wait for each other, or read what another rank has not meant."""
+        total, chunks = group.size() * q.shape[0], 2 * group.size() if cut else 1
+        values = []
+        if bounds is not None:
+            check = functools.partial(check_packed_bounds, total, chunks)
+            values.append(Values("cu_seqlens", bounds, check, (total, chunks)))
+        check_consistency(
+            group, q.device, values, operator="softmax attention", tokens=q.shape[0],
+            batch=q.shape[1] if q.dim() == 4 else 1, heads=q.shape[-2], groups=k.shape[-2], dim=q.shape[-1],
+            value_dim=v.shape[-1], dtype=q.dtype, per_document=cut, scale=self.softmax_scale,
+            documents=0 if bounds is None else bounds.numel() - 1,
+        )  # fmt: skip

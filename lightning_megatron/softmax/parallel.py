@@ -28,7 +28,8 @@ class Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        # In fp32, which sends twice the bytes of bf16: up to 2P pieces add to a token, and bf16 would round after each of them
+        # In fp32, which sends twice the bytes of bf16: up to 2P pieces add to a token, and bf16 would round after each
+        # of them
         wide = torch.promote_types(grad.dtype, torch.float32)
         everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
         everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
@@ -40,8 +41,8 @@ class Gather(torch.autograd.Function):
 class Merged(torch.autograd.Function):
     """Causal attention of queries to the keys up to their own, of the keys before and of their own apart.
 
-    Kernels that know no mask but none and the square one do both halves, and a log-sum-exp of each makes one softmax of them
-    (Dao et al. 2022, FlashAttention, section 3.1). Their backward takes the log-sum-exp of the whole.
+    Kernels that know no mask but none and the square one do both halves, and a log-sum-exp of each makes one softmax of
+    them (Dao et al. 2022, FlashAttention, section 3.1). Their backward takes the log-sum-exp of the whole.
 
     Args:
         q, k, v: ``[t, b, heads, d]``, ``[T, b, groups, d]`` twice.
@@ -146,8 +147,8 @@ def pieces_of_documents(
         tokens: of a rank.
 
     Returns:
-        Rows of the pieces' keys among the tokens of all ranks, ``[(2P + 1) tokens / 2]``; bounds of the pieces and of their keys,
-        ``[2N + 1]``.
+        Rows of the pieces' keys among the tokens of all ranks, ``[(2P + 1) tokens / 2]``; bounds of the pieces and of
+        their keys, ``[2N + 1]``.
     """
     keys = torch.stack(((r + 1) * chunks, (2 * P - r) * chunks), 1).flatten()
     bounds_q, bounds_k = (F.pad(x.cumsum(0), (1, 0)) for x in (chunks.repeat_interleave(2), keys))
@@ -165,16 +166,17 @@ def joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat((first, first[-1] + second[1:]))
 
 
-def check_documents(bounds: torch.Tensor, tokens: int, chunks: int) -> None:
+def check_packed_bounds(tokens: int, chunks: int, bounds: torch.Tensor) -> None:
     ends = bounds.tolist()
     if ends[-1] != tokens:
         raise ValueError(
-            f"packed_seq_params.cu_seqlens_q ends at {ends[-1]}, but all context-parallel ranks together have {tokens} tokens; "
-            "give bounds in the whole packed sequence"
+            f"packed_seq_params.cu_seqlens_q ends at {ends[-1]}, but all context-parallel ranks together have {tokens} "
+            "tokens; give bounds in the whole packed sequence"
         )
     for document, (a, b) in enumerate(pairwise(ends)):
         if (b - a) % chunks:
             raise ValueError(
-                f"with documents_cut=True every document is cut into {chunks} equal chunks, but document {document} has {b - a} "
-                f"tokens; pad documents to a multiple of {chunks}, or set documents_cut=False for a sequence cut as a whole"
+                f"with per_document=True every document is cut into {chunks} equal chunks, but document {document} "
+                f"has {b - a} tokens; pad documents to a multiple of {chunks}, or set per_document=False for a "
+                "sequence cut as a whole"
             )

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron.ops import torch_backend
-from lightning_megatron.parallel import chunks
-from lightning_megatron.parallel.exchange import exchange
+from lightning_megatron.parallel.exchange import exchange, needed_pairs
+from lightning_megatron.parallel.factors import decay_factors
+from lightning_megatron.parallel.plan import ParallelPlan
 from tests.launch import spawn
 
 from .report import when, write
@@ -34,15 +35,15 @@ def times(rank: int, world: int, layout: str) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     found = {}
     for scheme in SCHEMES:
-        plan = chunks.Plan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, False, torch_backend)
-        chain = chunks.local(plan, torch.full((HEADS,), -0.01), None).chain
+        plan = ParallelPlan(dist.group.WORLD, layout, scheme, (64,) * world, 1.0, False, False, torch_backend)
+        factors = decay_factors(plan, needed_pairs, torch.full((HEADS,), -0.01), None)
         own = torch.randn(len(plan.mine), 1, HEADS, DIM, DIM)
         seconds = []
         for _ in range(WARMUP + REPEATS):
             dist.barrier()
             start = time.perf_counter()
             for reverse in (False, True):
-                exchange(plan, own, None, chain, None, False, reverse)()
+                exchange(plan, own, None, factors, None, False, reverse)()
             seconds.append(time.perf_counter() - start)
         found[scheme] = seconds[WARMUP:]
     return found

@@ -17,7 +17,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import DECODING, SEGMENTED, Launch, kernel, record, record_end_states, record_loss, record_pointwise
+from .launches import (
+    DECODING,
+    SEGMENTED,
+    Launch,
+    kernel,
+    record,
+    record_derived,
+    record_local_states,
+    record_loss,
+    record_pointwise,
+)
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -123,10 +133,12 @@ def main(arguments: list[str]) -> None:
             for launch in record_pointwise(**config):
                 report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
         for documents in (0, 4):
-            for launch in record_end_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
+            for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
                 direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
-                if launch.what in ("end state", "combine_kernel", *direct):
+                if launch.what in ("local state", "combine_kernel", *direct):
                     report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
+        for launch in record_derived(T=_LONG, documents=4):
+            report(gpu, torch.int32, f"T={_LONG}", launch)
         for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
             report(gpu, torch.bfloat16, "columns=32000", launch)
 

@@ -10,8 +10,10 @@ from unittest.mock import patch
 import torch
 
 from lightning_megatron.ops import pointwise
+from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
-from lightning_megatron.ops.triton import kernels, states
+from lightning_megatron.ops.triton import documents as documents_kernels
+from lightning_megatron.ops.triton import kernels, states, symmetric
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
@@ -21,9 +23,17 @@ SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
-EXCHANGE = ("end_state_kernel", "combine_kernel", "receive_kernel")
+STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
+DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
-MODULES = {pointwise_kernels: POINTWISE, loss_kernels: LOSS, states: EXCHANGE, kernels: KERNELS}
+MODULES = {
+    pointwise_kernels: POINTWISE,
+    loss_kernels: LOSS,
+    states: STATES,
+    symmetric: RECEIVE,
+    documents_kernels: DERIVED,
+    kernels: KERNELS,
+}
 
 
 def kernel(name: str):
@@ -66,16 +76,39 @@ def record(
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
     state = torch.empty(N, H, K, V, device="meta") if states else None
-    bounds = (B, documents + 1) if by_row else (documents + 1,)
-    cu_seqlens = torch.empty(bounds, dtype=torch.int32, device="meta") if documents else None
+    packed = _documents(B if by_row else 1, T, documents, by_row)
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
         stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
-        *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, cu_seqlens, states)
-        triton_backend.backward(q, k, v, log_decay, 1.0, state, cu_seqlens, saved, plan, do, state)
+        *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
+        triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
+
+
+def _documents(rows: int, T: int, count: int, by_row: bool = True) -> Documents | None:
+    shapes = (rows, T), (rows, count + 1)
+    return Documents(*(torch.empty(x, dtype=torch.int32, device="meta") for x in shapes), by_row) if count else None
+
+
+def record_derived(*, T: int, documents: int) -> list[Launch]:
+    """The launches for what is derived in every call: documents of one rank, of two chunks and of chunks of each;
+    factors.
+    """
+    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta")
+    pairs, log_decay = torch.empty(40, 2, dtype=torch.int32, device="meta"), torch.empty(32, device="meta")
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in DERIVED:
+            stack.enter_context(patch.object(documents_kernels, name, _Recorder(name, launches)))
+        triton_backend.find_documents(cu_seqlens, T, T)
+        triton_backend.find_documents(cu_seqlens, T, 8 * T, starts=(T, 6 * T))
+        triton_backend.find_documents(cu_seqlens, T, 4 * T, per_document=8)
+        triton_backend.decay_factors(log_decay, pairs, length=T)
+        triton_backend.decay_factors(log_decay, pairs, length=T, cu_seqlens=cu_seqlens)
+        triton_backend.decay_factors(log_decay, pairs, cu_seqlens=cu_seqlens, per_document=8)
+    return [Launch(launch[0], *launch) for launch in launches]
 
 
 def record_pointwise(
@@ -103,28 +136,28 @@ def record_pointwise(
     return [Launch(launch[0], *launch) for launch in launches]
 
 
-def record_end_states(
+def record_local_states(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0
 ) -> list[Launch]:
     """The launches for what context-parallel ranks send, forward and backward; backward into each other's memory."""
     k, v = (torch.empty(B, T, H, d, dtype=dtype, device="meta") for d in (K, V))
-    cu_seqlens = torch.empty(B, documents + 1, dtype=torch.int32, device="meta") if documents else None
-    mailboxes, between = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(1, H, device="meta")
-    mail = states.Mail(mailboxes, 1, 10**12, (1, B, H, K, V), between)
+    buffers, between = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(1, H, device="meta")
+    destination = Destination(buffers, 1, 10**12, (1, B, H, K, V), between)
     launches: list[tuple] = []
     with ExitStack() as stack:
         for name in KERNELS:
             stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
-        for name in EXCHANGE:
-            stack.enter_context(patch.object(states, name, _Recorder(name, launches)))
+        for module in (states, symmetric):
+            for name in MODULES[module]:
+                stack.enter_context(patch.object(module, name, _Recorder(name, launches)))
         gathered, weights = torch.empty(2, B, H, K, V, device="meta"), torch.empty(2, 2, 1, H, device="meta")
         log_decay = torch.empty(H, device="meta")
-        triton_backend.end_states(k, v, log_decay, None, cu_seqlens)
+        triton_backend.local_states(k, v, log_decay, None, _documents(B, T, documents))
         triton_backend.combine(gathered, weights)
-        cu_seqlens = torch.empty(2 * B, documents + 1, dtype=torch.int32, device="meta") if documents else None
+        packed = _documents(2 * B, T, documents)
         q, do = (torch.empty(B, 2 * T, *x.shape[2:], dtype=dtype, device="meta") for x in (k, v))
-        triton_backend.end_states(q, do, log_decay, None, cu_seqlens, reverse=True, pieces=2, mail=mail)
-        triton_backend.receive(mail, weights)
+        triton_backend.local_states(q, do, log_decay, None, packed, reverse=True, pieces=2, destination=destination)
+        triton_backend.receive(destination, weights)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
 
 
@@ -144,6 +177,6 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
 def _what(kernel: str, arguments: dict[str, Any]) -> str:
     if kernel == "walk_kernel" and arguments["STATE_ONLY"]:
         return "dstate" if arguments["REVERSE"] else "state"
-    if kernel == "end_state_kernel":
-        return "send" if arguments["SEND"] else "end state"
+    if kernel == "local_state_kernel":
+        return "send" if arguments["SEND"] else "local state"
     return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}.get(kernel, kernel)

@@ -15,6 +15,7 @@ import sys
 import torch
 
 from lightning_megatron.ops import lightning_attn
+from lightning_megatron.ops.backend import Destination
 from lightning_megatron.ops.linear_loss import linear_cross_entropy
 from lightning_megatron.ops.loss import vocab_parallel_cross_entropy
 from lightning_megatron.ops.pointwise import norm_gate, split_heads
@@ -34,21 +35,28 @@ def operator(T: int, K: int, V: int, dtype: torch.dtype, bounds: list[int] | Non
     torch.autograd.grad([o, final], [q, k, v, state], [torch.randn_like(o), torch.randn_like(final)])
     if T > 1:
         q, k, v, state = (x.detach() for x in (q, k, v, state[:1].expand(2, -1, -1, -1)))
-        rows = None  # two parts of a sequence, packed or not
+        rows, documents = None, None  # two parts of a sequence, packed or not
         if bounds is not None:
-            rows = torch.stack([cu_seqlens.clamp(a, a + T // 2) - a for a in (0, T // 2)])
-        own, parts = triton_backend.end_states(k, v, log_decay, None, rows, pieces=2)
+            rows = triton_backend.find_documents(cu_seqlens, T // 2, T, starts=(0, T // 2))
+            documents = triton_backend.find_documents(cu_seqlens, T, T)
+        pairs = torch.tensor([(0, 1), (1, 1), (2, 1), (0, 2)], device="cuda", dtype=torch.int32)
+        triton_backend.decay_factors(log_decay, pairs, length=T // 2, cu_seqlens=cu_seqlens)
+        own, parts = triton_backend.local_states(k, v, log_decay, None, rows, pieces=2)
         o, _, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, rows, False, parts, 2)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, rows, saved, plan, torch.randn_like(o), state, pieces=2)
         weights = torch.rand(2, 2, 1, 4, device="cuda")
         triton_backend.combine(own[:, None], weights)
         for chunks, between in ((2, None), (1, torch.rand(1, 4, device="cuda"))):  # apart, and as one state
             shape = (chunks, 1, 4, K, V)
-            mailbox = torch.zeros(triton_backend.mailbox_words(1, shape), device="cuda")
-            mail = triton_backend.Mail(torch.tensor([mailbox.data_ptr()], device="cuda"), 0, 10**10, shape, between)
-            triton_backend.end_states(k, v, log_decay, None, rows, pieces=2, mail=mail)
-            triton_backend.receive(mail, weights[:, :chunks])
-        triton_backend.final_states(k, v, log_decay, None, cu_seqlens)
+            buffer = torch.zeros(triton_backend.buffer_words(1, shape), device="cuda")
+            destination = Destination(torch.tensor([buffer.data_ptr()], device="cuda"), 0, 10**10, shape, between)
+            triton_backend.local_states(k, v, log_decay, None, rows, pieces=2, destination=destination)
+            triton_backend.receive(destination, weights[:, :chunks])
+        triton_backend.final_states(k, v, log_decay, None, documents)
+    if bounds is not None:  # two ranks that cut documents one by one
+        triton_backend.find_documents(4 * cu_seqlens, 2 * T, 4 * T, per_document=4)
+        pairs = torch.tensor([(0, 1), (3, 1)], device="cuda", dtype=torch.int32)
+        triton_backend.decay_factors(log_decay, pairs, cu_seqlens=4 * cu_seqlens, per_document=4)
 
 
 def around(dtype: torch.dtype) -> None:

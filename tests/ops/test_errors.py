@@ -135,7 +135,7 @@ def test_good_call():
 @pytest.fixture
 def compiled(monkeypatch):
     """As if Triton's interpreter were off."""
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: False)
 
 
 @pytest.fixture
@@ -167,16 +167,16 @@ def test_cuda_without_triton(no_triton, caplog):
 
 
 def test_triton_is_chosen_by_name(monkeypatch):
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: True)
     assert backends.choose("triton", zeros(1)) is triton_backend
 
 
 def backend_errors(monkeypatch) -> dict[str, tuple[dict, list[str]]]:
     """Calls that are wrong only on some machines."""
     doubles = {name: x.double() for name, x in arguments().items()}
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: True)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: True)
     yield doubles | {"backend": "triton"}, ["float64", "triton backend", "backend='torch'"]
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_interpreted", lambda: False)
     yield arguments(backend="triton"), ["backend='triton'", "q is on cpu", "backend='torch'"]
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -241,15 +241,20 @@ def test_inference_tensors_are_checked_every_time():
         assert "log_decay[1] = 2.0" in message(**call)[0]
 
 
-def test_values_are_read_once(monkeypatch):
-    """Reading waits for the GPU, so a layer must not do it in every step."""
+def test_values_are_read_once_where_that_waits(monkeypatch):
+    """Reading waits for the GPU, so a layer must not do it in every step. On a CPU every call looks: nothing there waits."""
     checked = []
-    for name in ("_check_log_decay", "_check_cu_seqlens"):
+    for name in ("check_log_decay", "check_cu_seqlens"):
         check = getattr(checks, name)
-        monkeypatch.setattr(
-            checks, name, lambda *a, check=check, name=name, **k: checked.append(name) or check(*a, **k)
-        )
-    call = packed([0, 3, 8])
-    for _ in range(3):
-        lightning_attn(**call)
-    assert checked == ["_check_log_decay", "_check_cu_seqlens"]
+        counted = lambda *a, check=check, name=name, **k: checked.append(name) or check(*a, **k)
+        monkeypatch.setattr(checks, name, counted)
+    call, twice = packed([0, 3, 8]), ["check_log_decay", "check_cu_seqlens"]
+    for waits in (False, True):
+        monkeypatch.setattr(checks, "_waits", lambda x, waits=waits: waits)
+        checked.clear()
+        for _ in range(3):
+            lightning_attn(**call)
+        assert checked == (twice if waits else 3 * twice)
+    call["cu_seqlens"][1] = 4
+    lightning_attn(**call)
+    assert checked == [*twice, "check_cu_seqlens"]

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
+from lightning_megatron.ops.backend import Destination
 from lightning_megatron.ops.torch_backend import combine
 from lightning_megatron.ops.triton import attention as triton_backend
-from lightning_megatron.ops.triton import states as states
+from lightning_megatron.ops.triton import symmetric
 
 from ..tolerances import EXCHANGED
 from .cases import Impl, randn
@@ -22,18 +23,18 @@ SHAPES = [(1, 1, 2, 16, 16), (2, 1, 1, 64, 48), (2, 2, 1, 16, 32), (1, 1, 1, 128
 @pytest.fixture(params=parameters([Impl("triton", torch.float32), Impl("triton", torch.float32, "cuda")]))
 def device(request, monkeypatch) -> str:
     if request.param.device == "cpu":
-        monkeypatch.setattr(states, "globaltimer", time.monotonic_ns)
+        monkeypatch.setattr(symmetric, "globaltimer", time.monotonic_ns)
     return request.param.device
 
 
 class Ranks:
-    """Mailboxes of ``count`` ranks, and tokens [R, chunks * T, H, *] of each."""
+    """Symmetric buffers of ``count`` ranks, and tokens [R, chunks * T, H, *] of each."""
 
     def __init__(self, rng: torch.Generator, count: int, shape: tuple[int, ...], device: str, T: int = 5) -> None:
-        words = states.mailbox_words(count, shape)
+        words = symmetric.buffer_words(count, shape)
         self.memory = [torch.zeros(words, device=device) for _ in range(count)]
         addresses = torch.tensor([x.data_ptr() for x in self.memory], device=device)
-        self.mails = [states.Mail(addresses, rank, LIMIT, shape) for rank in range(count)]
+        self.destinations = [Destination(addresses, rank, LIMIT, shape) for rank in range(count)]
         self.rng, self.shape, self.device, self.T, self.chunks = rng, shape, device, T, shape[0]
         self.log_decay = torch.full((shape[2],), -0.1, device=device)
         self.tokens = [self.draw() for _ in range(count)]
@@ -45,17 +46,23 @@ class Ranks:
     def states(self, reverse: bool = False) -> torch.Tensor:
         """Of all chunks of all ranks ``[ranks * chunks, R, H, K, V]``."""
         how = dict(pieces=self.chunks, reverse=reverse)
-        found = [triton_backend.end_states(k, v, self.log_decay, None, None, **how)[0] for k, v in self.tokens]
+        found = [triton_backend.local_states(k, v, self.log_decay, None, None, **how)[0] for k, v in self.tokens]
         return torch.cat([x.unflatten(0, (self.shape[1], self.chunks)).transpose(0, 1) for x in found])
 
     def send(self, rank: int, reverse: bool = False) -> None:
-        out, _ = triton_backend.end_states(
-            *self.tokens[rank], self.log_decay, None, None, pieces=self.chunks, mail=self.mails[rank], reverse=reverse
+        out, _ = triton_backend.local_states(
+            *self.tokens[rank],
+            self.log_decay,
+            None,
+            None,
+            pieces=self.chunks,
+            destination=self.destinations[rank],
+            reverse=reverse,
         )
         assert out is None
 
     def weights(self, places: int, rows: int = 1) -> torch.Tensor:
-        count = len(self.mails) * self.shape[0]
+        count = len(self.destinations) * self.shape[0]
         return torch.rand(places, count, rows, self.shape[2], generator=self.rng).to(self.device)
 
 
@@ -80,29 +87,33 @@ def test_equals_a_gather(rng, device, shape, count):
             ranks.send(rank)
         for rank in torch.randperm(count, generator=rng).tolist():
             weights = ranks.weights(1 + repeat % 3, shape[1] if repeat % 2 else 1)
-            assert_received(states.receive(ranks.mails[rank], weights), states, weights)
+            assert_received(symmetric.receive(ranks.destinations[rank], weights), states, weights)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 2, 16, 16), (1, 2, 1, 64, 48), (1, 3, 1, 128, 16)], ids=str)
 def test_one_state_for_each_pair_of_ranks(rng, device, shape, reverse):
-    """A rank sends the first of its two chunks to later ranks, and the sum of both to earlier ones."""
+    """Of two chunks a rank sends the first to ranks behind it, and to those before it the sum at the end of the
+    second.
+    """
     count, R, H = 3, *shape[1:3]
     ranks = Ranks(rng, count, shape, device)
     ranks.chunks = 2
     for rows in (1, R):
         between = [torch.rand(rows, H, generator=rng).to(device) for _ in range(count)]
-        ranks.mails = [mail._replace(between=x) for mail, x in zip(ranks.mails, between, strict=True)]
+        ranks.destinations = [
+            destination._replace(between=x) for destination, x in zip(ranks.destinations, between, strict=True)
+        ]
         ranks.tokens = [ranks.draw() for _ in range(count)]
         states = ranks.states(reverse).double().unflatten(0, (count, 2))
         first, second = states.flip(1).unbind(1) if reverse else states.unbind(1)
         both = second + torch.stack(between).double().expand(-1, R, -1)[..., None, None] * first
         for rank in torch.randperm(count, generator=rng).tolist():
             ranks.send(rank, reverse)
-        for rank, mail in enumerate(ranks.mails):
+        for rank, destination in enumerate(ranks.destinations):
             weights = ranks.weights(2, rows)
             sent = torch.cat((first[: rank + 1], both[rank + 1 :]))
-            assert_received(states.receive(mail, weights), sent, weights)
+            assert_received(symmetric.receive(destination, weights), sent, weights)
 
 
 def test_a_rank_may_be_one_exchange_ahead(rng, device):
@@ -112,10 +123,10 @@ def test_a_rank_may_be_one_exchange_ahead(rng, device):
     ranks.send(0), ranks.send(1)
     for _ in range(3):
         weights = ranks.weights(2)
-        assert_received(states.receive(ranks.mails[0], weights), states, weights)
+        assert_received(symmetric.receive(ranks.destinations[0], weights), states, weights)
         ranks.tokens[0] = ranks.draw()
         ranks.send(0)
-        assert_received(states.receive(ranks.mails[1], weights), states, weights)
+        assert_received(symmetric.receive(ranks.destinations[1], weights), states, weights)
         ranks.tokens[1] = ranks.draw()
         states = ranks.states()
         ranks.send(1)
@@ -128,9 +139,9 @@ def test_numbers_of_exchanges_begin_anew(rng, device):
     for _ in range(4):
         ranks.tokens = [ranks.draw() for _ in range(2)]
         ranks.send(0), ranks.send(1)
-        for mail in ranks.mails:
+        for destination in ranks.destinations:
             weights = ranks.weights(1)
-            assert_received(states.receive(mail, weights), ranks.states(), weights)
+            assert_received(symmetric.receive(destination, weights), ranks.states(), weights)
 
 
 def test_all_ranks_get_the_same_bits(rng, device):
@@ -138,7 +149,7 @@ def test_all_ranks_get_the_same_bits(rng, device):
     weights = ranks.weights(1)
     for rank in range(3):
         ranks.send(rank)
-    a, b, c = (states.receive(mail, weights) for mail in ranks.mails)
+    a, b, c = (symmetric.receive(destination, weights) for destination in ranks.destinations)
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
@@ -149,8 +160,8 @@ def test_a_chunk_without_tokens(rng, device):
     states[1] = 0
     ranks.tokens[1] = tuple(x[:, :0] for x in ranks.tokens[1])
     ranks.send(0), ranks.send(1)
-    for mail in ranks.mails:
-        assert_received(states.receive(mail, weights), states, weights)
+    for destination in ranks.destinations:
+        assert_received(symmetric.receive(destination, weights), states, weights)
 
 
 @pytest.mark.gpu
@@ -161,7 +172,7 @@ def test_in_a_cuda_graph(rng, device):
 
     def exchange() -> list[torch.Tensor]:
         ranks.send(0), ranks.send(1)
-        return [states.receive(mail, w) for mail, w in zip(ranks.mails, weights, strict=True)]
+        return [symmetric.receive(destination, w) for destination, w in zip(ranks.destinations, weights, strict=True)]
 
     exchange()
     torch.cuda.synchronize()

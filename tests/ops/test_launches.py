@@ -12,7 +12,7 @@ import torch
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import kernels
 
-from .launches import DECODING, SEGMENTED, SINGLE, record, record_end_states
+from .launches import DECODING, SEGMENTED, SINGLE, record, record_derived, record_local_states
 
 BF16 = torch.bfloat16
 KIB = 1024
@@ -113,12 +113,12 @@ def test_plan_of_deterministic_algorithms():
 
 @pytest.mark.parametrize("documents", [0, 3])
 @pytest.mark.parametrize("T", [1, 100, 8192, 10**6])
-def test_launches_of_end_states(T, documents):
+def test_launches_of_local_states(T, documents):
     """Two each way before the exchange or with it, of which the operator uses the first again, and one behind it."""
-    launches = record_end_states(dtype=BF16, T=T, K=128, V=64, documents=documents)
+    launches = record_local_states(dtype=BF16, T=T, K=128, V=64, documents=documents)
     assert [launch.what for launch in launches] == [
         "state",
-        "end state",
+        "local state",
         "combine_kernel",
         "dstate",
         "send",
@@ -128,3 +128,14 @@ def test_launches_of_end_states(T, documents):
         assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
     sent, read = launches[0].arguments["split_states"], launches[1].arguments["split_states"]
     assert sent is read and sent.shape[1] * launches[0].arguments["split_len"] >= T
+
+
+@pytest.mark.parametrize("T", [1, 8192, 10**6])
+def test_launches_of_what_is_derived(T):
+    """One each, in every call: documents of the tokens, and decay factors of all pairs of an exchange, both ways."""
+    launches = record_derived(T=T, documents=5)
+    assert [launch.what for launch in launches] == ["documents_kernel"] * 3 + ["decay_kernel"] * 3
+    for launch in launches:
+        assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
+    for launch, rows in zip(launches, (1, 2, 1), strict=False):
+        assert launch.grid[0] * launch.arguments["BLOCK"] >= rows * T

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from lightning_megatron.ops import backend as backends
+from lightning_megatron.ops.backend import Documents
 
 from ..tolerances import assert_close
 from .cases import Case, Impl, judge, make_case, pick, random_documents
 
 
 def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) -> tuple[Case, torch.Tensor]:
-    """Tokens of ``rows`` parts one after the other with their states, and bounds ``[rows, N + 1]`` of all documents in
-    each.
+    """Tokens of ``rows`` parts one after the other with their states, and bounds ``[rows, N + 1]`` of all documents
+    in each.
     """
     ends = torch.tensor([0, *random_documents(rng, (rows + 2) * T)]).cumsum(0)
     starts = torch.randperm(rows + 2, generator=rng)[:rows, None] * T  # parts need not be neighbours
@@ -21,6 +22,13 @@ def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) ->
     case = make_case(rng, impl, B=1, T=rows * T, H=2, Hkv=pick(rng, (1, 2)), K=K, V=V, log_decay=(-0.02, 0.0))
     states = make_case(rng, impl, B=rows, T=1, H=2, K=K, V=V)
     return case.replace(initial_state=states.initial_state, dfinal=states.dfinal), bounds.to(impl.device)
+
+
+def documents_of(bounds: torch.Tensor, T: int) -> Documents:
+    """Of parts that need not be neighbours: written down from the definition."""
+    tokens = torch.arange(T, device=bounds.device)
+    ids = (bounds[:, None, 1:] <= tokens[:, None]).sum(-1, dtype=torch.int32)
+    return Documents(ids, bounds.to(torch.int32), by_row=True)
 
 
 def judge_rows(case: Case, bounds: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -50,17 +58,19 @@ def test_states_are_of_rows(every_impl, rng, cut, rows, T, split):
     print(every_impl, case, bounds)
     module = backends.choose(every_impl.backend, case.q)
     scale, (q, k, v, do), log_decay = K**-0.5, (case.q, case.k, case.v, case.do), case.log_decay
-    own, own_grad, dfinal = None, None, case.dfinal
+    own, own_grad, dfinal, documents = None, None, case.dfinal, documents_of(bounds, T)
     if split:
-        ends, own = module.end_states(k, v, log_decay, None, bounds, pieces=rows)
-        starts, own_grad = module.end_states(q, do, log_decay, None, bounds, pieces=rows, reverse=True, scale=scale)
+        ends, own = module.local_states(k, v, log_decay, None, documents, pieces=rows)
+        starts, own_grad = module.local_states(
+            q, do, log_decay, None, documents, pieces=rows, reverse=True, scale=scale
+        )
         dfinal = lambda: case.dfinal
         without = judge_rows(case.replace(initial_state=0 * case.initial_state, dfinal=0 * case.dfinal), bounds)
         found = {"final_state": ends, "dinitial_state": starts}
         assert_close(found, {name: without[name] for name in found}, every_impl.backend, every_impl.dtype)
-    o, final, saved, plan = module.forward(q, k, v, log_decay, scale, case.initial_state, bounds, True, own, rows)
+    o, final, saved, plan = module.forward(q, k, v, log_decay, scale, case.initial_state, documents, True, own, rows)
     *grads, dinitial = module.backward(
-        q, k, v, log_decay, scale, case.initial_state, bounds, saved, plan, do, dfinal, own_grad, rows
+        q, k, v, log_decay, scale, case.initial_state, documents, saved, plan, do, dfinal, own_grad, rows
     )
     got = (
         {"o": o, "final_state": final}
@@ -76,5 +86,6 @@ def test_one_row_is_a_packed_sequence(every_impl, rng, cut):
     case, bounds = draw(rng, every_impl, 1, 150, 32, 32)
     module = backends.choose(every_impl.backend, case.q)
     args = case.q, case.k, case.v, case.log_decay, 1.0, None
-    outputs = [module.forward(*args, x, False)[0] for x in (bounds, bounds[0])]
+    rows = documents_of(bounds, 150)
+    outputs = [module.forward(*args, x, False)[0] for x in (rows, rows._replace(by_row=False))]
     assert torch.equal(*outputs)

@@ -8,12 +8,20 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..memo import keep
+from ..backend import Destination, Documents
+from .documents import decay_factors, find_documents
 from .kernels import gradients_kernel, step_kernel, walk_kernel
 from .launch import cdiv, launch, pad
-from .states import Mail, combine, mailbox_words, receive, reduce_splits
+from .states import combine, reduce_splits
+from .symmetric import buffer_words, receive
 
-__all__ = ["Mail", "backward", "combine", "end_states", "final_states", "forward", "mailbox_words", "receive"]
+__all__ = [
+    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward",
+    "local_states", "receive",
+]  # fmt: skip
+
+NAME = "triton"
+DIRECT = True
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
 PROGRAMS = 256
@@ -108,7 +116,7 @@ def _launch_walk(
     *,
     incoming,
     outgoing=None,
-    docs,
+    documents,
     reverse=False,
     split_len,
     splits,
@@ -120,16 +128,16 @@ def _launch_walk(
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, split_len * splits)
     states_only = q is None
-    doc, cu_seqlens = docs
+    doc, bounds = _ids_and_bounds(documents)
     tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
     rows, first = _rows(split_states, segments, splits, reverse)
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
-        (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens),
-        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(cu_seqlens),
+        (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, bounds),
+        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(documents),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(cu_seqlens), *_precision(v.dtype)),
+         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(documents), *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
@@ -146,7 +154,7 @@ def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse
 
 
 def _split_states(
-    k, v, log_decay, *, incoming, docs, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
+    k, v, log_decay, *, incoming, documents, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
 ) -> torch.Tensor | None:
     """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
@@ -155,30 +163,23 @@ def _split_states(
         return None
     split_states = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
     _launch_walk(  # those of documents enter inside parts
-        None, k, v, None, log_decay, split_states, incoming=None if _by_row(docs[1]) else incoming, docs=docs, reverse=reverse, split_len=split_len, splits=splits,
-        pieces=pieces, scale=scale,
+        None, k, v, None, log_decay, split_states, incoming=None if _by_row(documents) else incoming, documents=documents, reverse=reverse,
+        split_len=split_len, splits=splits, pieces=pieces, scale=scale,
     )  # fmt: skip
     return split_states
 
 
-def _documents(cu_seqlens: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(document of each token ``[(B,) T]``, bounds ``[(B,) N+1]``) in int32, made on the device without waiting for it."""
-    return (None, None) if cu_seqlens is None else keep(cu_seqlens, ("documents", T), lambda x: _find_documents(x, T))
+def _ids_and_bounds(documents: Documents | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if documents is None else documents[:2]
 
 
-def _find_documents(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    bounds = cu_seqlens.to(torch.int32).contiguous()
-    tokens = torch.arange(T, device=bounds.device, dtype=torch.int32).expand(*bounds.shape[:-1], T)
-    return torch.searchsorted(bounds[..., 1:].contiguous(), tokens.contiguous(), right=True, out_int32=True), bounds
-
-
-def _by_row(cu_seqlens: torch.Tensor | None) -> bool:
+def _by_row(documents: Documents | None) -> bool:
     """Whether states are those of sequences, and not of documents."""
-    return cu_seqlens is None or cu_seqlens.dim() == 2
+    return documents is None or documents.by_row
 
 
-def _count(cu_seqlens: torch.Tensor | None) -> int:
-    return 0 if cu_seqlens is None else cu_seqlens.shape[-1] - 1
+def _count(documents: Documents | None) -> int:
+    return 0 if documents is None else documents.bounds.shape[1] - 1
 
 
 def _leaving_state(
@@ -203,36 +204,30 @@ def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> Spl
     return _plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
 
 
-def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, split_states=None, pieces=1):
-    """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
-
-    ``split_states`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
-    ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces. ``cu_seqlens [N, documents + 1]``
-    cuts every sequence into documents, whose first may have begun before it and whose last may go on: states are those of
-    sequences. ``[N + 1]`` cuts one sequence, and states are those of documents.
-    """
+def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, split_states=None, pieces=1):
+    """See ``Backend.forward``."""
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V = v.shape[-1]
-    packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
+    packed, by_row = documents is not None, _by_row(documents)
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
     final = (
-        _leaving_state(initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, q.device)
+        _leaving_state(initial_state, (B if by_row else _count(documents), H, K, V), not by_row or T == 0, q.device)
         if need_final
         else None
     )
     plan = _plan_for(B, T, H, K, V, q.dtype)
     if T == 0 or B == 0:
-        return o, final, (None, None, None), plan
+        return o, final, (None,), plan
     if T == 1 and not packed and split_states is None and pieces == 1:
         _step(q, k, v, o, log_decay, scale, initial_state, final)
-        return o, final, (None, None, None), plan
-    cut = dict(docs=_documents(cu_seqlens, T), split_len=plan.split_len, splits=plan.splits, pieces=pieces)
+        return o, final, (None,), plan
+    cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, pieces=pieces)
     split_states = (
         split_states if split_states is not None else _split_states(k, v, log_decay, incoming=initial_state, **cut)
     )
     _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
-    return o, final, (split_states, *cut["docs"]), plan
+    return o, final, (split_states,), plan
 
 
 def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
@@ -248,47 +243,40 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     )  # fmt: skip
 
 
-def end_states(
-    k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0
-):
-    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the splits' states, None
-    where ``forward`` (``backward``) needs none.
-
-    With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
-    With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
-    """
+def local_states(
+    k, v, log_decay, initial_state, documents, reverse=False, scale=1.0, pieces=1,
+    destination: Destination | None = None, first=0,
+):  # fmt: skip
+    """See ``Backend.local_states``."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H = v.shape[-1], log_decay.numel()
     if B == 0:
-        return None if mail else v.new_empty(0, H, K, V, dtype=torch.float32), None
+        return None if destination else v.new_empty(0, H, K, V, dtype=torch.float32), None
     plan = _plan_for(B, T, H, K, V, v.dtype)
-    docs, split_states, splits = _documents(cu_seqlens, T), None, plan.splits_grad if reverse else plan.splits
+    split_states, splits = None, plan.splits_grad if reverse else plan.splits
     if T > 0:
         split_states = _split_states(
-            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), docs=docs, split_len=plan.split_len,
-            splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
+            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), documents=documents,
+            split_len=plan.split_len, splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
         )  # fmt: skip
     states = reduce_splits(
-        split_states, log_decay, docs[0], (B, T, K, V), plan.split_len, reverse=reverse, mail=mail, first=first
-    )
+        split_states, log_decay, _ids_and_bounds(documents)[0], (B, T, K, V), plan.split_len, reverse=reverse,
+        destination=destination, first=first,
+    )  # fmt: skip
     return states, split_states if T > plan.split_len * splits else None  # one segment needs none
 
 
-def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
-    """See ``torch_backend.final_states``."""
+def final_states(k, v, log_decay, initial_state, documents, reverse=False, scale=1.0):
+    """See ``Backend.final_states``."""
     B, T, _, K = k.shape
-    V, H, by_row = v.shape[-1], log_decay.numel(), _by_row(cu_seqlens)
+    V, H, by_row = v.shape[-1], log_decay.numel(), _by_row(documents)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    final = _leaving_state(
-        initial_state, (B if by_row else _count(cu_seqlens), H, K, V), not by_row or T == 0, k.device
-    )
+    final = _leaving_state(initial_state, (B if by_row else _count(documents), H, K, V), not by_row or T == 0, k.device)
     if T == 0 or B == 0:
         return final
     programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))
     plan = _plan_splits(T, programs, programs)
-    cut = dict(
-        docs=_documents(cu_seqlens, T), split_len=plan.split_len, splits=plan.splits, reverse=reverse, scale=scale
-    )
+    cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, reverse=reverse, scale=scale)
     split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     q = k[:, :, :1].expand(B, T, H, K)
     _launch_walk(
@@ -297,16 +285,12 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
     return final
 
 
-def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, split_grads=None, pieces=1):
-    """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
-
-    ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called. ``dfinal`` may be a function, which waits
-    for it: dq, which does not depend on it, is then launched before the function is called.
-    """
+def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, do, dfinal, split_grads=None, pieces=1):
+    """See ``Backend.backward``: given a function as ``dfinal``, dq is launched before the function is called."""
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V, kv_heads = v.shape[-1], k.shape[2]
-    split_states, *docs = saved
-    packed, by_row = cu_seqlens is not None, _by_row(cu_seqlens)
+    (split_states,) = saved
+    packed, by_row = documents is not None, _by_row(documents)
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -324,9 +308,9 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
-            (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial, *docs),
+            (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial, *_ids_and_bounds(documents)),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
+             H // kv_heads, pieces, _count(documents), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
              plan.splits, segments_q, _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None, packed, by_row,
@@ -351,7 +335,7 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
                 do,
                 log_decay,
                 incoming=dfinal,
-                docs=docs,
+                documents=documents,
                 split_len=plan.split_len,
                 splits=plan.splits_grad,
                 pieces=pieces,
