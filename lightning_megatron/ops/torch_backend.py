@@ -39,8 +39,8 @@ def _fp32_is_reduced() -> bool:
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` to the accuracy of a's dtype, whatever ``torch.set_float32_matmul_precision`` says.
 
-    Where that setting allows less than fp32, the product is computed in fp64: the setting is global, and changing it even
-    for a moment would change it for the user's other threads.
+    Where that setting allows less than fp32, the product is computed in fp64: the setting is global, and changing it
+    even for a moment would change it for the user's other threads.
     """
     if a.dtype == torch.float32 and a.device.type != "mps" and _fp32_is_reduced():  # Apple's GPUs have neither
         return (a.double() @ b.double()).to(a.dtype)
@@ -106,7 +106,7 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _runs(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, slice, slice, slice]]:
-    """(rows, tokens, states that enter, states that leave) of each run: the whole batch at once, or one document at a time."""
+    """(rows, tokens, incoming states, outgoing states) of each run: the whole batch, or one document after another."""
     rows = slice(0, B)
     if cu_seqlens is None:
         return [(rows, slice(0, T), rows, rows)]
@@ -116,9 +116,7 @@ def _runs(cu_seqlens: torch.Tensor | None, B: int, T: int) -> list[tuple[slice, 
             for n, (a, b) in enumerate(pairwise(cu_seqlens.tolist()))
         ]
     runs, none = [], slice(0, 0)
-    for r, bounds in enumerate(
-        cu_seqlens.tolist()
-    ):  # states are those of rows: of what documents have left and right of them
+    for r, bounds in enumerate(cu_seqlens.tolist()):  # states are those of rows: documents may begin and end outside
         row = slice(r, r + 1)
         runs += [(row, slice(a, b), none if a else row, row if b == T else none) for a, b in pairwise(bounds) if a < b]
     return runs
@@ -200,7 +198,7 @@ def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail=None, first=0):
-    """See ``triton_backend.end_states``; there are no parts here, and no mail."""
+    """See ``triton_backend.end_states``; there are no splits here, and no mail."""
     assert mail is None
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, cu_seqlens, reverse, scale)
     if cu_seqlens is not None and cu_seqlens.dim() == 1:  # of the document of the last token, reversed of the first
@@ -211,8 +209,8 @@ def end_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=
 
 @_without_autocast
 def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0):
-    """Final states ``[N, H, K, V]`` alone. With ``reverse``, of (q, do): the gradients of initial states, from those of final
-    states in initial_state's place."""
+    """Final states ``[N, H, K, V]`` alone. With ``reverse``, of (q, do): gradients of initial states; ``initial_state``
+    is then the gradient of the final states."""
     H = log_decay.numel()
     kh, vh = (_heads_first(x, H) for x in (k, v))
     final = _new_states(kh, cu_seqlens, v.shape[3])

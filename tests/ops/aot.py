@@ -60,7 +60,7 @@ AROUND = [
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (AMD: registers) spilled per thread."""
+    """Of one kernel: bytes of shared memory per program, registers and bytes of stack per thread (AMD: spilled registers)."""
 
     shared: int
     registers: int

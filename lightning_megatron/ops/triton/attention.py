@@ -1,4 +1,4 @@
-"""What the Triton kernels are launched with: tile sizes, segments, memory. Forward and backward of the operator."""
+"""Forward and backward of the operator with Triton: chooses tiles, splits and segments, allocates, launches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .states import Mail, combine, mailbox_words, receive, reduce_splits
 
 __all__ = ["Mail", "backward", "combine", "end_states", "final_states", "forward", "mailbox_words", "receive"]
 
-# Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
+# Programs that fill a GPU of about 130 multiprocessors. A constant, so that results do not depend on the GPU.
 PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
-MIN_SPLIT, MAX_SPLITS = 1024, 32  # where there are more parts than segments
-ONE_LAUNCH = 1024  # shorter sequences are not worth two
+MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
+ONE_LAUNCH = 1024  # shorter sequences have one segment
 
 
 class Tiles(NamedTuple):
-    """Of one walk: padded head dim, columns per program, tokens per chunk."""
+    """Tile sizes of one walk: padded head dim, columns per program, tokens per chunk."""
 
     BK: int
     BV: int
@@ -34,7 +34,8 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bool = False) -> Tiles:
-    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV. States alone, not packed, leave room for long chunks."""
+    """The state's tile [BV, BK] lives in registers, so a wide K needs a narrow BV. Walks that compute only states of
+    sequences that are not packed have registers for ``long_chunks``."""
     BK, BV = pad(K), pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
@@ -44,7 +45,7 @@ def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bo
 
 
 class SplitPlan(NamedTuple):
-    """How a sequence is cut: tokens per part, a multiple of 64, and parts per segment of the walks."""
+    """How a sequence is cut: tokens per split, a multiple of 64, and splits per segment of the walks."""
 
     split_len: int
     splits: int  # for o and dq
@@ -54,9 +55,9 @@ class SplitPlan(NamedTuple):
 def _plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
     """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
 
-    Parts are shorter than segments: their states are computed by more programs. Results of another plan differ by
-    rounding. Under ``torch.use_deterministic_algorithms`` it depends on T alone, so that a sequence gets the same bits in
-    any batch and a head the same on any tensor-parallel rank.
+    Splits are shorter than segments, so that more programs compute their states. Another plan rounds differently. Under
+    ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the same bits in any batch, and
+    a head on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
@@ -72,7 +73,7 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def _descriptors(*tensors: torch.Tensor) -> bool:
-    """Whether tiles are moved by the copy engine: tensor descriptors need addresses and strides of 16 bytes."""
+    """Whether the copy engine can move the tiles: tensor descriptors need addresses and strides of 16 bytes."""
     if not _has_copy_engine(tensors[0].device) or tensors[0].dtype == torch.float32:
         return False
     for x in tensors:
@@ -85,7 +86,7 @@ def _descriptors(*tensors: torch.Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory where programs put their descriptors."""
+    """Allocate memory for the descriptors that programs make."""
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
@@ -99,23 +100,10 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _launch_walk(
-    q,
-    k,
-    v,
-    o,
-    log_decay,
-    split_states,
-    *,
-    incoming,
-    outgoing=None,
-    docs,
-    reverse=False,
-    split_len,
-    splits,
-    pieces=1,
+    q, k, v, o, log_decay, split_states, *, incoming, outgoing=None, docs, reverse=False, split_len, splits, pieces=1,
     scale=1.0,
-) -> None:
-    """Launch ``walk_kernel``: o and the final states, edge_out, or without q the splits' states."""
+) -> None:  # fmt: skip
+    """Launch ``walk_kernel`` for o and the ``outgoing`` states, or without q for the states of splits."""
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, split_len * splits)
@@ -129,18 +117,19 @@ def _launch_walk(
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(cu_seqlens),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(cu_seqlens), *_precision(v.dtype)),
+         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(cu_seqlens),
+         *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
 def _rows_of(x: torch.Tensor, pieces: int) -> tuple[int, int]:
-    """How many sequences there are in ``[B, pieces * T, ...]``, and T. Pieces are not split off: that would be a copy."""
+    """Number of sequences in ``[B, pieces * T, ...]``, and T. Splitting pieces off as rows would need a copy."""
     return x.shape[0] * pieces, x.shape[1] // pieces
 
 
 def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse: bool) -> tuple[int, int]:
-    """Rows of own states, and the part of the first: no segment needs those of the last segment, reversed of the first."""
+    """Number of split states, and the first one's split. The last segment's (reversed the first's) are not needed."""
     rows = 0 if split_states is None else split_states.shape[1]
     return rows, splits if reverse and rows < segments * splits else 0
 
@@ -148,15 +137,16 @@ def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse
 def _split_states(
     k, v, log_decay, *, incoming, docs, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
 ) -> torch.Tensor | None:
-    """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
+    """States ``[B, rows, H, K, V]`` fp32 of splits: those that another segment needs (None if none), or of ``every`` one."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     rows = (cdiv(T, split_len * splits) - (not every)) * splits
     if rows == 0:
         return None
     split_states = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
-    _launch_walk(  # those of documents enter inside parts
-        None, k, v, None, log_decay, split_states, incoming=None if _by_row(docs[1]) else incoming, docs=docs, reverse=reverse, split_len=split_len, splits=splits,
-        pieces=pieces, scale=scale,
+    incoming = None if _by_row(docs[1]) else incoming  # states of documents enter inside splits
+    _launch_walk(
+        None, k, v, None, log_decay, split_states, incoming=incoming, docs=docs, reverse=reverse,
+        split_len=split_len, splits=splits, pieces=pieces, scale=scale,
     )  # fmt: skip
     return split_states
 
@@ -173,7 +163,7 @@ def _find_documents(cu_seqlens: torch.Tensor, T: int) -> tuple[torch.Tensor, tor
 
 
 def _by_row(cu_seqlens: torch.Tensor | None) -> bool:
-    """Whether states are those of sequences, and not of documents."""
+    """Whether states are those of sequences rather than documents."""
     return cu_seqlens is None or cu_seqlens.dim() == 2
 
 
@@ -184,7 +174,7 @@ def _count(cu_seqlens: torch.Tensor | None) -> int:
 def _leaving_state(
     entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device
 ) -> torch.Tensor:
-    """Where kernels put states that leave. They skip empty sequences, which hand on what entered: that is put there first."""
+    """Memory for outgoing states. Kernels skip empty sequences, whose state passes unchanged: it is filled in here."""
     if not has_empty:
         return torch.empty(like, device=device, dtype=torch.float32)
     return torch.zeros(like, device=device, dtype=torch.float32) if entering is None else entering.clone()
@@ -206,10 +196,11 @@ def _plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> Spl
 def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, split_states=None, pieces=1):
     """``(o [B,T,H,V], final_state [N,H,K,V] fp32 or None, tensors for the backward or None, plan for the backward)``.
 
-    ``split_states`` is what ``end_states`` of (k, v) returned, if it has been called with the same initial states of documents. With
-    ``pieces`` a row of the batch holds so many sequences of equal length, N = B * pieces. ``cu_seqlens [N, documents + 1]``
-    cuts every sequence into documents, whose first may have begun before it and whose last may go on: states are those of
-    sequences. ``[N + 1]`` cuts one sequence, and states are those of documents.
+    ``split_states`` is what ``end_states`` of (k, v) returned, if it was called before with the same initial states of
+    documents. With ``pieces`` a row of the batch holds that many sequences of equal length, N = B * pieces.
+    ``cu_seqlens`` is ``[N, documents + 1]`` or ``[N + 1]``. The first cuts every sequence into documents; its first
+    document may have begun before it, its last may go on, and states are those of sequences. The second cuts the one
+    sequence, and states are those of documents.
     """
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V = v.shape[-1]
@@ -228,9 +219,8 @@ def forward(q, k, v, log_decay, scale, initial_state, cu_seqlens, need_final, sp
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None, None, None), plan
     cut = dict(docs=_documents(cu_seqlens, T), split_len=plan.split_len, splits=plan.splits, pieces=pieces)
-    split_states = (
-        split_states if split_states is not None else _split_states(k, v, log_decay, incoming=initial_state, **cut)
-    )
+    if split_states is None:
+        split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
     return o, final, (split_states, *cut["docs"]), plan
 
@@ -242,7 +232,8 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     launch(
         step_kernel, cdiv(V, tiles.BV) * H * B,
         (q, k, v, o, log_decay, initial_state, final),
-        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale),
+        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0),
+         H // k.shape[2], H, scale),
         (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -251,11 +242,11 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
 def end_states(
     k, v, log_decay, initial_state, cu_seqlens, reverse=False, scale=1.0, pieces=1, mail: Mail | None = None, first=0
 ):
-    """The state at the end of every sequence ``[B, H, K, V]``, packed that of its last document; then the splits' states, None
-    where ``forward`` (``backward``) needs none.
+    """``(states, split states)``: the state at the end of every sequence ``[B, H, K, V]``, packed of its last document,
+    and what ``forward`` (``backward``) takes as ``split_states`` (``split_grads``), None where it needs none.
 
-    With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first document.
-    With ``mail`` they are sent, from number ``first`` of the message on, and not returned.
+    With ``reverse``, of (q, do): the gradient of the state at the start of every sequence, packed of the first
+    document. With ``mail`` the states are sent, from number ``first`` of the message on, and not returned.
     """
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     V, H = v.shape[-1], log_decay.numel()
@@ -265,8 +256,8 @@ def end_states(
     docs, split_states, splits = _documents(cu_seqlens, T), None, plan.splits_grad if reverse else plan.splits
     if T > 0:
         split_states = _split_states(
-            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), docs=docs, split_len=plan.split_len,
-            splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
+            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), docs=docs,
+            split_len=plan.split_len, splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
         )  # fmt: skip
     states = reduce_splits(
         split_states, log_decay, docs[0], (B, T, K, V), plan.split_len, reverse=reverse, mail=mail, first=first
@@ -300,8 +291,8 @@ def final_states(k, v, log_decay, initial_state, cu_seqlens, reverse=False, scal
 def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, do, dfinal, split_grads=None, pieces=1):
     """``(dq, dk, dv, dinitial)``; ``saved`` and ``plan`` are what ``forward`` returned last.
 
-    ``own_grad`` is what ``end_states`` of (q, do) returned, if it has been called. ``dfinal`` may be a function, which waits
-    for it: dq, which does not depend on it, is then launched before the function is called.
+    ``split_grads`` is what ``end_states`` of (q, do) returned, if it was called before. ``dfinal`` may be a function
+    that waits for it: dq does not depend on it and is launched before the function is called.
     """
     (B, T), (H, K) = _rows_of(q, pieces), q.shape[2:]
     V, kv_heads = v.shape[-1], k.shape[2]
@@ -315,50 +306,40 @@ def backward(q, k, v, log_decay, scale, initial_state, cu_seqlens, saved, plan, 
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
     segments, segments_q = (cdiv(T, plan.split_len * n) if tokens else 0 for n in (plan.splits_grad, plan.splits))
-    descriptors = (
-        tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
-    )  # which need parts of whole chunks
+    # tensor descriptors need splits of whole chunks
+    descriptors = tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
 
     def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None) -> None:
-        """Launch those for dk and dv in ``segments``, and those for dq in ``segments_q``; 0 for none."""
+        """Launch the walks for dk and dv of ``segments`` segments and those for dq of ``segments_q``; 0: none."""
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial, *docs),
-            (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
+            (*_strides(q), *_strides(k), *_strides(v), *_strides(do),
+             *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
+             H // kv_heads, pieces, _count(cu_seqlens), T, H, plan.split_len,
+             plan.splits_grad, segments, split_rows, split_first,
              plan.splits, segments_q, _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None, packed, by_row,
-             descriptors, *_precision(q.dtype)),
+             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,
+             packed, by_row, descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
 
     if callable(dfinal):
         if tokens:
-            walks(0, segments_q, dinitial=initial_state)  # which no walk for dq writes
+            walks(0, segments_q, dinitial=initial_state)  # a placeholder: walks for dq do not write it
         dfinal, segments_q = dfinal(), 0
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        split_grads = (
-            split_grads
-            if split_grads is not None
-            else _split_states(
-                q,
-                do,
-                log_decay,
-                incoming=dfinal,
-                docs=docs,
-                split_len=plan.split_len,
-                splits=plan.splits_grad,
-                pieces=pieces,
-                reverse=True,
-                scale=scale,
-            )
-        )
+        if split_grads is None:
+            split_grads = _split_states(
+                q, do, log_decay, incoming=dfinal, docs=docs, split_len=plan.split_len, splits=plan.splits_grad,
+                pieces=pieces, reverse=True, scale=scale,
+            )  # fmt: skip
         walks(segments, segments_q, split_grads, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
