@@ -60,7 +60,7 @@ AROUND = [
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack per thread (AMD: spilled registers)."""
+    """Of one kernel: bytes of shared memory per program; registers, and stack in bytes (AMD: registers) per thread."""
 
     shared: int
     registers: int

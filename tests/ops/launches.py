@@ -59,7 +59,7 @@ def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, packed if ``documents`` is not 0; states of documents or ``by_row``."""
+    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``."""
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")

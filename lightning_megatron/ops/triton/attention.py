@@ -137,7 +137,7 @@ def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse
 def _split_states(
     k, v, log_decay, *, incoming, docs, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
 ) -> torch.Tensor | None:
-    """States ``[B, rows, H, K, V]`` fp32 of splits: those that another segment needs (None if none), or of ``every`` one."""
+    """States ``[B, rows, H, K, V]`` fp32 of the splits that other segments need (None of none), or of ``every`` one."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     rows = (cdiv(T, split_len * splits) - (not every)) * splits
     if rows == 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 
 KEPT = 4096  # entries at most: lengths that never return must not fill the memory
 # In Triton 3.6 compiled kernels take the constants as arguments too. With other releases every launch goes through
-# Triton.
-_KNOWN_TRITON = triton.__version__.startswith("3.6.")
+# Triton, and on AMD, where the compiled kernel also depends on whether a tensor has more than 2 GB.
+_KNOWN_TRITON = triton.__version__.startswith("3.6.") and torch.version.hip is None
 _compiled: dict[tuple, object] = {}
 
 
@@ -35,8 +36,9 @@ def launch(
 
     Triton examines every argument of every launch to find the compiled kernel; with 60 arguments that is half of the
     launch. The compiled kernel depends only on the device, the numbers, the constants, and the dtypes and alignment of
-    the tensors: if they are those of an earlier launch, its compiled kernel is called directly. One of the first two
-    tensors is not None.
+    the tensors: if they are those of an earlier launch, its compiled kernel is called directly. Values are compared
+    without their types: a parameter must always be an int or always be a float. One of the first two tensors is not
+    None.
     """
     key = None
     first = tensors[1] if tensors[0] is None else tensors[0]
