@@ -1,8 +1,8 @@
-"""The output layer and its cross entropy in chunks of tokens: no tensor [tokens, vocabulary] exists, forward or backward.
+"""Output layer and cross entropy in chunks of tokens: no tensor [tokens, vocabulary] exists, forward or backward.
 
-The logits of a chunk are made in the forward, for the loss, and again in the backward, where their gradient takes their place
-and goes into those of hidden states and weight. That is one more product by the weight than without chunks, and memory that
-does not depend on the number of tokens.
+The forward computes the logits of a chunk for the loss. The backward computes them again, overwrites them with their
+gradient and adds it to those of hidden states and weight. That costs one more product by the weight than without
+chunks; memory for logits does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``vocab_parallel_cross_entropy(hidden @ weight.T, labels)``, of ``chunk`` tokens at a time
+    """``vocab_parallel_cross_entropy(hidden @ weight.T, labels)`` in chunks of ``chunk`` tokens.
 
     Args:
         hidden: ``[s, b, h]``, the same on all ranks; with ``sequence_parallel`` ``[s / tp, b, h]``, this rank's tokens.
         weight: ``[vocabulary / tp, h]``, this rank's slice of the output layer; dtype and device of hidden.
         labels: ``[s, b]`` integers, indices into the whole vocabulary, the same on all ranks.
         tp_group: the ranks that hold the other slices; None if this one has all.
-        chunk: tokens whose logits exist at a time. With ``sequence_parallel`` every rank brings an equal part of them, at
-            least one token.
+        chunk: tokens whose logits exist at a time. With ``sequence_parallel`` an equal number of them comes from every
+            rank, at least one token.
         sequence_parallel: gather the tokens of all ranks, and give each the gradient of its own, chunk by chunk.
         backend: as of ``lightning_attn``.
 
@@ -58,12 +58,13 @@ def linear_cross_entropy(
         raise ValueError(f"chunk={chunk} must be 1 token or more")
     if hidden.dim() != 3 or weight.dim() != 2 or hidden.shape[2] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
-            f"hidden must be [s, b, h] and weight [vocabulary / tp, h]: got {list(hidden.shape)} and {list(weight.shape)}"
+            "hidden must be [s, b, h] and weight [vocabulary / tp, h]: got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
         )
     if labels.shape != (parts * hidden.shape[0], hidden.shape[1]):
         raise ValueError(
-            f"labels must be [{parts * hidden.shape[0]}, {hidden.shape[1]}], one per token of the {parts} sequence-parallel "
-            f"parts {list(hidden.shape)}: got {list(labels.shape)}"
+            f"labels must be [{parts * hidden.shape[0]}, {hidden.shape[1]}], one per token of the {parts} "
+            f"sequence-parallel parts {list(hidden.shape)}: got {list(labels.shape)}"
         )
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype or labels.is_floating_point():
         raise ValueError(
@@ -119,7 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(
     hidden: torch.Tensor, weight: torch.Tensor, parts: int, tp_group, rows: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Of ``rows`` tokens of every part: where they are, hidden states [parts * rows, h] and logits, which the next overwrite."""
+    """Chunks of ``rows`` tokens per part: their slice, hidden states [parts * rows, h], and logits; the next overwrites
+    these."""
     tokens = hidden.shape[0]
     logits = hidden.new_empty(parts * min(rows, tokens), weight.shape[0])
     for start in range(0, tokens, rows):

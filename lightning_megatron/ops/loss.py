@@ -1,7 +1,7 @@
-"""Cross entropy over a vocabulary that is split over tensor-parallel ranks: logits are read once forward, once backward.
+"""Cross entropy over a vocabulary that is split over tensor-parallel ranks: reads logits once forward, once backward.
 
-Megatron's own (core/fusions/fused_cross_entropy.py) copies them to fp32 and passes over the copy several times: 4 to 8% of a
-training step at 32,000 tokens of vocabulary.
+Megatron's own (core/fusions/fused_cross_entropy.py) copies them to fp32 and passes over the copy several times, which
+takes 4 to 8% of a training step with a vocabulary of 32,000.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ def vocab_parallel_cross_entropy(
     """loss = log( sum_c exp(logits_c) ) - logits_target, of every token
 
     Args:
-        logits: ``[..., vocabulary / tp]``, this rank's slice of the vocabulary; slices are equal and in the order of ranks.
-        targets: ``[...]`` integers, indices into the whole vocabulary, the same on all ranks. For one outside, loss is the
-            logarithm alone; as a rule such a loss is masked.
+        logits: ``[..., vocabulary / tp]``, this rank's slice; slices are equal and in the order of ranks.
+        targets: ``[...]`` integers, indices into the whole vocabulary, the same on all ranks. An index outside gives
+            the logarithm alone as loss, to be masked.
         tp_group: the ranks that hold the other slices; None if this one has all.
         backend: as of ``lightning_attn``.
 
     Returns:
-        ``[...]`` fp32 (fp64 of fp64 logits). Gradients of logits have their dtype. Kept for the backward: logits, and one
-        number per token. No matrix products: ``torch.set_float32_matmul_precision`` changes nothing.
+        ``[...]`` fp32 (fp64 of fp64 logits). Gradients of logits have their dtype. Kept for the backward: logits, and
+        one number per token. No matrix products: ``torch.set_float32_matmul_precision`` changes nothing.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -39,8 +39,8 @@ def vocab_parallel_cross_entropy(
         )
     if not logits.is_floating_point() or targets.is_floating_point() or targets.device != logits.device:
         raise ValueError(
-            f"logits must be floating point and targets integers on the same device: got {logits.dtype} on {logits.device} "
-            f"and {targets.dtype} on {targets.device}"
+            "logits must be floating point and targets integers on the same device: got "
+            f"{logits.dtype} on {logits.device} and {targets.dtype} on {targets.device}"
         )
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
@@ -71,7 +71,7 @@ def own_columns(targets: torch.Tensor, columns: int, tp_group) -> torch.Tensor:
 
 
 def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Tensor:
-    """[3, N], of every row of logits [N, C]: the largest, the sum of exp(logit - largest), and the logit at index, or 0."""
+    """[3, N], of every row of logits [N, C]: the largest, exp(logit - largest) summed, the logit at index or 0."""
     if by_torch:
         return _sums(logits, index)
     from .triton import loss as loss_kernels
@@ -83,7 +83,7 @@ def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Ten
 def over_ranks(
     top: torch.Tensor, total: torch.Tensor, hit: torch.Tensor, tp_group
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the sums of this rank's columns the logarithm of the sum of exp over all, and the logit at the target, or 0."""
+    """Logarithm of the sum of exp over all ranks' columns, and the logit at the target or 0."""
     if tp_group is not None:
         local, top = top, top.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=tp_group)
@@ -102,7 +102,7 @@ def gradient(
     *,
     reuse=False,
 ) -> torch.Tensor:
-    """(softmax - 1 at index) dloss, of rows; ``reuse`` lets it take the place of logits, which have to be contiguous."""
+    """(softmax - 1 at index) dloss, of rows; ``reuse`` writes it over logits, which have to be contiguous."""
     if by_torch:
         return _gradient(logits, index, log_total, dloss)
     from .triton import loss as loss_kernels

@@ -1,7 +1,7 @@
-"""What a layer does around the operator, in one launch each: heads out of the fused projection, and output norm with gate.
+"""Operations of a layer around the operator, one launch each: split the fused projection, norm and gate the output.
 
-Both are bound by memory, and torch's own operations would read and write the same values several times over. The formulas
-are in the torch functions below, which also compute on the CPU; everything is fp32 inside and rounded once.
+Both are bound by memory, and torch's own operations would read and write the same values several times. The torch
+functions below state the formulas and compute on the CPU; everything is fp32 inside and rounded once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def split_heads(
         backend: as of ``lightning_attn``.
 
     Returns:
-        q ``[s, b, H, K]``, gate ``[s, b, Hkv, H / Hkv * V]`` or None, k ``[s, b, Hkv, K]``, v ``[s, b, Hkv, V]``. What is
-        not activated is a view of mixed; only q without feature map is a copy where heads share k and v.
+        q ``[s, b, H, K]``, gate ``[s, b, Hkv, H / Hkv * V]`` or None, k ``[s, b, Hkv, K]``, v ``[s, b, Hkv, V]``. What
+        is not activated is a view of mixed; only q without feature map is a copy where heads share k and v.
     """
     silu = _SILU[feature_map]
     assert mixed.shape[-1] % sum(dims) == 0 and dims[0] % dims[2] == 0, f"{list(mixed.shape)} is not groups of {dims}"

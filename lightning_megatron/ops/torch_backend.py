@@ -43,8 +43,8 @@ def _fp32_is_reduced() -> bool:
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` to the accuracy of a's dtype, whatever ``torch.set_float32_matmul_precision`` says.
 
-    Where that setting allows less than fp32, the product is computed in fp64: the setting is global, and changing it even
-    for a moment would change it for the user's other threads.
+    Where that setting allows less than fp32, the product is computed in fp64: the setting is global, and changing it
+    even for a moment would change it for the user's other threads.
     """
     if a.dtype == torch.float32 and a.device.type != "mps" and _fp32_is_reduced():  # Apple's GPUs have neither
         return (a.double() @ b.double()).to(a.dtype)

@@ -70,9 +70,7 @@ AROUND = [
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program, registers and bytes of stack (AMD: registers) spilled per
-    thread.
-    """
+    """Of one kernel: bytes of shared memory per program; registers, and stack in bytes (AMD: registers) per thread."""
 
     shared: int
     registers: int

@@ -53,7 +53,7 @@ def triton_impl(request: pytest.FixtureRequest) -> Impl:
 
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch):
-    """``cut(n)``: segments of n tokens in two parts, 2 n for dk and dv; in real use they have 256 or more."""
+    """``cut(n)``: segments of n tokens in two splits, twice that for dk and dv. Real ones have 256 or more."""
     from lightning_megatron.ops.triton import attention as triton_backend
 
     def set_length(tokens: int) -> None:

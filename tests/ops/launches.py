@@ -69,9 +69,7 @@ def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, with ``documents`` packed if that is not 0; states of these or
-    ``by_row``.
-    """
+    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``."""
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
@@ -113,8 +111,7 @@ def record_derived(*, T: int, documents: int) -> list[Launch]:
 
 def record_pointwise(
     *, dtype: torch.dtype, s: int, b: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int,
-    kind: str = "sigmoid",
-    width: int | None = None, affine: bool = True, silu: tuple[bool, bool] = (True, False),
+    kind: str = "sigmoid", width: int | None = None, affine: bool = True, silu: tuple[bool, bool] = (True, False),
 ) -> list[Launch]:  # fmt: skip
     """The launches around the operator, forward and backward; ``width`` is that of the norm."""
     Hkv = Hkv or H

@@ -16,8 +16,8 @@ from .launches import DECODING, SEGMENTED, SINGLE, record, record_derived, recor
 
 BF16 = torch.bfloat16
 KIB = 1024
-# shared memory a program may ask for: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability",
-# and AMD Instinct MI300 ISA guide, "Local data share"
+# shared memory of a program: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
+# AMD Instinct MI300 ISA guide, "Local data share"
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 

@@ -29,9 +29,7 @@ def settings() -> tuple[str, ...]:
 def setting(request: pytest.FixtureRequest):
     request.param()
     yield
-    torch.set_float32_matmul_precision(
-        "highest"
-    )  # sets the newer interface's to "ieee", for which "all" changes nothing
+    torch.set_float32_matmul_precision("highest")  # sets fp32_precision to "ieee", which would override "all"
     torch.backends.fp32_precision = "none"
     torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
     assert torch.get_float32_matmul_precision() == "highest"

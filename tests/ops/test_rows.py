@@ -13,9 +13,7 @@ from .cases import Case, Impl, judge, make_case, pick, random_documents
 
 
 def draw(rng: torch.Generator, impl: Impl, rows: int, T: int, K: int, V: int) -> tuple[Case, torch.Tensor]:
-    """Tokens of ``rows`` parts one after the other with their states, and bounds ``[rows, N + 1]`` of all documents
-    in each.
-    """
+    """Tokens of ``rows`` parts one after the other with their states, and their documents ``[rows, N + 1]``."""
     ends = torch.tensor([0, *random_documents(rng, (rows + 2) * T)]).cumsum(0)
     starts = torch.randperm(rows + 2, generator=rng)[:rows, None] * T  # parts need not be neighbours
     bounds = torch.minimum(torch.maximum(ends, starts), starts + T) - starts

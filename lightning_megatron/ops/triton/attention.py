@@ -1,4 +1,4 @@
-"""What the Triton kernels are launched with: tile sizes, segments, memory. Forward and backward of the operator."""
+"""Forward and backward of the operator with Triton: chooses tiles, splits and segments, allocates, launches."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = [
 NAME = "triton"
 DIRECT = True
 
-# Programs that fill a GPU of about 130 multiprocessors. A constant, so that another GPU does not mean other bits.
+# Programs that fill a GPU of about 130 multiprocessors. A constant, so that results do not depend on the GPU.
 PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
-MIN_SPLIT, MAX_SPLITS = 1024, 32  # where there are more parts than segments
-ONE_LAUNCH = 1024  # shorter sequences are not worth two
+MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
+ONE_LAUNCH = 1024  # shorter sequences have one segment
 
 
 class Tiles(NamedTuple):
-    """Of one walk: padded head dim, columns per program, tokens per chunk."""
+    """Tile sizes of one walk: padded head dim, columns per program, tokens per chunk."""
 
     BK: int
     BV: int
@@ -42,7 +42,8 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bool = False) -> Tiles:
-    """The state's tile [BV, BK] lives in registers, so wide K goes with narrow BV. States alone, not packed, leave room for long chunks."""
+    """The state's tile [BV, BK] lives in registers, so a wide K needs a narrow BV. Walks that compute only states of
+    sequences that are not packed have registers for ``long_chunks``."""
     BK, BV = pad(K), pad(V)
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
@@ -52,7 +53,7 @@ def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bo
 
 
 class SplitPlan(NamedTuple):
-    """How a sequence is cut: tokens per part, a multiple of 64, and parts per segment of the walks."""
+    """How a sequence is cut: tokens per split, a multiple of 64, and splits per segment of the walks."""
 
     split_len: int
     splits: int  # for o and dq
@@ -62,9 +63,9 @@ class SplitPlan(NamedTuple):
 def _plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
     """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
 
-    Parts are shorter than segments: their states are computed by more programs. Results of another plan differ by
-    rounding. Under ``torch.use_deterministic_algorithms`` it depends on T alone, so that a sequence gets the same bits in
-    any batch and a head the same on any tensor-parallel rank.
+    Splits are shorter than segments, so that more programs compute their states. Another plan rounds differently. Under
+    ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the same bits in any batch, and
+    a head on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
         programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
@@ -80,7 +81,7 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def _descriptors(*tensors: torch.Tensor) -> bool:
-    """Whether tiles are moved by the copy engine: tensor descriptors need addresses and strides of 16 bytes."""
+    """Whether the copy engine can move the tiles: tensor descriptors need addresses and strides of 16 bytes."""
     if not _has_copy_engine(tensors[0].device) or tensors[0].dtype == torch.float32:
         return False
     for x in tensors:
@@ -93,7 +94,7 @@ def _descriptors(*tensors: torch.Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory where programs put their descriptors."""
+    """Allocate memory for the descriptors that programs make."""
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
@@ -122,8 +123,8 @@ def _launch_walk(
     splits,
     pieces=1,
     scale=1.0,
-) -> None:
-    """Launch ``walk_kernel``: o and the final states, edge_out, or without q the splits' states."""
+) -> None:  # fmt: skip
+    """Launch ``walk_kernel`` for o and the ``outgoing`` states, or without q for the states of splits."""
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, split_len * splits)
@@ -143,12 +144,12 @@ def _launch_walk(
 
 
 def _rows_of(x: torch.Tensor, pieces: int) -> tuple[int, int]:
-    """How many sequences there are in ``[B, pieces * T, ...]``, and T. Pieces are not split off: that would be a copy."""
+    """Number of sequences in ``[B, pieces * T, ...]``, and T. Splitting pieces off as rows would need a copy."""
     return x.shape[0] * pieces, x.shape[1] // pieces
 
 
 def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse: bool) -> tuple[int, int]:
-    """Rows of own states, and the part of the first: no segment needs those of the last segment, reversed of the first."""
+    """Number of split states, and the first one's split. The last segment's (reversed the first's) are not needed."""
     rows = 0 if split_states is None else split_states.shape[1]
     return rows, splits if reverse and rows < segments * splits else 0
 
@@ -156,7 +157,7 @@ def _rows(split_states: torch.Tensor | None, segments: int, splits: int, reverse
 def _split_states(
     k, v, log_decay, *, incoming, documents, split_len, splits, pieces=1, reverse=False, scale=1.0, every=False
 ) -> torch.Tensor | None:
-    """State of every part that another segment needs, or of ``every`` part, ``[B, rows, H, K, V]`` fp32; None of none."""
+    """States ``[B, rows, H, K, V]`` fp32 of the splits that other segments need (None of none), or of ``every`` one."""
     (B, T), K = _rows_of(k, pieces), k.shape[3]
     rows = (cdiv(T, split_len * splits) - (not every)) * splits
     if rows == 0:
@@ -185,7 +186,7 @@ def _count(documents: Documents | None) -> int:
 def _leaving_state(
     entering: torch.Tensor | None, like: tuple[int, ...], has_empty: bool, device: torch.device
 ) -> torch.Tensor:
-    """Where kernels put states that leave. They skip empty sequences, which hand on what entered: that is put there first."""
+    """Memory for outgoing states. Kernels skip empty sequences, whose state passes unchanged: it is filled in here."""
     if not has_empty:
         return torch.empty(like, device=device, dtype=torch.float32)
     return torch.zeros(like, device=device, dtype=torch.float32) if entering is None else entering.clone()
@@ -237,7 +238,8 @@ def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
     launch(
         step_kernel, cdiv(V, tiles.BV) * H * B,
         (q, k, v, o, log_decay, initial_state, final),
-        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0), H // k.shape[2], H, scale),
+        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0),
+         H // k.shape[2], H, scale),
         (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -299,12 +301,11 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
     segments, segments_q = (cdiv(T, plan.split_len * n) if tokens else 0 for n in (plan.splits_grad, plan.splits))
-    descriptors = (
-        tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
-    )  # which need parts of whole chunks
+    # tensor descriptors need splits of whole chunks
+    descriptors = tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
 
     def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None) -> None:
-        """Launch those for dk and dv in ``segments``, and those for dq in ``segments_q``; 0 for none."""
+        """Launch the walks for dk and dv of ``segments`` segments and those for dq of ``segments_q``; 0: none."""
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
@@ -313,14 +314,14 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
              H // kv_heads, pieces, _count(documents), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
              plan.splits, segments_q, _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None, packed, by_row,
-             descriptors, *_precision(q.dtype)),
+             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,
+             packed, by_row, descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
 
     if callable(dfinal):
         if tokens:
-            walks(0, segments_q, dinitial=initial_state)  # which no walk for dq writes
+            walks(0, segments_q, dinitial=initial_state)  # a placeholder: walks for dq do not write it
         dfinal, segments_q = dfinal(), 0
     dfinal = None if dfinal is None else dfinal.contiguous()
     dinitial = None

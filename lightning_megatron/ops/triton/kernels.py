@@ -1,28 +1,75 @@
 """Tiled lightning attention in Triton: one walk over the chunks serves o, dq, dk and dv.
 
-Lightning Attention-2 (Qin et al. 2024, section 3.2) splits a sequence into chunks: within a chunk ordinary attention
-products under a decay mask, between chunks a running state of K x V. With lambda = exp(log_decay), a chunk of n tokens
-i = 0..n-1 and the state S that enters it,
+Lightning Attention-2 (Qin et al. 2024, section 3.2) splits a sequence into chunks: ordinary attention products under a
+decay mask within a chunk, a running state of K x V between chunks. With lambda = exp(log_decay), a chunk of n tokens
+i = 0..n-1 and its incoming state S,
 
-    o_i = scale ( sum_{j<=i} lambda^(i-j) (q_i.k_j) v_j + lambda^(i+1) q_i S )      S <- lambda^n S + sum_j lambda^(n-1-j) k_j^T v_j
+    o_i = scale ( sum_{j<=i} lambda^(i-j) (q_i.k_j) v_j + lambda^(i+1) q_i S )
+    S  <- lambda^n S + sum_j lambda^(n-1-j) k_j^T v_j
 
-and the gradients are the same operator, for dk and dv in reversed time with the gradient state D that enters from the right:
+The gradients are the same operator, for dk and dv in reversed time with the gradient state D that enters from the
+right:
 
-    dq_i = the line above with (q, k, v, S) = (do, v, k, S^T)
+    dq_i = the line for o_i with (q, k, v, S) = (do, v, k, S^T)
     dk_i = scale sum_{j>=i} lambda^(j-i) (v_i.do_j) q_j + lambda^(n-1-i) v_i D^T
-    dv_i = scale sum_{j>=i} lambda^(j-i) (k_i.q_j) do_j + lambda^(n-1-i) k_i D      D <- lambda^n D + scale sum_j lambda^(j+1) q_j^T do_j
+    dv_i = scale sum_{j>=i} lambda^(j-i) (k_i.q_j) do_j + lambda^(n-1-i) k_i D
+    D   <- lambda^n D + scale sum_j lambda^(j+1) q_j^T do_j
 
-Only positive powers of lambda occur. The state is kept transposed, [V, K]: its accumulator is then an operand in
-registers of the product with q, and so is v with its decays, while q and k go from memory to the tensor cores untouched.
+Only positive powers of lambda occur. The kernels hold the state transposed, [V, K]: its accumulator is then the
+register operand of the product with q, and so is v with its decays, while q and k go from memory to the tensor cores
+untouched.
 
-A sequence is cut into parts of many chunks. A first launch computes every part's own state (``_walk`` with STATE_ONLY); a
-second one walks segments of one or more parts, as many as fill the GPU, each from the decayed sum of the states before
-it. A sequence of one segment needs the second launch only. The backward's second launch walks for dk, dv and dq.
+A sequence is cut into *splits* of many chunks. A first launch computes the state that each split alone leaves
+(STATE_ONLY). A second one walks *segments* of one or more splits, as many as fill the GPU; each starts from the decayed
+sum of the split states before it. A sequence of one segment needs the second launch only. The backward's second launch
+walks for dk, dv and dq.
 
 Packed sequences (cu_seqlens) need no other grid: chunks run over the packed tokens as if they were one sequence, and a
-token reads, writes and attends only where ``doc`` says the document is the same. States (initial_state, final_state and
-their gradients) are of sequences (BY_ROW), or of packed documents: these enter and leave inside the chunk that holds the
-document's edge. A packed sequence with states BY_ROW is a part of a longer one: its first document may have begun before.
+token reads, writes and attends only where ``doc`` says that the document is the same. Masks keep documents apart by
+factors of 0, which infinities and NaN survive. A chunk of several documents therefore checks its results and, if they
+are not finite, adds up again token by token, within documents (``_attend_by_token``, ``_write_by_token``). A chunk that
+lies in one document, the usual one, does nothing of this.
+
+Parameters, of ``_walk`` (W), ``walk_kernel`` (F) and ``gradients_kernel`` (G); of B sequences of T tokens and H heads:
+
+    q k v o          W F G  what reads, what is matched, what is summed, the result
+    do dq dk dv          G  gradients; F and G get tensors [rows, pieces * T, heads, dim], W those of its head, [T, dim]
+    *_sb *_st *_sh   W F G  strides from a row, token and head to the next, in elements; the last dim has stride 1
+    log_decay          F G  [H] fp32; W gets that of its head, b_ld
+    split_states     W F G  [B, split_rows, H, K, V] fp32, of splits from split_first on; STATE_ONLY writes them
+    split_grads          G  the same of gradient states, for dk and dv
+    incoming         W F    states that enter, [N, H, K, V] fp32: N = B with BY_ROW, else the number of documents
+    outgoing         W F    states that leave, as incoming
+    initial dfinal       G  incoming of the walk for dq, and of those for dk and dv
+    dinitial             G  outgoing of the walk for dv
+    doc              W F G  [B, T] int32, document of each token; W gets the sequence's row
+    cu_seqlens       W F G  [B, documents + 1] int32, bounds of the documents; W gets the sequence's row
+    group              F G  query heads per head of k and v
+    pieces             F G  sequences that follow each other along T in a row of the batch
+    documents          F G  of a sequence
+    T H              W F G  tokens of a sequence, query heads
+    split_len        W F G  tokens of a split
+    splits segments  W F G  splits of a segment, segments of a sequence; in G for dk and dv, splits_q segments_q for dq
+    split_rows       W F G  splits of a sequence whose states exist; in G of split_grads, split_rows_q of split_states
+    split_first      W F G  number of the first of these splits
+    i_b i_h i_v i_s  W      sequence, head, tile of V, and segment (STATE_ONLY: split) of this program
+    read_scale       W F    factor of q S and, forward, of the products in the chunk (scale of o and dq; 1 in reverse)
+    write_scale      W F    factor of what the state takes up and, in reverse, of the products in the chunk
+    scale                G  the operator's
+    K V              W F G  dims of q and k, and of v and o
+    BK BV BC         W F G  tile: K (G also V) padded to a power of two, columns of V in a program, tokens of a chunk
+    COLS_K COLS_V        G  columns of a program for dq or dk, and for dv
+    REVERSE          W F    walk from the last token to the first
+    TRANSPOSED       W      states lie in memory as [V, K]
+    STATE_ONLY       W F    compute the states of splits; q and o are None
+    SPLIT_STATES     W F G  split_states is given; SPLIT_GRADS: split_grads
+    INCOMING         W F    incoming is given; OUTGOING: outgoing; in G INITIAL: initial and dinitial, DFINAL: dfinal
+    VARLEN           W F G  doc and cu_seqlens are given
+    BY_ROW           W F G  states are those of sequences, which may begin and end inside documents. Otherwise they are
+                            those of documents and enter and leave inside the chunk that holds the document's edge
+    DESCRIPTORS      W   G  move tiles by the copy engine of Hopper and later GPUs; needs splits of whole chunks
+    PRECISION        W F G  input_precision of products
+    WIDE_STATE       W F G  multiply the state by q in tf32: the range of fp16 is too small for a long sum
 """
 
 from __future__ import annotations
@@ -36,7 +83,7 @@ UNDERFLOW = tl.constexpr(88.0)
 
 @triton.jit
 def _state_tile(states, index, H, i_h, o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Addresses of the tile [o_v, o_k] of ``states[index, i_h]``, which memory holds as [K, V] or, TRANSPOSED, as [V, K]."""
+    """Addresses of the tile [o_v, o_k] of ``states[index, i_h]``, in memory [K, V] or, TRANSPOSED, [V, K]."""
     base = states + (index * H + i_h) * K * V
     if TRANSPOSED:
         return base + o_v[:, None] * K + o_k[None, :]
@@ -46,27 +93,27 @@ def _state_tile(states, index, H, i_h, o_k, o_v, K: tl.constexpr, V: tl.constexp
 
 @triton.jit
 def _reach(b_ld):
-    """Tokens after which a decay underflows; many for no decay."""
+    """Number of tokens after which a decay underflows; without decay very large."""
     return tl.minimum(UNDERFLOW / tl.maximum(-b_ld, 1e-30), 2e9).to(tl.int32)
 
 
 @triton.jit
 def _descriptor(x, stride, T, dim: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
-    """Of tiles [BC, BD] of ``x [T, dim]``, for the copy engine of Hopper and later GPUs."""
+    """Tensor descriptor of tiles [BC, BD] of ``x [T, dim]``."""
     return tl.make_tensor_descriptor(x, [T, dim], [tl.cast(stride, tl.int64), 1], [BC, BD])
 
 
 @triton.jit
 def _rows(x, stride, start, p, o_d):
-    """Addresses of the tile [p, o_d] from row ``start`` on of x."""
+    """Addresses of the tile [p, o_d] of x from row ``start`` on."""
     return x + tl.cast(start, tl.int64) * stride + p[:, None] * stride + o_d[None, :]
 
 
 @triton.jit
 def _wide(b_s):
-    """fp32 rounded to tf32, for the tensor cores cut the digits off: all errors would have one sign."""
+    """Round fp32 to tf32. The tensor cores would truncate, and all errors would have one sign."""
     rounded = (b_s.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-    return tl.where(b_s == b_s, rounded.to(tl.float32, bitcast=True), b_s)  # not a number stays that
+    return tl.where(b_s == b_s, rounded.to(tl.float32, bitcast=True), b_s)  # NaN stays NaN
 
 
 @triton.jit
@@ -74,24 +121,31 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
     """The documents of a chunk in scalars alone: layouts of vectors would cost shared memory.
 
     ``first`` and ``last`` are the documents of its first and last token, ``source`` is the one that the incoming state
-    belongs to. Tokens of ``source`` end before ``r_edge``, reversed they begin there. The document of the outgoing state
-    begins at ``w_edge``, reversed it ends before it; it is the new ``current``, from ``c_start`` to ``c_end``.
+    belongs to (-1: none). Tokens of ``source`` end before ``r_edge``, reversed they begin there. The document of the
+    outgoing state begins at ``w_edge``, reversed it ends before it; it is the new ``current``, from ``c_start`` to
+    ``c_end``.
 
-    A chunk that lies wholly in ``current``, the document of the chunk before, loads nothing: these loads are not pipelined,
-    so that each would stop the walk.
+    ``inside``: the chunk lies wholly in ``current``, the document of the chunk before. Nothing is loaded then: these
+    loads are not pipelined, each would stall the walk.
     """
-    if (c_start <= start) & (start + n <= c_end):
+    inside = (c_start <= start) & (start + n <= c_end)
+    if inside:
         first = current
         last = current
-        source = current
-        r_edge = c_start if REVERSE else c_end
+        if REVERSE:
+            goes_on = start + n < c_end
+            r_edge = tl.where(goes_on, c_start, start + n)
+            w_edge = c_end
+        else:
+            goes_on = c_start < start
+            r_edge = tl.where(goes_on, c_end, start)
+            w_edge = c_start
+        source = tl.where(goes_on, current, -1)
     else:
         first = tl.load(doc + start)
         last = tl.load(doc + start + n - 1)
         if REVERSE:
-            source = tl.load(
-                doc + tl.minimum(start + n, T - 1)
-            )  # at the end of the sequence: the one that goes on there
+            source = tl.load(doc + tl.minimum(start + n, T - 1))  # at the end the one that goes on there
             r_edge = tl.load(cu_seqlens + source)
             current = first
         else:
@@ -100,8 +154,8 @@ def _chunk_documents(doc, cu_seqlens, start, n, T, current, c_start, c_end, REVE
             current = last
         c_start = tl.load(cu_seqlens + current)
         c_end = tl.load(cu_seqlens + current + 1)
-    w_edge = c_end if REVERSE else c_start
-    return first, last, source, r_edge, w_edge, current, c_start, c_end
+        w_edge = c_end if REVERSE else c_start
+    return inside, first, last, source, r_edge, w_edge, current, c_start, c_end
 
 
 @triton.jit
@@ -120,21 +174,64 @@ def _not_finite(b_x):
 
 
 @triton.jit
-def _attend_by_token(b_o, b_a, v, v_st, doc, start, n, p, o_v, m_v):
-    """Add v times the weights b_a [BC of j, BC of i] to b_o [BV, BC], one token j after another, within documents."""
-    b_i = tl.load(doc + start + p, mask=p < n, other=-1)
-    for j in range(n):
-        b_p = tl.sum(tl.where(p[:, None] == j, b_a, 0.0), axis=0)
-        b_v = tl.load(v + tl.cast(start + j, tl.int64) * v_st + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_o += tl.where((b_i == tl.load(doc + start + j))[None, :], b_v[:, None] * b_p[None, :], 0.0)
-    return b_o
+def _stores_arrived(DESCRIPTORS: tl.constexpr):
+    """Wait until what this program has stored is in memory, so that it may be stored anew."""
+    if DESCRIPTORS:  # the copy engine stores on its own
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 128)], tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def _walk_by_token(
+    q, k, v, o, q_st, k_st, v_st, o_st, b_s, b_ld, incoming, outgoing, doc, cu_seqlens,
+    i_b, i_h, o_k, o_v, m_k, m_v, begin, end, T, H, last_segment, read_scale, write_scale,
+    K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INCOMING: tl.constexpr, OUTGOING: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """Walk a packed segment token by token from the incoming state b_s [BV, BK].
+
+    Chunks multiply what belongs to another document by 0, and 0 times NaN is NaN. Here tokens of other documents are
+    never touched.
+    """
+    m_vk = m_v[:, None] & m_k[None, :]
+    b_decay = tl.exp(b_ld)
+    previous = tl.load(doc + (tl.minimum(end, T - 1) if REVERSE else tl.maximum(begin - 1, 0)))
+    for i in range(end - begin):
+        t = end - 1 - i if REVERSE else begin + i
+        current = tl.load(doc + t)
+        d_start, d_end = tl.load(cu_seqlens + current), tl.load(cu_seqlens + current + 1)
+        b_s = tl.where(current == previous, b_s, 0.0)
+        previous = current
+        if INCOMING and not BY_ROW:
+            p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            enters = t == (d_end - 1 if REVERSE else d_start)
+            b_s = tl.where(enters, tl.load(p_e, mask=m_vk & enters, other=0.0), b_s)
+        at = tl.cast(t, tl.int64)
+        b_q = tl.load(q + at * q_st + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(k + at * k_st + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + at * v_st + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_kv = b_v[:, None] * b_k[None, :] * write_scale
+        b_s = b_s + b_kv if REVERSE else b_s * b_decay + b_kv
+        b_o = tl.sum(b_s * b_q[None, :], axis=1) * read_scale
+        tl.store(o + at * o_st + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+        if REVERSE:
+            b_s *= b_decay
+        if OUTGOING and not BY_ROW:
+            p_e = _state_tile(outgoing, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            tl.store(p_e, b_s, mask=m_vk & (t == (d_start if REVERSE else d_end - 1)))
+    if OUTGOING and BY_ROW:
+        p_e = _state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED)
+        tl.store(p_e, b_s, mask=m_vk & last_segment)
 
 
 @triton.jit
 def _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE: tl.constexpr):
     """What the tokens from lo to hi write to a state, one token after another.
 
-    It takes the place of b_s [BV, BK], whose layout it keeps: zeros would get another, and the way back takes shared memory.
+    The result replaces b_s [BV, BK] and keeps its layout. Zeros would get another layout, and converting it back would
+    take shared memory.
     """
     for t in range(lo, hi):
         passed = t - lo + 1 if REVERSE else hi - 1 - t
@@ -152,22 +249,21 @@ def _incoming_state(
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr,
     VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """State [BV, BK] that enters the segment from ``begin`` to ``end``: of the parts before it, as far as their decay reaches.
+    """State [BV, BK] that enters the segment from ``begin`` to ``end``: the decayed sum of the splits before it.
 
-    The sequence's own end is a segment too: (T, T), or reversed (0, 0).
+    Splits too far away for their decay to leave anything are not read. (T, T), reversed (0, 0), gives the state that
+    leaves the sequence.
     """
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     if SPLIT_STATES:
-        first = tl.cdiv(end, split_len) if REVERSE else tl.cdiv(begin, split_len) - 1  # the nearest part
+        first = tl.cdiv(end, split_len) if REVERSE else tl.cdiv(begin, split_len) - 1  # the nearest split
         passed = tl.cdiv(T, split_len) - first if REVERSE else first + 1
         for i in range(tl.minimum(passed, _reach(b_ld) // split_len + 2)):
             i_o = first + i if REVERSE else first - i
-            edge = i_o * split_len if REVERSE else tl.minimum((i_o + 1) * split_len, begin)  # of the part, on this side
+            edge = i_o * split_len if REVERSE else tl.minimum((i_o + 1) * split_len, begin)  # its near edge
             b_f = tl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(tl.float32))
             m_s = m_vk
-            if (
-                VARLEN
-            ):  # only of the document that crosses into this segment: others are not read, for 0 times NaN is NaN
+            if VARLEN:  # only the document that crosses into this segment; a factor of 0 would let NaN pass
                 if REVERSE:
                     m_s = m_vk & (tl.load(doc + edge) == tl.load(doc + end))
                 else:
@@ -189,27 +285,15 @@ def _incoming_state(
 
 @triton.jit
 def _walk(
-    q, k, v, o,  # at token 0 of this batch row and head: [T, dim] with strides q_st .. o_st and 1
-    q_st, k_st, v_st, o_st,
-    b_ld,  # log_decay of this head
-    split_states,  # states of splits [B, own_rows, H, K, V], from part own_first on: written if STATE_ONLY, else read
-    incoming, outgoing,  # states that enter and leave sequences [B, H, K, V], not BY_ROW documents [N, H, K, V]
-    doc, cu_seqlens,  # VARLEN: document of each token [T], bounds [N+1]
-    i_b, i_h, i_v,
-    i_s,  # segment, or with STATE_ONLY the part
-    T, H,
-    split_len, splits, segments, split_rows, split_first,  # tokens of a part, parts of a segment
-    read_scale, write_scale,
+    q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
+    i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
-    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr,
+    VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment (STATE_ONLY: one part) of one head; a program holds BV columns of v, o and the state.
-
-    TRANSPOSED: states lie in memory as [V, K]. DESCRIPTORS needs parts of whole chunks. WIDE_STATE keeps the state in fp32
-    for its product with q (tf32): fp16 has too small a range for a long sum.
-    """
+    """Walk one segment (STATE_ONLY: one split) of one head; a program holds BV columns of v, o and the state."""
     dtype = v.dtype.element_ty
     p = tl.arange(0, BC)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -218,11 +302,11 @@ def _walk(
     if STATE_ONLY:
         begin = i_s * split_len
         end = tl.minimum(T, begin + split_len)
-        # parts between this one and the segment (or end of the sequence) that needs it first; nothing of it is left there if
-        # not `used`: `_entering` reads no further
+        # splits between this one and the segment (or end of the sequence) that needs it first. `_incoming_state` reads
+        # only as far as decay leaves something; no segment uses a split beyond that
         between = i_s % splits if REVERSE else tl.minimum(splits - 1 - i_s % splits, tl.cdiv(T, split_len) - 1 - i_s)
         used = between < _reach(b_ld) // split_len + 2
-        skip = tl.maximum(end - begin - _reach(b_ld), 0) // BC  # chunks of which nothing is left at the part's end
+        skip = tl.maximum(end - begin - _reach(b_ld), 0) // BC  # decayed to nothing at the end
         skip = tl.where(used, skip, tl.cdiv(split_len, BC))
         b_s = tl.zeros([BV, BK], dtype=tl.float32)
     else:
@@ -230,8 +314,8 @@ def _walk(
         end = tl.minimum(T, begin + splits * split_len)
         skip = 0
         b_s = _incoming_state(
-            split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-            K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
+            split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end,
+            T, H, split_len, K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
         b_d = (p[:, None] - p[None, :]) if REVERSE else (p[None, :] - p[:, None])  # [BC of j, BC of i]
@@ -245,6 +329,7 @@ def _walk(
     if VARLEN:  # no document yet
         current = tl.full([], -1, tl.int32)
         c_start, c_end = current, current
+        poisoned = current == 0  # False
     chunks = tl.cdiv(end - begin, BC)
     for i_c in range(skip, chunks):
         start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
@@ -262,16 +347,11 @@ def _walk(
         b_write = tl.exp(b_ld * e_write.to(tl.float32))
         b_carry = tl.exp(b_ld * n.to(tl.float32))
         if VARLEN:
-            first, last, source, r_edge, w_edge, current, c_start, c_end = _chunk_documents(
+            inside, first, last, source, r_edge, w_edge, current, c_start, c_end = _chunk_documents(
                 doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE
             )
-            several = first != last
-            if not STATE_ONLY:
-                if source != (last if REVERSE else first):  # no token here is of the state's document
-                    b_s = tl.zeros([BV, BK], dtype=tl.float32)
             token = start + p
-            m_read = (token >= r_edge) if REVERSE else (token < r_edge)
-            b_read = tl.where(m_read, b_read, 0.0)
+            b_read = tl.where((token >= r_edge) if REVERSE else (token < r_edge), b_read, 0.0)
             b_write = tl.where((token < w_edge) if REVERSE else (token >= w_edge), b_write, 0.0)
             b_carry = tl.where(source == current, b_carry, 0.0)
 
@@ -282,7 +362,7 @@ def _walk(
                 b_q = tl.load(_rows(q, q_st, start, p, o_k), mask=m_p[:, None] & m_k[None, :], other=0.0)  # [BC, BK]
             b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_w  # [BC of j, BC of i]
             if VARLEN:
-                if several:
+                if not inside:
                     b_j = tl.load(doc + start + p[:, None], mask=m_p[:, None], other=-1)
                     b_i = tl.load(doc + start + p[None, :], mask=m_p[None, :], other=-1)
                     b_a = tl.where(b_j == b_i, b_a, 0.0)
@@ -291,24 +371,16 @@ def _walk(
             b_p = b_a.to(dtype)
             b_o += tl.dot(tl.trans(b_v), b_p, input_precision=PRECISION)  # [BV, BC]
             if dtype == tl.bfloat16:
-                # What bf16 cut off. Short chunks make more of the sum come from the state, which is rounded to bf16 as well:
-                # this is the cheaper one to mend.
+                # What rounding to bf16 cut off. The state is rounded too, and shorter chunks take more of the sum from
+                # it; this error is the cheaper one to correct.
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
             if VARLEN:
-                if BY_ROW or not INCOMING:  # nothing is added below; layouts of o are changed in its own dtype
-                    b_o = b_o.to(o.dtype.element_ty)
-                poisoned = several
-                if several:
-                    poisoned = _not_finite(b_o)
-                    if poisoned:
-                        b_x = _read_state(b_s, b_q, dtype, PRECISION, WIDE_STATE) * (b_read * read_scale)[None, :]
-                        b_x = tl.where(m_read[None, :], b_x, 0.0)
-                        b_a = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_w
-                        b_o = _attend_by_token(b_x, b_a, v, v_st, doc, start, n, p, o_v, m_v).to(b_o.dtype)
+                if not inside:  # NaN and infinities of a document may have reached others
+                    poisoned |= _not_finite(b_o)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
         if INCOMING and not BY_ROW:
-            # documents whose entering edge (start, or end if reversed) lies in this chunk
+            # documents that enter in this chunk: begin here, or reversed end
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
                 enters = (d_end > start) & (d_end <= start + n) if REVERSE else (d_start >= start)
@@ -324,7 +396,7 @@ def _walk(
                         after = (d_end - start) if REVERSE else (start + n - d_start)
                         b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
         if OUTGOING and not BY_ROW:
-            # documents whose leaving edge (end, or start if reversed) lies in this chunk
+            # documents that leave in this chunk: end here, or reversed begin
             for i_n in range(first, last + 1):
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
                 leaves = (d_start >= start) if REVERSE else (d_end <= start + n)
@@ -336,10 +408,6 @@ def _walk(
                     b_l = tl.dot(
                         tl.trans((b_v * (b_f * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION
                     )
-                    if poisoned:
-                        b_l = _write_by_token(
-                            b_l, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE
-                        )
                     b_l += tl.where(i_n == source, b_s * tl.exp(b_ld * (hi - lo).to(tl.float32)), 0.0)
                     if INCOMING:
                         whole = (lo == d_start) & (hi == d_end)
@@ -358,18 +426,9 @@ def _walk(
                 tl.store(_rows(o, o_st, start, p, o_v), b_o, mask=m_p[:, None] & m_v[None, :])
         b_s = b_s * b_carry + b_enter
         b_s += tl.dot(tl.trans((b_v * (b_write * write_scale)[:, None]).to(dtype)), b_k, input_precision=PRECISION)
-        if VARLEN and not STATE_ONLY:
-            if several:
-                if poisoned:  # what entered the chunk is of another document
-                    lo, hi = tl.maximum(c_start, start), tl.minimum(c_end, start + n)
-                    b_s = _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE)
-                    if INCOMING and not BY_ROW:
-                        p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
-                        b_s += tl.load(p_e, mask=m_vk, other=0.0) * tl.exp(b_ld * (hi - lo).to(tl.float32))
-
     if STATE_ONLY:
         if VARLEN:
-            if (c_start > begin) | (c_end < end):  # other documents may have got in
+            if (c_start > begin) | (c_end < end):  # other documents were in the same chunks
                 if _not_finite(b_s):
                     lo, hi = tl.maximum(c_start, begin), tl.minimum(c_end, end)
                     b_s = _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE)
@@ -380,9 +439,22 @@ def _walk(
         i_o = i_b * split_rows + i_s - split_first
         tl.store(_state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:
+        last_segment = i_s == (0 if REVERSE else segments - 1)
         if OUTGOING and BY_ROW:
-            if i_s == (0 if REVERSE else segments - 1):
+            if last_segment:
                 tl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
+        if VARLEN:
+            if poisoned:
+                _stores_arrived(DESCRIPTORS)
+                b_first = _incoming_state(
+                    split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end,
+                    T, H, split_len, K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
+                )  # fmt: skip
+                _walk_by_token(
+                    q, k, v, o, q_st, k_st, v_st, o_st, b_first, b_ld, incoming, outgoing, doc, cu_seqlens,
+                    i_b, i_h, o_k, o_v, m_k, m_v, begin, end, T, H, last_segment, read_scale, write_scale,
+                    K, V, REVERSE, TRANSPOSED, INCOMING, OUTGOING, BY_ROW,
+                )  # fmt: skip
 
 
 # Lengths and counts are not specialised: another T, B or H is not another kernel. Strides are, by their alignment.
@@ -403,24 +475,23 @@ def _walk(
 def walk_kernel(
     q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
-    group, pieces,  # query heads per head of k and v; sequences that follow each other along T in a row of the batch
-    documents,  # of a sequence: doc [B, T], cu_seqlens [B, documents + 1]
+    group, pieces, documents,
     T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, STATE_ONLY: tl.constexpr,
-    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr,
+    VARLEN: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
-    """o and the final states, or with STATE_ONLY the own states of ``own_rows`` parts.
+    """o and the final states, or with STATE_ONLY the states of ``split_rows`` splits.
 
-    All programs are on the grid's first axis, for the others end at 65535. Columns of one segment run side by side. Tensor
-    descriptors gain nothing here.
+    All programs are on the grid's first axis, because the others end at 65535. Programs for the columns of one segment
+    run side by side. Tensor descriptors gain nothing here.
     """
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns
     rows = split_rows if STATE_ONLY else segments
-    if STATE_ONLY:  # first the last heads, whose decay is slowest in most models: they have most to do
+    if STATE_ONLY:  # the last heads first: in most models they decay slowest and have most to do
         n = tl.num_programs(0) // (columns * H)
         i_h, i = H - group * (1 + i // (n * group)) + i % group, i // group % n
     else:
@@ -440,7 +511,8 @@ def walk_kernel(
     _walk(
         q, k, v, o, q_st, k_st, v_st, o_st, tl.load(log_decay + i_h), split_states, incoming, outgoing, doc, cu_seqlens,
         i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
-        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, SPLIT_STATES, INCOMING, OUTGOING, VARLEN, BY_ROW, False, PRECISION, WIDE_STATE,
+        K, V, BK, BV, BC, REVERSE, False, STATE_ONLY, SPLIT_STATES, INCOMING, OUTGOING, VARLEN, BY_ROW,
+        False, PRECISION, WIDE_STATE,
     )  # fmt: skip
 
 
@@ -455,20 +527,19 @@ def gradients_kernel(
     q, k, v, do, dq, dk, dv, log_decay,
     split_states, split_grads, initial, dfinal, dinitial, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
-    dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st,  # heads of these are K, K and V elements apart
-    group, pieces, documents, T, H, split_len,
-    splits, segments, split_rows, split_first,  # of the walks for dk and dv
-    splits_q, segments_q, split_rows_q,  # of the walk for dq
-    scale,
+    dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st, group, pieces, documents, T, H, split_len,
+    splits, segments, split_rows, split_first, splits_q, segments_q, split_rows_q, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    COLS_K: tl.constexpr, COLS_V: tl.constexpr,  # columns of a program for dq or dk, and for dv
-    BC: tl.constexpr, SPLIT_STATES: tl.constexpr, SPLIT_GRADS: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
-    VARLEN: tl.constexpr, BY_ROW: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
+    COLS_K: tl.constexpr, COLS_V: tl.constexpr, BC: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, SPLIT_GRADS: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr,
+    VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WIDE_STATE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv and d(initial_state) in one launch: first the programs for dq, then those for dk and dv.
 
-    dk and dv of one segment read the same four tensors. Their programs run side by side and at the same pace, so that
-    what one has read the other finds in the L2 cache.
+    The programs for dk and dv of one segment read the same four tensors. They run side by side and at the same pace, so
+    that one finds in the L2 cache what the other has read. dq, dk and dv are dense: their heads are K, K and V elements
+    apart.
     """
     n_k, n_v = tl.cdiv(K, COLS_K), tl.cdiv(V, COLS_V)
     i = tl.program_id(0)
@@ -493,24 +564,29 @@ def gradients_kernel(
     dk += i_r * dk_sb + i_t * dk_st + head * K
     dv += i_r * dv_sb + i_t * dv_st + head * V
     b_ld = tl.load(log_decay + i_h)
-    # three ifs, not elif: Triton then gives the three the same shared memory
+    # three ifs, not elif: Triton then gives all three walks the same shared memory
     if (i_v < n_k) & (not for_q):
         _walk(
             v, do, q, dk, v_st, do_st, q_st, dk_st, b_ld, split_grads, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v, segments - 1 - i_s, T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
-            V, K, BV, COLS_K, BC, True, True, False, SPLIT_GRADS, DFINAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            i_b, i_h, i_v, segments - 1 - i_s,
+            T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            V, K, BV, COLS_K, BC, True, True, False, SPLIT_GRADS, DFINAL, False, VARLEN, BY_ROW,
+            DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         _walk(
             k, q, do, dv, k_st, q_st, do_st, dv_st, b_ld, split_grads, dfinal, dinitial, doc, cu_seqlens,
-            i_b, i_h, i_v - n_k, segments - 1 - i_s, T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
-            K, V, BK, COLS_V, BC, True, False, False, SPLIT_GRADS, DFINAL, INITIAL, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            i_b, i_h, i_v - n_k, segments - 1 - i_s,
+            T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            K, V, BK, COLS_V, BC, True, False, False, SPLIT_GRADS, DFINAL, INITIAL, VARLEN, BY_ROW,
+            DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
     if for_q:
         _walk(
             do, v, k, dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, dinitial, doc, cu_seqlens,
             i_b, i_h, i_v, i_s, T, H, split_len, splits_q, segments_q, split_rows_q, 0, scale, 1.0,
-            V, K, BV, COLS_K, BC, False, True, False, SPLIT_STATES, INITIAL, False, VARLEN, BY_ROW, DESCRIPTORS, PRECISION, WIDE_STATE,
+            V, K, BV, COLS_K, BC, False, True, False, SPLIT_STATES, INITIAL, False, VARLEN, BY_ROW,
+            DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
 
 
@@ -520,7 +596,7 @@ def step_kernel(
     q_sb, q_sh, k_sb, k_sh, v_sb, v_sh, o_sb, group, H, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """One token, as in decoding: bound by reading and writing the state. In fp32 throughout."""
+    """One token, as in decoding: bound by reading and writing the state. Computes in fp32."""
     columns = tl.cdiv(V, BV)
     i = tl.program_id(0)
     i_v, i = i % columns, i // columns

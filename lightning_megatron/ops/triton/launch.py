@@ -1,12 +1,14 @@
-"""How kernels are launched: what Triton looks up at every launch is kept from the first one on."""
+"""Caches compiled kernels to skip Triton's argument processing."""
 
 from __future__ import annotations
 
+import torch
 import triton
 
-KEPT = 4096  # compiled kernels by arguments: lengths that never return must not fill the memory
-# Triton 3.6's compiled kernels take the constants too; with another release every launch goes through Triton's front door.
-_KNOWN_TRITON = triton.__version__.startswith("3.6.")
+KEPT = 4096  # entries at most: lengths that never return must not fill the memory
+# In Triton 3.6 compiled kernels take the constants as arguments too. With other releases every launch goes through
+# Triton, and on AMD, where the compiled kernel also depends on whether a tensor has more than 2 GB.
+_KNOWN_TRITON = triton.__version__.startswith("3.6.") and torch.version.hip is None
 _compiled: dict[tuple, object] = {}
 
 
@@ -32,9 +34,11 @@ def launch(
 ) -> None:
     """``kernel[grid](...)`` with ``grid > 0``, whose parameters are tensors, then numbers, then constants.
 
-    Triton looks at every argument of every launch to find the compiled kernel: for 60 of them half of the time of a launch.
-    What it looks for follows from the numbers, the constants, the types and the alignment of the tensors: with the same
-    ones as before, its own compiled kernel is called at once. One of the first two tensors is not None.
+    Triton examines every argument of every launch to find the compiled kernel; with 60 arguments that is half of the
+    launch. The compiled kernel depends only on the device, the numbers, the constants, and the dtypes and alignment of
+    the tensors: if they are those of an earlier launch, its compiled kernel is called directly. Values are compared
+    without their types: a parameter must always be an int or always be a float. One of the first two tensors is not
+    None.
     """
     key = None
     first = tensors[1] if tensors[0] is None else tensors[0]

@@ -1,4 +1,4 @@
-"""Triton kernels of loss.py and their launches. Bound by memory: logits are read once each way, gradients written once."""
+"""Triton kernels of loss.py and their launches. Bound by memory: logits are read once each way."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gradient(
     dloss: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``loss.gradient``; ``out`` is contiguous, and may be logits: every program reads what it writes, before it does."""
+    """See ``loss.gradient``. ``out`` is contiguous and may be logits: programs read before they write."""
     rows, columns = logits.shape
     dlogits = torch.empty(rows, columns, device=logits.device, dtype=logits.dtype) if out is None else out
     if rows:

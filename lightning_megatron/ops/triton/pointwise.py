@@ -13,7 +13,7 @@ import triton.language as tl
 from .launch import cdiv, launch, pad
 
 TILE = 4096  # elements
-# The weight's gradient is summed over this many tokens, or fewer if there would be less than this many programs otherwise.
+# Tokens over which a program sums the weight's gradient; fewer where that would leave less than PROGRAMS programs.
 SUMMED, PROGRAMS = 128, 1024
 
 
@@ -38,7 +38,7 @@ def _silu_grad(
     x, dx, dy, x_st, dx_st, dy_st, dy_sh, i_h, i_r, rows, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """dx = silu'(x) dy of one head, or dx = dy; x and dx at its column 0 of token 0, dy at that of head 0, or None for 0."""
+    """dx = silu'(x) dy of one head, or dx = dy; x and dx at its column 0 of token 0, dy at that of head 0 (None: 0)."""
     p, o_d, m = _tile(i_r, rows, D, BR, BD)
     if dy is None:
         b_dx = tl.zeros([BR, BD], dtype=tl.float32)
