@@ -135,6 +135,7 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
             "options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate and the other lightning "
             f"options. This run has {_options(now)}"
         )
+    assert saved.record is not None
     found = differences(saved.record, now)
     if not found:
         return _log(
