@@ -7,7 +7,8 @@
 #
 # Every variable below can be set outside: SAVE=/scratch/run1 ITERATIONS=5000 bash examples/pretrain_1gpu.sh
 # Arguments are appended to the command, and win: bash examples/pretrain_1gpu.sh --lr 1e-3 --lightning-decay minimax
-# Started again with the same SAVE, it goes on from the last checkpoint there.
+# Started again with the same SAVE, it goes on from the last checkpoint there; with another ITERATIONS, that needs
+# --override-opt-param-scheduler too.
 set -euo pipefail
 
 DATA=${DATA:-data/train_text_document}             # Megatron's indexed dataset, without .bin or .idx

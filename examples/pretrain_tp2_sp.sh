@@ -5,7 +5,8 @@
 #     GPUS=8 bash examples/pretrain_tp2_sp.sh             four pairs, data parallel
 #
 # Takes the variables and arguments of pretrain_1gpu.sh. Each GPU of a pair has half of the heads of every layer, and half
-# of the sequence between layers. Checkpoints know no layout: either script goes on from those of the other.
+# of the sequence between layers. Checkpoints know no layout, the optimizer's state included: either script goes on from those
+# of the other.
 set -euo pipefail
 
 export GPUS=${GPUS:-2} MICRO_BATCH=${MICRO_BATCH:-4} # half of a layer each leaves room for twice the sequences
