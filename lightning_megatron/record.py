@@ -31,7 +31,7 @@ FREE_OPTIONS = ("backend", "cp_exchange", "cp_keep_states")  # other ways to the
 _ROPE = ("rope", "mrope", "yarn")
 
 # The options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
-_OPTIONS_BEFORE_RECORDS = dict(
+_OPTIONS_BEFORE_RECORDS: dict[str, Any] = dict(
     decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None, scale=None,
     rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None, gate="sigmoid",
 )  # fmt: skip
@@ -43,6 +43,9 @@ class _Unknown(Exception):
 
 class _Model:
     """Where the values of one model are read from: the config, then Megatron's args."""
+
+    options: Any  # LightningOptions and LightningShape, which rows of lightning layers read; None if there are none
+    shape: Any
 
     def __init__(self, config: Any, options: LightningOptions | None, args: Any):
         self.sources = [source for source in (config, args) if source is not None]

@@ -70,7 +70,7 @@ def check_folder(args: Namespace) -> None:
 def _unreadable(tracker: Path, text: str) -> str:
     return (
         f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number of the last "
-        "complete iter_ folder into it, or choose one with --ckpt-step"
+        "complete iter_ folder into it"  # --ckpt-step does not help: Megatron reads the file all the same
     )
 
 
@@ -135,6 +135,7 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
             "options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate and the other lightning "
             f"options. This run has {_options(now)}"
         )
+    assert saved.record is not None
     found = differences(saved.record, now)
     if not found:
         return _log(

@@ -63,7 +63,7 @@ def test_resuming_with_another_decay_is_refused(checkpoint):
     folder, _ = checkpoint
     run = run_pretrain([*FLAGS, *RESUME, "--load", folder, "--lightning-decay", "minimax"], check=False)
     assert not run.ok and not run.losses
-    assert "trained with --lightning-decay tnl, but this run has minimax" in run.log
+    assert "--lightning-decay, --lightning-decay-offset: tnl with offset 0" in run.log
 
 
 def test_user_errors_end_every_rank():

@@ -22,6 +22,7 @@ from lightning_megatron import patches, runtime, spec
 from lightning_megatron.config import LightningOptions, lightning_pattern
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.patches import _replace
+from lightning_megatron.record import function_record
 from lightning_megatron.runtime import prepare
 from lightning_megatron.spec import get_lightning_layer_spec, lightning_layer_spec, lightning_spec, make_spec
 from lightning_megatron.summary import layer_map
@@ -301,11 +302,12 @@ def megatron_args(monkeypatch):
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
     counted = []
     monkeypatch.setattr(patches.flops, "apply", counted.append)
+    monkeypatch.setattr(patches.checkpoint_args, "apply", lambda: None)
     return args, counted
 
 
 def test_prepare_prints_the_map_once_and_patches_the_flops_count(megatron_args, capsys, caplog):
-    _, counted = megatron_args
+    args, counted = megatron_args
     options = LightningOptions(gate="linear")
     config = transformer_config(
         pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, virtual_pipeline_model_parallel_size=2
@@ -317,6 +319,7 @@ def test_prepare_prints_the_map_once_and_patches_the_flops_count(megatron_args, 
     assert capsys.readouterr().out.count(layer_map(config, options)) == 1
     assert counted == [options]
     assert not caplog.records
+    assert args.lightning_function == function_record(config, options, args), "Megatron saves its args in checkpoints"
     prepare(config, LightningOptions(gate="none"))
     assert "gate none" in capsys.readouterr().out and len(counted) == 2, "another model is announced again"
 
