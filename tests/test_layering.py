@@ -16,7 +16,7 @@ LAYERS = [
     {"parallel"},
     {"decay", "norm", "softmax", "rope"},
     {"patches"},
-    {"mixer", "summary"},
+    {"mixer", "summary", "flags"},
     {"runtime"},
     {"spec"},
     {"training"},
@@ -25,6 +25,7 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
+    "flags": {"config", "compat"},
     "parallel": {"ops"},
     "patches": {"config", "compat", "ops", "parallel", "rope"},
 }
@@ -33,6 +34,7 @@ OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
+    "flags": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},
