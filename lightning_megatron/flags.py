@@ -198,7 +198,7 @@ WARNED = (
     Rule(
         "position_embedding_type",
         lambda run: run.get("position_embedding_type") in _ROTARY and not run.rotates,
-        "turns softmax layers, and this model has none: no position embedding is used; pass --lightning-rope, or "
+        "rotates q and k of softmax layers only, and this model has none: no position embedding is used; pass --lightning-rope, or "
         "--position-embedding-type none",
     ),
     Rule(

@@ -170,7 +170,7 @@ LOGGED = {
     "mup": (HYBRID | dict(use_mup=True), {}, OWN, ["--use-mup scales the logits of softmax layers only", "--lightning-scale"]),
     "no-positions": (
         {}, {}, OWN | dict(position_embedding_type="rope"),
-        ["--position-embedding-type rope turns softmax layers", "no position embedding is used; pass --lightning-rope"],
+        ["--position-embedding-type rope rotates q and k of softmax layers only", "no position embedding is used; pass --lightning-rope"],
     ),
     "rotary": (
         dict(rotary_interleaved=True), {}, OWN | dict(position_embedding_type="none", rotary_percent=0.5),

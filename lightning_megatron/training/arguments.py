@@ -137,7 +137,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for action in parser._actions:
         if action.dest in _ALIASES:
             parser.set_defaults(**{action.dest: action.default})
-            action.dest, action.default = _ALIASES[action.dest], None
+            action.dest, action.default = _ALIASES[action.dest], argparse.SUPPRESS  # ours has the default
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
         if action.help and action.help is not argparse.SUPPRESS:
