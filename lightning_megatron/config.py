@@ -141,16 +141,10 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {LINEAR_HEADS}")
 
     def dim(option: int | None, megatron_name: str, fallback: int) -> int:
+        if option is not None:  # flags.py says so in the log where the flag has another value
+            return option
         value = getattr(config, megatron_name, None)
-        if value == _MEGATRON_LINEAR_DEFAULTS[megatron_name]:
-            value = None
-        if None not in (option, value) and option != value:
-            flag = "--" + megatron_name.replace("_", "-")
-            raise ValueError(
-                f"{flag} {value}, but {flag.replace('linear', 'lightning')}, or the option of make_spec, is {option}: "
-                "give one of them"
-            )
-        return next(x for x in (option, value, fallback) if x is not None)
+        return fallback if value in (None, _MEGATRON_LINEAR_DEFAULTS[megatron_name]) else value
 
     heads = config.num_attention_heads
     kv_heads = options.num_kv_heads or heads

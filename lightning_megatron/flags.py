@@ -198,8 +198,18 @@ WARNED = (
     Rule(
         "position_embedding_type",
         lambda run: run.get("position_embedding_type") in _ROTARY and not run.rotates,
-        "rotates q and k of softmax layers only, and this model has none: no position embedding is used; pass --lightning-rope, or "
-        "--position-embedding-type none",
+        "rotates q and k of softmax layers only, and this model has none: no position embedding is used; "
+        "pass --lightning-rope, or --position-embedding-type none",
+    ),
+    *(
+        Rule(
+            f"linear_{dim}",
+            lambda run, dim=dim: (
+                getattr(run.options, dim) not in (None, run.get(f"linear_{dim}")) and run.get(f"linear_{dim}") != 128
+            ),
+            f"gives way to the option {dim} of the lightning layers, which has another value; leave one of them out",
+        )
+        for dim in ("key_head_dim", "value_head_dim")
     ),
     Rule(
         "linear_key_head_dim",

@@ -23,14 +23,14 @@ logger = logging.getLogger("lightning_megatron")
 def prepare(config, options: LightningOptions | None = None, *, layout: str | None = None) -> str:
     """Check what was asked for, patch what no spec can reach, and print which layers are lightning.
 
-    Call it on every rank before the model is built. ``--spec lightning_megatron.spec`` and ``lightning_megatron.pretrain`` do;
-    a program of your own calls it with the config it builds the model from. A second call with the same arguments does
-    nothing.
+    Call it on every rank before the model is built. ``--spec lightning_megatron.spec`` and
+    ``lightning_megatron.pretrain`` do; a program of your own calls it with the config of its model. A second
+    call with the same arguments does nothing.
 
     Args:
         config: Megatron's TransformerConfig.
         options: what the config does not say.
-        layout: how the data loader cuts sequences over context-parallel ranks (see ``spec.get_hybrid_layer_specs``). Where
+        layout: how the data loader cuts sequences over context-parallel ranks (``spec.get_hybrid_layer_specs``). Where
             Megatron's training loop runs, its flags say so: leave it out.
 
     Returns:
@@ -95,13 +95,13 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     if config.context_parallel_size > 1 and not all(pattern):
         if layout == "contiguous":
             raise ValueError(
-                "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', or leave "
-                "--linear-attention-freq out"
+                "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
+                "or leave --linear-attention-freq out"
             )
     if not any(pattern):
         raise ValueError(
-            f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for all-lightning, "
-            "or train without this spec"
+            f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for "
+            "all-lightning, or train without this spec"
         )
     for message in messages_of_refusal(config, options, layout, args):
         raise ValueError(message)
@@ -112,7 +112,7 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
 
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
-    """The patches that this model needs, however it was started; ``patches.apply_all`` has those of the own entry point."""
+    """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
     from .patches import flops, packed_rope, recompute
 
     softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))

@@ -55,7 +55,7 @@ def model(**changes):
     return config
 
 
-# ---- both ways of starting: the config, and Megatron's flags ----------------------------------------------------------
+# ---- both ways of starting: the config, and Megatron's flags ---------------------------------------------------------
 
 # config, options, flags, and what the message says; an entry may start with "te", which pretends TransformerEngine
 REFUSED = {
@@ -66,7 +66,8 @@ REFUSED = {
         "--recompute-modules layernorm mlp needs TransformerEngine .*use --recompute-granularity full",
     ),
     "recompute-moe-act": (
-        dict(recompute_granularity="selective", recompute_modules=["moe_act"]), {}, {}, "--recompute-modules moe_act needs",
+        dict(recompute_granularity="selective", recompute_modules=["moe_act"]), {}, {},
+        "--recompute-modules moe_act needs",
     ),
     "position-ids-rope": (
         {}, dict(rope=True), dict(reset_position_ids=True, position_embedding_type="rope"),
@@ -76,17 +77,35 @@ REFUSED = {
         {}, {}, dict(reset_position_ids=True, position_embedding_type="none"), "--reset-position-ids has no effect",
     ),
     "attention-mask": ({}, {}, dict(reset_attention_mask=True), "--reset-attention-mask has no effect on lightning"),
-    "window": (dict(window_size=(8, 0)), {}, {}, r"--window-size \(8, 0\) limits softmax layers, and this model has none"),
-    "window-sdpa": (HYBRID | dict(window_size=(8, 0)), {}, {}, r"--window-size \(8, 0\) is not supported .*SDPA; leave it"),
-    "softmax-type": (dict(softmax_type="learnable"), {}, {}, "--softmax-type learnable changes .*this model has none; leave"),
-    "softmax-type-sdpa": (HYBRID | dict(softmax_type="off-by-one"), {}, {}, "--softmax-type off-by-one is not supported"),
+    "window": (
+        dict(window_size=(8, 0)), {}, {},
+        r"--window-size \(8, 0\) limits softmax layers, and this model has none",
+    ),
+    "window-sdpa": (
+        HYBRID | dict(window_size=(8, 0)), {}, {},
+        r"--window-size \(8, 0\) is not supported .*SDPA; leave it",
+    ),
+    "softmax-type": (
+        dict(softmax_type="learnable"), {}, {},
+        "--softmax-type learnable changes .*this model has none; leave",
+    ),
+    "softmax-type-sdpa": (
+        HYBRID | dict(softmax_type="off-by-one"), {}, {},
+        "--softmax-type off-by-one is not supported",
+    ),
     "qk-clip": (dict(qk_clip=True), {}, {}, "--qk-clip clips .*this model has none; .*--lightning-qk-norm"),
-    "qk-clip-sdpa": (HYBRID | dict(qk_clip=True), {}, {}, "--qk-clip .*is not supported by the softmax layers on torch"),
+    "qk-clip-sdpa": (
+        HYBRID | dict(qk_clip=True), {}, {},
+        "--qk-clip .*is not supported by the softmax layers on torch",
+    ),
     "rope-without-angles": (
         {}, dict(rope=True), dict(position_embedding_type="learned_absolute"),
         "--position-embedding-type learned_absolute gives no angles to --lightning-rope",
     ),
-    "conv": (dict(linear_conv_kernel_dim=3), {}, {}, "--linear-conv-kernel-dim 3 belongs to gated delta net.*leave it out"),
+    "conv": (
+        dict(linear_conv_kernel_dim=3), {}, {},
+        "--linear-conv-kernel-dim 3 belongs to gated delta net.*leave it out",
+    ),
     "cp-partition": (
         dict(context_parallel_size=2, cp_partition_mode="contiguous"), {}, {},
         "--cp-partition-mode contiguous cuts sequences in a way .*use zigzag",
@@ -98,19 +117,29 @@ REFUSED = {
     ),
     "mtp-cp": (dict(mtp_num_layers=1, context_parallel_size=2), {}, {}, "--mtp-num-layers 1 adds .*transformer_engine"),
     "mtp-sp": (
-        dict(mtp_num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True), {}, {}, "--mtp-num-layers 1 adds a softmax",
+        dict(mtp_num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True), {}, {},
+        "--mtp-num-layers 1 adds a softmax",
     ),
     "mtp-packed": (
-        dict(mtp_num_layers=1), {}, dict(dataloader_inter_document_masking=True), "--mtp-num-layers 1 adds a softmax layer",
+        dict(mtp_num_layers=1), {}, dict(dataloader_inter_document_masking=True),
+        "--mtp-num-layers 1 adds a softmax layer",
     ),
-    "mtp-sft": (dict(mtp_num_layers=2), {}, dict(sft=True), "--mtp-num-layers 2 adds a softmax layer of Megatron's own"),
-    "rampup": ({}, {}, dict(rampup_batch_size=[16, 8, 300]), "--rampup-batch-size 16 8 300 is ignored .*--step-batch-size"),
+    "mtp-sft": (
+        dict(mtp_num_layers=2), {}, dict(sft=True),
+        "--mtp-num-layers 2 adds a softmax layer of Megatron's own",
+    ),
+    "rampup": (
+        {}, {}, dict(rampup_batch_size=[16, 8, 300]),
+        "--rampup-batch-size 16 8 300 is ignored .*--step-batch-size",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
-    "validation-sets": ({}, {}, dict(multiple_validation_sets=True), "--multiple-validation-sets needs --full-validation"),
-    "freq": (dict(linear_attention_freq=5), {}, {}, "--linear-attention-freq 5 would leave no softmax layer.* is 4.*at most 4"),
-    "two-key-dims": (
-        dict(linear_key_head_dim=32), dict(key_head_dim=64), {},
-        "--linear-key-head-dim 32, but --lightning-key-head-dim, .* is 64: give one",
+    "validation-sets": (
+        {}, {}, dict(multiple_validation_sets=True),
+        "--multiple-validation-sets needs --full-validation",
+    ),
+    "freq": (
+        dict(linear_attention_freq=5), {}, {},
+        "--linear-attention-freq 5 would leave no softmax layer.* is 4.*at most 4",
     ),
     "packed-cp-te": (
         HYBRID | TE | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
@@ -140,12 +169,12 @@ ALLOWED = {
     ),
     "mtp": (dict(mtp_num_layers=1), {}, dict(save="there", untie_embeddings_and_output_weights=False)),
     "mtp-untied": (
-        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {}, dict(save="x", untie_embeddings_and_output_weights=True),
+        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
+        dict(save="x", untie_embeddings_and_output_weights=True),
     ),
     "mtp-te": (TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, {}),
     "cp-partition": (dict(context_parallel_size=2, cp_partition_mode="zigzag"), {}, {}),
     "freq": (dict(linear_attention_freq=4), {}, {}),
-    "key-dims": (dict(linear_key_head_dim=32), dict(key_head_dim=32), {}),
     "packed-cp": (HYBRID | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True)),
 }  # fmt: skip
 
@@ -163,14 +192,21 @@ LOGGED = {
         dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN,
         ["--recompute-modules core_attn recomputes nothing in lightning layers", "--recompute-granularity full"],
     ),
-    "window": (HYBRID | TE | dict(window_size=(8, 0)), {}, OWN, ["--window-size (8, 0) limits the softmax layers only"]),
-    "cp-comm": (
-        HYBRID | dict(context_parallel_size=2, cp_comm_type="a2a"), {}, OWN, ["--cp-comm-type a2a is not read by softmax"],
+    "window": (
+        HYBRID | TE | dict(window_size=(8, 0)), {}, OWN,
+        ["--window-size (8, 0) limits the softmax layers only"],
     ),
-    "mup": (HYBRID | dict(use_mup=True), {}, OWN, ["--use-mup scales the logits of softmax layers only", "--lightning-scale"]),
+    "cp-comm": (
+        HYBRID | dict(context_parallel_size=2, cp_comm_type="a2a"), {}, OWN,
+        ["--cp-comm-type a2a is not read by softmax"],
+    ),
+    "mup": (
+        HYBRID | dict(use_mup=True), {}, OWN,
+        ["--use-mup scales the logits of softmax layers only", "--lightning-scale"],
+    ),
     "no-positions": (
         {}, {}, OWN | dict(position_embedding_type="rope"),
-        ["--position-embedding-type rope rotates q and k of softmax layers only", "no position embedding is used; pass --lightning-rope"],
+        ["--position-embedding-type rope rotates q and k of softmax layers only", "embedding is used; pass --lightning-rope"],
     ),
     "rotary": (
         dict(rotary_interleaved=True), {}, OWN | dict(position_embedding_type="none", rotary_percent=0.5),
@@ -183,11 +219,22 @@ LOGGED = {
         ), {}, OWN,
         [
             "--attention-backend flash, --attention-dropout 0.2, --attention-output-gate, --cp-comm-type all_gather, "
-            "--log-max-attention-logit, --qk-layernorm, --num-query-groups 2 (for lightning layers: --lightning-num-kv-heads): "
-            "act on softmax layers only; this model has none",
+            "--log-max-attention-logit, --qk-layernorm, --num-query-groups 2 (for lightning layers: "
+            "--lightning-num-kv-heads): act on softmax layers only; this model has none",
         ],
     ),
-    "kv-channels": ({}, {}, {"rank": 0}, ["--linear-key-head-dim 128 is Megatron's default", "make_spec(key_head_dim=128)"]),
+    "kv-channels": (
+        {}, {}, {"rank": 0},
+        ["--linear-key-head-dim 128 is Megatron's default", "make_spec(key_head_dim=128)"],
+    ),
+    "two-key-dims": (
+        dict(linear_key_head_dim=32), dict(key_head_dim=64), OWN,
+        ["--linear-key-head-dim 32 gives way to the option key_head_dim"],
+    ),
+    "two-value-dims": (
+        dict(linear_value_head_dim=32), dict(value_head_dim=64), OWN,
+        ["--linear-value-head-dim 32 gives way to the option"],
+    ),
     "mask": (
         {}, {}, OWN | dict(create_attention_mask_in_dataloader=True),
         ["--create-attention-mask-in-dataloader builds", "--no-create-attention-mask-in-dataloader"],
@@ -210,6 +257,7 @@ QUIET = {
         dict(rotary_interleaved=True), dict(rope=True), OWN | dict(position_embedding_type="rope", rotary_percent=0.5),
     ),
     "hybrid-rope": (HYBRID, {}, OWN | dict(position_embedding_type="rope", rotary_percent=0.5)),
+    "key-dims": (dict(linear_key_head_dim=32), dict(key_head_dim=32), OWN),
     "a-hybrid-of-ones-own": (HYBRID | dict(rotary_interleaved=True), {}, {}),
     "spec-with-128": (dict(kv_channels=128), {}, {"rank": 0}),
     "spec-with-option": ({}, dict(key_head_dim=128), {"rank": 0}),
@@ -337,7 +385,8 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("flags, there", [
-    ("--data-path {text}", True), ("--data-path {text} --split 90,10", True), ("--data-path {text} --split 100,0,0", False),
+    ("--data-path {text}", True), ("--data-path {text} --split 90,10", True),
+    ("--data-path {text} --split 100,0,0", False),
     ("--data-path {text} --split 1", False), ("--train-data-path {text}", False),
     ("--train-data-path {text} --valid-data-path {text}", True),
     ("--per-split-data-args-path {folder}/with.json", True), ("--per-split-data-args-path {folder}/none.json", False),
