@@ -20,6 +20,11 @@ _MEGATRON_LINEAR_DEFAULTS = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
+LINEAR_HEADS = (
+    "it is Megatron's flag for gated delta net, whose value heads outnumber its key heads. A lightning layer has "
+    "--num-attention-heads query heads; set the number of key/value heads with --lightning-num-kv-heads, or "
+    "make_spec(num_kv_heads=...)"
+)
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -133,14 +138,10 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     for name in ("linear_num_key_heads", "linear_num_value_heads"):
         value = getattr(config, name, None)
         if value not in (None, _MEGATRON_LINEAR_DEFAULTS[name]):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} is Megatron's flag for gated delta net, whose value heads "
-                "outnumber its key heads. A lightning layer has --num-attention-heads query heads; set the number of "
-                "key/value heads with --lightning-num-kv-heads, or make_spec(num_kv_heads=...)"
-            )
+            raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {LINEAR_HEADS}")
 
     def dim(option: int | None, megatron_name: str, fallback: int) -> int:
-        if option is not None:
+        if option is not None:  # flags.py says so in the log where the flag has another value
             return option
         value = getattr(config, megatron_name, None)
         return fallback if value in (None, _MEGATRON_LINEAR_DEFAULTS[megatron_name]) else value
@@ -178,7 +179,7 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
         num_layers: layers of the whole model, over all pipeline stages.
 
     Raises:
-        ValueError: N below 2, a list of another length, or values other than 0 and 1.
+        ValueError: N below 2 or above num_layers, a list of another length, or values other than 0 and 1.
     """
     if freq is None:
         return [True] * num_layers
@@ -189,6 +190,11 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
             raise ValueError(
                 f"--linear-attention-freq {freq} would leave no lightning layer; leave the flag out for all-lightning, "
                 "or give N >= 2 for one softmax layer in every N"
+            )
+        if freq > num_layers:
+            raise ValueError(
+                f"--linear-attention-freq {freq} would leave no softmax layer, because --num-layers is {num_layers}; "
+                f"leave the flag out for all-lightning, or give at most {num_layers}"
             )
         return [(layer + 1) % freq != 0 for layer in range(num_layers)]
     if len(freq) != num_layers:

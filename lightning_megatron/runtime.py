@@ -11,10 +11,11 @@ from argparse import Namespace
 
 import torch
 
-from .compat import importable
 from .config import LightningOptions, lightning_pattern, mark_prepared, prepared_with, resolve_shape
+from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .parallel import LAYOUTS
 from .record import ATTRIBUTE, function_record
+from .softmax.core import refuse_unsupported
 from .summary import layer_map
 
 logger = logging.getLogger("lightning_megatron")
@@ -23,14 +24,14 @@ logger = logging.getLogger("lightning_megatron")
 def prepare(config, options: LightningOptions | None = None, *, layout: str | None = None) -> str:
     """Check what was asked for, patch what no spec can reach, and print which layers are lightning.
 
-    Call it on every rank before the model is built. ``--spec lightning_megatron.spec`` and ``lightning_megatron.pretrain`` do;
-    a program of your own calls it with the config it builds the model from. A second call with the same arguments does
-    nothing.
+    Call it on every rank before the model is built. ``--spec lightning_megatron.spec`` and
+    ``lightning_megatron.pretrain`` do; a program of your own calls it with the config of its model. A second
+    call with the same arguments does nothing.
 
     Args:
         config: Megatron's TransformerConfig.
         options: what the config does not say.
-        layout: how the data loader cuts sequences over context-parallel ranks (see ``spec.get_hybrid_layer_specs``). Where
+        layout: how the data loader cuts sequences over context-parallel ranks (``spec.get_hybrid_layer_specs``). Where
             Megatron's training loop runs, its flags say so: leave it out.
 
     Returns:
@@ -54,26 +55,18 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     layout = layout or loaded
     if prepared_with(config) == (options, layout):
         return layout
-    check(config, options, layout, args)
+    refuse(config, options, layout, args)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if first and getattr(args, "rank", 0) == 0:
+        for line in warnings_of(config, options, layout, args):
+            logger.warning("%s", line)
     if args is not None:
-        warn_of_args(args)
         setattr(args, ATTRIBUTE, function_record(config, options, args))  # Megatron saves it with its args
     apply_patches(config, options, layout, args)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if first:
         print(layer_map(config, options), flush=True)
     mark_prepared(config, (options, layout))
     return layout
-
-
-def check(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
-    """Refuse what cannot be honoured, before anything is built or patched.
-
-    Raises:
-        ValueError: naming what was given, and the remedy.
-    """
-    refuse(config, options, layout)
-    if args is not None:
-        refuse_args(args, config, layout)
 
 
 def training_args() -> Namespace | None:
@@ -86,8 +79,11 @@ def loader_layout(args: Namespace | None) -> str:
     return "zigzag-documents" if getattr(args, "sft", False) else "zigzag"
 
 
-def refuse(config, options: LightningOptions, layout: str) -> None:
-    """Refuse what lightning layers cannot honour in a config.
+def refuse(config, options: LightningOptions, layout: str, args: Namespace | None = None) -> None:
+    """Refuse what cannot be honoured, before anything is built or patched.
+
+    Args:
+        args: Megatron's flags, or None outside of its training loop.
 
     Raises:
         ValueError: naming what was given, and the remedy.
@@ -95,69 +91,31 @@ def refuse(config, options: LightningOptions, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     resolve_shape(config, options, config.tensor_model_parallel_size)
-    if config.transformer_impl not in ("local", "transformer_engine"):
-        raise ValueError(
-            f"--transformer-impl {config.transformer_impl} is not supported by lightning specs; use local or transformer_engine"
-        )
-    if config.transformer_impl == "transformer_engine" and not importable("transformer_engine.pytorch"):
-        raise ValueError(
-            "--transformer-impl transformer_engine, but transformer_engine is not installed; install it, or pass "
-            "--transformer-impl local"
-        )
-    for name in ("multi_latent_attention", "experimental_attention_variant", "heterogeneous_block_specs"):
-        value = getattr(config, name, None)
-        if value:
-            raise ValueError(
-                f"{name}={value!r} chooses another attention than lightning_megatron's specs; leave it out"
-            )
+    refuse_parts(config)
+    if args is not None:
+        refuse_parts(args)
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
     if config.context_parallel_size > 1 and not all(pattern):
         if layout == "contiguous":
             raise ValueError(
-                "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', or leave "
-                "--linear-attention-freq out"
+                "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
+                "or leave --linear-attention-freq out"
             )
     if not any(pattern):
         raise ValueError(
-            f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for all-lightning, "
-            "or train without this spec"
+            f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for "
+            "all-lightning, or train without this spec"
         )
-
-
-def refuse_args(args: Namespace, config, layout: str) -> None:
-    """Refuse flags of Megatron's training loop that would change nothing, or something else than they say.
-
-    Raises:
-        ValueError: naming the flag and the remedy.
-    """
-    if getattr(args, "reset_attention_mask", False):
-        raise ValueError(
-            "--reset-attention-mask has no effect on lightning layers and on causal softmax kernels, so documents would see "
-            "each other; use --dataloader-inter-document-masking"
-        )
-    packed = getattr(args, "dataloader_inter_document_masking", False) and layout != "zigzag-documents"
-    softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
-    te = config.transformer_impl == "transformer_engine"
-    if config.context_parallel_size > 1 and packed and softmax and te:
-        raise ValueError(
-            "--dataloader-inter-document-masking with context parallelism lets documents cross the ranks' chunks, which "
-            "TransformerEngine's softmax attention does not take; use --transformer-impl local"
-        )
-
-
-def warn_of_args(args: Namespace) -> None:
-    """Name flags of Megatron's training loop that cost something and give nothing."""
-    if getattr(args, "create_attention_mask_in_dataloader", False) and getattr(args, "rank", 0) == 0:
-        logger.warning(
-            "the data loader builds a %d x %d attention mask that no layer here reads; pass "
-            "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
-            args.seq_length,
-            args.seq_length,
-        )
+    for message in messages_of_refusal(config, options, layout, args):
+        raise ValueError(message)
+    if config.transformer_impl == "local":
+        for number, lightning in enumerate(pattern, start=1):
+            if not lightning:
+                refuse_unsupported(config, number)
 
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
-    """The patches that this model needs, however it was started; ``patches.apply_all`` has those of the own entry point."""
+    """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
     from .patches import checkpoint_args, flops, packed_rope, recompute
 
     softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))

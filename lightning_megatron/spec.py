@@ -66,8 +66,9 @@ def make_spec(options: LightningOptions | None = None, **overrides) -> Callable:
 
 def get_lightning_layer_spec(config, options: LightningOptions | None = None, *, layout: str = "zigzag") -> ModuleSpec:
     """Spec of one TransformerLayer with lightning attention, dense MLP or MoE as the config's first layer has it."""
-    config = dataclasses.replace(config, linear_attention_freq=None) if config.linear_attention_freq else config
-    return get_hybrid_layer_specs(config, options, layout=layout)[0]
+    options = options or LightningOptions()
+    refuse(config, options, layout)
+    return _layer_specs(config, options, layout, [True] * config.num_layers)[0]
 
 
 def get_hybrid_layer_specs(
@@ -89,15 +90,18 @@ def get_hybrid_layer_specs(
     """
     options = options or LightningOptions()
     refuse(config, options, layout)
+    return _layer_specs(config, options, layout, lightning_pattern(config.linear_attention_freq, config.num_layers))
+
+
+def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[bool]) -> list[ModuleSpec]:
+    """``get_hybrid_layer_specs`` for a pattern: True for a lightning layer."""
     base_specs = get_gpt_decoder_layer_specs(
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
     )
     local = config.transformer_impl == "local"
     norm = layer_norm(config)
     specs = []
-    for base, lightning in zip(
-        base_specs, lightning_pattern(config.linear_attention_freq, config.num_layers), strict=True
-    ):
+    for base, lightning in zip(base_specs, pattern, strict=True):
         layer = dataclasses.replace(base.submodules)
         if local:
             layer.input_layernorm = layer.pre_mlp_layernorm = norm
@@ -148,7 +152,8 @@ def get_hybrid_block_spec(
         if not local:
             raise ValueError(
                 f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; "
-                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
+                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or "
+                "loss"
             )
     return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=layer_norm(config))
 

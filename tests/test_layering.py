@@ -18,7 +18,7 @@ LAYERS = [
     {"record"},
     {"resume"},
     {"patches"},
-    {"mixer", "summary"},
+    {"mixer", "summary", "flags"},
     {"runtime"},
     {"spec"},
     {"training"},
@@ -27,6 +27,7 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
+    "flags": {"config", "compat"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -37,6 +38,7 @@ OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
+    "flags": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},

@@ -15,6 +15,7 @@ from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 
 from lightning_megatron import compat, patches, pretrain
+from lightning_megatron import flags as tables
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.patches import packed_rope, recompute
 from lightning_megatron.training import arguments, data, run
@@ -41,7 +42,8 @@ def installed(monkeypatch):
     """Pretend that exactly the optional packages whose names start so are installed."""
 
     def pretend(*names):
-        monkeypatch.setattr(arguments, "importable", lambda module: module.startswith(names) if names else False)
+        for module in (arguments, tables):
+            monkeypatch.setattr(module, "importable", lambda name: name.startswith(names) if names else False)
 
     return pretend
 
@@ -134,9 +136,9 @@ def test_user_overrides_other_defaults(parse, installed):
         "--create-attention-mask-in-dataloader --no-create-attention-mask-in-dataloader"
     ).create_attention_mask_in_dataloader
     reshardable = {"dist_ckpt_optim_fully_reshardable": False}
-    wanted = {"eval_interval": sys.maxsize, "tokenizer_type": "NullTokenizer"} | reshardable
+    wanted = {"eval_interval": sys.maxsize, "eval_iters": 100, "tokenizer_type": "NullTokenizer"} | reshardable
     assert arguments.args_defaults(args) == wanted
-    args = parse("--eval-interval 5 --tokenizer-type HuggingFaceTokenizer")
+    args = parse("--eval-interval 5 --eval-iters 7 --tokenizer-type HuggingFaceTokenizer")
     assert arguments.args_defaults(args) == reshardable
 
 

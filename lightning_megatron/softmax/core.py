@@ -33,6 +33,32 @@ KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with
 }
 
 
+def refuse_unsupported(config, layer_number: int) -> None:
+    """Refuse what softmax layer ``layer_number`` (1-based) of a config cannot do here.
+
+    Raises:
+        ValueError: naming the flag and the remedy.
+    """
+    for value, flag, remedy in (
+        (
+            is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number),
+            f"--window-size {config.window_size}",
+            "leave it out",
+        ),
+        (config.softmax_type != "vanilla", f"--softmax-type {config.softmax_type}", "use vanilla"),
+        (
+            config.qk_clip or config.log_max_attention_logit,
+            "--qk-clip (or --log-max-attention-logit)",
+            "leave it out",
+        ),
+    ):
+        if value:
+            raise ValueError(
+                f"{flag} is not supported by the softmax layers on torch's SDPA; {remedy}, or install "
+                "TransformerEngine and pass --transformer-impl transformer_engine"
+            )
+
+
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 
@@ -69,24 +95,7 @@ class SDPACoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         del attention_type, cp_comm_type  # self-attention on the ranks' own heads; there is one way to communicate
-        for value, flag, remedy in (
-            (
-                is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number),
-                f"--window-size {config.window_size}",
-                "leave it out",
-            ),
-            (config.softmax_type != "vanilla", f"--softmax-type {config.softmax_type}", "use vanilla"),
-            (
-                config.qk_clip or config.log_max_attention_logit,
-                "--qk-clip (or --log-max-attention-logit)",
-                "leave it out",
-            ),
-        ):
-            if value:
-                raise ValueError(
-                    f"{flag} is not supported by the softmax layers on torch's SDPA; {remedy}, or install "
-                    "TransformerEngine and pass --transformer-impl transformer_engine"
-                )
+        refuse_unsupported(config, layer_number)
         self.backend = config.attention_backend
         self.cp_group = getattr(pg_collection, "cp", None)
         if config.context_parallel_size > 1 and self.cp_group is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
+import socket
 import sys
 import types
 import typing
@@ -12,8 +14,10 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..compat import importable, version
-from ..config import LightningOptions
+from ..config import LINEAR_HEADS, LightningOptions
+from ..flags import flag_of, refuse_parts, shown
 from ..record import FREE_OPTIONS, ROWS, options_from_args, saved_function
+from ..runtime import loader_layout
 
 __all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use", "refuse"]
 
@@ -49,32 +53,42 @@ _KERNELS = (
 
 _UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec lightning_spec"
 
-# Flags of Megatron that select another model, another loss or another input than this entry point builds.
+# Flags of Megatron that select another model, another loss or another input than this entry point builds; flags.py has
+# those that matter with --spec, too.
 _REFUSED = {
     "spec": "this entry point builds the lightning spec itself: leave the flag out and use the --lightning-* flags, or "
     f"run {_UPSTREAM}",
-    "reset_attention_mask": "neither lightning layers nor causal softmax kernels read the mask, so documents would see "
-    "each other: use --dataloader-inter-document-masking",
-    "multi_latent_attention": "lightning layers have no latent projections: leave it out",
-    "experimental_attention_variant": "it would compete with the lightning layers for the same places: leave it out, and "
-    "place softmax layers with --linear-attention-freq",
     "hybrid_layer_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
     "hybrid_override_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
-    "heterogeneous_layers_config_path": "all its layers are softmax layers: leave it out",
     "hybrid_context_parallel": "its scheduler of samples is not wired here: leave it out (layers take its groups)",
     "fim_data": f"it is not supported here: run {_UPSTREAM}",
     "logits_load_dir": f"it is not supported here: run {_UPSTREAM}",
+    "linear_num_key_heads": LINEAR_HEADS,
+    "linear_num_value_heads": LINEAR_HEADS,
+    "linear_conv_kernel_dim": "lightning layers have no convolution: leave it out",
     "perform_rl_step": "this entry point only pretrains and fine-tunes: leave it out",
 }
 
+_WHOLE_WEIGHT = "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer"
 # ... and those that use the output layer otherwise than --lightning-loss-chunk does.
 _REFUSED_WITH_LOSS_CHUNK = {
     "mtp_num_layers": "its layers take the logits of all tokens: leave out one of the two",
     "fp8_output_proj": "chunks are multiplied in the dtype of the parameters: leave out one of the two",
     "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
-    "use_megatron_fsdp": "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer",
-    "use_torch_fsdp2": "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer",
+    "use_megatron_fsdp": _WHOLE_WEIGHT,
+    "use_torch_fsdp2": _WHOLE_WEIGHT,
 }
+
+
+# Megatron's flags for the head dims of linear layers, as other names of ours: 128 is honoured, though it is the
+# default of Megatron's config, which keeps that default.
+_ALIASES = {
+    "linear_key_head_dim": "lightning_key_head_dim",
+    "linear_value_head_dim": "lightning_value_head_dim",
+}
+_EVAL_ITERS = 100  # Megatron's default
+# Flags that are refused if given, but have defaults in Megatron.
+_UNSET = ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
 
 
 def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | None = None) -> ArgumentParser:
@@ -91,7 +105,7 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
     group = parser.add_argument_group("lightning", "the lightning layers, and parts used around them")
     types_of = typing.get_type_hints(LightningOptions)
     for field in dataclasses.fields(LightningOptions):
-        flag = _flag(_PREFIX + field.name)
+        flag = flag_of(_PREFIX + field.name)
         text = field.metadata["help"].replace("%", "%%")
         if types_of[field.name] is bool:
             action: dict[str, typing.Any] = {"action": argparse.BooleanOptionalAction}
@@ -109,9 +123,9 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         dest="loss_chunk",
         type=int,
         metavar="N",
-        help="compute output layer and loss for N tokens at a time, and again in the backward, so that the logits of all "
-        "tokens never exist; takes the place of --cross-entropy-loss-fusion; some thousand keep the products large "
-        "(default: all tokens at once)",
+        help="compute output layer and loss in chunks of N tokens, and again in the backward, so that the logits of "
+        "all tokens never exist; takes the place of --cross-entropy-loss-fusion; some thousand keep the products large "
+        "(default: one chunk)",
     )
     group.add_argument(
         "--create-attention-mask-in-dataloader",
@@ -119,28 +133,32 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         help="build the T x T mask that no layer here reads (opposite of --no-create-attention-mask-in-dataloader, "
         "which is the default here)",
     )
+    # An option of older versions, hidden: the data loader decides it. No prefix in dest: it makes no other model.
+    parser.add_argument("--lightning-cp-layout", dest="cp_layout", help=argparse.SUPPRESS)
     group.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",
         dest="dist_ckpt_optim_fully_reshardable",
         action="store_false",
-        help="save the state of --use-distributed-optimizer for the present TP and PP only, which takes less time and memory "
-        "(opposite of --dist-ckpt-optim-fully-reshardable, which is the default here, except with local checkpoints)",
+        help="save the state of --use-distributed-optimizer for the present TP and PP only, which takes less time and "
+        "memory (opposite of --dist-ckpt-optim-fully-reshardable, which is the default here, except with local "
+        "checkpoints)",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=None)  # args_defaults decides
     defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
-    parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults, **(checkpoint or {}))
+    # None, so that a given value can be told from Megatron's default; args_defaults and _ALIASES have what follows.
+    defaults |= dict.fromkeys(("eval_iters", *_UNSET))
+    parser.set_defaults(create_attention_mask_in_dataloader=False, **defaults | (checkpoint or {}))
     for action in parser._actions:
+        if action.dest in _ALIASES:
+            parser.set_defaults(**{action.dest: action.default})
+            action.dest, action.default = _ALIASES[action.dest], argparse.SUPPRESS  # ours has the default
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
         if action.help and action.help is not argparse.SUPPRESS:
             # A lone % in Megatron's help (0.19) ends --help in a ValueError.
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
     return parser
-
-
-def _flag(attribute: str) -> str:
-    return "--" + attribute.replace("_", "-")
 
 
 def _refuse_yaml(value: str) -> str:
@@ -186,9 +204,37 @@ def args_defaults(args: Namespace) -> dict[str, typing.Any]:
         defaults["dist_ckpt_optim_fully_reshardable"] = (
             args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local"
         )
+    if args.eval_iters is None:
+        defaults["eval_iters"] = _EVAL_ITERS if has_validation_data(args) else 0
     if args.tokenizer_type is None and args.mock_data:
         defaults["tokenizer_type"] = "NullTokenizer"
     return defaults
+
+
+def has_validation_data(args: Namespace) -> bool:
+    """Whether the flags name data for validation, as Megatron's get_blend_and_blend_per_split reads them."""
+    if args.data_path is not None or args.data_args_path is not None:
+        shares = re.findall(r"[.0-9]+", args.split or "969, 30, 1")  # Megatron's default
+        return len(shares) > 1 and float(shares[1]) > 0
+    if args.per_split_data_args_path is not None:
+        if "://" in args.per_split_data_args_path:
+            return True  # left to its reader
+        return bool(json.loads(Path(args.per_split_data_args_path).read_text("utf-8")).get("valid"))
+    given = (args.train_data_path, args.valid_data_path, args.test_data_path)
+    return bool(args.valid_data_path) or not any(given)  # without any, mock data
+
+
+def notes(raw: Namespace) -> list[str]:
+    """Lines for the log on what was parsed, before Megatron fills in defaults."""
+    lines = []
+    if raw.cp_layout is not None:
+        lines.append(
+            f"--lightning-cp-layout {raw.cp_layout} is no option any more: Megatron's data loader decides it "
+            f"({loader_layout(raw)}); leave the flag out"
+        )
+    if raw.eval_iters is None and not has_validation_data(raw):
+        lines.append("no validation data, so nothing is evaluated (--eval-iters 0); give --valid-data-path, or --split")
+    return lines
 
 
 def refuse(args: Namespace) -> None:
@@ -197,7 +243,14 @@ def refuse(args: Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
+    refuse_parts(args)
     _refuse_any(args, _REFUSED, "is refused")
+    layout = loader_layout(args)
+    if args.cp_layout not in (None, "auto", layout):
+        raise ValueError(
+            f"--lightning-cp-layout {args.cp_layout} is refused: Megatron's data loader cuts sequences as {layout}, so "
+            "leave the flag out"
+        )
     if args.loss_chunk is not None:
         if args.loss_chunk < 1:
             raise ValueError(
@@ -216,31 +269,31 @@ def refuse(args: Namespace) -> None:
         for name in ("micro_batch_size", "eval_micro_batch_size"):
             if (getattr(args, name) or 1) > 1:
                 raise ValueError(
-                    f"{_flag(packed)} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} needs "
-                    f"{_flag(name)} 1, not {getattr(args, name)}: use 1, and more microbatches or a longer --seq-length"
+                    f"{flag_of(packed)} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} needs "
+                    f"{flag_of(name)} 1, not {getattr(args, name)}: use 1, and more microbatches or a "
+                    "longer --seq-length"
                 )
     if args.attention_backend is not None and args.attention_backend.name == "local":
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
+    if args.sft and not importable("datasets"):
+        raise ValueError("--sft reads its data with the package datasets, which does not import: pip install datasets")
     _refuse_missing_kernels(args)
     _refuse_missing_files(args)
+    if args.eval_iters and not has_validation_data(args):
+        raise ValueError(
+            f"--eval-iters {args.eval_iters}, but no validation data: give --valid-data-path, or a --split with a "
+            "second part, or leave --eval-iters out"
+        )
 
 
 def _refuse_any(args: Namespace, table: dict[str, str], refused: str) -> None:
     for attribute, remedy in table.items():
         value = getattr(args, attribute, None)
         if value not in (None, False):
-            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
-            raise ValueError(f"{_flag(attribute)}{shown} {refused}: {remedy}")
+            raise ValueError(f"{flag_of(attribute)}{shown(value)} {refused}: {remedy}")
 
 
 def _refuse_missing_kernels(args: Namespace) -> None:
-    if args.transformer_impl == "transformer_engine" and not importable(_TE):
-        raise ValueError(
-            "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine.pytorch does not "
-            "import: install transformer_engine[pytorch], or use --transformer-impl local (the default without it)"
-        )
-    if args.transformer_impl == "inference_optimized":
-        raise ValueError("--transformer-impl inference_optimized cannot train: use transformer_engine or local")
     for attribute, on, flag, against, module in _KERNELS:
         if getattr(args, attribute) is on and not importable(module):
             raise ValueError(
@@ -249,10 +302,11 @@ def _refuse_missing_kernels(args: Namespace) -> None:
 
 
 def _refuse_missing_files(args: Namespace) -> None:
+    here = f"(rank {args.rank}, host {socket.gethostname()}; every node needs the same path)"
     for attribute in ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path"):
         value = getattr(args, attribute)
         if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
-            raise ValueError(f"{_flag(attribute)} {value}: no such file or directory")
+            raise ValueError(f"{flag_of(attribute)} {value}: no such file or directory {here}")
     sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
     for prefix in (item for source in sources for item in source or ()):
         is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
@@ -260,6 +314,7 @@ def _refuse_missing_files(args: Namespace) -> None:
             raise ValueError(
                 f"data {prefix}: "
                 + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx")
+                + f" {here}"
             )
     if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")

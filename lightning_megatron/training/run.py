@@ -35,12 +35,14 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from ..config import LightningOptions
 from ..norm import layer_norm
 from ..resume import check_folder
-from ..runtime import check, loader_layout
+from ..runtime import loader_layout
+from ..runtime import refuse as refuse_model
 from ..spec import make_spec
 from .arguments import (
     add_arguments,
     args_defaults,
     defaults_from_checkpoint,
+    notes,
     options_from_args,
     parts_in_use,
     refuse,
@@ -61,13 +63,15 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     raw = parse_args(add_arguments)
     refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
     check_folder(raw)
+    for line in notes(raw):
+        log_single_rank(logger, logging.WARNING, "%s", line)
     add = partial(add_arguments, checkpoint=checkpoint_defaults(raw)) if raw.use_checkpoint_args else add_arguments
     options = options_from_args(parse_args(add))
     args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     config = core_transformer_config_from_args(args)
-    check(config, options, loader_layout(args), args)
+    refuse_model(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = make_spec(options)
     log_single_rank(logger, logging.INFO, parts_in_use(args, layer_norm(config).__name__))

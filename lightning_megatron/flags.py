@@ -1,0 +1,339 @@
+"""Megatron's flags that lightning layers cannot honour, in tables: refused, or named in a line of the log.
+
+They hold in both ways of starting, lightning_megatron.pretrain and pretrain_gpt.py --spec: runtime.py reads them. What
+matters to the own entry point alone is in training/arguments.py.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .compat import importable
+from .config import LightningOptions, lightning_pattern
+
+_TE = "transformer_engine.pytorch"
+_ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
+
+
+class Run(NamedTuple):
+    """What a run asks for, as the rows of the tables see it."""
+
+    config: Any
+    options: LightningOptions
+    layout: str
+    args: Namespace  # Megatron's flags; empty outside of its training loop
+    softmax: int  # how many layers are softmax layers
+
+    def get(self, name: str) -> Any:
+        """A field of the config, else a flag, else None."""
+        return getattr(self.config, name, getattr(self.args, name, None))
+
+    @property
+    def local(self) -> bool:
+        return self.config.transformer_impl == "local"
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
+        return self.get("position_embedding_type") in _ROTARY and bool(self.softmax or self.options.rope)
+
+
+class Rule(NamedTuple):
+    """A row of a table: it speaks if the attribute has a value (neither None nor False) and ``when`` holds."""
+
+    attribute: str  # of the config, or of the flags
+    when: Callable[[Run], Any]
+    text: str  # goes on after flag and value: what happens, and the remedy
+    flag: str = ""  # where it is not --attribute
+
+    def message(self, run: Run) -> str | None:
+        value = run.get(self.attribute)
+        if value in (None, False) or not self.when(run):
+            return None
+        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
+
+
+def _always(run: Run) -> bool:
+    return True
+
+
+def _selective(run: Run, *modules: str) -> bool:
+    chosen = run.config.recompute_modules or ()
+    return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
+
+
+_NEEDS_TE = (
+    "needs TransformerEngine's layers; --transformer-impl local would train in another precision: use "
+    "--transformer-impl transformer_engine"
+)
+
+_OTHER_ATTENTION = (
+    "chooses another attention than lightning_megatron's specs; leave it out, and place softmax layers with "
+    "--linear-attention-freq"
+)
+# Refused whatever else is asked for: field of the config or flag -> what happens, and the remedy.
+REFUSED_ALWAYS = {
+    "multi_latent_attention": _OTHER_ATTENTION,
+    "experimental_attention_variant": _OTHER_ATTENTION,
+    "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
+    "heterogeneous_layers_config_path": _OTHER_ATTENTION,
+    "reset_attention_mask": "has no effect on lightning layers and on causal softmax kernels, so documents would see "
+    "each other; use --dataloader-inter-document-masking",
+    "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "
+    "--step-batch-size-schedule",
+    "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
+    "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
+    "one --valid-data-path",
+}
+
+# Refused where the row says so.
+REFUSED = (
+    Rule("fp8", lambda run: run.local, _NEEDS_TE, "--fp8-format"),
+    Rule("fp4", lambda run: run.local, _NEEDS_TE, "--fp4-format"),
+    Rule(
+        "recompute_modules",
+        lambda run: _selective(run, "layernorm", "moe_act") and not importable(_TE),
+        "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
+        "or install it",
+    ),
+    Rule(
+        "reset_position_ids",
+        lambda run: (
+            run.get("position_embedding_type") in (*_ROTARY, "none")
+            and not run.get("dataloader_inter_document_masking")
+        ),
+        "has no effect without learned positions, because rotary embeddings do not read position ids; use "
+        "--dataloader-inter-document-masking, which also separates documents",
+    ),
+    Rule(
+        "window_size",
+        lambda run: not run.softmax,
+        "limits softmax layers, and this model has none: lightning layers would see all tokens; leave it out, and "
+        "choose how far they look with --lightning-decay",
+    ),
+    Rule(
+        "softmax_type",
+        lambda run: run.get("softmax_type") != "vanilla" and not run.softmax,
+        "changes the softmax of softmax layers, and this model has none; leave it out, or place softmax layers with "
+        "--linear-attention-freq",
+    ),
+    Rule(
+        "qk_clip",
+        lambda run: not run.softmax,
+        "clips the logits of softmax layers, and this model has none; leave it out, or bound q and k with "
+        "--lightning-qk-norm",
+    ),
+    Rule(
+        "position_embedding_type",
+        lambda run: run.options.rope and run.get("position_embedding_type") not in _ROTARY,
+        "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
+    ),
+    Rule(
+        "linear_conv_kernel_dim",
+        lambda run: run.config.linear_conv_kernel_dim != 4,
+        "belongs to gated delta net; lightning layers have no convolution, so leave it out",
+    ),
+    Rule(
+        "dataloader_inter_document_masking",
+        lambda run: (
+            run.config.context_parallel_size > 1 and run.layout != "zigzag-documents" and run.softmax and not run.local
+        ),
+        "with context parallelism lets documents cross the ranks' chunks, which TransformerEngine's softmax "
+        "attention does not take; use --transformer-impl local",
+    ),
+    Rule(
+        "cp_partition_mode",  # of later versions of Megatron
+        lambda run: run.config.context_parallel_size > 1 and run.get("cp_partition_mode") != "zigzag",
+        "cuts sequences in a way that this version does not know; use zigzag",
+    ),
+    Rule(
+        "mtp_num_layers",
+        lambda run: (
+            run.config.pipeline_model_parallel_size > 1
+            and (run.get("save") or run.get("non_persistent_save_interval"))
+            and run.get("untie_embeddings_and_output_weights") is False
+        ),
+        "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
+        "pass --untie-embeddings-and-output-weights",
+    ),
+    Rule(
+        "mtp_num_layers",
+        lambda run: run.local and (run.config.context_parallel_size > 1 or run.config.sequence_parallel or run.packed),
+        "adds a softmax layer of Megatron's own, which takes context parallelism, sequence parallelism and packed "
+        "documents only from TransformerEngine; use --transformer-impl transformer_engine, or leave it out",
+    ),
+)
+
+WARNED = (
+    Rule(
+        "recompute_modules",
+        lambda run: _selective(run, "core_attn"),
+        "recomputes nothing in lightning layers, which have no core_attn; use --recompute-granularity full, or "
+        "--recompute-modules mlp, to save memory there",
+    ),
+    Rule(
+        "window_size",
+        lambda run: run.softmax,
+        "limits the softmax layers only; lightning layers see all tokens",
+    ),
+    Rule(
+        "cp_comm_type",
+        lambda run: (
+            run.local and run.softmax and run.config.context_parallel_size > 1 and run.get("cp_comm_type") != "p2p"
+        ),
+        "is not read by softmax layers on torch's SDPA, which have one way to communicate",
+    ),
+    Rule(
+        "use_mup",
+        lambda run: run.options.scale is None,
+        "scales the logits of softmax layers only; choose that of lightning layers with --lightning-scale, or "
+        "make_spec(scale=...)",
+    ),
+    Rule(
+        "position_embedding_type",
+        lambda run: run.get("position_embedding_type") in _ROTARY and not run.rotates,
+        "rotates q and k of softmax layers only, and this model has none: no position embedding is used; "
+        "pass --lightning-rope, or --position-embedding-type none",
+    ),
+    *(
+        Rule(
+            f"linear_{dim}",
+            lambda run, dim=dim: (
+                getattr(run.options, dim) not in (None, run.get(f"linear_{dim}")) and run.get(f"linear_{dim}") != 128
+            ),
+            f"gives way to the option {dim} of the lightning layers, which has another value; leave one of them out",
+        )
+        for dim in ("key_head_dim", "value_head_dim")
+    ),
+    Rule(
+        "linear_key_head_dim",
+        # The own entry point knows which flags were given; here, Megatron's default looks like a given 128.
+        lambda run: (
+            run.args != Namespace()
+            and not hasattr(run.args, "lightning_key_head_dim")
+            and run.get("linear_key_head_dim") == 128
+            and run.options.key_head_dim is None
+            and run.config.kv_channels != 128
+        ),
+        "is Megatron's default, which cannot be told from a given 128 (likewise --linear-value-head-dim 128, "
+        "--linear-num-key-heads 16 and --linear-num-value-heads 32): the head dim K of lightning layers is "
+        "--kv-channels; for 128, use a spec of your own, make_spec(key_head_dim=128)",
+    ),
+    Rule(
+        "create_attention_mask_in_dataloader",
+        _always,
+        "builds a seq_length x seq_length attention mask that no layer here reads; pass "
+        "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
+    ),
+)
+
+# Flags of softmax attention that change nothing in an all-lightning model, and the values that nobody gave.
+SOFTMAX_ONLY = {
+    "apply_query_key_layer_scaling": (False,),
+    "attention_backend": ("auto",),
+    "attention_dropout": (0.0, 0.1),
+    "attention_output_gate": (False,),
+    "cp_comm_type": (None, "p2p"),
+    "flash_attention_version": (None,),
+    "fp8_dot_product_attention": (False,),
+    "fp8_multi_head_attention": (False,),
+    "log_max_attention_logit": (False,),
+    "qk_l2_norm": (False,),
+    "qk_layernorm": (False,),
+    "softmax_scale": (None,),
+    "window_attn_skip_freq": (None,),
+}
+# ... and those of rotary embeddings, which change nothing where no layer turns.
+ROTARY_ONLY = {
+    "no_rope_freq": (None,),
+    "rotary_base": (None, 10000),
+    "rotary_interleaved": (False,),
+    "rotary_percent": (None, 1.0),
+    "rotary_seq_len_interpolation_factor": (None,),
+    "use_rope_scaling": (None, False),
+}
+
+
+def flag_of(attribute: str) -> str:
+    return "--" + attribute.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands on the command line after its flag."""
+    if value is True:
+        return ""
+    return " " + (" ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "name", value)))
+
+
+def refuse_parts(asked) -> None:
+    """Refuse parts that no spec here builds, and what is refused whatever else is asked for.
+
+    Args:
+        asked: a config, or Megatron's flags, maybe before there is a config.
+
+    Raises:
+        ValueError: naming what was given, and the remedy.
+    """
+    implementation = getattr(asked, "transformer_impl", "local")
+    if implementation not in ("local", "transformer_engine"):
+        raise ValueError(
+            f"--transformer-impl {implementation} is not supported by lightning specs; use local or transformer_engine"
+        )
+    if implementation == "transformer_engine" and not importable(_TE):
+        raise ValueError(
+            "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine is not installed, "
+            "or does not import; install transformer_engine[pytorch], or pass --transformer-impl local"
+        )
+    for name, text in REFUSED_ALWAYS.items():
+        value = getattr(asked, name, None)
+        if value:
+            raise ValueError(f"{flag_of(name)}{shown(value)} {text}")
+
+
+def messages_of_refusal(config, options: LightningOptions, layout: str, args: Namespace | None = None) -> list[str]:
+    """What is asked for and cannot be honoured, by the table."""
+    return _messages(REFUSED, _run(config, options, layout, args))
+
+
+def warnings_of(config, options: LightningOptions, layout: str, args: Namespace | None = None) -> list[str]:
+    """Lines for the log: flags that change less than they seem to, or cost something and give nothing."""
+    run = _run(config, options, layout, args)
+    lines = _messages(WARNED, run)
+    if not run.softmax:
+        given = _given(SOFTMAX_ONLY, run)
+        if config.num_query_groups != config.num_attention_heads:
+            given.append(
+                f"--num-query-groups {config.num_query_groups} (for lightning layers: --lightning-num-kv-heads)"
+            )
+        if given:
+            besides = " besides its MTP layers" if config.mtp_num_layers else ""
+            lines.append(", ".join(given) + f": act on softmax layers only; this model has none{besides}")
+    if run.get("position_embedding_type") is not None and not run.rotates:
+        if given := _given(ROTARY_ONLY, run):
+            lines.append(", ".join(given) + ": act on rotary embeddings only; no layer of this model uses them")
+    return lines
+
+
+def _run(config, options: LightningOptions, layout: str, args: Namespace | None) -> Run:
+    pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
+    return Run(config, options, layout, Namespace() if args is None else args, pattern.count(False))
+
+
+def _messages(table: tuple[Rule, ...], run: Run) -> list[str]:
+    return [message for rule in table if (message := rule.message(run)) is not None]
+
+
+def _given(table: dict[str, tuple], run: Run) -> list[str]:
+    """Flags and values of a table that differ from what nobody gave."""
+    values = {name: run.get(name) for name in table}
+    return [
+        flag_of(name) + shown(value)
+        for name, value in values.items()
+        if getattr(value, "name", value) not in table[name]
+    ]
