@@ -12,8 +12,10 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from .compat import importable
+from .config import LightningOptions
 from .ops import norm_gate
 
 
@@ -22,10 +24,12 @@ class TorchNorm(torch.nn.Module):
 
     Its parameters carry ``sequence_parallel``, by which Megatron sums their gradients over the tensor-parallel ranks that
     each saw a part of the sequence (core/distributed/finalize_model_grads.py). ``--apply-layernorm-1p`` is supported.
+    ``backend`` is that of ``lightning_attn``.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, *, backend: str | None = None):
         super().__init__()
+        self.backend = backend
         if config.normalization not in ("RMSNorm", "LayerNorm"):
             raise ValueError(
                 f"--normalization {config.normalization} is not supported without TransformerEngine; use RMSNorm or LayerNorm"
@@ -43,7 +47,7 @@ class TorchNorm(torch.nn.Module):
         dtype = self.weight.dtype
         if self.rms and not self.zero_centered and x.dim() == 3 and x.dtype == dtype:
             # one launch, where torch's backward reads everything twice
-            return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps)
+            return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps, backend=self.backend)
         if self.zero_centered:  # a small weight would be rounded away from 1 + weight in bf16
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(x.dtype) + self.zero_centered  # x is fp32 in a fp32 residual stream, too
@@ -65,6 +69,12 @@ def layer_norm(config) -> type:
 
         return FusedLayerNorm
     return TorchNorm
+
+
+def layer_norm_spec(config, options: LightningOptions) -> ModuleSpec | type:
+    """The norm of ``layer_norm``, for the places of Megatron's specs, computed by ``options.backend`` where it is ours."""
+    norm = layer_norm(config)
+    return ModuleSpec(module=norm, params={"backend": options.backend}) if norm is TorchNorm else norm
 
 
 class OutputNorm(torch.nn.Module):
