@@ -143,12 +143,24 @@ class LightningAttention(MegatronModule):
             offset=options.decay_offset,
             tp_rank=self.tp_group.rank(),
             tp_size=tp,
-        ).to(torch.cuda.current_device())
+        )
+        self._place_decay(self.linear_proj.weight.device)
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
-        self.log_decay = self.log_decay.to(self.linear_proj.weight.device)  # follows to a device, never to a dtype
+        self._place_decay(self.linear_proj.weight.device)
         return result
+
+    def _place_decay(self, device: torch.device) -> None:
+        """The decay follows the weights to a device, never to a dtype, and never to the meta device, which forgets values."""
+        if device.type == "meta" or device == self.log_decay.device:
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"log_decay of lightning layer {self.layer_number} is on {self.log_decay.device} and cannot move to {device} "
+                "while a CUDA graph is captured; run the model once before the capture"
+            )
+        self.log_decay = self.log_decay.to(device)
 
     def forward(
         self,
@@ -166,6 +178,7 @@ class LightningAttention(MegatronModule):
         """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``; attention is causal, so attention_mask is not read."""
         del attention_mask, sequence_len_offset
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
+        self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)

@@ -37,8 +37,13 @@ class TorchNorm(torch.nn.Module):
         self.rms = config.normalization == "RMSNorm"
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.eps = eps
-        self.weight = torch.nn.Parameter((torch.zeros if self.zero_centered else torch.ones)(hidden_size))
-        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size))
+        # A device by name, as of Megatron's linear layers: under torch.device("meta") (--init-model-with-meta-device) the
+        # first values would be lost, and training would start from whatever the memory holds.
+        on_gpu = torch.cuda.is_available() and not config.use_cpu_initialization
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        first = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(first(hidden_size, device=device))
+        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size, device=device))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
