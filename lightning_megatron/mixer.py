@@ -175,14 +175,23 @@ class LightningAttention(MegatronModule):
         inference_params=None,
         **unknown: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``; attention is causal, so attention_mask is not read."""
-        del attention_mask, sequence_len_offset
+        """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``.
+
+        Attention is causal, whatever attention_mask says: right padding and the causal mask change nothing. With an
+        inference context, a mask that changes more is refused.
+
+        Raises:
+            ValueError: left-padded prompts, or arguments that a lightning layer cannot honour.
+        """
+        del sequence_len_offset
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
+        if caching and attention_mask is not None:
+            _refuse_left_padding(attention_mask, hidden_states.shape[0])
 
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
         # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
@@ -282,6 +291,27 @@ class LightningAttention(MegatronModule):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         set_save_original_input(self.linear_qkv)
+
+
+def _refuse_left_padding(mask: torch.Tensor, tokens: int) -> None:
+    """Refuse a mask ``[..., tokens or 1, keys]``, true where a key is hidden, that hides a key from one of the later tokens.
+
+    The state sums all tokens so far. What follows a query, and padding after a prompt, is never in it.
+    """
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # its values cannot be read now, and were in the run before the capture
+    hidden, (queries, keys) = mask.bool(), mask.shape[-2:]
+    earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries - 1)
+    # a key that is visible and earlier than its query, right after a hidden one
+    refused = (hidden[..., :-1] & ~hidden[..., 1:] & earlier[:, 1:]).any()
+    if queries == keys or queries < tokens:  # the first key hidden from all queries, in a row that is not empty
+        refused |= (hidden[..., 0].all(-1) & ~hidden.flatten(-2).all(-1)).any()
+    if refused:
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} hides earlier tokens from later ones, as left-padded prompts need it, but the "
+            "state of a lightning layer holds every token before; give prompts of equal length, pad them on the right, or "
+            "generate for one at a time"
+        )
 
 
 def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:
