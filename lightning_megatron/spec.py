@@ -149,7 +149,8 @@ def get_hybrid_block_spec(
         if not local:
             raise ValueError(
                 f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; "
-                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
+                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or "
+                "loss"
             )
     norm = layer_norm_spec(config, options)
     return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm)

@@ -31,7 +31,7 @@ CONFIG = dict(
 
 
 def step(rank: int, world: int, name: str, auto: str, chunk: int | None) -> tuple[dict, dict]:
-    """Kernels launched by one step of a hybrid with ``backend=name``, where "auto" means ``auto``; loss and gradients."""
+    """Kernels that one step of a hybrid with ``backend=name`` launches, where "auto" means ``auto``, and results."""
     from triton.runtime.interpreter import InterpretedFunction
 
     layers.start()

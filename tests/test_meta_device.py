@@ -15,7 +15,7 @@ from tests.layers import Variant
 
 
 def on_meta_device() -> torch.device:
-    """torch.device("meta") for ``with``; it knows torch's factories by identity, and the CPU shim stands before some."""
+    """torch.device("meta") for ``with``; it knows torch's factories by identity, and the CPU shim wraps some."""
     factories = _device_constructors()
     factories |= {factory.__wrapped__ for factory in list(factories) if hasattr(factory, "__wrapped__")}
     return torch.device("meta")

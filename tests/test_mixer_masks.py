@@ -1,4 +1,4 @@
-"""Attention masks in inference: padding on the right and causal masks change nothing, padding on the left is refused."""
+"""Attention masks in inference: right padding and causal masks change nothing, left padding is refused."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LENGTH, SHORT = 12, 7  # of the first and of the second prompt
 
 
 def padded(left: bool, hidden_rows: str) -> torch.Tensor:
-    """Megatron's mask [2, 1, LENGTH, LENGTH], true where hidden, and what padding sees: the prompt, nothing or itself."""
+    """Megatron's mask [2, 1, LENGTH, LENGTH], true where hidden; padding sees the prompt, nothing or itself."""
     pad = torch.zeros(2, LENGTH, dtype=torch.bool)
     pad[1, : LENGTH - SHORT] = left
     pad[1, SHORT:] |= not left

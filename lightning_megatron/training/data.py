@@ -127,8 +127,8 @@ def check_documents(cu_seqlens: torch.Tensor, cp_size: int) -> None:
     wrong = cu_seqlens[cu_seqlens % (2 * cp_size) != 0] if cp_size > 1 else cu_seqlens[:0]
     if wrong.numel():
         raise ValueError(
-            f"--context-parallel-size {cp_size} cuts every document of --sft into {2 * cp_size} equal chunks, but one starts or "
-            f"ends at token {int(wrong.flatten()[0])}; pad documents to a multiple of {2 * cp_size} tokens, or use "
+            f"--context-parallel-size {cp_size} cuts every document of --sft into {2 * cp_size} equal chunks, but one "
+            f"starts or ends at token {int(wrong[0])}; pad documents to a multiple of {2 * cp_size} tokens, or use "
             "--context-parallel-size 1"
         )
 
@@ -211,8 +211,8 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
         log_single_rank(
             logger,
             logging.WARNING,
-            "every context-parallel rank divides its loss by its own number of tokens that count, which --sft leaves unequal: "
-            "pass --calculate-per-token-loss to weigh all tokens alike",
+            "every context-parallel rank divides its loss by its own number of tokens that count, which --sft leaves "
+            "unequal: pass --calculate-per-token-loss to weigh all tokens alike",
         )
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()

@@ -43,12 +43,14 @@ def chunked_loss(
     backend: str | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """GPTModel's ``output_processor``: the loss [b, s] of ``compute_language_model_loss``, ``context`` tokens at a time.
+    """GPTModel's ``output_processor``: the loss [b, s] as of its own function, ``context`` tokens at a time.
 
-    ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``.
+    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose
+    forward knows which weight, group and layout: only the product in it is another one, which returns losses instead of
+    logits. ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``.
 
-    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose forward
-    knows which weight, group and layout: only the product in it is another one, which returns losses instead of logits.
+    Raises:
+        ValueError: an output layer with bias.
     """
 
     def product(input, weight, bias, sequence_parallel, tp_group, **_):
