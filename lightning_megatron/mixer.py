@@ -303,8 +303,8 @@ def _refuse_left_padding(mask: torch.Tensor, tokens: int) -> None:
     if refused:
         raise ValueError(
             f"attention_mask {list(mask.shape)} hides earlier tokens from later ones, as left-padded prompts need it, "
-            "but the state of a lightning layer holds every token before; give prompts of equal length, pad them on the "
-            "right, or generate for one at a time"
+            "but the state of a lightning layer holds every token before; give prompts of equal length, pad them on "
+            "the right, or generate for one at a time"
         )
 
 

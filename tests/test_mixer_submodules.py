@@ -82,7 +82,7 @@ def ranges(rank: int, world: int) -> tuple[list[str], list[str]]:
 
 
 def test_profiler_ranges_as_in_megatrons_layers():
-    """Module and function come before the name, and no range is inside another; nothing is done when profiling is off."""
+    """Module and function come before the name, no range is inside another, and none is there with profiling off."""
     ((off, on),) = spawn(ranges, 1)
     assert off == []
     names = ["qkv", "rotary_pos_emb", "lightning_attention", "output_norm_gate", "linear_proj"]
