@@ -97,4 +97,5 @@ def log_decay(
             f"{max(values):.3g} > 0); use a smaller offset"
         )
     local = num_heads // tp_size
-    return torch.tensor(values[tp_rank * local : (tp_rank + 1) * local], dtype=torch.float32)
+    # by name, because models are built under torch.device("meta"), too (--init-model-with-meta-device)
+    return torch.tensor(values[tp_rank * local : (tp_rank + 1) * local], dtype=torch.float32, device="cpu")

@@ -11,12 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
-from megatron.core.utils import log_single_rank
+from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
@@ -31,10 +26,17 @@ logger = logging.getLogger("lightning_megatron")
 
 @dataclass
 class LightningAttentionSubmodules:
-    """The two projections, from Megatron's local layers or TransformerEngine; linear_qkv may hold the input layer norm."""
+    """Every submodule of a lightning layer.
+
+    The projections are Megatron's local layers or TransformerEngine's, where linear_qkv may hold the input layer norm.
+    The norms are built and called as ``HeadNorm`` and ``OutputNorm``; options decide which of them there are.
+    """
 
     linear_qkv: ModuleSpec | type
     linear_proj: ModuleSpec | type
+    q_norm: ModuleSpec | type = HeadNorm
+    k_norm: ModuleSpec | type = HeadNorm
+    out_norm: ModuleSpec | type = OutputNorm
 
 
 class LightningAttention(MegatronModule):
@@ -42,13 +44,13 @@ class LightningAttention(MegatronModule):
 
     out = linear_proj( gate * norm( lightning_attn( f(q), f(k), f(v) ) ) )
 
-    One projection gives q, gate, k and v, interleaved per key/value head (``[q..., gate..., k, v]`` of head 0, of head 1,
-    ...), so that a tensor-parallel slice is whole heads. Shapes follow Megatron: hidden ``[s, b, h]``, with sequence
+    One projection gives q, gate, k and v, interleaved per key/value head (``[q..., gate..., k, v]`` of head 0, of head
+    1, ...), so that a tensor-parallel slice is whole heads. Shapes follow Megatron: hidden ``[s, b, h]``, with sequence
     parallelism ``[s/tp, b, h]`` outside the projections.
 
     Args:
         config: Megatron's TransformerConfig.
-        submodules: the projections.
+        submodules: projections and norms.
         layer_number: 1-based, over all pipeline stages.
         options: what Megatron's config does not say (``lightning_megatron.config``).
         layout: which tokens a context-parallel rank holds, as the data loader cuts them (``parallel.lightning_attn``).
@@ -81,8 +83,8 @@ class LightningAttention(MegatronModule):
             log_single_rank(
                 logger,
                 logging.WARNING,
-                "a lightning layer is built without lightning_megatron.runtime.prepare(config, options): flags are not checked, "
-                "and Megatron is not patched (README, From Python)",
+                "a lightning layer is built without lightning_megatron.runtime.prepare(config, options): flags are not "
+                "checked, and Megatron is not patched (README, From Python)",
             )
         self.layer_number = layer_number
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
@@ -109,10 +111,12 @@ class LightningAttention(MegatronModule):
         self.q_norm = self.k_norm = self.out_norm = None
         if options.qk_norm:
             self.q_norm, self.k_norm = (
-                HeadNorm(shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype) for _ in range(2)
+                build_module(norm, shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype)
+                for norm in (submodules.q_norm, submodules.k_norm)
             )
         if shape.norm_groups:
-            self.out_norm = OutputNorm(
+            self.out_norm = build_module(
+                submodules.out_norm,
                 shape.output_dim // tp,
                 shape.norm_groups,
                 tp_group=self.tp_group,
@@ -143,12 +147,24 @@ class LightningAttention(MegatronModule):
             offset=options.decay_offset,
             tp_rank=self.tp_group.rank(),
             tp_size=tp,
-        ).to(torch.cuda.current_device())
+        )
+        self._place_decay(self.linear_proj.weight.device)
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
-        self.log_decay = self.log_decay.to(self.linear_proj.weight.device)  # follows to a device, never to a dtype
+        self._place_decay(self.linear_proj.weight.device)
         return result
+
+    def _place_decay(self, device: torch.device) -> None:
+        """Move the decay with the weights, but to no other dtype, and not to the meta device, which holds no values."""
+        if device.type == "meta" or device == self.log_decay.device:
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"log_decay of lightning layer {self.layer_number} is on {self.log_decay.device} and cannot move to "
+                f"{device} while a CUDA graph is captured; run the model once before the capture"
+            )
+        self.log_decay = self.log_decay.to(device)
 
     def forward(
         self,
@@ -163,14 +179,25 @@ class LightningAttention(MegatronModule):
         inference_params=None,
         **unknown: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``; attention is causal, so attention_mask is not read."""
-        del attention_mask, sequence_len_offset
+        """hidden ``[s, b, h]`` -> ``(output [s, b, h], bias or None)``.
+
+        Attention is causal, whatever attention_mask says: right padding and the causal mask change nothing. With an
+        inference context, a mask that changes more is refused.
+
+        Raises:
+            ValueError: left-padded prompts, or arguments that a lightning layer cannot honour.
+        """
+        del sequence_len_offset
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
+        self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
+        if caching and attention_mask is not None:
+            _refuse_left_padding(attention_mask, hidden_states.shape[0])
 
+        nvtx_range_push(suffix="qkv")
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
         # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
         q, gate, k, v = split_heads(
@@ -178,12 +205,16 @@ class LightningAttention(MegatronModule):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        nvtx_range_pop(suffix="qkv")
         if options.rope:
+            nvtx_range_push(suffix="rotary_pos_emb")
             q, k = rotate(
                 q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
             )  # fmt: skip
+            nvtx_range_pop(suffix="rotary_pos_emb")
 
+        nvtx_range_push(suffix="lightning_attention")
         o, state = lightning_attn(
             *(x.transpose(0, 1) for x in (q, k, v)),
             self.log_decay,
@@ -198,9 +229,16 @@ class LightningAttention(MegatronModule):
         )
         if caching:
             inference_context.key_value_memory_dict[self.layer_number] = (state,)
+        nvtx_range_pop(suffix="lightning_attention")
 
+        nvtx_range_push(suffix="output_norm_gate")
         finish = norm_gate if self.out_norm is None else self.out_norm
-        return self.linear_proj(finish(o.transpose(0, 1), gate, kind=options.gate, backend=options.backend))
+        o = finish(o.transpose(0, 1), gate, kind=options.gate, backend=options.backend)
+        nvtx_range_pop(suffix="output_norm_gate")
+        nvtx_range_push(suffix="linear_proj")
+        output = self.linear_proj(o)
+        nvtx_range_pop(suffix="linear_proj")
+        return output
 
     def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
         if packed is None:
@@ -212,7 +250,7 @@ class LightningAttention(MegatronModule):
         return document_bounds(packed)
 
     def _layout(self, packed: PackedSeqParams | None) -> str:
-        """Which tokens a rank holds; Megatron cuts batches of dynamic size as a whole, and without documents there are none."""
+        """Which tokens a rank holds: Megatron cuts a batch of dynamic size, and one without documents, as a whole."""
         if self.layout == "zigzag-documents" and (packed is None or packed.local_cp_size is not None):
             return "zigzag"
         return self.layout
@@ -223,41 +261,19 @@ class LightningAttention(MegatronModule):
             return None
         if self.pg_collection.cp.size() > 1:
             raise ValueError(
-                f"lightning layers do not generate with context-parallel size {self.pg_collection.cp.size()}; load the checkpoint "
-                "with --context-parallel-size 1"
+                f"lightning layers do not generate with context-parallel size {self.pg_collection.cp.size()}; load the "
+                "checkpoint with --context-parallel-size 1"
             )
         if not context.is_static_batching() or packed is not None or context.batch_size_offset:
             raise ValueError(
-                "lightning layers generate with Megatron's StaticInferenceContext, one batch at a time from its first row; "
-                f"got {type(context).__name__} with batch_size_offset={getattr(context, 'batch_size_offset', None)}"
+                "lightning layers generate with Megatron's StaticInferenceContext, one batch at a time from its first "
+                f"row; got {type(context).__name__} with batch_size_offset="
+                f"{getattr(context, 'batch_size_offset', None)}"
                 f"{' and packed sequences' if packed is not None else ''}"
             )
         if context.sequence_len_offset == 0:
             return None
         return context.key_value_memory_dict[self.layer_number][0]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, tp_group=None
-    ):
-        """Shards for distributed checkpoints, valid at any other tensor-parallel size: slices are whole heads."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        tp_group = tp_group or self.tp_group
-        result = {}
-        for name, module in self.named_children():
-            if isinstance(module, OutputNorm):
-                result |= make_sharded_tensors_for_checkpoint(
-                    module.state_dict(prefix="", keep_vars=True),
-                    f"{prefix}{name}.",
-                    {"weight": 0},
-                    sharded_offsets,
-                    tp_group=tp_group,
-                    dp_cp_group=metadata["dp_cp_group"],
-                )
-            else:
-                result |= sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
-                )
-        return result
 
     def backward_dw(self) -> None:
         """Weight gradients of the projections, where Megatron delays them."""
@@ -269,6 +285,27 @@ class LightningAttention(MegatronModule):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         set_save_original_input(self.linear_qkv)
+
+
+def _refuse_left_padding(mask: torch.Tensor, tokens: int) -> None:
+    """Refuse a mask ``[..., tokens or 1, keys]``, true where a key is hidden, that hides a key from a later token.
+
+    The state sums all tokens so far. What follows a query, and padding after a prompt, is never in it.
+    """
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # its values cannot be read now, and were in the run before the capture
+    hidden, (queries, keys) = mask.bool(), mask.shape[-2:]
+    earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries - 1)
+    # a key that is visible and earlier than its query, right after a hidden one
+    refused = (hidden[..., :-1] & ~hidden[..., 1:] & earlier[:, 1:]).any()
+    if queries == keys or queries < tokens:  # the first key hidden from all queries, in a row that is not empty
+        refused |= (hidden[..., 0].all(-1) & ~hidden.flatten(-2).all(-1)).any()
+    if refused:
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} hides earlier tokens from later ones, as left-padded prompts need it, "
+            "but the state of a lightning layer holds every token before; give prompts of equal length, pad them on "
+            "the right, or generate for one at a time"
+        )
 
 
 def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:

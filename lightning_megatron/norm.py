@@ -1,4 +1,4 @@
-"""Norms that need neither TransformerEngine nor apex: a layer norm for Megatron's specs, and the RMS norm of a mixer's output.
+"""Norms that need neither TransformerEngine nor apex: a layer norm for Megatron's specs, and those inside the mixer.
 
 Megatron's own torch norm (core/transformer/torch_norm.py) refuses sequence parallelism; ``TorchNorm`` supports it.
 """
@@ -12,29 +12,43 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from .compat import importable
+from .config import LightningOptions
 from .ops import norm_gate
 
 
 class TorchNorm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as ``config.normalization`` says, built as Megatron builds norms.
 
-    Its parameters carry ``sequence_parallel``, by which Megatron sums their gradients over the tensor-parallel ranks that
-    each saw a part of the sequence (core/distributed/finalize_model_grads.py). ``--apply-layernorm-1p`` is supported.
+    Its parameters carry ``sequence_parallel``, by which Megatron sums their gradients over the tensor-parallel ranks
+    that each saw a part of the sequence (core/distributed/finalize_model_grads.py). ``--apply-layernorm-1p`` is
+    supported. ``backend`` is that of ``lightning_attn``.
+
+    Raises:
+        ValueError: a normalization other than these two.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, *, backend: str | None = None):
         super().__init__()
+        self.backend = backend
         if config.normalization not in ("RMSNorm", "LayerNorm"):
             raise ValueError(
-                f"--normalization {config.normalization} is not supported without TransformerEngine; use RMSNorm or LayerNorm"
+                f"--normalization {config.normalization} is not supported without TransformerEngine; use RMSNorm or "
+                "LayerNorm"
             )
         self.rms = config.normalization == "RMSNorm"
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.eps = eps
-        self.weight = torch.nn.Parameter((torch.zeros if self.zero_centered else torch.ones)(hidden_size))
-        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size))
+        # Named, as Megatron's linear layers do it: under torch.device("meta") (--init-model-with-meta-device) the first
+        # values would be lost, and training would start from whatever the memory holds.
+        on_gpu = torch.cuda.is_available() and not config.use_cpu_initialization
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        first = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(first(hidden_size, device=device))
+        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size, device=device))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -43,7 +57,7 @@ class TorchNorm(torch.nn.Module):
         dtype = self.weight.dtype
         if self.rms and not self.zero_centered and x.dim() == 3 and x.dtype == dtype:
             # one launch, where torch's backward reads everything twice
-            return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps)
+            return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps, backend=self.backend)
         if self.zero_centered:  # a small weight would be rounded away from 1 + weight in bf16
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(x.dtype) + self.zero_centered  # x is fp32 in a fp32 residual stream, too
@@ -67,13 +81,19 @@ def layer_norm(config) -> type:
     return TorchNorm
 
 
+def layer_norm_spec(config, options: LightningOptions) -> ModuleSpec | type:
+    """The norm of ``layer_norm`` as Megatron's specs take it, computed by ``options.backend`` where it is ours."""
+    norm = layer_norm(config)
+    return ModuleSpec(module=norm, params={"backend": options.backend}) if norm is TorchNorm else norm
+
+
 class OutputNorm(torch.nn.Module):
     """RMS norm of a mixer's output in groups of heads, on one tensor-parallel rank's heads.
 
-    y = x * rsqrt(mean over the group of x^2 + eps) * weight. One group per head is the usual per-head norm, one group over
-    all heads MiniMax's; in between is Bailing's GroupRMSNorm. The weight has one entry per channel and is sharded with the
-    heads, so it needs no gradient reduction whatever the parallelism. Only the single group over several ranks needs
-    communication: one number per token.
+    y = x * rsqrt(mean over the group of x^2 + eps) * weight. One group per head is the usual per-head norm, one group
+    over all heads MiniMax's; in between is Bailing's GroupRMSNorm. The weight has one entry per channel and is sharded
+    with the heads, so it needs no gradient reduction whatever the parallelism. Only the single group over several ranks
+    needs communication: one number per token.
     """
 
     def __init__(self, size: int, groups: int, *, tp_group, eps: float, affine: bool, dtype: torch.dtype):
@@ -88,7 +108,7 @@ class OutputNorm(torch.nn.Module):
             set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, o: torch.Tensor, gate: torch.Tensor | None = None, **options) -> torch.Tensor:
-        """o ``[s, b, heads, V]`` -> ``[s, b, heads * V]``, gated at once; gate, kind and backend are those of norm_gate."""
+        """o ``[s, b, heads, V]`` -> ``[s, b, heads * V]``, gated at once; gate, kind and backend as of norm_gate."""
         if not self.over_ranks:
             return norm_gate(o, gate, self.weight, width=self.width, eps=self.eps, **options)
         o32 = o.float()
@@ -98,12 +118,24 @@ class OutputNorm(torch.nn.Module):
         y = (o32 * copy_to_tensor_model_parallel_region(inverse, self.tp_group)).to(o.dtype)
         return norm_gate(y, gate, self.weight, **options)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Shards for distributed checkpoints, valid at any other tensor-parallel size: slices are whole heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
 
 class HeadNorm(torch.nn.Module):
     """RMSNorm of q or k per head, with one weight that all heads share.
 
-    The weight is replicated over tensor-parallel ranks, each of which sees other heads: its gradient is summed here, in the
-    backward of the copy, with and without sequence parallelism (Megatron only sums parameters marked for the latter).
+    The weight is replicated over tensor-parallel ranks, each of which sees other heads: its gradient is summed here, in
+    the backward of the copy, with and without sequence parallelism (Megatron only sums parameters marked for the
+    latter).
     """
 
     def __init__(self, head_dim: int, *, tp_group, eps: float, dtype: torch.dtype):

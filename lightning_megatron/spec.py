@@ -31,7 +31,7 @@ try:
 
     from .config import LightningOptions, lightning_pattern
     from .mixer import LightningAttention, LightningAttentionSubmodules
-    from .norm import layer_norm
+    from .norm import layer_norm_spec
     from .runtime import prepare, refuse
     from .softmax import SDPACoreAttention
 except ImportError as error:
@@ -99,7 +99,7 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
     )
     local = config.transformer_impl == "local"
-    norm = layer_norm(config)
+    norm = layer_norm_spec(config, options)
     specs = []
     for base, lightning in zip(base_specs, pattern, strict=True):
         layer = dataclasses.replace(base.submodules)
@@ -142,6 +142,7 @@ def get_hybrid_block_spec(
     Raises:
         ValueError: a config that lightning layers cannot honour, or a stage without layers.
     """
+    options = options or LightningOptions()
     specs = get_hybrid_layer_specs(config, options, layout=layout)
     stages = config.pipeline_model_parallel_layout
     if stages is not None:
@@ -155,7 +156,8 @@ def get_hybrid_block_spec(
                 "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or "
                 "loss"
             )
-    return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=layer_norm(config))
+    norm = layer_norm_spec(config, options)
+    return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm)
 
 
 class LightningDispatchLayer(BaseTransformerLayer):

@@ -31,5 +31,5 @@ def apply_all(options: LightningOptions) -> None:
     dataset_helpers.apply()
     checkpoint_args.apply()
     distributed_optimizer.apply()
-    cross_entropy.apply()
+    cross_entropy.apply(options)
     flops.apply(options)

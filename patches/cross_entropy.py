@@ -12,20 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..config import LightningOptions
 from ..ops import vocab_parallel_cross_entropy
 from ._replace import replace
 
 SYMBOLS = ("megatron.core.models.common.language_module.language_module.fused_vocab_parallel_cross_entropy",)
 PARAMETERS = ("vocab_parallel_logits", "target", "tp_group")
 
+_backend: str | None = None
+
 
 def _wrap(original: Callable) -> Callable:
     def fused_vocab_parallel_cross_entropy(vocab_parallel_logits, target, tp_group):
-        return vocab_parallel_cross_entropy(vocab_parallel_logits, target, tp_group)
+        return vocab_parallel_cross_entropy(vocab_parallel_logits, target, tp_group, backend=_backend)
 
     return fused_vocab_parallel_cross_entropy
 
 
-def apply() -> None:
-    """Apply the patch; a second call does nothing."""
+def apply(options: LightningOptions) -> None:
+    """Apply the patch; a second call only changes the backend, which is ``options.backend``."""
+    global _backend
     replace(SYMBOLS[0], PARAMETERS, _wrap, "--cross-entropy-loss-fusion reads the logits once each way")
+    _backend = options.backend

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -19,10 +22,15 @@ from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    log_single_rank,
 )
 from megatron.training import get_args, print_rank_0
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from ..parallel import token_positions
+
+logger = logging.getLogger("lightning_megatron")
 
 
 def needs_data(config: TransformerConfig, args: Namespace, vp_stage: int | None) -> bool:
@@ -53,6 +61,7 @@ _BATCH = (
     "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group",
 )  # fmt: skip
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def get_batch(
@@ -61,6 +70,9 @@ def get_batch(
     """This rank's slice of the next microbatch; every key of ``_BATCH`` is there, None where the stage needs none.
 
     Tensors are [b, s], with packing [1, b s]; cu_seqlens is [1, documents + 1] int32.
+
+    Raises:
+        ValueError: documents that context-parallel ranks cannot share (--sft).
     """
     args = get_args()
     nothing: dict[str, Any] = dict.fromkeys(_BATCH)
@@ -70,6 +82,8 @@ def get_batch(
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         sample = next(data_iterator)
+        if args.sft:
+            check_documents(_bounds(sample), args.context_parallel_size)
         batch = {k: None if sample.get(k) is None else sample[k].cuda(non_blocking=True) for k in _BATCH}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -90,13 +104,47 @@ def get_batch(
     batch = flatten_batch_for_packed_sequences(batch)
     if not is_end_of_pipeline(config, vp_stage):
         return nothing | {key: batch[key] for key in _BOUNDARIES}
-    batch = get_batch_on_this_cp_rank(
-        batch,
-        is_hybrid_cp=False,
-        cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=not args.sft,
-    )
+    cp_group = mpu.get_context_parallel_group()
+    if args.sft:  # each document is cut by itself; Megatron does it with TransformerEngine only
+        return nothing | documents_on_this_cp_rank(batch, cp_group)
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group, use_per_sequence_balancing=True)
     return nothing | batch
+
+
+def _bounds(batch: dict[str, Any]) -> torch.Tensor:
+    padded = batch.get("cu_seqlens_padded")
+    return batch["cu_seqlens"] if padded is None else padded
+
+
+def check_documents(cu_seqlens: torch.Tensor, cp_size: int) -> None:
+    """Refuse documents that do not give every context-parallel rank two chunks of the same length; cu_seqlens [b, n].
+
+    Megatron's SFTDataset pads them. The check runs where samples arrive, so that it waits for no GPU.
+
+    Raises:
+        ValueError: naming the first bound that is wrong.
+    """
+    wrong = cu_seqlens[cu_seqlens % (2 * cp_size) != 0] if cp_size > 1 else cu_seqlens[:0]
+    if wrong.numel():
+        raise ValueError(
+            f"--context-parallel-size {cp_size} cuts every document of --sft into {2 * cp_size} equal chunks, but one "
+            f"starts or ends at token {int(wrong[0])}; pad documents to a multiple of {2 * cp_size} tokens, or use "
+            "--context-parallel-size 1"
+        )
+
+
+def documents_on_this_cp_rank(batch: dict[str, Any], cp_group: dist.ProcessGroup) -> dict[str, Any]:
+    """The tokens of this context-parallel rank: of every document two of 2 * ranks chunks, the i-th from either end.
+
+    Tensors [1, s] become [1, s / ranks]. Bounds stay those of whole documents, which is what attention layers take.
+    """
+    if cp_group.size() == 1:
+        return batch
+    tokens = next(batch[key].shape[1] for key in _OF_TOKENS if batch.get(key) is not None)
+    here = token_positions(
+        tokens // cp_group.size(), group=cp_group, layout="zigzag-documents", cu_seqlens=_bounds(batch).squeeze(0)
+    )
+    return batch | {key: batch[key].index_select(1, here) for key in _OF_TOKENS if batch.get(key) is not None}
 
 
 def packed_seq_params(batch: dict[str, Any], seq_length: int) -> PackedSeqParams | None:
@@ -159,5 +207,12 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
     def built_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and needs_data(config, args, vp_stage)
 
+    if args.sft and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "every context-parallel rank divides its loss by its own number of tokens that count, which --sft leaves "
+            "unequal: pass --calculate-per-token-loss to weigh all tokens alike",
+        )
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()

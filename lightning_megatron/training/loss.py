@@ -40,12 +40,17 @@ def chunked_loss(
     labels: torch.Tensor,
     scale_logits: Callable,
     context: int,
+    backend: str | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """GPTModel's ``output_processor``: the loss [b, s] as of ``compute_language_model_loss``, of ``context`` tokens at a time.
+    """GPTModel's ``output_processor``: the loss [b, s] as of its own function, ``context`` tokens at a time.
 
-    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose forward
-    knows which weight, group and layout: only the product in it is another one, which returns losses instead of logits.
+    It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose
+    forward knows which weight, group and layout: only the product in it is another one, which returns losses instead of
+    logits. ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``.
+
+    Raises:
+        ValueError: an output layer with bias.
     """
 
     def product(input, weight, bias, sequence_parallel, tp_group, **_):
@@ -54,7 +59,13 @@ def chunked_loss(
                 "--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out"
             )
         return linear_cross_entropy(
-            input, weight, labels.transpose(0, 1), tp_group, chunk=context, sequence_parallel=sequence_parallel
+            input,
+            weight,
+            labels.transpose(0, 1),
+            tp_group,
+            chunk=context,
+            sequence_parallel=sequence_parallel,
+            backend=backend,
         )
 
     output_layer._forward_impl = product

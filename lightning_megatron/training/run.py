@@ -112,7 +112,10 @@ def forward_step(
 
     # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
     forward = model.build_schedule_plan if return_schedule_plan else model
-    chunks = {"output_processor": chunked_loss, "output_processor_context": args.loss_chunk} if args.loss_chunk else {}
+    chunks: dict[str, Any] = {}
+    if args.loss_chunk:
+        processor = partial(chunked_loss, backend=args.lightning_backend)
+        chunks = {"output_processor": processor, "output_processor_context": args.loss_chunk}
     with stimer:
         output = forward(
             batch["tokens"],
