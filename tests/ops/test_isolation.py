@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_megatron.ops import backend as backends
+from lightning_megatron.ops.backend import Documents
 
 from ..tolerances import HEADS, SMALLEST, STATES, TOLERANCES, error
 from .cases import Case, Impl, assert_same_bits, evaluate, make_case, pick
@@ -156,18 +157,25 @@ def test_pieces(impl, rng, cut, split):
     case = make_case(rng, impl, B=1, T=rows * T, Hkv=1, log_decay=(-0.02, 0.0))
     states = make_case(rng, impl, B=rows, T=1)
     case = case.replace(initial_state=states.initial_state, dfinal=states.dfinal)
-    module, bounds, scale = backends.choose(impl.backend, case.q), bounds.to(impl.device, torch.int32), 0.25
+    module, scale = backends.choose(impl.backend, case.q), 0.25
+    bounds = bounds.to(impl.device, torch.int32)
+    ids = torch.searchsorted(
+        bounds[:, 1:].contiguous(), torch.arange(T, device=impl.device).expand(rows, T).contiguous().int(), right=True
+    )
+    packed = Documents(ids.int(), bounds, by_row=True)
 
     def run(case: Case) -> dict[str, torch.Tensor]:
         q, k, v, do, log_decay = case.q, case.k, case.v, case.do, case.log_decay
         own, own_grad, apart = None, None, {}
         if split:
-            ends, own = module.end_states(k, v, log_decay, None, bounds, pieces=rows)
-            starts, own_grad = module.end_states(q, do, log_decay, None, bounds, pieces=rows, reverse=True, scale=scale)
+            ends, own = module.local_states(k, v, log_decay, None, packed, pieces=rows)
+            starts, own_grad = module.local_states(
+                q, do, log_decay, None, packed, pieces=rows, reverse=True, scale=scale
+            )
             apart = {"ends": ends, "starts": starts}
-        o, final, saved, plan = module.forward(q, k, v, log_decay, scale, case.initial_state, bounds, True, own, rows)
+        o, final, saved, plan = module.forward(q, k, v, log_decay, scale, case.initial_state, packed, True, own, rows)
         *grads, dinitial = module.backward(
-            q, k, v, log_decay, scale, case.initial_state, bounds, saved, plan, do, case.dfinal, own_grad, rows
+            q, k, v, log_decay, scale, case.initial_state, packed, saved, plan, do, case.dfinal, own_grad, rows
         )
         names = ("o", "final_state", "dq", "dk", "dv", "dinitial_state")
         return dict(zip(names, (o, final, *grads, dinitial), strict=True)) | apart
