@@ -206,7 +206,8 @@ LOGGED = {
     ),
     "no-positions": (
         {}, {}, OWN | dict(position_embedding_type="rope"),
-        ["--position-embedding-type rope rotates q and k of softmax layers only", "embedding is used; pass --lightning-rope"],
+        ["--position-embedding-type rope rotates q and k of softmax",
+         "no position embedding is used; pass --lightning-rope"],
     ),
     "rotary": (
         dict(rotary_interleaved=True), {}, OWN | dict(position_embedding_type="none", rotary_percent=0.5),
