@@ -115,14 +115,6 @@ def _decay(model: _Model) -> list:
     return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
 
 
-def _scale(model: _Model) -> float:
-    return model.shape.key_dim**-0.5 if model.options.scale is None else model.options.scale
-
-
-def _norm_eps(model: _Model) -> float:
-    return model.get("layernorm_epsilon") if model.options.norm_eps is None else model.options.norm_eps
-
-
 def _activation(model: _Model) -> str:
     function = model.get("activation_func")
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
@@ -182,14 +174,15 @@ ROWS = (
     Row("kv_heads", "--lightning-num-kv-heads", "lightning", lambda m: m.shape.num_kv_heads),
     Row("key_dim", "--lightning-key-head-dim", "lightning", lambda m: m.shape.key_dim),
     Row("value_dim", "--lightning-value-head-dim", "lightning", lambda m: m.shape.value_dim),
-    Row("scale", "--lightning-scale", "lightning", _scale),
+    Row("scale", "--lightning-scale", "lightning",
+        lambda m: m.shape.key_dim**-0.5 if m.options.scale is None else m.options.scale),
     Row("rope", "--lightning-rope", "lightning", lambda m: m.options.rope),
     Row("qk_norm", "--lightning-qk-norm", "lightning", lambda m: m.options.qk_norm),
     Row("norm_groups", "--lightning-norm, --lightning-norm-groups", "lightning", lambda m: m.shape.norm_groups),
     Row("norm_affine", "--lightning-norm-affine", "output_norm", lambda m: m.options.norm_affine),
-    Row("norm_eps", "--lightning-norm-eps (default --norm-epsilon)", "any_lightning_norm", _norm_eps),
+    Row("norm_eps", "--lightning-norm-eps (default --norm-epsilon)", "any_lightning_norm",
+        lambda m: m.get("layernorm_epsilon") if m.options.norm_eps is None else m.options.norm_eps),
     Row("gate", "--lightning-gate", "lightning", lambda m: m.options.gate),
-
     Row("num_attention_heads", "--num-attention-heads"),
     Row("normalization", "--normalization"),
     Row("layernorm_epsilon", "--norm-epsilon"),
@@ -205,7 +198,6 @@ ROWS = (
     Row("mtp_num_layers", "--mtp-num-layers", read=lambda m: m.get("mtp_num_layers") or None),
     Row("mtp_use_repeated_layer", "--mtp-use-repeated-layer",
         read=lambda m: bool(m.get("mtp_num_layers") and m.get("mtp_use_repeated_layer"))),
-
     Row("position_embedding_type", "--position-embedding-type", read=_position_embedding),
     Row("rotary_base", "--rotary-base", "rope"),
     Row("rotary_percent", "--rotary-percent", "rope"),
@@ -215,7 +207,6 @@ ROWS = (
     Row("no_rope_freq", "--no-rope-freq", "rope", _no_rope),
     Row("mrope_section", "--mrope-section", "rope"),
     Row("yarn", "--rotary-scaling-factor, --yarn-..., --mscale, --mscale-all-dim", "rope", _yarn),
-
     Row("num_query_groups", "--num-query-groups", "softmax"),
     Row("kv_channels", "--kv-channels", "softmax"),
     Row("attention_output_gate", "--attention-output-gate", "softmax"),
@@ -225,7 +216,6 @@ ROWS = (
     Row("softmax_type", "--softmax-type", "softmax"),
     Row("window_size", "--window-size", "softmax"),
     Row("window_attn_skip_freq", "--window-attn-skip-freq", "softmax", _window_layers),
-
     Row("num_moe_experts", "--num-experts", read=lambda m: m.get("num_moe_experts") or None),
     Row("moe_layer_freq", "--moe-layer-freq", "experts", _expert_layers),
     Row("moe_router_topk", "--moe-router-topk", "experts"),
