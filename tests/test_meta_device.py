@@ -10,6 +10,7 @@ from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.spec import make_spec
 from tests import layers
 from tests.helpers.models import gpt
+from tests.helpers.training import assert_same_training, train
 from tests.launch import spawn
 from tests.layers import Variant
 
@@ -90,3 +91,9 @@ def start_values(rank: int, world: int, normalization: str, layernorm_1p: bool) 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 def test_norms_keep_their_first_values(normalization, layernorm_1p):
     spawn(start_values, 1, normalization, layernorm_1p)
+
+
+def test_a_run_starts_from_the_same_weights():
+    """Of a hybrid: everything that Megatron's local layers and ours make names its device."""
+    want, got = (train("freq2", "one", flags) for flags in ("", "--init-model-with-meta-device"))
+    assert_same_training(got, want)
