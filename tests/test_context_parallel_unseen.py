@@ -47,8 +47,9 @@ def change_bounds(rank: int, world: int, layout: str, exchange: str, backend: st
     rng = torch.Generator().manual_seed(rank)
     tokens = [randn(rng, 1, 48 // world, 2, 16).float() for _ in range(3)]
     log_decay, kept, found = torch.tensor([-0.1, -0.01]), torch.tensor(BOUNDS[0], dtype=torch.int32), []
-    for states in (False, True) if layout != "zigzag-documents" else (False,):
-        for values in BOUNDS:
+    quick = backend == "triton"  # in the interpreter
+    for states in (False, True) if layout != "zigzag-documents" and not quick else (False,):
+        for values in BOUNDS[:2] if quick else BOUNDS:
             broadcast(kept, values)
             fresh = torch.tensor(values, dtype=torch.int32)
             how = log_decay, fresh, layout, exchange, backend, states
@@ -63,13 +64,14 @@ LAYOUTS = [("zigzag", "all-gather"), ("contiguous", "ring"), ("zigzag", "scan"),
 
 
 def change_bounds_of_all(rank: int, world: int, backend: str) -> dict[tuple[str, str], list[bool]]:
-    return {case: change_bounds(rank, world, *case, backend) for case in LAYOUTS}
+    cases = LAYOUTS[::3] if backend == "triton" else LAYOUTS
+    return {case: change_bounds(rank, world, *case, backend) for case in cases}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_bounds_that_a_broadcast_changes(backend):
     for found in spawn(change_bounds_of_all, 2, backend):
-        assert found.keys() == set(LAYOUTS)
+        assert len(found) == (2 if backend == "triton" else 4)
         for case, same_bits in found.items():
             assert same_bits and all(same_bits), case
 

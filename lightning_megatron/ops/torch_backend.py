@@ -188,8 +188,15 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
 
 
 def combine(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """See ``Backend.combine``."""
-    return torch.stack([torch.where(w == 0, 0.0, w * states).sum(0) for w in weights[..., None, None]])
+    """See ``Backend.combine``.
+
+    A state of weight 0 belongs to another document and adds nothing, even if it holds infinities or NaN.
+    """
+    total = states.new_zeros(weights.shape[0], *states.shape[1:])
+    for state, weight in zip(states, weights.unbind(1), strict=True):  # no product of matrices: 0 times NaN is NaN
+        weight = weight[..., None, None]
+        total += torch.where(weight == 0, 0.0, weight * state)
+    return total
 
 
 def local_states(

@@ -59,4 +59,4 @@ def decay_factors(plan: ParallelPlan, needed, log_decay: torch.Tensor, cu_seqlen
 def left(factors: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """``factors [..., R or 1, H] * states [..., R, H, K, V]``; where the factor is 0, also of a NaN."""
     factors = factors[..., None, None]
-    return torch.where(factors == 0, 0.0, factors * states)
+    return (factors * states).masked_fill_(factors == 0, 0.0)

@@ -61,8 +61,8 @@ def local_state_kernel(
         b_sum = b_s
         if PAIRS:
             i_s = 2 * i_b + (0 if REVERSE else 1)
-            b_f = tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
-            b_sum = tl.where(b_f == 0, 0.0, b_f * b_s)  # a NaN stays in its document
+            b_w = tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
+            b_sum = tl.where(b_w == 0, 0.0, b_w * b_s)  # 0: another document's, which may hold infinities and NaN
             b_sum += _local_state(
                 split_states, split_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, split_len,
                 K, V, BK, BV, REVERSE, VARLEN, SPLIT_STATES,
