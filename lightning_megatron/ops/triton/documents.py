@@ -15,7 +15,7 @@ from triton.language.extra import libdevice
 from ..backend import Documents, triton_interpreted
 from .launch import cdiv, launch
 
-BLOCK = 1024
+BLOCK = 256
 # expf as torch has it, so that factors have torch's bits; Triton's own is less exact. The interpreter lacks it.
 LIBDEVICE = tl.constexpr(not triton_interpreted())
 

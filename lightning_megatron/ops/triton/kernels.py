@@ -26,9 +26,9 @@ walks for dk, dv and dq.
 
 Packed sequences (cu_seqlens) need no other grid: chunks run over the packed tokens as if they were one sequence, and a
 token reads, writes and attends only where ``doc`` says that the document is the same. Masks keep documents apart by
-factors of 0, which infinities and NaN survive. A chunk of several documents therefore checks its results and, if they
-are not finite, adds up again token by token, within documents (``_attend_by_token``, ``_write_by_token``). A chunk that
-lies in one document, the usual one, does nothing of this.
+factors of 0, which infinities and NaN survive: they stay in the running state to the end of the segment or split. There
+they are looked for, once, and where they may have reached another document the segment is walked again token by token
+(``_walk_by_token``, ``_write_by_token``). The loop over chunks does nothing of this.
 
 Parameters, of ``_walk`` (W), ``walk_kernel`` (F) and ``gradients_kernel`` (G); of B sequences of T tokens and H heads:
 
@@ -171,6 +171,15 @@ def _read_state(b_s, b_q, dtype: tl.constexpr, PRECISION: tl.constexpr, WIDE_STA
 def _not_finite(b_x):
     """Whether a tile holds an infinity or a NaN."""
     return tl.sum(b_x.to(tl.float32) * 0.0) != 0.0  # in place of 0, NaN
+
+
+@triton.jit
+def _other_documents(doc, begin, end, T, REVERSE: tl.constexpr):
+    """Whether the tokens of a segment and the one before them (reversed behind them) are of several documents."""
+    if REVERSE:
+        return tl.load(doc + begin) != tl.load(doc + tl.minimum(end, T - 1))
+    else:
+        return tl.load(doc + tl.maximum(begin - 1, 0)) != tl.load(doc + end - 1)
 
 
 @triton.jit
@@ -329,7 +338,6 @@ def _walk(
     if VARLEN:  # no document yet
         current = tl.full([], -1, tl.int32)
         c_start, c_end = current, current
-        poisoned = current == 0  # False
     chunks = tl.cdiv(end - begin, BC)
     for i_c in range(skip, chunks):
         start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
@@ -374,9 +382,6 @@ def _walk(
                 # What rounding to bf16 cut off. The state is rounded too, and shorter chunks take more of the sum from
                 # it; this error is the cheaper one to correct.
                 b_o += tl.dot(tl.trans(b_v), (b_a - b_p).to(dtype), input_precision=PRECISION)
-            if VARLEN:
-                if not inside:  # NaN and infinities of a document may have reached others
-                    poisoned |= _not_finite(b_o)
 
         b_enter = tl.zeros([BV, BK], dtype=tl.float32)
         if INCOMING and not BY_ROW:
@@ -389,9 +394,11 @@ def _walk(
                     b_e = tl.load(p_e, mask=m_vk, other=0.0)
                     if not STATE_ONLY:
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
-                        b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32)) * read_scale
-                        b_x = _read_state(b_e, b_q, dtype, PRECISION, WIDE_STATE) * b_f[None, :]
-                        b_o += tl.where(((token >= d_start) & (token < d_end))[None, :], b_x, 0.0)
+                        b_f = tl.exp(b_ld * tl.maximum(e_edge, 0).to(tl.float32))
+                        m_d = (token >= d_start) & (token < d_end)
+                        b_f = tl.where(m_d, b_f, 0.0)
+                        b_x = tl.where(m_d[None, :], _read_state(b_e, b_q, dtype, PRECISION, WIDE_STATE), 0.0)
+                        b_o += b_x * (b_f * read_scale)[None, :]
                     if i_n == current:
                         after = (d_end - start) if REVERSE else (start + n - d_start)
                         b_enter = b_e * tl.exp(b_ld * after.to(tl.float32))
@@ -444,7 +451,9 @@ def _walk(
             if last_segment:
                 tl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
         if VARLEN:
-            if poisoned:
+            # What is not finite stays in b_s up to here, for 0 times NaN is NaN: had the segment other documents too,
+            # it may have reached them
+            if _other_documents(doc, begin, end, T, REVERSE) & _not_finite(b_s):
                 _stores_arrived(DESCRIPTORS)
                 b_first = _incoming_state(
                     split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end,
