@@ -3,9 +3,10 @@
     python examples/generate.py --load CKPT --tokenizer-model tokenizer.model --prompt "def main("     (with a GPU)
     python examples/cpu_shim.py examples/generate.py ...                                               (without)
 
-The prompt is read in one forward pass; after it every token costs the same. A lightning layer keeps one K x V state a head,
-however many tokens there were, a softmax layer keeps the keys and values of all of them: the sizes are printed at the end.
-Model sizes and options come from what was saved in the checkpoint, so any parallel layout can be loaded, in one process.
+The prompt is read in one forward pass; after it every token costs the same. A lightning layer keeps one K x V state a
+head, however many tokens there were, a softmax layer keeps the keys and values of all of them: the sizes are printed at
+the end. Model sizes and options come from what was saved in the checkpoint, so any parallel layout can be loaded, in
+one process.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
 
 
 def check_spec(spec: list[str] | None, checkpoint: Path) -> None:
-    """A checkpoint that holds no options needs the spec it was trained with; Megatron ignores one that does not import."""
+    """A checkpoint without options needs the spec it was trained with; Megatron ignores one that does not import."""
     if spec is None:
         raise SystemExit(f"--load {checkpoint}: it was trained without lightning_megatron, and has no lightning layers")
     module, _, name = " ".join(spec).partition(" ")
@@ -90,8 +91,8 @@ def check_spec(spec: list[str] | None, checkpoint: Path) -> None:
         getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SystemExit(
-            f"--load {checkpoint}: it holds no lightning options, and the spec it was trained with, {module} {name}, cannot be "
-            f"used here ({error}): put the folder of that module on PYTHONPATH"
+            f"--load {checkpoint}: it holds no lightning options, and the spec it was trained with, {module} {name}, "
+            f"cannot be used here ({error}): put the folder of that module on PYTHONPATH"
         ) from error
 
 
@@ -172,8 +173,9 @@ def main() -> None:
     seconds = time.perf_counter() - began
     sizes = cache_sizes(model, context)
     print(
-        f"\n\n[{len(tokens)} prompt tokens, {len(generated)} generated, {len(generated) / seconds:.0f} tokens/s; cache: lightning "
-        f"layers {sizes['lightning'] / 1024:.0f} KiB at any length, softmax layers {sizes['softmax'] / 1024:.0f} KiB at this one]"
+        f"\n\n[{len(tokens)} prompt tokens, {len(generated)} generated, {len(generated) / seconds:.0f} tokens/s; "
+        f"cache: lightning layers {sizes['lightning'] / 1024:.0f} KiB at any length, "
+        f"softmax layers {sizes['softmax'] / 1024:.0f} KiB at this one]"
     )
 
 

@@ -1,15 +1,16 @@
 """What function a model computes, as plain values: saved with every checkpoint, and compared when one is loaded.
 
-Weights do not tell decay, scale, activation or epsilon, and with equal projection shapes not even which layers are lightning.
-``runtime.prepare`` puts ``function_record`` into Megatron's args, which Megatron saves; ``resume`` compares it on loading. A
-program of your own, which has no such args, saves the record with its checkpoint and calls ``differences`` itself::
+Weights do not tell decay, scale, activation or epsilon, and with equal projection shapes not even which layers are
+lightning. ``runtime.prepare`` puts ``function_record`` into Megatron's args, which Megatron saves; ``resume`` compares
+it on loading. A program of your own, which has no such args, saves the record with its checkpoint and calls
+``differences`` itself::
 
     record = function_record(config, options, args)  # plain values: torch.save and json take them
     for flag, saved, now in differences(saved_record, record):
         ...
 
-``ROWS`` is the table of what is compared. What changes no function is not in it: parallel sizes, backends, fusions, precision,
-recomputation, dropout and other noise, batch, loss terms and learning rate.
+``ROWS`` is the table of what is compared. What changes no function is not in it: parallel sizes, backends, fusions,
+precision, recomputation, dropout and other noise, batch, loss terms and learning rate.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = ("backend", "cp_exchange", "cp_keep_states")  # other ways to the same numbers
 _ROPE = ("rope", "mrope", "yarn")
 
-# The options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
+# The options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are
+# now.
 _OPTIONS_BEFORE_RECORDS: dict[str, Any] = dict(
-    decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None, scale=None,
-    rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None, gate="sigmoid",
+    decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None,
+    scale=None, rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None,
+    gate="sigmoid",
 )  # fmt: skip
 
 
@@ -144,8 +147,8 @@ def _no_rope(model: _Model) -> list | None:
 
 def _yarn(model: _Model) -> list | None:
     names = (
-        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-        "correction_range_round_to_int",
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "correction_range_round_to_int",
     )  # fmt: skip
     yarn = model.get("position_embedding_type") == "yarn"
     return [model.get(f"yarn_{name}") for name in names] if yarn else None
@@ -252,8 +255,9 @@ def function_record(config: Any, options: LightningOptions, args: Any = None) ->
             ``untie_embeddings_and_output_weights``. Megatron's args have them. What is missing is not recorded.
 
     Returns:
-        ``format``; ``package``, our version; ``options``, all fields of LightningOptions as given; and ``values``, the rows of
-        ``ROWS`` that matter to this model, defaults resolved: ``values["layers"]`` is ``"LLLs..."``, L for lightning.
+        ``format``; ``package``, our version; ``options``, all fields of LightningOptions as given; and ``values``, the
+        rows of ``ROWS`` that matter to this model, defaults resolved: ``values["layers"]`` is ``"LLLs..."``, L for
+        lightning.
 
     Raises:
         ValueError: options that do not fit the config.
@@ -321,7 +325,7 @@ def options_from_args(args: Namespace) -> LightningOptions:
     return LightningOptions(**{name: held["lightning_" + name] for name in names if "lightning_" + name in held})
 
 
-# ---- what a checkpoint says -------------------------------------------------------------------------------------------
+# ---- what a checkpoint says ------------------------------------------------------------------------------------------
 
 
 class Saved(NamedTuple):
@@ -336,9 +340,9 @@ class Saved(NamedTuple):
 def saved_function(args: Any) -> Saved:
     """What the function of a checkpoint was, from the args that Megatron saved in it.
 
-    With a record, that. Else checkpoints of the own entry point hold our flags, those of ``--spec lightning_megatron.spec``
-    have the options of that time; other specs hold options of their own, and what Megatron's config says is compared. All
-    others have no lightning layers.
+    With a record, that. Else checkpoints of the own entry point hold our flags, those of
+    ``--spec lightning_megatron.spec`` have the options of that time; other specs hold options of their own, and what
+    Megatron's config says is compared. All others have no lightning layers.
     """
     record = getattr(args, ATTRIBUTE, None)
     if record is not None:

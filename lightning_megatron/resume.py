@@ -52,9 +52,10 @@ def check_folder(args: Namespace) -> None:
         if any(elsewhere) or (first_start and not args.exit_on_missing_checkpoint):
             return
         raise CheckpointError(
-            f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random values. "
-            "Give the folder that --save of the training named; or leave --load out to train from scratch (where it equals "
-            "--save, a first start finds nothing)"
+            f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
+            "values. Give the folder that --save of the training named; or leave --load out to train from scratch "
+            "(where "
+            "it equals --save, a first start finds nothing)"
         )
     text = tracker.read_text("utf-8", errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdigit()):
@@ -62,20 +63,20 @@ def check_folder(args: Namespace) -> None:
     folder = tracker.with_name("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir() and not args.ckpt_step:
         raise CheckpointError(
-            f"--load {args.load}: {TRACKER} names {folder.name}, which is not there; write the number of an iter_ folder that "
-            "is complete into the file, or give another folder"
+            f"--load {args.load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
+            "iter_ folder that is complete into the file, or give another folder"
         )
 
 
 def _unreadable(tracker: Path, text: str) -> str:
     return (
-        f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number of the last "
-        "complete iter_ folder into it"  # --ckpt-step does not help: Megatron reads the file all the same
+        f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number "
+        "of the last complete iter_ folder into it"  # --ckpt-step does not help: Megatron reads the file all the same
     )
 
 
 def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
-    """Why Megatron called ``sys.exit()`` without a status while it looked for a checkpoint; None if the user asked for it."""
+    """Why Megatron called ``sys.exit()`` without a status while looking for a checkpoint; None: the user wanted it."""
     tracker = Path(load_dir or "", TRACKER)
     if load_dir and tracker.is_file():
         text = tracker.read_text("utf-8", errors="replace").strip()
@@ -101,7 +102,8 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
     saved = state.get("args")
     if saved is None:
         _log(
-            f"the checkpoint in {load_dir} holds no args: whether it computes the same function as this run is not checked"
+            f"the checkpoint in {load_dir} holds no args: whether it computes the same function as this run is not "
+            "checked"
         )
     else:
         _check_function(saved, load_dir, args)
@@ -126,14 +128,15 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         if args.finetune:
             return _log(f"--finetune: {what}; weights that fit are taken over")
         raise CheckpointError(
-            f"{what}: it would go on training another function. Train it on with the program it comes from; or start a new run "
-            "from those of its weights that fit, with --finetune"
+            f"{what}: it would go on training another function. Train it on with the program it comes from; or "
+            "start a new run from those of its weights that fit, with --finetune"
         )
     if saved.options is None:
         _log(
-            f"the checkpoint in {load_dir} was trained with {saved.source}, by a version that saved no record of the lightning "
-            "options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate and the other lightning "
-            f"options. This run has {_options(now)}"
+            f"the checkpoint in {load_dir} was trained with {saved.source}, by a version that saved no record of "
+            "the lightning options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate "
+            "and "
+            f"the other lightning options. This run has {_options(now)}"
         )
     assert saved.record is not None
     found = differences(saved.record, now)
@@ -185,10 +188,10 @@ def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Nam
     if not args.use_distributed_optimizer or kind != "dp_reshardable" or before == now:
         return
     raise CheckpointError(
-        f"the optimizer's state in {load_dir} was saved for TP {before[0]}, PP {before[1]} only, and this run has TP {now[0]}, PP "
-        f"{now[1]}. Resume once at TP {before[0]}, PP {before[1]} with --dist-ckpt-optim-fully-reshardable, which any layout can "
-        "load, and save; or go on without the optimizer's state: --no-load-optim --no-load-rng, or --finetune to start at "
-        "iteration 0"
+        f"the optimizer's state in {load_dir} was saved for TP {before[0]}, PP {before[1]} only, and this run has "
+        f"TP {now[0]}, PP {now[1]}. Resume once at TP {before[0]}, PP {before[1]} with "
+        "--dist-ckpt-optim-fully-reshardable, which any layout can load, and save; or go on without the optimizer's "
+        "state: --no-load-optim --no-load-rng, or --finetune to start at iteration 0"
     )
 
 

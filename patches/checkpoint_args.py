@@ -1,16 +1,16 @@
 """Refuses to go on from a checkpoint that would train another function, before its weights are read.
 
 Symbol:   megatron.training.checkpointing._load_base_checkpoint
-Why:      Megatron compares a fixed list of arguments, after loading. Decay, scale, epsilon, and with equal projection shapes
-          even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go on training
-          another model without a word. And where it does refuse (another schedule, the optimizer in another layout, a
-          tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
+Why:      Megatron compares a fixed list of arguments, after loading. Decay, scale, epsilon, and with equal projection
+          shapes even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go
+          on training another model without a word. And where it does refuse (another schedule, the optimizer in another
+          layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
 Versions: megatron-core 0.19
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
 ``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its
-weights. Only the first is checked, or the only call of formats that have one; and not where ``--use-checkpoint-args`` reads
-arguments, before a model exists. The checks themselves are in resume.py.
+weights. Only the first is checked, or the only call of formats that have one; and not where ``--use-checkpoint-args``
+reads arguments, before a model exists. The checks themselves are in resume.py.
 """
 
 from __future__ import annotations

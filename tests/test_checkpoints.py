@@ -1,7 +1,8 @@
 """Real runs that load checkpoints: one of another function is refused with all differences, the same function goes on.
 
-In both ways of starting: `own` is lightning_megatron.pretrain, `gpt` is pretrain_gpt.py, with --spec or as plain Megatron. A run
-saves after 2 of 4 iterations; a run that goes on must give the other two losses of one that was never stopped.
+In both ways of starting: `own` is lightning_megatron.pretrain, `gpt` is pretrain_gpt.py, with --spec or as plain
+Megatron. A run saves after 2 of 4 iterations; a run that goes on must give the other two losses of one that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from megatron.core import dist_checkpointing
 from tests.launch import ROOT, Run, run_pretrain
 
 MODEL = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --vocab-size 255 "
-    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --swiglu --disable-bias-linear --mock-data "
-    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --log-interval 1 --eval-iters 0 "
-    "--num-workers 0"
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
+    "--vocab-size 255 --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --swiglu "
+    "--disable-bias-linear --mock-data --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant "
+    "--log-interval 1 --eval-iters 0 --num-workers 0"
 )
-GPT = "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --eval-interval 100"
+GPT = (
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
+    "--eval-interval 100"
+)
 SPEC = f"{GPT} --no-create-attention-mask-in-dataloader --spec lightning_megatron.spec lightning_spec"
 BARE = "--lightning-gate none --lightning-norm none"
 HYBRID = "--linear-attention-freq 4 --attention-output-gate"  # all layers have projections of the same shapes
@@ -35,7 +39,9 @@ SAVED = {
     "own-legacy": ("own", f"{HYBRID} {LEGACY}"),
     "own-minimax": ("own", f"{HYBRID} --lightning-decay minimax"),
     "gpt": ("gpt", f"{HYBRID} {SPEC}"),
-    "gpt-minimax": ("gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}"),
+    "gpt-minimax": (
+        "gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}",
+    ),
     "plain": ("gpt", GPT),
 }  # fmt: skip
 LAYERS = "--linear-attention-freq: LLLs in the checkpoint, LsLs in this run"
@@ -67,11 +73,13 @@ REFUSED = {
     "legacy-format": ("own-legacy", "own", f"{LEGACY} --linear-attention-freq 2 --attention-output-gate", LAYERS),
     "schedule": (
         "own", "own", f"{HYBRID} --train-iters 6",
-        "--train-iters or --global-batch-size: 16 samples (4 iterations) in the checkpoint, 24 samples (6 iterations) in this run",
+        "--train-iters or --global-batch-size: 16 samples (4 iterations) in the checkpoint, "
+        "24 samples (6 iterations) in this run",
     ),
     "schedule-spec": (
         "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
-        "  --lr: 0.002 in the checkpoint, 0.001 in this run\n  --lr-decay-style: constant in the checkpoint, linear in this run",
+        "  --lr: 0.002 in the checkpoint, 0.001 in this run\n"
+        "  --lr-decay-style: constant in the checkpoint, linear in this run",
     ),
 }  # fmt: skip
 GOES_ON = {
@@ -82,7 +90,10 @@ GOES_ON = {
     "spec-to-own": ("gpt", "own", HYBRID),
     "own-to-layer-spec": ("own", "gpt", f"{HYBRID} {SPEC.replace('lightning_spec', 'lightning_layer_spec')}"),
     "backend": ("own", "own", f"{HYBRID} --lightning-backend torch"),
-    "exchange": ("own", "own", f"{HYBRID} --lightning-cp-exchange ring --no-lightning-cp-keep-states --context-parallel-size 2"),
+    "exchange": (
+        "own", "own",
+        f"{HYBRID} --lightning-cp-exchange ring --no-lightning-cp-keep-states --context-parallel-size 2",
+    ),
     "list": ("own", "own", "--linear-attention-freq ([1,1,1,0]) --attention-output-gate"),
     "checkpoint-args": ("own-minimax", "own", "--use-checkpoint-args"),
 }  # fmt: skip
@@ -113,7 +124,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole():
-    """whole(name): all four losses of a checkpoint's run. pretrain_gpt.py and other formats give those of the own entry point."""
+    """whole(name): all losses of a checkpoint's run. pretrain_gpt.py and other formats give the own entry point's."""
     run = functools.cache(lambda name: start(*SAVED[name]).losses)
     return lambda name: run("own-minimax" if "minimax" in name else "own")
 
@@ -146,7 +157,10 @@ def test_same_function_goes_on(name, saved, whole):
 
 
 def test_all_differences_at_once(saved):
-    flags = "--linear-attention-freq 2 --attention-output-gate --rotary-base 500 --lightning-scale 1 --lightning-gate linear"
+    flags = (
+        "--linear-attention-freq 2 --attention-output-gate --rotary-base 500 --lightning-scale 1 "
+        "--lightning-gate linear"
+    )
     log = refusal(start("own", flags, load=saved("own"), check=False))
     for flag in ("linear-attention-freq", "rotary-base", "lightning-scale", "lightning-gate"):
         assert log.count(f"\n  --{flag}: ") == 1

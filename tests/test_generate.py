@@ -180,7 +180,7 @@ def checkpoint_of_a_spec(tmp_path_factory):
 
 
 def rewrite_args(folder: Path, change) -> None:
-    """Change the args in a checkpoint; Megatron reads them from common.pt where there is one, as earlier versions wrote it."""
+    """Change a checkpoint's args; Megatron reads them from common.pt where there is one, as older versions wrote it."""
     (iteration,) = folder.glob("iter_*")
     state = dist_checkpointing.load_common_state_dict(iteration)
     change(state["args"])

@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each part knows what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each knows what it must."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The record of a model's function: what is compared, what is not, and what older checkpoints tell. Nothing is trained."""
+"""The record of a model's function: what is compared, what is not, what older checkpoints tell. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from lightning_megatron.record import (
 )
 from lightning_megatron.resume import CheckpointError, check
 
-# Fields of TransformerConfig that change no function, or nothing that a checkpoint of the same shapes could hide: parallel
-# layouts, kernels, precision, recomputation, noise, terms of the loss, initial values, and models that specs refuse.
+# Fields of TransformerConfig that change no function, or nothing that a checkpoint of the same shapes could hide:
+# parallel layouts, kernels, precision, recomputation, noise, terms of the loss, initial values, and models that specs
+# refuse.
 FREE = """
 tensor_model_parallel_size tensor_parallel_num_weight_shards gtp_weight_remat_size pipeline_model_parallel_comm_backend
 pipeline_model_parallel_size virtual_pipeline_model_parallel_size sequence_parallel context_parallel_size
@@ -86,8 +87,9 @@ COMPUTED = {"linear_num_key_heads", "linear_num_value_heads"}  # read to be refu
 def transformer_config(**fields) -> SimpleNamespace:
     """A TransformerConfig whose fields can be set one by one, with what every row of the table needs."""
     base = dict(
-        num_layers=4, hidden_size=64, num_attention_heads=4, linear_attention_freq=2, num_moe_experts=4, add_bias_linear=False,
-        moe_expert_capacity_factor=1.0, window_size=(8, 0), mtp_num_layers=1, use_mup=True, moe_token_drop_policy="probs",
+        num_layers=4, hidden_size=64, num_attention_heads=4, linear_attention_freq=2, num_moe_experts=4,
+        add_bias_linear=False, moe_expert_capacity_factor=1.0, window_size=(8, 0), mtp_num_layers=1, use_mup=True,
+        moe_token_drop_policy="probs",
     )  # fmt: skip
     config = SimpleNamespace(**vars(TransformerConfig(**base)))
     for name, value in fields.items():
@@ -106,8 +108,8 @@ def flags(**values) -> Namespace:
 YARN = {
     f"yarn_{name}": 1.0
     for name in (
-        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-        "correction_range_round_to_int",
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "correction_range_round_to_int",
     )
 }  # fmt: skip
 # Of every row one change: of the config, the options or the args.
@@ -318,7 +320,7 @@ def test_options_count_by_what_they_do():
 
 
 def test_settings_of_layers_that_are_not_there_say_nothing():
-    """All lightning without rotary embeddings: what softmax layers, rotary embeddings or experts would do does not matter."""
+    """All lightning without rotary embeddings: it does not matter what softmax layers, RoPE or experts would do."""
     plain = dict(linear_attention_freq=None, mtp_num_layers=None, num_moe_experts=None)
     before = function_record(transformer_config(**plain), LightningOptions(), flags())
     for key, (where, name, value) in CHANGES.items():

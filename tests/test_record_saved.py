@@ -85,7 +85,8 @@ def test_other_spec_before_records(caplog):
     "more, what",
     [
         ({}, "4 softmax layers"),
-        (dict(experimental_attention_variant="gated_delta_net"), "4 layers of --experimental-attention-variant gated_delta_net"),
+        (dict(experimental_attention_variant="gated_delta_net"),
+         "4 layers of --experimental-attention-variant gated_delta_net"),
     ],
 )  # fmt: skip
 def test_model_without_lightning_layers(more, what, caplog):

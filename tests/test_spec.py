@@ -357,7 +357,7 @@ def test_builders_are_pure():
 
 
 def check_stages(rank: int, world: int) -> None:
-    """Every pipeline stage is patched, not only the one with the first layer, in a program of one's own and by either spec."""
+    """Every pipeline stage is patched, not only the first layer's, in a program of one's own and by either spec."""
     from megatron.core import tensor_parallel
 
     layers.start(pp=2)

@@ -213,7 +213,7 @@ def test_direct_after_groups_were_destroyed_and_made_anew(tmp_path):
 
 
 def change_unseen(rank: int, world: int) -> list[bool]:
-    """NCCL writes other bounds into the same tensor, between calls; and other bounds are there at replays of a graph."""
+    """NCCL writes other bounds into the same tensor, between calls; and replays of a graph find other bounds."""
     values, found = ([0, 100, 2000, 4096], [0, 2048, 2048, 4096], [0, 1, 4000, 4096]), []
     kept, tokens = torch.tensor(values[0], device="cuda", dtype=torch.int32), draw_tokens(3)
     same = lambda a, b: all(torch.equal(a[name], b[name]) for name in a)

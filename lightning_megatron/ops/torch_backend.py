@@ -110,7 +110,7 @@ def _heads_first(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _runs(documents: Documents | None, B: int, T: int) -> list[tuple[slice, slice, slice, slice]]:
-    """(rows, tokens, states that enter, states that leave) of each run: the whole batch at once, or one document at a time."""
+    """(rows, tokens, states that enter, states that leave) of each run: the whole batch, or one document at a time."""
     rows = slice(0, B)
     if documents is None:
         return [(rows, slice(0, T), rows, rows)]

@@ -4,8 +4,9 @@
     PYTHONPATH=/path/to/another/checkout python tests/ops/bits.py > old
     diff old new
 
-It uses the public operator only, so that it runs with any version of the package. It prints a line per case and quantity:
-the first 16 digits of the SHA-256 of the bytes. On a GPU in bf16, fp16 and fp32; without one in fp32 by Triton's interpreter.
+It uses the public operator only, so that it runs with any version of the package. It prints a line per case and
+quantity: the first 16 digits of the SHA-256 of the bytes. On a GPU in bf16, fp16 and fp32; without one in fp32 by
+Triton's interpreter.
 """
 
 from __future__ import annotations

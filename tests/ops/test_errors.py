@@ -242,7 +242,7 @@ def test_inference_tensors_are_checked_every_time():
 
 
 def test_values_are_read_once_where_that_waits(monkeypatch):
-    """Reading waits for the GPU, so a layer must not do it in every step. On a CPU every call looks: nothing there waits."""
+    """Reading waits for the GPU, so a layer must not do it in every step. On a CPU every call looks: nothing waits."""
     checked = []
     for name in ("check_log_decay", "check_cu_seqlens"):
         check = getattr(checks, name)

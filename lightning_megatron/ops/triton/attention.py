@@ -16,8 +16,8 @@ from .states import combine, reduce_splits
 from .symmetric import buffer_words, receive
 
 __all__ = [
-    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents", "forward",
-    "local_states", "receive",
+    "DIRECT", "NAME", "backward", "buffer_words", "combine", "decay_factors", "final_states", "find_documents",
+    "forward", "local_states", "receive",
 ]  # fmt: skip
 
 NAME = "triton"
@@ -138,7 +138,8 @@ def _launch_walk(
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(documents),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         split_states is not None, incoming is not None, outgoing is not None, doc is not None, _by_row(documents), *_precision(v.dtype)),
+         split_states is not None, incoming is not None, outgoing is not None, doc is not None,
+         _by_row(documents), *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
@@ -164,8 +165,8 @@ def _split_states(
         return None
     split_states = torch.empty(B, rows, log_decay.numel(), K, v.shape[-1], device=k.device, dtype=torch.float32)
     _launch_walk(  # those of documents enter inside parts
-        None, k, v, None, log_decay, split_states, incoming=None if _by_row(documents) else incoming, documents=documents, reverse=reverse,
-        split_len=split_len, splits=splits, pieces=pieces, scale=scale,
+        None, k, v, None, log_decay, split_states, incoming=None if _by_row(documents) else incoming,
+        documents=documents, reverse=reverse, split_len=split_len, splits=splits, pieces=pieces, scale=scale,
     )  # fmt: skip
     return split_states
 
@@ -258,8 +259,9 @@ def local_states(
     split_states, splits = None, plan.splits_grad if reverse else plan.splits
     if T > 0:
         split_states = _split_states(
-            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(), documents=documents,
-            split_len=plan.split_len, splits=splits, pieces=pieces, reverse=reverse, scale=scale, every=True,
+            k, v, log_decay, incoming=None if initial_state is None else initial_state.contiguous(),
+            documents=documents, split_len=plan.split_len, splits=splits, pieces=pieces, reverse=reverse, scale=scale,
+            every=True,
         )  # fmt: skip
     states = reduce_splits(
         split_states, log_decay, _ids_and_bounds(documents)[0], (B, T, K, V), plan.split_len, reverse=reverse,
@@ -309,10 +311,12 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
-            (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial, *_ids_and_bounds(documents)),
-            (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-             H // kv_heads, pieces, _count(documents), T, H, plan.split_len, plan.splits_grad, segments, split_rows, split_first,
-             plan.splits, segments_q, _rows(split_states, segments_q, plan.splits, False)[0], scale),
+            (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial,
+             *_ids_and_bounds(documents)),
+            (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2],
+             *dv.stride()[:2], H // kv_heads, pieces, _count(documents), T, H, plan.split_len, plan.splits_grad,
+             segments, split_rows, split_first, plan.splits, segments_q,
+             _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,
              packed, by_row, descriptors, *_precision(q.dtype)),
