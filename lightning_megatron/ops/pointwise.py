@@ -111,7 +111,7 @@ class _SplitHeads(torch.autograd.Function):
             _, gate, _, v = _views(mixed, dims)
             with torch.cuda.device_of(mixed):
                 q, k, activated_v = pointwise_kernels.split_forward(mixed, dims, silu[1])
-            heads = q, gate if dims[1] else None, k, activated_v if silu[1] else v
+            heads = q, gate if dims[1] else None, k, v if activated_v is None else activated_v
         else:
             heads = _split_heads(mixed, dims, silu)
         ctx.save_for_backward(mixed)
