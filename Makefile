@@ -2,6 +2,7 @@
 
 VENV := .venv
 OUT := demo_out
+JOBS := 2
 
 # Tests without training and without Triton's interpreter, for `make check`.
 QUICK := tests/test_decay.py tests/test_layering.py tests/test_makefile.py tests/test_mixer_errors.py \
@@ -28,7 +29,7 @@ help:
 	@echo 'make format  let ruff format the code, and fix what it can'
 	@echo 'make types   only mypy, over the public modules'
 	@echo 'make clean   remove what make made: the environment, the results of the demo, the docs, caches'
-	@echo 'Variables:   PYTHON=/path/to/python3.12   VENV=.venv   OUT=demo_out   PYTEST="-k name -x"'
+	@echo 'Variables:   PYTHON=/path/to/python3.12   VENV=.venv   OUT=demo_out   JOBS=2   PYTEST="-k name -x"'
 
 venv: $(STAMP)
 
@@ -66,11 +67,11 @@ types: $(STAMP)
 	@$(PY) -m mypy
 
 test: lint types
-	@start=$$(date +%s); $(PY) -m pytest tests $(PYTEST); status=$$?; \
+	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 check: lint types
-	@start=$$(date +%s); $(PY) -m pytest -q $(QUICK) $(PYTEST); status=$$?; \
+	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) $(QUICK) $(PYTEST); status=$$?; \
 	echo "==> quick tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 docs: $(STAMP)

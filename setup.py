@@ -15,7 +15,7 @@ if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symb
 
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
-TEST = [*DEMO, "mypy", "pytest", "ruff", "transformers"]
+TEST = [*DEMO, "datasets", "mypy", "pytest", "pytest-xdist", "ruff", "transformers"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(

@@ -91,7 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         totals = hidden.new_empty(3, *index.shape, dtype=loss.wide(hidden.dtype))
         for part, _, logits in _chunks(hidden, weight, parts, tp_group, rows):
             totals[:, :, part] = loss.sums(logits, index[:, part].reshape(-1), by_torch).view(3, parts, -1)
-        log_total, hit = loss.over_ranks(*totals, tp_group)  # once for all tokens: chunks need not wait for other ranks
+        top, total, hit = totals
+        log_total, hit = loss.over_ranks(top, total, hit, tp_group)  # once for all tokens: chunks need not wait
         ctx.save_for_backward(hidden, weight, index, log_total)
         ctx.tp_group, ctx.rows, ctx.by_torch = tp_group, rows, by_torch
         return log_total - hit
@@ -104,8 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=loss.wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         for part, x, logits in _chunks(hidden, weight, parts, ctx.tp_group, ctx.rows):
-            per_token = (y[:, part].reshape(-1) for y in (index, log_total, dloss))
-            dlogits = loss.gradient(logits, *per_token, ctx.by_torch, reuse=True)
+            at, total, grad = (y[:, part].reshape(-1) for y in (index, log_total, dloss))
+            dlogits = loss.gradient(logits, at, total, grad, ctx.by_torch, reuse=True)
             if dweight is not None:
                 _add_product(dweight, dlogits.t(), x)
             if dhidden is not None and parts == 1:

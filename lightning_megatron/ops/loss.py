@@ -52,7 +52,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets, tp_group, by_torch):
         shape, columns = logits.shape, logits.shape[-1]
         logits, index = logits.reshape(-1, columns), own_columns(targets.reshape(-1), columns, tp_group)
-        log_total, hit = over_ranks(*sums(logits, index, by_torch), tp_group)
+        top, total, hit = sums(logits, index, by_torch)
+        log_total, hit = over_ranks(top, total, hit, tp_group)
         ctx.save_for_backward(logits, index, log_total)
         ctx.by_torch, ctx.shape = by_torch, shape
         return (log_total - hit).view(shape[:-1])

@@ -106,18 +106,18 @@ class _SplitHeads(torch.autograd.Function):
     def forward(ctx, mixed, dims, silu):
         from .triton import pointwise as pointwise_kernels
 
+        heads: Heads
         if silu[0]:
-            _, gate, k, v = _views(mixed, dims)
-            gate = gate if dims[1] else None
+            _, gate, _, v = _views(mixed, dims)
             with torch.cuda.device_of(mixed):
                 q, k, activated_v = pointwise_kernels.split_forward(mixed, dims, silu[1])
-            v = activated_v if silu[1] else v
+            heads = q, gate if dims[1] else None, k, v if activated_v is None else activated_v
         else:
-            q, gate, k, v = _split_heads(mixed, dims, silu)
+            heads = _split_heads(mixed, dims, silu)
         ctx.save_for_backward(mixed)
         ctx.dims, ctx.silu = dims, silu
         ctx.set_materialize_grads(False)
-        return q, gate, k, v
+        return heads
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -146,5 +146,7 @@ class _NormGate(torch.autograd.Function):
         from .triton import pointwise as pointwise_kernels
 
         o, gate, weight = ctx.saved_tensors
+        kind, width, eps = ctx.options
         learns = ctx.needs_input_grad[2]
-        return *pointwise_kernels.norm_gate_backward(o, gate, weight, *ctx.options, dy, learns), None, None, None
+        grads = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns)
+        return *grads, None, None, None

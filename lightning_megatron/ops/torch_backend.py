@@ -33,7 +33,7 @@ def _without_autocast(function):
 
 def _fp32_is_reduced() -> bool:
     """Whether torch may multiply fp32 matrices in less than fp32: TF32 on GPUs, bf16 or TF32 on CPUs that have it."""
-    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     try:  # the older interface raises where a user has set the newer one
         return any(x.fp32_precision not in ("ieee", "none") for x in matmuls)
     except AttributeError:  # torch before 2.9
@@ -150,10 +150,9 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
     o, final = torch.empty_like(vh), _new_states(qh, documents, v.shape[3])
     for rows, tokens, enters, leaves in _runs(documents, B, T):
-        o[rows, :, tokens], state = _attend(
-            *(x[rows, :, tokens] for x in (qh, kh, vh)), log_decay, _of(initial_state, enters),
-            reverse=False, read_scale=scale, write_scale=1.0,
-        )  # fmt: skip
+        qs, ks, vs = (x[rows, :, tokens] for x in (qh, kh, vh))
+        s0 = _of(initial_state, enters)
+        o[rows, :, tokens], state = _attend(qs, ks, vs, log_decay, s0, reverse=False, read_scale=scale, write_scale=1.0)
         final[leaves] = state
     o = o.transpose(1, 2).to(q.dtype)
     return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), final, (), None

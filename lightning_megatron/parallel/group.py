@@ -88,7 +88,7 @@ def state_of(group: dist.ProcessGroup) -> GroupState:
     return _states[group]
 
 
-def integers(values: list, device: torch.device, captured: bool, dtype: torch.dtype) -> torch.Tensor:
+def integers(values: list | int, device: torch.device, captured: bool, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of nested ``values``. Where nothing can be copied from the host (``captured``) each is filled in."""
     if not captured:
         return torch.tensor(values, device=device, dtype=dtype)

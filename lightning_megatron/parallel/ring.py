@@ -60,8 +60,10 @@ def _ring(plan, local, factors, start, need_end, reverse):
     N = plan.count
     order = range(N - 1, -1, -1) if reverse else range(N)
     blocks = BLOCKS if plan.exchange == "pipelined" else 1
-    incoming, sent, outgoing = torch.empty_like(local), [], []
-    state_blocks = [None] * blocks
+    incoming = torch.empty_like(local)
+    sent: list = []
+    outgoing: list[torch.Tensor] = []
+    state_blocks: list = [None] * blocks
     local_blocks = [list(x.chunk(blocks, dim=2)) for x in local]
     zeros = torch.zeros_like(local[0]) if start is None else start
     for step, c in enumerate(order):

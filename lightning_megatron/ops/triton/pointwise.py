@@ -208,12 +208,15 @@ def _split_constants(dims: tuple[int, ...]) -> dict[str, int]:
     return dict(GROUP=q // K, WIDTH=sum(dims), K_AT=q + gate, K=K, V=V, BK=BK, BV=BV, BR=max(1, TILE // max(BK, BV)))
 
 
-def split_forward(mixed: torch.Tensor, dims: tuple[int, ...], silu_v: bool) -> tuple[torch.Tensor | None, ...]:
+def split_forward(
+    mixed: torch.Tensor, dims: tuple[int, ...], silu_v: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """silu of q, k and, if asked for, v."""
     (s, b, width), constants = mixed.shape, _split_constants(dims)
     heads, group = width // sum(dims), constants["GROUP"]
     sizes = (heads * group, dims[2]), (heads, dims[2]), (heads, dims[3])
-    q, k, v = (mixed.new_empty(s, b, *size) if i < 2 or silu_v else None for i, size in enumerate(sizes))
+    q, k = (mixed.new_empty(s, b, *size) for size in sizes[:2])
+    v = mixed.new_empty(s, b, *sizes[2]) if silu_v else None
     if s * b:
         grid = (group + 1 + silu_v) * heads * cdiv(s * b, constants["BR"])
         mixed = _flat(mixed)
