@@ -93,8 +93,8 @@ def receive_kernel(
             tl.debug_barrier()  # no thread reads before it has arrived
             b_w = tl.load(weights + (((i_p * ranks + a) * chunks + c) * rows + i_w) * H + i_h)
             at = (((number & 1) * ranks + a) * tiles + tile).to(tl.int64) * SIZE
-            # written by another GPU; without weight another document's, which may hold infinities and NaN
-            b_o += b_w * tl.load(data + at + o_e, mask=(o_e < SIZE) & (b_w != 0), other=0.0, cache_modifier=".cg")
+            b_s = tl.load(data + at + o_e, cache_modifier=".cg")  # written by another GPU
+            b_o += tl.where(b_w == 0, 0.0, b_w * b_s)  # 0: another document's, which may hold infinities and NaN
     o_k, o_v = o_e // BV, i_v * BV + o_e % BV
     tl.store(out + i.to(tl.int64) * K * V + o_k * V + o_v, b_o, mask=(o_k < K) & (o_v < V))
 
