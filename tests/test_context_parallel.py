@@ -178,7 +178,7 @@ def test_ranks_that_disagree_all_say_so():
     assert ranks[0] == ranks[1] == ranks[2]
     wanted = (
         "different arguments: tokens 8, 8, 10$",
-        "different arguments: H 2, 2, 4; Hkv 2, 2, 4$",
+        "different arguments: H 2, 2, 4; Hkv 2, 2, 4; log_decay ",
         "different arguments: layout zigzag, zigzag, contiguous$",
         "different arguments: exchange all-gather, all-gather, ring$",
         "different arguments: dtype torch.float32, torch.float32, torch.bfloat16$",
