@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .group import state_of
+from .group import has_new_name, state_of
 
 logger = logging.getLogger(__name__)
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a node
@@ -53,6 +53,11 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
         )
     elif not all(torch.cuda.can_device_access_peer(device.index, here.index(uuid)) for uuid in others):
         mine = "a GPU has no peer access to another"
+    elif not has_new_name(group):
+        mine = (
+            f"an earlier process group had the name {group.group_name}, and torch keeps its symmetric memory as long as "
+            "the process lives"
+        )
     else:
         mine = ""
     reasons = _all(group, mine)
@@ -79,12 +84,10 @@ def buffers(group: dist.ProcessGroup, device: torch.device, shape: tuple[int, ..
     state = state_of(group)
     if shape not in state.buffers:
         import torch.distributed._symmetric_memory as symmetric_memory
-        import torch.distributed.distributed_c10d as c10d
 
-        name = state.symmetric_name(group)
         memory = symmetric_memory.empty(words, dtype=torch.float32, device=device).zero_()
         torch.cuda.synchronize(device)
-        handle = symmetric_memory.rendezvous(memory, c10d.GroupName(name))
+        handle = symmetric_memory.rendezvous(memory, group)
         dist.barrier(group=group, device_ids=[device.index])  # nobody writes into what is not yet zero
         inside = memory.data_ptr() - handle.buffer_ptrs[group.rank()]  # of a larger allocation
         addresses = torch.tensor([base + inside for base in handle.buffer_ptrs], dtype=torch.int64, device=device)

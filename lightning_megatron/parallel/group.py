@@ -5,14 +5,12 @@ It lives as long as the group object: a new group of the same name has its own.
 
 from __future__ import annotations
 
-import uuid
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import Seen
@@ -33,7 +31,6 @@ class GroupState:
         self.why_not_direct: str | None = None  # None: not asked yet
         self.buffers: dict[tuple[int, ...], Any] = {}  # symmetric buffers by the shape of messages
         self._constants: dict[Hashable, Any] = {}
-        self._symmetric_name: str | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def remember_agreed(self, key: Hashable) -> None:
@@ -61,23 +58,6 @@ class GroupState:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)
         return self._streams[device]
 
-    def symmetric_name(self, group: dist.ProcessGroup) -> str:
-        """Under which torch knows the group for symmetric memory; all ranks ask together.
-
-        torch registers rank, size and store by the group's name, for ever. After ``destroy_process_group`` a new group
-        can have an old name: this one is given once only.
-        """
-        if self._symmetric_name is None:
-            from torch._C._distributed_c10d import _SymmetricMemory
-
-            names: list[Any] = [None] * group.size()
-            dist.all_gather_object(names, uuid.uuid4().hex, group=group)
-            name = f"lightning_megatron-{names[0]}"
-            store = dist.PrefixStore(name, c10d._get_process_group_store(group))
-            _SymmetricMemory.set_group_info(name, group.rank(), group.size(), store)
-            self._symmetric_name = name
-        return self._symmetric_name
-
 
 _states: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
 
@@ -86,6 +66,14 @@ def state_of(group: dist.ProcessGroup) -> GroupState:
     if group not in _states:
         _states[group] = GroupState()
     return _states[group]
+
+
+_first: dict[str, weakref.ref] = {}  # the group that had a name first; torch keeps its symmetric memory for ever
+
+
+def has_new_name(group: dist.ProcessGroup) -> bool:
+    """Whether no earlier group, destroyed since, had the name of this one: torch registers symmetric memory by name."""
+    return _first.setdefault(group.group_name, weakref.ref(group))() is group
 
 
 def integers(values: list | int, device: torch.device, captured: bool, dtype: torch.dtype) -> torch.Tensor:
