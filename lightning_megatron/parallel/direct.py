@@ -55,8 +55,8 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
         mine = "a GPU has no peer access to another"
     elif not has_new_name(group):
         mine = (
-            f"an earlier process group had the name {group.group_name}, and torch keeps its symmetric memory as long as "
-            "the process lives"
+            f"an earlier process group had the name {group.group_name}, and torch keeps its symmetric memory as long "
+            "as the process lives"
         )
     else:
         mine = ""
