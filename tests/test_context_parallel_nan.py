@@ -39,8 +39,8 @@ def compare(rank: int, world: int, layout: str, exchange: str, bad: float, state
         q, k, v, do = (x[:, mine] for x in (q, k, v, do))
         leaves = [x.requires_grad_() for x in (q, k, v)] + ([initial.clone().requires_grad_()] if states else [])
         o, final = parallel.lightning_attn(
-            *leaves[:3], log_decay, group=dist.group.WORLD, layout=layout, exchange=exchange, cu_seqlens=bounds, backend="torch",
-            initial_state=leaves[3] if states else None, output_final_state=states,
+            *leaves[:3], log_decay, group=dist.group.WORLD, layout=layout, exchange=exchange, cu_seqlens=bounds,
+            backend="torch", initial_state=leaves[3] if states else None, output_final_state=states,
         )  # fmt: skip
         grads = torch.autograd.grad((o * do).sum() + (final.sum() if states else 0.0), leaves)
         found = dict(zip(("o", "dq", "dk", "dv", "dinitial"), (o.detach(), *grads), strict=False))
@@ -59,7 +59,7 @@ def compare(rank: int, world: int, layout: str, exchange: str, bad: float, state
 
 
 def compare_many(rank: int, world: int, layout: str) -> dict[tuple, list[str]]:
-    """By exchange, what is no number, and whether documents have states; in one process, which takes longest to start."""
+    """Differences by exchange, bad value, and whether documents have states: all cases in one process."""
     exchanges, states = ("all-gather", "ring", "pipelined", "scan"), (False, True)
     if layout == "zigzag-documents":
         states = (False,)
