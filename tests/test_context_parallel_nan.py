@@ -59,7 +59,7 @@ def compare(rank: int, world: int, layout: str, exchange: str, bad: float, state
 
 
 def compare_many(rank: int, world: int, layout: str) -> dict[tuple, list[str]]:
-    """By exchange, what is no number, and whether documents have states; in one process, as starting takes longest."""
+    """Differences by exchange, bad value, and whether documents have states: all cases in one process."""
     exchanges, states = ("all-gather", "ring", "pipelined", "scan"), (False, True)
     if layout == "zigzag-documents":
         states = (False,)

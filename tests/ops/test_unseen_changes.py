@@ -25,8 +25,8 @@ def call(
     cu_seqlens: torch.Tensor, tokens: list[torch.Tensor], backend: str, between=lambda: None
 ) -> list[torch.Tensor]:
     """Output, final states and gradients; ``between`` runs after the forward."""
-    q, k, v = (x.clone().requires_grad_() for x in tokens)
-    log_decay = torch.tensor([-0.1, -0.01], device=q.device)
+    q, k, v = (x.clone().requires_grad_() for x in tokens[:3])
+    log_decay = tokens[3]
     o, final = lightning_attn(q, k, v, log_decay, cu_seqlens=cu_seqlens, output_final_state=True, backend=backend)
     between()
     grads = torch.autograd.grad(o.square().sum() + final.square().sum(), [q, k, v])
