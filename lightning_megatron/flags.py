@@ -14,6 +14,7 @@ from .compat import importable
 from .config import LightningOptions, lightning_pattern
 
 _TE = "transformer_engine.pytorch"
+_APEX_NORM = "apex.normalization.fused_layer_norm"
 _ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
 
 
@@ -59,10 +60,6 @@ class Rule(NamedTuple):
         return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
 
 
-def _always(run: Run) -> bool:
-    return True
-
-
 def _selective(run: Run, *modules: str) -> bool:
     chosen = run.config.recompute_modules or ()
     return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
@@ -72,6 +69,11 @@ _NEEDS_TE = (
     "needs TransformerEngine's layers; --transformer-impl local would train in another precision: use "
     "--transformer-impl transformer_engine"
 )
+
+_TE_ALONE = (  # Megatron's local layers do not read them
+    "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
+    "te_precision_config_file",
+)  # fmt: skip
 
 _OTHER_ATTENTION = (
     "chooses another attention than lightning_megatron's specs; leave it out, and place softmax layers with "
@@ -96,6 +98,27 @@ REFUSED_ALWAYS = {
 REFUSED = (
     Rule("fp8", lambda run: run.local, _NEEDS_TE, "--fp8-format"),
     Rule("fp4", lambda run: run.local, _NEEDS_TE, "--fp4-format"),
+    *(
+        Rule(
+            name,
+            lambda run: run.local and not run.get("use_kitchen"),  # kitchen reads the recipe of a file, too
+            "acts in TransformerEngine's layers only, and --transformer-impl local would ignore it; use "
+            "--transformer-impl transformer_engine, or leave it out",
+        )
+        for name in _TE_ALONE
+    ),
+    Rule(
+        "batch_invariant_mode",
+        lambda run: not run.get("deterministic_mode"),
+        "promises the same bits in any batch, but how lightning kernels split a sequence follows the batch size; add "
+        "--deterministic-mode, in which it does not",
+    ),
+    Rule(
+        "memory_efficient_layer_norm",
+        lambda run: not (run.local and run.config.normalization == "LayerNorm" and importable(_APEX_NORM)),
+        "is an option of apex's LayerNorm, which this model does not use; leave it out",
+        "memory_efficient_layer_norm",  # Megatron has no flag for it
+    ),
     Rule(
         "recompute_modules",
         lambda run: _selective(run, "layernorm", "moe_act") and not importable(_TE),
@@ -178,6 +201,39 @@ WARNED = (
         "--recompute-modules mlp, to save memory there",
     ),
     Rule(
+        "offload_modules",
+        lambda run: (
+            run.get("fine_grained_activation_offloading")
+            and {"qkv_linear", "core_attn", "attn_proj"} & set(run.get("offload_modules"))
+        ),
+        "moves nothing of the attention of lightning layers to the host; of these layers it takes attn_norm, mlp_norm "
+        "and the parts of experts",
+    ),
+    Rule(
+        "layernorm_zero_centered_gamma",
+        lambda run: run.options.qk_norm or (run.options.norm != "none" and run.options.norm_affine),
+        "holds for layer norms; the weights of the q, k and output norms of lightning layers stay around 1",
+        "--apply-layernorm-1p",
+    ),
+    Rule(
+        "apply_wd_to_qk_layernorm",
+        lambda run: run.options.qk_norm,
+        "decays the norms of softmax layers only; those of --lightning-qk-norm get no weight decay",
+    ),
+    Rule(
+        "apply_query_key_layer_scaling",
+        lambda run: run.local and run.softmax,
+        "is not read by softmax layers on torch's SDPA, whose kernels sum in fp32 anyway",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run: not run.local and (run.config.num_moe_experts is None or run.config.moe_layer_freq != 1),
+            "does not reach dense MLPs: Megatron's specs of models with different layers do not pass it on",
+        )
+        for name in ("use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp")
+    ),
+    Rule(
         "window_size",
         lambda run: run.softmax,
         "limits the softmax layers only; lightning layers see all tokens",
@@ -227,7 +283,7 @@ WARNED = (
     ),
     Rule(
         "create_attention_mask_in_dataloader",
-        _always,
+        lambda run: True,
         "builds a seq_length x seq_length attention mask that no layer here reads; pass "
         "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
     ),
@@ -236,6 +292,7 @@ WARNED = (
 # Flags of softmax attention that change nothing in an all-lightning model, and the values that nobody gave.
 SOFTMAX_ONLY = {
     "apply_query_key_layer_scaling": (False,),
+    "apply_wd_to_qk_layernorm": (None, False),
     "attention_backend": ("auto",),
     "attention_dropout": (0.0, 0.1),
     "attention_output_gate": (False,),
@@ -247,6 +304,7 @@ SOFTMAX_ONLY = {
     "qk_l2_norm": (False,),
     "qk_layernorm": (False,),
     "softmax_scale": (None,),
+    "use_kitchen_attention": (False,),
     "window_attn_skip_freq": (None,),
 }
 # ... and those of rotary embeddings, which change nothing where no layer turns.

@@ -3,7 +3,9 @@
 import functools
 import os
 import random
+import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,6 +32,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """A patch of Megatron that outlives its test decides what later tests see: fail here, where it was made."""
+    try:
+        return (yield)
+    finally:
+        if (patches := sys.modules.get("lightning_megatron.patches")) is not None:
+            left = [symbol for patch in patches.ALL for symbol in patch.SYMBOLS if _take_back(symbol)]
+            assert not left, f"this test leaves {', '.join(left)} patched: restore it, or run in a process of its own"
+
+
+def _take_back(symbol: str) -> bool:
+    """Whether ``symbol`` was patched in this process; not any more."""
+    from lightning_megatron.patches import _replace
+
+    owner, _, name = symbol.rpartition(".")
+    if not {owner, owner.rpartition(".")[0]} & sys.modules.keys():
+        return False  # nothing of it is imported
+    patched = getattr(_replace._owner(owner), name, None)
+    if not hasattr(patched, _replace.MARKER):
+        return False
+    setattr(_replace._owner(owner), name, patched.__wrapped__)
+    return True
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Every flag is honoured, refused before any GPU work, or named in the log: tables for both ways of starting."""
 
 import functools
-import json
 import logging
-import socket
 from argparse import Namespace
 
 import pytest
@@ -14,16 +12,14 @@ from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from lightning_megatron import flags as tables
-from lightning_megatron import patches, pretrain
-from lightning_megatron.config import LightningOptions, lightning_pattern, resolve_shape
+from lightning_megatron import patches
+from lightning_megatron.config import LightningOptions
 from lightning_megatron.flags import warnings_of
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.runtime import prepare, refuse
 from lightning_megatron.spec import get_lightning_layer_spec
-from lightning_megatron.training import arguments
-from lightning_megatron.training.arguments import args_defaults, has_validation_data, notes, options_from_args
-from lightning_megatron.training.arguments import refuse as refuse_flags
-from tests.helpers.arguments import MODEL, parse_flags
+from lightning_megatron.training.arguments import args_defaults, options_from_args
+from tests.helpers.arguments import parse_flags, pretend_without
 from tests.layers import transformer_config
 
 HYBRID = dict(linear_attention_freq=2)
@@ -37,13 +33,7 @@ def parse(monkeypatch):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Pretend that no module whose name starts so imports, and that all others do."""
-
-    def pretend(*names):
-        for module in (arguments, tables):
-            monkeypatch.setattr(module, "importable", lambda name: not name.startswith(names) if names else True)
-
-    return pretend
+    return functools.partial(pretend_without, monkeypatch)
 
 
 def model(**changes):
@@ -61,6 +51,31 @@ def model(**changes):
 REFUSED = {
     "fp8": (dict(fp8="hybrid"), {}, {}, "--fp8-format hybrid needs .*use --transformer-impl transformer_engine"),
     "fp4": (dict(fp4="e2m1"), {}, {}, "--fp4-format e2m1 needs .*use --transformer-impl transformer_engine"),
+    **{
+        f"te-only-{name}": (
+            {name: True}, {}, {},
+            f"--{name.replace('_', '-')} acts in TransformerEngine's layers only.*leave it out",
+        )
+        for name in (
+            "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
+        )
+    },
+    "precision-file": (
+        {}, {}, dict(te_precision_config_file="some.yaml"),
+        "--te-precision-config-file some.yaml acts in TransformerEngine's",
+    ),
+    "batch-invariant": (
+        TE | dict(batch_invariant_mode=True), {}, {},
+        "--batch-invariant-mode .* add --deterministic-mode",
+    ),
+    "memory-efficient-norm": (
+        dict(memory_efficient_layer_norm=True, normalization="RMSNorm"), {}, {},
+        "memory_efficient_layer_norm is an option of apex's",
+    ),
+    "kitchen-attention-sdpa": (
+        HYBRID | dict(use_kitchen=True, use_kitchen_attention=True), {}, {},
+        "--use-kitchen-attention is not supported by the softmax layers on torch's SDPA; leave it out",
+    ),
     "recompute-layernorm": (
         dict(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]), {}, {},
         "--recompute-modules layernorm mlp needs TransformerEngine .*use --recompute-granularity full",
@@ -159,6 +174,12 @@ def test_refused_in_both_ways(name, without):
 
 ALLOWED = {
     "fp8-te": (TE | dict(fp8="hybrid"), {}, {}),
+    "te-only-te": (
+        TE | dict(tp_comm_overlap=True, use_te_activation_func=True), {}, dict(te_precision_config_file="some.yaml"),
+    ),
+    "precision-file-kitchen": (dict(use_kitchen=True), {}, dict(te_precision_config_file="some.yaml")),
+    "batch-invariant": (TE | dict(batch_invariant_mode=True, deterministic_mode=True), {}, {}),
+    "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),
@@ -191,6 +212,39 @@ LOGGED = {
     "core-attn": (
         dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN,
         ["--recompute-modules core_attn recomputes nothing in lightning layers", "--recompute-granularity full"],
+    ),
+    "offload": (
+        HYBRID | TE | dict(fine_grained_activation_offloading=True, offload_modules=["core_attn", "attn_norm"]),
+        {}, OWN,
+        ["--offload-modules core_attn attn_norm moves nothing of", "attn_norm, mlp_norm"],
+    ),
+    "layernorm-1p": (
+        dict(layernorm_zero_centered_gamma=True), {}, OWN,
+        ["--apply-layernorm-1p holds for layer norms", "stay around 1"],
+    ),
+    "weight-decay-of-qk": (
+        HYBRID | dict(qk_layernorm=True), dict(qk_norm=True), OWN | dict(apply_wd_to_qk_layernorm=True),
+        ["--apply-wd-to-qk-layernorm", "--lightning-qk-norm"],
+    ),
+    "weight-decay-of-nothing": (
+        {}, {}, OWN | dict(apply_wd_to_qk_layernorm=True),
+        ["--apply-wd-to-qk-layernorm: act on softmax layers only"],
+    ),
+    "kitchen": (
+        TE | dict(use_kitchen_attention=True), {}, OWN,
+        ["--use-kitchen-attention: act on softmax layers only"],
+    ),
+    "query-key-scaling": (
+        HYBRID | dict(apply_query_key_layer_scaling=True), {}, OWN,
+        ["--apply-query-key-layer-scaling is not read by softmax layers on torch's SDPA"],
+    ),
+    "op-fuser": (
+        TE | dict(use_transformer_engine_op_fuser=True), {}, OWN,
+        ["--use-transformer-engine-op-fuser does not reach dense MLPs"],
+    ),
+    "dense-grouped-gemm": (
+        TE | dict(use_grouped_gemm_for_dense_mlp=True), {}, OWN,
+        ["--use-grouped-gemm-for-dense-mlp does not reach dense MLPs"],
     ),
     "window": (
         HYBRID | TE | dict(window_size=(8, 0)), {}, OWN,
@@ -254,6 +308,15 @@ QUIET = {
     "defaults": ({}, {}, OWN),
     "a-program-of-ones-own": ({}, {}, {}),
     "hybrid": (HYBRID | dict(qk_layernorm=True, attention_output_gate=True, num_query_groups=2), {}, OWN),
+    "offload-of-mlps": (TE | dict(fine_grained_activation_offloading=True, offload_modules=["mlp_norm"]), {}, OWN),
+    "offload-unused": (dict(offload_modules=["core_attn"]), {}, OWN),
+    "layernorm-1p-without-weights": (dict(layernorm_zero_centered_gamma=True), dict(norm_affine=False), OWN),
+    "weight-decay-of-qk": (
+        HYBRID | dict(qk_layernorm=True), {}, OWN | dict(apply_wd_to_qk_layernorm=True),
+    ),
+    "op-fuser-of-experts": (
+        TE | dict(use_transformer_engine_op_fuser=True, num_moe_experts=4, moe_layer_freq=1), {}, OWN,
+    ),
     "rope": (
         dict(rotary_interleaved=True), dict(rope=True), OWN | dict(position_embedding_type="rope", rotary_percent=0.5),
     ),
@@ -304,6 +367,7 @@ def test_tables_name_fields_and_flags(parse):
 def test_prepare_logs_on_the_first_rank(monkeypatch, caplog, rank):
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(rank=rank, **OWN))
     monkeypatch.setattr(patches.flops, "apply", lambda options: None)
+    monkeypatch.setattr(patches.checkpoint_args, "apply", lambda: None)
     config = model(qk_layernorm=True, log_max_attention_logit=True)
     with caplog.at_level(logging.WARNING, logger="lightning_megatron"):
         prepare(config)
@@ -311,141 +375,3 @@ def test_prepare_logs_on_the_first_rank(monkeypatch, caplog, rank):
     assert (
         lines == ["--log-max-attention-logit, --qk-layernorm: act on softmax layers only; this model has none"][rank:]
     )
-
-
-# ---- the own entry point ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags, value", [("", "auto"), ("", "zigzag"), ("--sft", "zigzag-documents"), ("--sft", "auto")]
-)
-def test_layout_of_old_command_lines(parse, without, flags, value):
-    without("transformer_engine", "apex", "scaled", "fused")
-    args = parse(f"{flags} --lightning-cp-layout {value}")
-    refuse_flags(args)
-    (line,) = notes(args)
-    assert f"--lightning-cp-layout {value} is no option any more" in line and "leave the flag out" in line
-    assert options_from_args(args) == LightningOptions()
-    assert not hasattr(args, "lightning_cp_layout")
-
-
-@pytest.mark.parametrize("flags, value, layout", [
-    ("", "contiguous", "zigzag"), ("", "zigzag-documents", "zigzag"), ("--sft", "zigzag", "zigzag-documents"),
-])  # fmt: skip
-def test_layout_that_the_loader_does_not_cut(parse, without, flags, value, layout):
-    without("transformer_engine", "apex", "scaled", "fused")
-    with pytest.raises(
-        ValueError, match=f"--lightning-cp-layout {value} .*sequences as {layout}, so leave the flag out"
-    ):
-        refuse_flags(parse(f"{flags} --lightning-cp-layout {value}"))
-
-
-def test_layout_is_not_in_the_help(parse, capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-    assert "--lightning-cp-exchange" in text and "cp-layout" not in text
-
-
-@pytest.mark.parametrize("flags, key, value", [
-    ("", 16, 16), ("--linear-key-head-dim 128", 128, 128), ("--linear-value-head-dim 128", 16, 128),
-    ("--linear-key-head-dim 32 --linear-value-head-dim 48", 32, 48), ("--lightning-key-head-dim 128", 128, 128),
-])  # fmt: skip
-def test_a_given_128_is_honoured(parse, flags, key, value):
-    """kv-channels is 16 here, and 128 the default of Megatron's flag."""
-    args = parse(flags)
-    megatron_arguments.validate_args(args, args_defaults(args))
-    args.params_dtype = torch.float32
-    config = core_transformer_config_from_args(args)
-    shape = resolve_shape(config, options_from_args(args), tp=1)
-    assert (shape.key_dim, shape.value_dim) == (key, value)
-    assert config.kv_channels == 16 and config.linear_key_head_dim == config.linear_value_head_dim == 128
-
-
-@pytest.mark.parametrize(
-    "flag", ["--linear-num-key-heads 16", "--linear-num-value-heads 32", "--linear-conv-kernel-dim 4"]
-)
-def test_defaults_of_gated_delta_net_given_by_hand(parse, without, flag):
-    without("transformer_engine", "apex", "scaled", "fused")
-    with pytest.raises(ValueError, match=f"{flag} is refused: "):
-        refuse_flags(parse(flag))
-    refuse_flags(parse())
-
-
-REAL = MODEL.replace("--mock-data", "--tokenizer-type NullTokenizer")
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Prefix of a dataset, and files that name it for splits."""
-    (tmp_path / "text.idx").touch()
-    text = str(tmp_path / "text")
-    for name, valid in (("with", [text]), ("none", [])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"train": [text], "valid": valid, "test": None}), "utf-8")
-    return text
-
-
-@pytest.mark.parametrize("flags, there", [
-    ("--data-path {text}", True), ("--data-path {text} --split 90,10", True),
-    ("--data-path {text} --split 100,0,0", False),
-    ("--data-path {text} --split 1", False), ("--train-data-path {text}", False),
-    ("--train-data-path {text} --valid-data-path {text}", True),
-    ("--per-split-data-args-path {folder}/with.json", True), ("--per-split-data-args-path {folder}/none.json", False),
-    ("--mock-data", True), ("--mock-data --split 1,0,0", True),
-])  # fmt: skip
-def test_evaluation_needs_validation_data(parse, without, data, flags, there):
-    without("transformer_engine", "apex", "scaled", "fused")
-    flags = flags.format(text=data, folder=data.removesuffix("/text"))
-    args = parse(flags, model=REAL)
-    refuse_flags(args)
-    assert has_validation_data(args) is there
-    assert args_defaults(args)["eval_iters"] == (100 if there else 0)
-    assert notes(args) == [] if there else "nothing is evaluated (--eval-iters 0)" in "".join(notes(args))
-    asked = parse(flags + " --eval-iters 3", model=REAL)
-    assert "eval_iters" not in args_defaults(asked) and notes(asked) == []
-    if there:
-        refuse_flags(asked)
-    else:
-        with pytest.raises(ValueError, match="--eval-iters 3, but no validation data: give --valid-data-path"):
-            refuse_flags(asked)
-    refuse_flags(parse(flags + " --eval-iters 0", model=REAL))
-
-
-def test_sft_needs_datasets(parse, without):
-    without("datasets", "transformer_engine", "apex", "scaled", "fused")
-    with pytest.raises(ValueError, match="--sft .*pip install datasets"):
-        refuse_flags(parse("--sft"))
-    refuse_flags(parse())
-
-
-@pytest.mark.parametrize("flags", [
-    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such", "--vocab-file /no/such", "--data-path /no/such",
-    "--sft --data-path /no/such",
-])  # fmt: skip
-def test_missing_files_name_the_node(parse, without, monkeypatch, flags):
-    without("transformer_engine", "apex", "scaled", "fused")
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(ValueError) as error:
-        refuse_flags(parse(flags, model=REAL))
-    message = str(error.value)
-    assert f"(rank 3, host {socket.gethostname()}; every node needs the same path)" in message and "/no/such" in message
-
-
-def test_every_refusal_of_the_entry_point_ends_it(parse, without, capsys):
-    """One of each table, through main(): before Megatron builds anything, status 2 and one line."""
-    without("transformer_engine", "apex", "scaled", "fused")
-    for given, words in (
-        ("--reset-attention-mask", "--dataloader-inter-document-masking"),
-        ("--rampup-batch-size 1 1 8", "--step-batch-size-schedule"),
-        ("--multi-latent-attention", "chooses another attention"),
-        ("--linear-num-key-heads 16", "--lightning-num-kv-heads"),
-    ):
-        parse(given)
-        with pytest.raises(SystemExit) as exit:
-            pretrain.main()
-        message = capsys.readouterr().err
-        assert exit.value.code == 2 and words in message and len(message.splitlines()) == 1, message
-
-
-def test_pattern_at_its_bound():
-    assert lightning_pattern(4, 4) == [True, True, True, False]

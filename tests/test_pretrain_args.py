@@ -11,13 +11,12 @@ from megatron.core import package_info
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.transformer import TransformerConfig
 from megatron.training import arguments as megatron_arguments
-from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 
 from lightning_megatron import compat, patches, pretrain
 from lightning_megatron import flags as tables
 from lightning_megatron.config import LightningOptions
-from lightning_megatron.patches import packed_rope, recompute
+from lightning_megatron.patches import _replace, packed_rope, recompute
 from lightning_megatron.training import arguments, data, run
 from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use, refuse
 from tests.helpers.arguments import MODEL, parse_flags
@@ -258,14 +257,11 @@ def test_unexpected_error_keeps_its_traceback(parse, monkeypatch):
 @pytest.fixture
 def unpatched(monkeypatch):
     """Give the patched symbols back after the test."""
-    symbols = (
-        (dataset_utils, "compile_helpers"),
-        (checkpointing, "_load_base_checkpoint"),
-        (megatron_training, "num_floating_point_operations"),
-    )
-    for module, name in symbols:
-        assert not hasattr(getattr(module, name), "__lightning_patch__"), "a patch was applied at import, or leaked"
-        monkeypatch.setattr(module, name, getattr(module, name))
+    for symbol in (symbol for patch in patches.ALL for symbol in patch.SYMBOLS):
+        owner, _, name = symbol.rpartition(".")
+        owner = _replace._owner(owner)
+        assert not hasattr(getattr(owner, name), _replace.MARKER), f"{symbol} was patched at import"
+        monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 def test_patches_are_idempotent_and_logged(unpatched, caplog):

@@ -51,6 +51,7 @@ def refuse_unsupported(config, layer_number: int) -> None:
             "--qk-clip (or --log-max-attention-logit)",
             "leave it out",
         ),
+        (config.use_kitchen and config.use_kitchen_attention, "--use-kitchen-attention", "leave it out"),
     ):
         if value:
             raise ValueError(

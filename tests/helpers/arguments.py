@@ -5,6 +5,8 @@ import sys
 import pytest
 from megatron.training import arguments as megatron_arguments
 
+from lightning_megatron import flags as tables
+from lightning_megatron.training import arguments
 from lightning_megatron.training.arguments import add_arguments
 
 MODEL = (
@@ -17,3 +19,9 @@ def parse_flags(monkeypatch: pytest.MonkeyPatch, flags: str = "", model: str = M
     """The arguments that Megatron makes of ``model`` and more flags."""
     monkeypatch.setattr(sys, "argv", ["pretrain", *model.split(), *flags.split()])
     return megatron_arguments.parse_args(add_arguments)
+
+
+def pretend_without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """No module whose name starts with one of ``names`` imports for the checks of flags, and all others do."""
+    for module in (arguments, tables):
+        monkeypatch.setattr(module, "importable", lambda name: not name.startswith(names) if names else True)
