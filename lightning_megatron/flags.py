@@ -217,7 +217,7 @@ WARNED = (
     ),
     Rule(
         "apply_wd_to_qk_layernorm",
-        lambda run: run.options.qk_norm,
+        lambda run: run.options.qk_norm and run.softmax,
         "decays the norms of softmax layers only; those of --lightning-qk-norm get no weight decay",
     ),
     Rule(

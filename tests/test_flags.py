@@ -227,7 +227,7 @@ LOGGED = {
         ["--apply-wd-to-qk-layernorm", "--lightning-qk-norm"],
     ),
     "weight-decay-of-nothing": (
-        {}, {}, OWN | dict(apply_wd_to_qk_layernorm=True),
+        {}, dict(qk_norm=True), OWN | dict(apply_wd_to_qk_layernorm=True),
         ["--apply-wd-to-qk-layernorm: act on softmax layers only"],
     ),
     "kitchen": (

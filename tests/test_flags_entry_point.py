@@ -130,7 +130,8 @@ def test_sft_needs_datasets(parse, without):
 
 @pytest.mark.parametrize("flags", [
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such", "--vocab-file /no/such", "--data-path /no/such",
-    "--sft --data-path /no/such",
+    "--sft --data-path /no/such", "--te-precision-config-file /no/such", "--per-dataset-sequences-path /no/such",
+    "--tp-comm-overlap-cfg /no/such",
 ])  # fmt: skip
 def test_missing_files_name_the_node(parse, without, monkeypatch, flags):
     without("transformer_engine", "apex", "scaled", "fused")

@@ -86,6 +86,10 @@ _ALIASES = {
     "linear_key_head_dim": "lightning_key_head_dim",
     "linear_value_head_dim": "lightning_value_head_dim",
 }
+_FILES = (
+    "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
+    "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
+)  # fmt: skip
 _EVAL_ITERS = 100  # Megatron's default
 # Flags that are refused if given, but have defaults in Megatron.
 _UNSET = ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
@@ -303,7 +307,7 @@ def _refuse_missing_kernels(args: Namespace) -> None:
 
 def _refuse_missing_files(args: Namespace) -> None:
     here = f"(rank {args.rank}, host {socket.gethostname()}; every node needs the same path)"
-    for attribute in ("tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path"):
+    for attribute in _FILES:
         value = getattr(args, attribute)
         if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
             raise ValueError(f"{flag_of(attribute)} {value}: no such file or directory {here}")
