@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter where there is no GPU, seeded random values, poisoned memory, the gpu marker."""
+"""For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, no patch left, the gpu marker."""
 
 import functools
 import os
@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 pytest.register_assert_rewrite("tests.helpers")  # failed asserts there show values, as in test modules
 
 SEED = int(os.environ.get("LIGHTNING_TEST_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["LIGHTNING_TEST_SEED"] = str(SEED)  # one seed for all workers of pytest-xdist
 
 
 def pytest_report_header() -> str:

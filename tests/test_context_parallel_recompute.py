@@ -72,14 +72,14 @@ def once(forward, x, use_reentrant=True):
 once_without_reentry = functools.partial(once, use_reentrant=False)
 
 
-def check(rank: int, world: int, layout: str, exchange: str, seed: int, backend: str) -> list[list[int]]:
+def check(rank: int, world: int, layout: str, exchange: str, seed: int) -> list[list[int]]:
     """Elements sent in forward, recomputation and backward, without and with ``exchange_once``, for dense and packed
     tokens.
     """
     sent_by_both = []
     for packed in (False, True) if layout == "zigzag" else (layout == "zigzag-documents",):
         rng = torch.Generator().manual_seed(seed)
-        net = Net(rng, rank, world, layout, exchange, packed, backend)
+        net = Net(rng, rank, world, layout, exchange, packed, "torch")
         alone = net.run(lambda forward, x: forward(x))
         found = []
         for how in (plain, once, once_without_reentry):
@@ -103,7 +103,7 @@ def check(rank: int, world: int, layout: str, exchange: str, seed: int, backend:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "zigzag-documents"])
 def test_same_bits_and_one_exchange_less(layout, exchange, seed):
-    for rank in spawn(check, 2, layout, exchange, seed, "torch"):
+    for rank in spawn(check, 2, layout, exchange, seed):
         for twice, less in rank:  # forward, recomputation, backward: of the three exchanges two are left
             if layout == "contiguous" and exchange in (
                 "ring",
@@ -115,9 +115,16 @@ def test_same_bits_and_one_exchange_less(layout, exchange, seed):
                 assert 3 * less == 2 * twice > 0
 
 
+def check_with_kernels(rank: int, world: int, seed: int) -> None:
+    for packed in (False, True):
+        net = Net(torch.Generator().manual_seed(seed), rank, world, "zigzag", "all-gather", packed, "triton")
+        alone, got = net.run(lambda forward, x: forward(x)), net.run(once)
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True)), f"{packed=} {seed=}"
+
+
 def test_same_bits_with_kernels(seed):
     """Triton: the parts' own states, which the first run computed for the exchange, are computed as for one rank."""
-    spawn(check, 2, "zigzag", "all-gather", seed, "triton")
+    spawn(check_with_kernels, 2, seed)
 
 
 def check_life(rank: int, world: int, seed: int) -> None:
