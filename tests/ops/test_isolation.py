@@ -20,8 +20,8 @@ DOCUMENTS = {
     "inside chunks": (20, 50, 0, 15),
     "many in a chunk": (3, 1, 5, 7, 2, 14, 0, 30, 2, 1, 29),
     "on chunk edges": (32, 64, 16, 16, 32),
-    "over segments": (10, 150, 5, 90),
-    "on segment edges": (64, 63, 129),
+    "over segments": (10, 140, 5, 40),
+    "on segment edges": (64, 63, 65),
 }
 
 
@@ -53,11 +53,13 @@ def flat(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_isolated(impl: Impl, run, case: Case, documents: Sequence[Document], rng: torch.Generator) -> None:
-    """Poison one document after another with one input after another, and compare with the results without."""
+    """Poison one document with one input after another, and compare with the results without."""
     print(impl, case, documents)
     clean = {name: flat(name, x) for name, x in run(case).items()}
     assert all(x.isfinite().all() for x in clean.values())
-    for turn, name in enumerate(INPUTS):
+    interpreted = impl.backend == "triton" and impl.device == "cpu"  # slow: three of the six inputs in each case
+    names = [INPUTS[i] for i in torch.randperm(len(INPUTS), generator=rng)[: 3 if interpreted else None].tolist()]
+    for turn, name in enumerate(names):
         state = {"initial_state": "enters", "dfinal": "leaves"}.get(name)
         has = [d for d in documents if (d.start < d.end if state is None else getattr(d, state) is not None)]
         if not has:  # no state enters, or leaves
