@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_megatron.rope import rotate
 from lightning_megatron.spec import get_lightning_layer_spec
 from tests import layers
 from tests.helpers.variants import VARIANTS
@@ -150,9 +151,11 @@ def check_yarn(rank: int, world: int) -> None:
     mixer = layers.build_mixer(variant)
     x = torch.randn(LENGTH, BATCH, 4, 16)
     freqs = layers.rotary(variant, LENGTH)
-    plain, _ = mixer._rotate(x, x, freqs, None, None)
+    where = dict(config=mixer.config, layer_number=1, cu_seqlens=None, inference_context=None)
+    where |= dict(cp_group=mixer.pg_collection.cp, group=None, layout="contiguous")
+    plain, _ = rotate(x, x, freqs, **where)
     mixer.config.yarn_rotary_scaling_factor = 4.0  # as GPTModel's configuration says where YaRN is on
-    scaled, again = mixer._rotate(x, x, freqs, None, None)
+    scaled, again = rotate(x, x, freqs, **where)
     factor = 0.1 * math.log(4) + 1  # YaRN (Peng et al. 2023), section 3.4
     torch.testing.assert_close(scaled, factor * plain)
     assert torch.equal(scaled, again)
