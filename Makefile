@@ -67,7 +67,7 @@ types: $(STAMP)
 	@$(PY) -m mypy
 
 test: lint types
-	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST); status=$$?; \
+	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist worksteal $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 check: lint types

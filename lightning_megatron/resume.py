@@ -54,8 +54,7 @@ def check_folder(args: Namespace) -> None:
         raise CheckpointError(
             f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
             "values. Give the folder that --save of the training named; or leave --load out to train from scratch "
-            "(where "
-            "it equals --save, a first start finds nothing)"
+            "(where it equals --save, a first start finds nothing)"
         )
     text = tracker.read_text("utf-8", errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdigit()):
@@ -135,8 +134,7 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         _log(
             f"the checkpoint in {load_dir} was trained with {saved.source}, by a version that saved no record of "
             "the lightning options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate "
-            "and "
-            f"the other lightning options. This run has {_options(now)}"
+            f"and the other lightning options. This run has {_options(now)}"
         )
     assert saved.record is not None
     found = differences(saved.record, now)

@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, no patch left, the gpu marker."""
+"""For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, nothing left, the gpu marker."""
 
 import functools
 import os
@@ -7,8 +7,10 @@ import sys
 import zlib
 from collections.abc import Iterator
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and threads that wait for each other spin
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
@@ -33,6 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Give every test the same environment variables: a process of torchrun is told its ranks and ports by them."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,7 @@ Every process is new, runs one thing and ends: no state passes from one run to t
 environment while torch, triton or Megatron is imported needs `torchrun=True`, which starts everything afresh.
 """
 
+import argparse
 import contextlib
 import faulthandler
 import functools
@@ -227,6 +228,13 @@ def _preload() -> None:
         _shim().enable_pretrain()
         importlib.import_module("torch._dynamo")  # a first step of torch.optim imports it
         importlib.import_module("megatron.core.tokenizers.text")  # any tokenizer does; it brings transformers
+        arguments = importlib.import_module("megatron.training.arguments")
+    # Megatron makes its parser several times in a run, and each time reads help texts from the source of its classes:
+    # a quarter of a small run. They are read here, once.
+    factory = importlib.import_module("megatron.training.argument_utils").ArgumentGroupFactory
+    read = functools.partial(factory._get_field_docstrings, factory)
+    factory._get_field_docstrings = staticmethod(functools.cache(read))
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 
 def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> None:

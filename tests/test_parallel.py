@@ -127,7 +127,7 @@ def on_documents(tmp_path_factory, initial):
 @pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2", "cp4-ring", "tp2-cp2-sp"])
 def test_packed_documents_are_as_good_as_alone(layout, on_documents):
     """Four documents packed into a sequence train as four sequences of one document do, and not as one text."""
-    alone = on_documents("one", f"--seq-length {DOCUMENT} --global-batch-size 16")
+    alone = on_documents("one", f"--seq-length {DOCUMENT} --global-batch-size 8")
     # sequences that are packed once more, into one; with 4 context-parallel ranks documents of one cross its 8 chunks
     micro = 1 if layout in ("pp2", "cp4-ring") else 2
     assert_same_training(on_documents(layout, f"--dataloader-inter-document-masking --micro-batch-size {micro}"), alone)

@@ -65,8 +65,11 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     check_folder(raw)
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
-    add = partial(add_arguments, checkpoint=checkpoint_defaults(raw)) if raw.use_checkpoint_args else add_arguments
-    options = options_from_args(parse_args(add))
+    add = add_arguments
+    if raw.use_checkpoint_args:
+        add = partial(add_arguments, checkpoint=checkpoint_defaults(raw))
+        raw = parse_args(add)
+    options = options_from_args(raw)
     args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)

@@ -16,7 +16,7 @@ SIZE = (
 ).split()
 # Adam's eps is large: with 1e-8 the sign of a gradient of almost 0, which rounding decides, would be a whole step.
 TRAIN = (
-    "--micro-batch-size 1 --global-batch-size 4 --train-iters 5 --lr 2e-3 --adam-eps 1e-3 --lr-decay-style constant "
+    "--micro-batch-size 1 --global-batch-size 2 --train-iters 5 --lr 2e-3 --adam-eps 1e-3 --lr-decay-style constant "
     "--log-interval 1 --eval-iters 0 --num-workers 0"
 ).split()
 EVERYTHING = "--lightning-norm all --lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2"

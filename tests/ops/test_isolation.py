@@ -53,52 +53,71 @@ def flat(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def check_isolated(impl: Impl, run, case: Case, documents: Sequence[Document], rng: torch.Generator) -> None:
-    """Poison one document with one input after another, and compare with the results without."""
+    """Poison a document, and compare with the results without.
+
+    One input after another, in a document of its own; in the interpreter, which is slow, all inputs at once.
+    """
     print(impl, case, documents)
     clean = {name: flat(name, x) for name, x in run(case).items()}
     assert all(x.isfinite().all() for x in clean.values())
-    interpreted = impl.backend == "triton" and impl.device == "cpu"  # slow: three of the six inputs in each case
-    names = [INPUTS[i] for i in torch.randperm(len(INPUTS), generator=rng)[: 3 if interpreted else None].tolist()]
-    for turn, name in enumerate(names):
-        state = {"initial_state": "enters", "dfinal": "leaves"}.get(name)
-        has = [d for d in documents if (d.start < d.end if state is None else getattr(d, state) is not None)]
-        if not has:  # no state enters, or leaves
-            continue
-        document, value = pick(rng, has), POISON[(turn + len(documents)) % 3]
-        x = getattr(case, name).clone()
-        if state is None:
-            at = pick(rng, range(document.start, document.end))
-            x.flatten(0, 1)[at, :, pick(rng, range(x.shape[-1]))] = value
-        else:
-            at = getattr(document, state)
-            x[at, :, pick(rng, range(x.shape[-2])), pick(rng, range(x.shape[-1]))] = value
-        print(f"{name} of {document} is {value} at {at}")
-        got = {key: flat(key, y) for key, y in run(case.replace(**{name: x})).items()}
+    interpreted = impl.backend == "triton" and impl.device == "cpu"
+    for names in [INPUTS] if interpreted else [(name,) for name in INPUTS]:
+        among = [pick(rng, [d for d in documents if d.start < d.end])] if interpreted else documents
+        poisoned, spoiled, own = {}, {}, {}  # of every result: where it must not be finite, and where it may not be
         for key, want in clean.items():
-            own = torch.zeros(want.shape[0], dtype=torch.bool, device=want.device)
-            if key in ENTERING or key in LEAVING:
-                index = document.enters if key in ENTERING else document.leaves
-                if index is not None:
-                    own[index] = True
-                spoiled = own
-            else:
-                own[document.start : document.end] = True
-                spoiled = torch.zeros_like(own)
-                first, end = {
-                    None: (0, 0), "all": (document.start, document.end), "here": (at, at + 1),
-                    "after": (at, document.end), "before": (document.start, at + 1),
-                }[SPOILS[name].get(key)]  # fmt: skip
-                spoiled[first:end] = True
-            others = got[key][~own], want[~own]
+            spoiled[key], own[key] = torch.zeros(2, want.shape[0], dtype=torch.bool, device=want.device)
+        for name in names:
+            document, at, poisoned[name] = poison(name, case, among, rng)
+            if document is not None:
+                for key in clean:
+                    mark(spoiled[key], own[key], document, at, key, SPOILS[name].get(key))
+        got = {key: flat(key, y) for key, y in run(case.replace(**poisoned)).items()}
+        for key, want in clean.items():
+            others = got[key][~own[key]], want[~own[key]]
             assert others[0].isfinite().all(), f"{key} of other documents is spoiled"
             shape = (1,) * (HEADS.get(key, 1) - 1)  # as if all tokens were of one row
             table = TOLERANCES[impl.backend, impl.dtype]
             kind = key if key in table else "final_state"
             smallest = SMALLEST[impl.dtype]
             assert error(kind, *(y.view(*shape, *y.shape) for y in others), smallest=smallest) < table[kind], key
-            if key in SPOILS[name]:
-                finite = got[key][spoiled].flatten(2).isfinite().all(2)
-                assert not finite.any(), f"{key} of the poisoned document hides it"
+            finite = got[key][spoiled[key]].flatten(2).isfinite().all(2)
+            assert not finite.any(), f"{key} of the poisoned document hides it"
+
+
+def poison(
+    name: str, case: Case, documents: Sequence[Document], rng: torch.Generator
+) -> tuple[Document | None, int, torch.Tensor]:
+    """A document, a token or state of it, and the input with something there that is not finite."""
+    state = {"initial_state": "enters", "dfinal": "leaves"}.get(name)
+    has = [d for d in documents if (d.start < d.end if state is None else getattr(d, state) is not None)]
+    x = getattr(case, name)
+    if not has:  # no state enters, or leaves
+        return None, 0, x
+    document, value, x = pick(rng, has), pick(rng, POISON), x.clone()
+    if state is None:
+        at = pick(rng, range(document.start, document.end))
+        x.flatten(0, 1)[at, :, pick(rng, range(x.shape[-1]))] = value
+    else:
+        at = getattr(document, state)
+        x[at, :, pick(rng, range(x.shape[-2])), pick(rng, range(x.shape[-1]))] = value
+    print(f"{name} of {document} is {value} at {at}")
+    return document, at, x
+
+
+def mark(spoiled: torch.Tensor, own: torch.Tensor, document: Document, at: int, key: str, spoils: str | None) -> None:
+    """Mark what belongs to a poisoned document in the result ``key``, and what of it cannot be finite."""
+    if key in ENTERING or key in LEAVING:
+        index = document.enters if key in ENTERING else document.leaves
+        if index is not None:
+            own[index] = True
+            spoiled[index] |= spoils is not None
+    else:
+        own[document.start : document.end] = True
+        first, end = {
+            None: (0, 0), "all": (document.start, document.end), "here": (at, at + 1),
+            "after": (at, document.end), "before": (document.start, at + 1),
+        }[spoils]  # fmt: skip
+        spoiled[first:end] = True
 
 
 def packed(lengths: Sequence[int]) -> list[Document]:
@@ -113,7 +132,7 @@ def everything(impl: Impl):
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_documents(impl, rng, cut, lengths):
     cut(64)
-    case = make_case(rng, impl, documents=lengths, Hkv=1, log_decay=(-0.02, 0.0))
+    case = make_case(rng, impl, documents=lengths, H=1, log_decay=(pick(rng, (-0.02, 0.0)),))
     check_isolated(impl, everything(impl), case, packed(lengths), rng)
 
 
@@ -156,8 +175,8 @@ def test_pieces(impl, rng, cut, split):
         for a, b in zip(ends[:-1], ends[1:], strict=True)
         if a < b
     ]
-    case = make_case(rng, impl, B=1, T=rows * T, Hkv=1, log_decay=(-0.02, 0.0))
-    states = make_case(rng, impl, B=rows, T=1)
+    case = make_case(rng, impl, B=1, T=rows * T, H=1, log_decay=(-0.02,))
+    states = make_case(rng, impl, B=rows, T=1, H=1)
     case = case.replace(initial_state=states.initial_state, dfinal=states.dfinal)
     module, scale = backends.choose(impl.backend, case.q), 0.25
     bounds = bounds.to(impl.device, torch.int32)
