@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
 
 pytest.register_assert_rewrite("tests.helpers")  # failed asserts there show values, as in test modules
 
+if not torch.cuda.is_available():
+    from tests.helpers.interpreter import patch_once
+
+    patch_once()
+
 SEED = int(os.environ.get("LIGHTNING_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["LIGHTNING_TEST_SEED"] = str(SEED)  # one seed for all workers of pytest-xdist
 

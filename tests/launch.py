@@ -235,6 +235,8 @@ def _preload() -> None:
     read = functools.partial(factory._get_field_docstrings, factory)
     factory._get_field_docstrings = staticmethod(functools.cache(read))
     arguments.add_megatron_arguments(argparse.ArgumentParser())
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("tests.helpers.interpreter").patch_once()
 
 
 def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> None:

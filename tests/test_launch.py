@@ -60,8 +60,8 @@ def test_dying_rank():
 
 def test_hanging_rank():
     start = time.monotonic()
-    with pytest.raises(AssertionError, match="no end after 15 s(?s:.*)in hangs"):
-        spawn(hangs, 2, timeout=15)  # long enough for a busy machine to start both ranks
+    with pytest.raises(AssertionError, match="no end after 8 s(?s:.*)in hangs"):
+        spawn(hangs, 2, timeout=8)  # long enough for a busy machine to start both ranks
     assert time.monotonic() - start < 60
 
 
@@ -74,7 +74,7 @@ def test_shim_keeps_the_random_streams_of_tensor_parallelism():
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_failing_run(torchrun):
     with pytest.raises(AssertionError, match="unrecognized arguments: --nonsense"):
-        run_pretrain(["--nonsense"], 2, torchrun=torchrun)
+        run_pretrain(["--nonsense"], 1 if torchrun else 2, torchrun=torchrun)
     assert not run_pretrain(["--nonsense"], check=False).ok
 
 

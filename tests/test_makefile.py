@@ -151,7 +151,7 @@ def test_pytest_arguments_are_words_as_in_a_shell(checkout: Checkout) -> None:
     checkout.installed()
     run = checkout.make("test", "PYTEST=-x -k 'one or two'")
     assert run.returncode == 0, run.stderr
-    assert checkout.calls[-1] == ["-m", "pytest", "tests", "-n", "2", "--dist", "loadfile", "-x", "-k", "one or two"]
+    assert checkout.calls[-1] == ["-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "-x", "-k", "one or two"]
     modules = [call[1] for call in checkout.calls if call[0] == "-m"]
     assert modules == ["ruff", "ruff", "mypy", "pytest"]
 
