@@ -1,6 +1,7 @@
 """For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, nothing left, the gpu marker."""
 
 import functools
+import gc
 import os
 import random
 import sys
@@ -18,9 +19,9 @@ if not torch.cuda.is_available():
 pytest.register_assert_rewrite("tests.helpers")  # failed asserts there show values, as in test modules
 
 if not torch.cuda.is_available():
-    from tests.helpers.interpreter import patch_once
+    from tests.helpers.interpreter import speed_up
 
-    patch_once()
+    speed_up()
 
 SEED = int(os.environ.get("LIGHTNING_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["LIGHTNING_TEST_SEED"] = str(SEED)  # one seed for all workers of pytest-xdist
@@ -40,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects of torch and Megatron, which stay: do not look through them again and again
 
 
 @pytest.hookimpl(wrapper=True)

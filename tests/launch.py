@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -236,7 +237,8 @@ def _preload() -> None:
     factory._get_field_docstrings = staticmethod(functools.cache(read))
     arguments.add_megatron_arguments(argparse.ArgumentParser())
     if os.environ.get("TRITON_INTERPRET") == "1":
-        importlib.import_module("tests.helpers.interpreter").patch_once()
+        importlib.import_module("tests.helpers.interpreter").speed_up()
+    gc.freeze()  # so that no process looks through a million objects again, or copies their pages
 
 
 def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> None:
