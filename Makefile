@@ -4,9 +4,6 @@ VENV := .venv
 OUT := demo_out
 JOBS := 2
 
-# Tests without training and without Triton's interpreter, for `make check`.
-QUICK := tests/test_decay.py tests/test_layering.py tests/test_makefile.py tests/test_mixer_errors.py \
-	tests/test_pretrain_args.py tests/test_spec.py tests/ops/test_errors.py tests/ops/test_reference.py
 
 # Names may hold spaces and quotes: recipes quote them for the shell, the stamp's name is escaped for make.
 quote = '$(subst ','\'',$(1))'
@@ -71,7 +68,7 @@ test: lint types
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 check: lint types
-	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) $(QUICK) $(PYTEST); status=$$?; \
+	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) --dist worksteal @tests/quick.txt $(PYTEST); status=$$?; \
 	echo "==> quick tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 docs: $(STAMP)

@@ -156,16 +156,19 @@ def test_pytest_arguments_are_words_as_in_a_shell(checkout: Checkout) -> None:
     assert modules == ["ruff", "ruff", "mypy", "pytest"]
 
 
-def test_check_runs_lint_types_and_files_that_exist(checkout: Checkout) -> None:
+def test_check_runs_lint_types_and_quick_tests(checkout: Checkout) -> None:
     checkout.installed()
     run = checkout.make("check")
     assert run.returncode == 0, run.stderr
     modules = [call[1] for call in checkout.calls if call[0] == "-m"]
     assert modules == ["ruff", "ruff", "mypy", "pytest"]
-    files = [argument for argument in checkout.calls[-1] if argument.endswith(".py")]
-    assert len(files) > 5
-    missing = [name for name in files if not (ROOT / name).is_file()]
-    assert not missing, f"QUICK in the Makefile names files that are gone: {missing}"
+    assert "@tests/quick.txt" in checkout.calls[-1]
+
+
+def test_quick_tests_exist() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "@tests/quick.txt"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
 
 
 def test_docs_are_built_strictly(checkout: Checkout) -> None:
