@@ -31,8 +31,7 @@ ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = ("backend", "cp_exchange", "cp_keep_states")  # other ways to the same numbers
 _ROPE = ("rope", "mrope", "yarn")
 
-# The options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are
-# now.
+# Options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
 _OPTIONS_BEFORE_RECORDS: dict[str, Any] = dict(
     decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None,
     scale=None, rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None,

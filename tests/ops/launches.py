@@ -13,7 +13,7 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import kernels, states, symmetric
+from lightning_megatron.ops.triton import kernels, states, step, symmetric
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
@@ -32,7 +32,8 @@ MODULES = {
     states: STATES,
     symmetric: RECEIVE,
     documents_kernels: DERIVED,
-    kernels: KERNELS,
+    kernels: KERNELS[:2],
+    step: KERNELS[2:],
 }
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from lightning_megatron.ops.triton import attention as triton_backend
-from lightning_megatron.ops.triton import kernels
 
-from .launches import DECODING, SEGMENTED, SINGLE, record, record_derived, record_local_states
+from .launches import DECODING, SEGMENTED, SINGLE, kernel, record, record_derived, record_local_states
 
 BF16 = torch.bfloat16
 KIB = 1024
@@ -69,7 +68,7 @@ def test_no_recompiles():
     def constants(T, B, H, documents=0):
         constants = []
         for launch in record(dtype=BF16, T=T, B=B, H=H, K=64, V=64, documents=documents):
-            annotations = getattr(kernels, launch.kernel).fn.__annotations__
+            annotations = kernel(launch.kernel).fn.__annotations__
             names = [name for name, kind in annotations.items() if "constexpr" in str(kind)]
             assert names
             constants.append({name: launch.arguments[name] for name in names} | launch.options)

@@ -10,9 +10,10 @@ import triton
 
 from ..backend import Destination, Documents
 from .documents import decay_factors, find_documents
-from .kernels import gradients_kernel, step_kernel, walk_kernel
+from .kernels import gradients_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 from .states import combine, reduce_splits
+from .step import step_kernel
 from .symmetric import buffer_words, receive
 
 __all__ = [

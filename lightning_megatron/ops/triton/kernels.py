@@ -82,7 +82,7 @@ UNDERFLOW = tl.constexpr(88.0)
 
 
 @triton.jit
-def _state_tile(states, index, H, i_h, o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+def state_tile(states, index, H, i_h, o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Addresses of the tile [o_v, o_k] of ``states[index, i_h]``, in memory [K, V] or, TRANSPOSED, [V, K]."""
     base = states + (index * H + i_h) * K * V
     if TRANSPOSED:
@@ -214,7 +214,7 @@ def _walk_by_token(
         b_s = tl.where(current == previous, b_s, 0.0)
         previous = current
         if INCOMING and not BY_ROW:
-            p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            p_e = state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
             enters = t == (d_end - 1 if REVERSE else d_start)
             b_s = tl.where(enters, tl.load(p_e, mask=m_vk & enters, other=0.0), b_s)
         at = tl.cast(t, tl.int64)
@@ -228,10 +228,10 @@ def _walk_by_token(
         if REVERSE:
             b_s *= b_decay
         if OUTGOING and not BY_ROW:
-            p_e = _state_tile(outgoing, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            p_e = state_tile(outgoing, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
             tl.store(p_e, b_s, mask=m_vk & (t == (d_start if REVERSE else d_end - 1)))
     if OUTGOING and BY_ROW:
-        p_e = _state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED)
+        p_e = state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED)
         tl.store(p_e, b_s, mask=m_vk & last_segment)
 
 
@@ -278,7 +278,7 @@ def _incoming_state(
                 else:
                     m_s = m_vk & (tl.load(doc + edge - 1) == tl.load(doc + begin - 1))
             i_o += i_b * split_rows - split_first
-            p_s = _state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            p_s = state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED)
             b_s += b_f * tl.load(p_s, mask=m_s, other=0.0)
     if INCOMING and BY_ROW:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
@@ -288,7 +288,7 @@ def _incoming_state(
                 m_s = m_vk & (tl.load(doc + T - 1) == tl.load(doc + tl.minimum(end, T - 1)))
             else:
                 m_s = m_vk & (tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0)))
-        b_s += b_f * tl.load(_state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_s, other=0.0)
+        b_s += b_f * tl.load(state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_s, other=0.0)
     return b_s
 
 
@@ -390,7 +390,7 @@ def _walk(
                 d_start, d_end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
                 enters = (d_end > start) & (d_end <= start + n) if REVERSE else (d_start >= start)
                 if enters & (d_end > d_start):
-                    p_e = _state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                    p_e = state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                     b_e = tl.load(p_e, mask=m_vk, other=0.0)
                     if not STATE_ONLY:
                         e_edge = (d_end - 1 - start - p) if REVERSE else (start + p - d_start + 1)
@@ -419,10 +419,10 @@ def _walk(
                     if INCOMING:
                         whole = (lo == d_start) & (hi == d_end)
                         if whole:
-                            p_e = _state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                            p_e = state_tile(incoming, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                             b_e = tl.load(p_e, mask=m_vk, other=0.0)
                             b_l += b_e * tl.exp(b_ld * (hi - lo).to(tl.float32))
-                    p_e = _state_tile(outgoing, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                    p_e = state_tile(outgoing, tl.cast(i_n, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                     tl.store(p_e, b_l, mask=m_vk)
 
         if not STATE_ONLY:
@@ -441,15 +441,15 @@ def _walk(
                     b_s = _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, m_k, m_v, REVERSE)
                     if INCOMING and not BY_ROW:
                         if (c_end <= end) if REVERSE else (c_start >= begin):
-                            p_e = _state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
+                            p_e = state_tile(incoming, tl.cast(current, tl.int64), H, i_h, o_k, o_v, K, V, TRANSPOSED)
                             b_s += tl.load(p_e, mask=m_vk, other=0.0) * tl.exp(b_ld * (hi - lo).to(tl.float32))
         i_o = i_b * split_rows + i_s - split_first
-        tl.store(_state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
+        tl.store(state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk & used)
     else:
         last_segment = i_s == (0 if REVERSE else segments - 1)
         if OUTGOING and BY_ROW:
             if last_segment:
-                tl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
+                tl.store(state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
         if VARLEN:
             # What is not finite stays in b_s up to here, for 0 times NaN is NaN: had the segment other documents too,
             # it may have reached them
@@ -597,32 +597,3 @@ def gradients_kernel(
             V, K, BV, COLS_K, BC, False, True, False, SPLIT_STATES, INITIAL, False, VARLEN, BY_ROW,
             DESCRIPTORS, PRECISION, WIDE_STATE,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=("group", "H"))
-def step_kernel(
-    q, k, v, o, log_decay, initial, final,  # one token: [B, 1, heads, dim]; states [B, H, K, V]
-    q_sb, q_sh, k_sb, k_sh, v_sb, v_sh, o_sb, group, H, scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-):  # fmt: skip
-    """One token, as in decoding: bound by reading and writing the state. Computes in fp32."""
-    columns = tl.cdiv(V, BV)
-    i = tl.program_id(0)
-    i_v, i = i % columns, i // columns
-    i_h, i_b = i % H, (i // H).to(tl.int64)
-    shared = (i_h // group).to(tl.int64)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_vk = m_v[:, None] & m_k[None, :]
-    b_q = tl.load(q + i_b * q_sb + i_h.to(tl.int64) * q_sh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_k = tl.load(k + i_b * k_sb + shared * k_sh + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_v = tl.load(v + i_b * v_sb + shared * v_sh + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_s = b_v[:, None] * b_k[None, :]
-    if INITIAL:
-        b_s += tl.exp(tl.load(log_decay + i_h)) * tl.load(
-            _state_tile(initial, i_b, H, i_h, o_k, o_v, K, V, False), mask=m_vk, other=0.0
-        )
-    b_o = tl.sum(b_q[None, :] * b_s, axis=1) * scale
-    tl.store(o + i_b * o_sb + i_h * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-    if FINAL:
-        tl.store(_state_tile(final, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)

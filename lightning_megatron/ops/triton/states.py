@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..backend import Destination
-from .kernels import _incoming_state, _state_tile
+from .kernels import _incoming_state, state_tile
 from .launch import cdiv, launch, pad
 from .symmetric import COLUMNS, send_tile
 
@@ -71,7 +71,7 @@ def local_state_kernel(
         tile = ((first + i // H) * H + i_h) * columns + i_v
         send_tile(b_s, b_sum, tile, o_e, buffers, me, ranks, sequences * H * columns, BK * BV)
     else:
-        tl.store(_state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
+        tl.store(state_tile(out, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
 @triton.jit(do_not_specialize=("N", "R", "positions", "rows", "H"))
