@@ -70,6 +70,11 @@ REFUSED = {
         "gpt", "gpt", f"{HYBRID} {SPEC} --position-embedding-type none",
         "--position-embedding-type: rope in the checkpoint, none in this run",
     ),
+    "vocabulary": ("own", "own", f"{HYBRID} --vocab-size 1000", "size): 256 in the checkpoint, 1024 in this run"),
+    "padding-spec": (
+        "own", "gpt", f"{HYBRID} {SPEC} --make-vocab-size-divisible-by 384",
+        "size): 256 in the checkpoint, 384 in this run",
+    ),
     "legacy-format": ("own-legacy", "own", f"{LEGACY} --linear-attention-freq 2 --attention-output-gate", LAYERS),
     "schedule": (
         "own", "own", f"{HYBRID} --train-iters 6",
@@ -93,6 +98,9 @@ GOES_ON = {
     "exchange": (
         "own", "own",
         f"{HYBRID} --lightning-cp-exchange ring --no-lightning-cp-keep-states --context-parallel-size 2",
+    ),
+    "vocabulary": (
+        "own", "own", f"{HYBRID} --make-vocab-size-divisible-by 384 --padded-vocab-size 256",
     ),
     "list": ("own", "own", "--linear-attention-freq ([1,1,1,0]) --attention-output-gate"),
     "checkpoint-args": ("own-minimax", "own", "--use-checkpoint-args"),
