@@ -171,6 +171,22 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
 
 
+def projection_cut(config: Any, options: LightningOptions) -> str:
+    """How Megatron's optimizers that treat q, k and v one by one cut the projection of lightning layers.
+
+    They cut every ``linear_qkv`` as softmax layers have theirs, wherever its number of rows allows it.
+
+    Returns:
+        "right"; "wrong"; or "uncut", where the number of rows does not allow it.
+    """
+    queries = config.num_attention_heads // config.num_query_groups * config.kv_channels
+    cut = [queries] * (1 + bool(config.attention_output_gate)) + [config.kv_channels] * 2
+    shape = resolve_shape(config, options, tp=1)
+    if [rows for rows in shape.group_dims if rows] == cut:
+        return "right"
+    return "uncut" if shape.projection_dim // config.tensor_model_parallel_size % sum(cut) else "wrong"
+
+
 def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[bool]:
     """Which layers are lightning, from Megatron's ``--linear-attention-freq``.
 
