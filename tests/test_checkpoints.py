@@ -180,6 +180,22 @@ def test_flag_wins_over_checkpoint_args(saved):
     assert DECAY.format("minimax") in refusal(run)
 
 
+def test_flags_that_checkpoint_args_would_drop_are_refused(saved):
+    """Megatron sets these to the checkpoint's values, whatever is given."""
+    flags = "--use-checkpoint-args --rotary-base 500 --normalization RMSNorm --hidden-dropout 0.5"
+    log = refusal(start("own", flags, load=saved("own"), check=False))
+    assert "  --rotary-base: 10000 in the checkpoint, 500 in this run\n" in log and "Traceback" not in log
+    assert "  --normalization: LayerNorm in " in log and "  --hidden-dropout: 0.0 in the checkpoint, 0.5 in " in log
+
+
+def test_checkpoint_args_of_a_pretrained_checkpoint(saved, tmp_path):
+    """The layers and options of another run, whose weights begin this one."""
+    flags = f"--use-checkpoint-args --pretrained-checkpoint {saved('own-minimax')}"
+    for loading in (None, tmp_path):
+        log = start("own", f"{flags} --save {tmp_path} --save-interval 9" if loading else flags, load=loading).log
+        assert "the checkpoint computes the same function as this run" in log and "--finetune: " not in log
+
+
 def test_options_of_a_spec_are_no_flags(saved):
     log = refusal(start("gpt", f"{HYBRID} {SPEC}", load=saved("own-minimax"), check=False))
     assert "--lightning-x is make_spec(x=...)" in log
