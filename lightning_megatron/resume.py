@@ -38,21 +38,36 @@ class CheckpointError(ValueError):
 def check_folder(args: Namespace) -> None:
     """Refuse a ``--load`` that has no checkpoint, where Megatron trains from scratch or ends with exit status 0.
 
-    ``--load`` equal to ``--save`` may be empty: that is the first start of a run.
+    ``--load`` equal to ``--save`` may be empty: that is the first start of a run. Where it is, and
+    ``--pretrained-checkpoint`` is given, that one is checked.
 
     Raises:
         CheckpointError: naming the folder and the remedy.
     """
-    if args.load is None or "://" in args.load:  # not a file system: left to Megatron
+    flag, load = "--load", args.load
+    if args.pretrained_checkpoint is not None and not (load and ("://" in load or Path(load, TRACKER).is_file())):
+        flag, load = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if load is None or "://" in load:  # not a file system: left to Megatron
         return
-    tracker = Path(args.load, TRACKER)
+    tracker = Path(load, TRACKER)
+    chosen = tracker.with_name(f"iter_{args.ckpt_step or 0:07d}")
+    if args.ckpt_step and not chosen.is_dir() and not args.non_persistent_save_interval:
+        there = ", ".join(sorted(path.name for path in Path(load).glob("iter_*"))) or "none"
+        raise CheckpointError(
+            f"--ckpt-step {args.ckpt_step}: no {chosen.name} in {flag} {load}; give one of those that are there "
+            f"({there})"
+        )
     if not tracker.is_file():
-        elsewhere = (args.ckpt_step, args.pretrained_checkpoint, args.non_persistent_save_interval)
-        first_start = args.save is not None and Path(args.save).resolve() == Path(args.load).resolve()
+        if flag != "--load":
+            raise CheckpointError(
+                f"{flag} {load}: no {TRACKER} there; give the folder that --save of the training named"
+            )
+        elsewhere = (args.ckpt_step, args.non_persistent_save_interval)
+        first_start = args.save is not None and Path(args.save).resolve() == Path(load).resolve()
         if any(elsewhere) or (first_start and not args.exit_on_missing_checkpoint):
             return
         raise CheckpointError(
-            f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
+            f"--load {load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
             "values. Give the folder that --save of the training named; or leave --load out to train from scratch "
             "(where it equals --save, a first start finds nothing)"
         )
@@ -62,7 +77,7 @@ def check_folder(args: Namespace) -> None:
     folder = tracker.with_name("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir() and not args.ckpt_step:
         raise CheckpointError(
-            f"--load {args.load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
+            f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
             "iter_ folder that is complete into the file, or give another folder"
         )
 
