@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,10 @@ class LightningOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"lightning {name}={value} must be at least 1, or left out")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"lightning scale={self.scale} must be a finite number, or left out for K^-0.5")
+        if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
         if self.norm == "group" and self.norm_groups is None:
             raise ValueError(
                 "lightning norm='group' needs norm_groups, the number of groups the heads are divided into"

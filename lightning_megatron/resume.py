@@ -31,6 +31,10 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
 }
 
 
+# What decides which tokens see each other and count, and may change on purpose: named in the log.
+_DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
+
+
 class CheckpointError(ValueError):
     """A checkpoint that this run cannot go on from; the message names the remedy."""
 
@@ -121,6 +125,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         )
     else:
         _check_function(saved, load_dir, args)
+        _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
         return
     _check_optimizer(state, saved, load_dir, args)
@@ -171,6 +176,17 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         "\n  ".join([f"the checkpoint in {load_dir} was trained with another function than this run has:", *lines])
         + f"\n{remedy}"
     )
+
+
+def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
+    found = [
+        f"--{name.replace('_', '-')}: {_show(getattr(saved, name), name)} in the checkpoint, "
+        f"{_show(getattr(args, name), name)} in this run"
+        for name in _DATA
+        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+    ]
+    if found:
+        _log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
 
 
 def _count(record: dict[str, Any]) -> str:

@@ -188,6 +188,20 @@ def test_flags_that_checkpoint_args_would_drop_are_refused(saved):
     assert "  --normalization: LayerNorm in " in log and "  --hidden-dropout: 0.0 in the checkpoint, 0.5 in " in log
 
 
+def test_vocabulary_that_checkpoint_args_do_not_fit(saved):
+    log = refusal(start("own", "--use-checkpoint-args --vocab-size 1000", load=saved("own"), check=False))
+    assert "--padded-vocab-size 256 (of the checkpoint, by --use-checkpoint-args) is below the 1000 tokens" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("way", ["own", "gpt"])
+def test_data_read_otherwise_is_named(way, saved):
+    flags = f"{HYBRID} {SPEC if way == 'gpt' else ''} --dataloader-inter-document-masking --eod-mask-loss"
+    log = start(way, flags, load=saved("own"), check=False).log
+    for flag in ("dataloader-inter-document-masking", "eod-mask-loss"):
+        assert f"--{flag}: off in the checkpoint, on in this run" in log
+
+
 def test_checkpoint_args_of_a_pretrained_checkpoint(saved, tmp_path):
     """The layers and options of another run, whose weights begin this one."""
     flags = f"--use-checkpoint-args --pretrained-checkpoint {saved('own-minimax')}"

@@ -230,6 +230,16 @@ def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.
         )
 
 
+def refuse_small_vocabulary(args: Namespace, tokens: int) -> None:
+    """Refuse an embedding with fewer rows than the tokenizer has tokens, which ends in an index error on the GPU."""
+    if args.padded_vocab_size is not None and args.padded_vocab_size < tokens:
+        came = "the checkpoint, by --use-checkpoint-args" if args.use_checkpoint_args else "the command line"
+        raise ValueError(
+            f"--padded-vocab-size {args.padded_vocab_size} (of {came}) is below the {tokens} tokens of the tokenizer: "
+            "give another tokenizer or --vocab-size, or at least that many"
+        )
+
+
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     """Defaults for Megatron's ``args_defaults``: values that are None unless the user gives them."""
     defaults: dict[str, typing.Any] = {}

@@ -21,7 +21,7 @@ from megatron.core.utils import (
     get_model_config,
     log_single_rank,
 )
-from megatron.training import get_args, get_timers, inprocess_restart, pretrain, set_startup_timestamps
+from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, pretrain, set_startup_timestamps
 from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     gpt_config_from_args,
@@ -47,6 +47,7 @@ from .arguments import (
     parts_in_use,
     refuse,
     refuse_dropped,
+    refuse_small_vocabulary,
 )
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
@@ -76,6 +77,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     refuse_dropped(raw, args, brought)
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
+    refuse_small_vocabulary(args, get_tokenizer().vocab_size)
     config = core_transformer_config_from_args(args)
     refuse_model(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
