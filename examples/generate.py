@@ -34,7 +34,7 @@ from lightning_megatron.spec import make_spec
 def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     """The model of the newest iteration in ``checkpoint`` on this process's device, in its training dtype."""
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
-    if not tracker.exists():
+    if not tracker.is_file():
         raise SystemExit(
             f"--load {checkpoint}: no {tracker.name} there; give the folder that --save of the training named"
         )
@@ -42,6 +42,11 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, argparse.Namespace]:
     if newest != "release" and not newest.isdigit():
         raise SystemExit(f"{tracker} says {newest[:40]!r}: write the number of the last complete iter_ folder into it")
     folder = str(checkpoint / ("release" if newest == "release" else f"iter_{int(newest):07d}"))
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        raise SystemExit(
+            f"--load {checkpoint}: {folder}, which {tracker.name} names, is not there, or no complete checkpoint of "
+            "Megatron's distributed format (--ckpt-format torch_dist); write the number of one that is into that file"
+        )
     args = dist_checkpointing.load_common_state_dict(folder)["args"]
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.context_parallel_size = 1
     args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1
@@ -151,9 +156,18 @@ def main() -> None:
         )
     model, args = load_model(options.load)
     if options.tokenizer_model:
+        if args.tokenizer_type == "NullTokenizer":
+            parser.error("--tokenizer-model: the training used NullTokenizer, which has no model; leave it out")
         args.tokenizer_model = options.tokenizer_model
-    tokenizer = build_tokenizer(args)
-    tokens = tokenizer.tokenize(options.prompt)
+    try:
+        tokenizer = build_tokenizer(args)
+        tokens = tokenizer.tokenize(options.prompt)
+    except (OSError, RuntimeError, ValueError) as error:
+        known = "numbers, such as --prompt '1 2 3'" if args.tokenizer_type == "NullTokenizer" else "--tokenizer-model"
+        raise SystemExit(
+            f"{args.tokenizer_type} {args.tokenizer_model or ''} cannot read --prompt {options.prompt!r}: {error}; "
+            f"give {known}"
+        ) from error
     if not tokens:
         parser.error(f"--prompt {options.prompt!r} has no tokens; give some text to continue")
     torch.manual_seed(options.seed)

@@ -18,6 +18,7 @@ STDLIB_SKIP = {
 }  # fmt: skip
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".md", ".rst", ".py", *JSON_LINES)  # what is read in a folder
+NOT_JSON = (ValueError, RecursionError)  # of json.loads: no JSON, a number too long for Python, lists nested too deep
 MARKS = (  # byte-order marks; that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
@@ -87,7 +88,7 @@ def json_objects(text: str) -> dict[int, dict] | None:
             if line.strip():
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError:
+                except NOT_JSON:
                     return None
                 if not isinstance(value, dict):
                     return None
@@ -98,7 +99,7 @@ def json_objects(text: str) -> dict[int, dict] | None:
 def is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except NOT_JSON:
         return False
     return True
 
@@ -114,7 +115,7 @@ def read_json_lines(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (*NOT_JSON, KeyError, TypeError) as error:
             raise ValueError(f'{path}, line {number} is no JSON object with a "text": {error!r}') from error
         if not isinstance(document, str):
             raise ValueError(f'{path}, line {number}: "text" is {json.dumps(document)[:80]}, but must be a string')

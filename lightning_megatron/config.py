@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,10 @@ class LightningOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"lightning {name}={value} must be at least 1, or left out")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"lightning scale={self.scale} must be a finite number, or left out for K^-0.5")
+        if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
         if self.norm == "group" and self.norm_groups is None:
             raise ValueError(
                 "lightning norm='group' needs norm_groups, the number of groups the heads are divided into"
@@ -169,6 +174,22 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             "rank; use norm='all' for one group over all ranks"
         )
     return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
+
+
+def projection_cut(config: Any, options: LightningOptions) -> str:
+    """How Megatron's optimizers that treat q, k and v one by one cut the projection of lightning layers.
+
+    They cut every ``linear_qkv`` as softmax layers have theirs, wherever its number of rows allows it.
+
+    Returns:
+        "right"; "wrong"; or "uncut", where the number of rows does not allow it.
+    """
+    queries = config.num_attention_heads // config.num_query_groups * config.kv_channels
+    cut = [queries] * (1 + bool(config.attention_output_gate)) + [config.kv_channels] * 2
+    shape = resolve_shape(config, options, tp=1)
+    if [rows for rows in shape.group_dims if rows] == cut:
+        return "right"
+    return "uncut" if shape.projection_dim // config.tensor_model_parallel_size % sum(cut) else "wrong"
 
 
 def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[bool]:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .compat import importable
-from .config import LightningOptions, lightning_pattern
+from .config import LightningOptions, lightning_pattern, projection_cut
+from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
 _TE = "transformer_engine.pytorch"
 _APEX_NORM = "apex.normalization.fused_layer_norm"
@@ -65,6 +66,11 @@ def _selective(run: Run, *modules: str) -> bool:
     return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
 
 
+def _muon_cut(run: Run) -> str:
+    muon = run.get("optimizer") in ("muon", "dist_muon", "adaptive_muon") and run.get("muon_split_qkv")
+    return projection_cut(run.config, run.options) if muon else "right"
+
+
 _NEEDS_TE = (
     "needs TransformerEngine's layers; --transformer-impl local would train in another precision: use "
     "--transformer-impl transformer_engine"
@@ -85,10 +91,13 @@ REFUSED_ALWAYS = {
     "experimental_attention_variant": _OTHER_ATTENTION,
     "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
     "heterogeneous_layers_config_path": _OTHER_ATTENTION,
+    "heterogeneous_layers_config_encoded_json": _OTHER_ATTENTION,
     "reset_attention_mask": "has no effect on lightning layers and on causal softmax kernels, so documents would see "
     "each other; use --dataloader-inter-document-masking",
     "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "
     "--step-batch-size-schedule",
+    "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers; leave it out, and evaluate with "
+    "--skip-train",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
     "one --valid-data-path",
@@ -112,6 +121,17 @@ REFUSED = (
         lambda run: not run.get("deterministic_mode"),
         "promises the same bits in any batch, but how lightning kernels split a sequence follows the batch size; add "
         "--deterministic-mode, in which it does not",
+    ),
+    Rule(
+        "optimizer",
+        lambda run: _muon_cut(run) == "wrong",
+        "would cut the fused projection of lightning layers into q, k and v where softmax layers have theirs; use "
+        "--muon-no-split-qkv",
+    ),
+    Rule(
+        "rope_scaling_factor",
+        lambda run: run.get("rope_scaling_factor") != 8.0,  # Megatron's default
+        "is ignored by Megatron 0.19, where --use-rope-scaling always scales by 8; leave it out",
     ),
     Rule(
         "memory_efficient_layer_norm",
@@ -201,6 +221,11 @@ WARNED = (
         "--recompute-modules mlp, to save memory there",
     ),
     Rule(
+        "optimizer",
+        lambda run: _muon_cut(run) == "uncut",
+        "takes the fused projection of lightning layers, whose parts are not those of softmax layers, as one matrix",
+    ),
+    Rule(
         "offload_modules",
         lambda run: (
             run.get("fine_grained_activation_offloading")
@@ -288,34 +313,6 @@ WARNED = (
         "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
     ),
 )
-
-# Flags of softmax attention that change nothing in an all-lightning model, and the values that nobody gave.
-SOFTMAX_ONLY = {
-    "apply_query_key_layer_scaling": (False,),
-    "apply_wd_to_qk_layernorm": (None, False),
-    "attention_backend": ("auto",),
-    "attention_dropout": (0.0, 0.1),
-    "attention_output_gate": (False,),
-    "cp_comm_type": (None, "p2p"),
-    "flash_attention_version": (None,),
-    "fp8_dot_product_attention": (False,),
-    "fp8_multi_head_attention": (False,),
-    "log_max_attention_logit": (False,),
-    "qk_l2_norm": (False,),
-    "qk_layernorm": (False,),
-    "softmax_scale": (None,),
-    "use_kitchen_attention": (False,),
-    "window_attn_skip_freq": (None,),
-}
-# ... and those of rotary embeddings, which change nothing where no layer turns.
-ROTARY_ONLY = {
-    "no_rope_freq": (None,),
-    "rotary_base": (None, 10000),
-    "rotary_interleaved": (False,),
-    "rotary_percent": (None, 1.0),
-    "rotary_seq_len_interpolation_factor": (None,),
-    "use_rope_scaling": (None, False),
-}
 
 
 def flag_of(attribute: str) -> str:

@@ -186,6 +186,9 @@ ROWS = (
         lambda m: m.get("layernorm_epsilon") if m.options.norm_eps is None else m.options.norm_eps),
     Row("gate", "--lightning-gate", "lightning", lambda m: m.options.gate),
     Row("num_attention_heads", "--num-attention-heads"),
+    Row("padded_vocab_size",
+        "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)",
+        read=lambda m: m.get("padded_vocab_size") or m.get("vocab_size")),
     Row("normalization", "--normalization"),
     Row("layernorm_epsilon", "--norm-epsilon"),
     Row("layernorm_zero_centered_gamma", "--apply-layernorm-1p"),
@@ -250,8 +253,8 @@ def function_record(config: Any, options: LightningOptions, args: Any = None) ->
         config: Megatron's TransformerConfig.
         options: what the config does not say.
         args: what the config does not hold, as attributes: ``position_embedding_type``, ``rotary_base``,
-            ``rotary_percent``, ``use_rope_scaling``, ``rotary_seq_len_interpolation_factor`` and
-            ``untie_embeddings_and_output_weights``. Megatron's args have them. What is missing is not recorded.
+            ``rotary_percent``, ``use_rope_scaling``, ``rotary_seq_len_interpolation_factor``, ``padded_vocab_size``
+            and ``untie_embeddings_and_output_weights``. Megatron's args have them. What is missing is not recorded.
 
     Returns:
         ``format``; ``package``, our version; ``options``, all fields of LightningOptions as given; and ``values``, the

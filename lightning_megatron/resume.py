@@ -31,6 +31,10 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
 }
 
 
+# What decides which tokens see each other and count, and may change on purpose: named in the log.
+_DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
+
+
 class CheckpointError(ValueError):
     """A checkpoint that this run cannot go on from; the message names the remedy."""
 
@@ -38,21 +42,36 @@ class CheckpointError(ValueError):
 def check_folder(args: Namespace) -> None:
     """Refuse a ``--load`` that has no checkpoint, where Megatron trains from scratch or ends with exit status 0.
 
-    ``--load`` equal to ``--save`` may be empty: that is the first start of a run.
+    ``--load`` equal to ``--save`` may be empty: that is the first start of a run. Where it is, and
+    ``--pretrained-checkpoint`` is given, that one is checked.
 
     Raises:
         CheckpointError: naming the folder and the remedy.
     """
-    if args.load is None or "://" in args.load:  # not a file system: left to Megatron
+    flag, load = "--load", args.load
+    if args.pretrained_checkpoint is not None and not (load and ("://" in load or Path(load, TRACKER).is_file())):
+        flag, load = "--pretrained-checkpoint", args.pretrained_checkpoint
+    if load is None or "://" in load:  # not a file system: left to Megatron
         return
-    tracker = Path(args.load, TRACKER)
+    tracker = Path(load, TRACKER)
+    chosen = tracker.with_name(f"iter_{args.ckpt_step or 0:07d}")
+    if args.ckpt_step and not chosen.is_dir() and not args.non_persistent_save_interval:
+        there = ", ".join(sorted(path.name for path in Path(load).glob("iter_*"))) or "none"
+        raise CheckpointError(
+            f"--ckpt-step {args.ckpt_step}: no {chosen.name} in {flag} {load}; give one of those that are there "
+            f"({there})"
+        )
     if not tracker.is_file():
-        elsewhere = (args.ckpt_step, args.pretrained_checkpoint, args.non_persistent_save_interval)
-        first_start = args.save is not None and Path(args.save).resolve() == Path(args.load).resolve()
+        if flag != "--load":
+            raise CheckpointError(
+                f"{flag} {load}: no {TRACKER} there; give the folder that --save of the training named"
+            )
+        elsewhere = (args.ckpt_step, args.non_persistent_save_interval)
+        first_start = args.save is not None and Path(args.save).resolve() == Path(load).resolve()
         if any(elsewhere) or (first_start and not args.exit_on_missing_checkpoint):
             return
         raise CheckpointError(
-            f"--load {args.load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
+            f"--load {load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
             "values. Give the folder that --save of the training named; or leave --load out to train from scratch "
             "(where it equals --save, a first start finds nothing)"
         )
@@ -62,7 +81,7 @@ def check_folder(args: Namespace) -> None:
     folder = tracker.with_name("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir() and not args.ckpt_step:
         raise CheckpointError(
-            f"--load {args.load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
+            f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
             "iter_ folder that is complete into the file, or give another folder"
         )
 
@@ -106,6 +125,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         )
     else:
         _check_function(saved, load_dir, args)
+        _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
         return
     _check_optimizer(state, saved, load_dir, args)
@@ -156,6 +176,17 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         "\n  ".join([f"the checkpoint in {load_dir} was trained with another function than this run has:", *lines])
         + f"\n{remedy}"
     )
+
+
+def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
+    found = [
+        f"--{name.replace('_', '-')}: {_show(getattr(saved, name), name)} in the checkpoint, "
+        f"{_show(getattr(args, name), name)} in this run"
+        for name in _DATA
+        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+    ]
+    if found:
+        _log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
 
 
 def _count(record: dict[str, Any]) -> str:

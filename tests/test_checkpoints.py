@@ -70,6 +70,11 @@ REFUSED = {
         "gpt", "gpt", f"{HYBRID} {SPEC} --position-embedding-type none",
         "--position-embedding-type: rope in the checkpoint, none in this run",
     ),
+    "vocabulary": ("own", "own", f"{HYBRID} --vocab-size 1000", "size): 256 in the checkpoint, 1024 in this run"),
+    "padding-spec": (
+        "own", "gpt", f"{HYBRID} {SPEC} --make-vocab-size-divisible-by 384",
+        "size): 256 in the checkpoint, 384 in this run",
+    ),
     "legacy-format": ("own-legacy", "own", f"{LEGACY} --linear-attention-freq 2 --attention-output-gate", LAYERS),
     "schedule": (
         "own", "own", f"{HYBRID} --train-iters 6",
@@ -93,6 +98,9 @@ GOES_ON = {
     "exchange": (
         "own", "own",
         f"{HYBRID} --lightning-cp-exchange ring --no-lightning-cp-keep-states --context-parallel-size 2",
+    ),
+    "vocabulary": (
+        "own", "own", f"{HYBRID} --make-vocab-size-divisible-by 384 --padded-vocab-size 256",
     ),
     "list": ("own", "own", "--linear-attention-freq ([1,1,1,0]) --attention-output-gate"),
     "checkpoint-args": ("own-minimax", "own", "--use-checkpoint-args"),
@@ -170,6 +178,36 @@ def test_all_differences_at_once(saved):
 def test_flag_wins_over_checkpoint_args(saved):
     run = start("own", "--use-checkpoint-args --lightning-decay tnl", load=saved("own-minimax"), check=False)
     assert DECAY.format("minimax") in refusal(run)
+
+
+def test_flags_that_checkpoint_args_would_drop_are_refused(saved):
+    """Megatron sets these to the checkpoint's values, whatever is given."""
+    flags = "--use-checkpoint-args --rotary-base 500 --normalization RMSNorm --hidden-dropout 0.5"
+    log = refusal(start("own", flags, load=saved("own"), check=False))
+    assert "  --rotary-base: 10000 in the checkpoint, 500 in this run\n" in log and "Traceback" not in log
+    assert "  --normalization: LayerNorm in " in log and "  --hidden-dropout: 0.0 in the checkpoint, 0.5 in " in log
+
+
+def test_vocabulary_that_checkpoint_args_do_not_fit(saved):
+    log = refusal(start("own", "--use-checkpoint-args --vocab-size 1000", load=saved("own"), check=False))
+    assert "--padded-vocab-size 256 (of the checkpoint, by --use-checkpoint-args) is below the 1000 tokens" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("way", ["own", "gpt"])
+def test_data_read_otherwise_is_named(way, saved):
+    flags = f"{HYBRID} {SPEC if way == 'gpt' else ''} --dataloader-inter-document-masking --eod-mask-loss"
+    log = start(way, flags, load=saved("own"), check=False).log
+    for flag in ("dataloader-inter-document-masking", "eod-mask-loss"):
+        assert f"--{flag}: off in the checkpoint, on in this run" in log
+
+
+def test_checkpoint_args_of_a_pretrained_checkpoint(saved, tmp_path):
+    """The layers and options of another run, whose weights begin this one."""
+    flags = f"--use-checkpoint-args --pretrained-checkpoint {saved('own-minimax')}"
+    for loading in (None, tmp_path):
+        log = start("own", f"{flags} --save {tmp_path} --save-interval 9" if loading else flags, load=loading).log
+        assert "the checkpoint computes the same function as this run" in log and "--finetune: " not in log
 
 
 def test_options_of_a_spec_are_no_flags(saved):

@@ -24,6 +24,7 @@ from tests.layers import transformer_config
 
 HYBRID = dict(linear_attention_freq=2)
 TE = dict(transformer_impl="transformer_engine")
+MUON = dict(optimizer="muon", muon_split_qkv=True)
 
 
 @pytest.fixture
@@ -147,6 +148,23 @@ REFUSED = {
         {}, {}, dict(rampup_batch_size=[16, 8, 300]),
         "--rampup-batch-size 16 8 300 is ignored .*--step-batch-size",
     ),
+    "freeze": ({}, {}, dict(freeze_all_layers=True), "--freeze-all-layers is ignored by Megatron .*leave it out"),
+    "heterogeneous-json": (
+        {}, {}, dict(heterogeneous_layers_config_encoded_json="{}"),
+        "--heterogeneous-layers-config-encoded-json {} chooses another attention",
+    ),
+    "rope-scaling-factor": (
+        {}, dict(rope=True), dict(position_embedding_type="rope", use_rope_scaling=True, rope_scaling_factor=2.0),
+        "--rope-scaling-factor 2.0 is ignored by Megatron .*scales by 8; leave it out",
+    ),
+    "muon-value-dim": (
+        {}, dict(gate="none", key_head_dim=32, value_head_dim=32), MUON,
+        "--optimizer muon would cut .*use --muon-no-split-qkv",
+    ),
+    "muon-gate": (
+        dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(optimizer="adaptive_muon"),
+        "--optimizer adaptive_muon would cut",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),
@@ -179,6 +197,8 @@ ALLOWED = {
     ),
     "precision-file-kitchen": (dict(use_kitchen=True), {}, dict(te_precision_config_file="some.yaml")),
     "batch-invariant": (TE | dict(batch_invariant_mode=True, deterministic_mode=True), {}, {}),
+    "muon-whole": (dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(muon_split_qkv=False)),
+    "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
@@ -209,6 +229,7 @@ def test_allowed_beside_what_is_refused(name, without):
 
 OWN = dict(lightning_key_head_dim=None)  # what only the own entry point has
 LOGGED = {
+    "muon": ({}, {}, OWN | MUON, ["--optimizer muon", "as one matrix"]),
     "core-attn": (
         dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN,
         ["--recompute-modules core_attn recomputes nothing in lightning layers", "--recompute-granularity full"],
@@ -324,6 +345,8 @@ QUIET = {
     "key-dims": (dict(linear_key_head_dim=32), dict(key_head_dim=32), OWN),
     "a-hybrid-of-ones-own": (HYBRID | dict(rotary_interleaved=True), {}, {}),
     "spec-with-128": (dict(kv_channels=128), {}, {"rank": 0}),
+    "muon-same-parts": ({}, dict(gate="none"), OWN | MUON),
+    "muon-same-parts-gated": (HYBRID | dict(attention_output_gate=True), {}, OWN | MUON),
     "spec-with-option": ({}, dict(key_head_dim=128), {"rank": 0}),
 }  # fmt: skip
 

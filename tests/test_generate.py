@@ -253,6 +253,19 @@ def test_missing_checkpoint(tmp_path):
     assert_ends_with(generate(tmp_path), f"--load {tmp_path}: {message}")
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_incomplete_checkpoint(there, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    if there:
+        (tmp_path / "iter_0000007").mkdir()
+    assert_ends_with(generate(tmp_path), f"{tmp_path}/iter_0000007, which latest_checkpointed_iteration.txt names, is")
+
+
+def test_tokenizer_that_reads_numbers(checkpoint):
+    assert_ends_with(generate(checkpoint("bf16"), "--prompt", "abc"), "give numbers, such as --prompt '1 2 3'")
+    assert_ends_with(generate(checkpoint("bf16"), "--tokenizer-model", "a.model"), "NullTokenizer, which has no model")
+
+
 @pytest.mark.parametrize("flags", [("--tokens", "0"), ("--temperature", "-1")])
 def test_senseless_numbers(flags, tmp_path):
     assert_ends_with(generate(tmp_path, *flags), "must be at least 1 and --temperature")
@@ -272,6 +285,10 @@ def test_text_and_empty_prompt(tmp_path):
     other = ("--tokenizer-model", f"{tmp_path}/b.model")
     run = generate(tmp_path / "run", *other, "--prompt", "def forward(", "--tokens", "5")
     assert run.ok and "def forward(" in run.log and "5 generated" in run.log
+    (tmp_path / "c.model").write_text("none")
+    for wrong in ("c.model", "d.model"):
+        log = generate(tmp_path / "run", "--tokenizer-model", f"{tmp_path}/{wrong}").log
+        assert f"{wrong} cannot read --prompt" in log and "give --tokenizer-model" in log and "Traceback" not in log
     assert_ends_with(
         generate(tmp_path / "run", *other, "--prompt", ""), "--prompt '' has no tokens; give some text to continue"
     )

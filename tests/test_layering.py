@@ -12,7 +12,7 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops"},
+    {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"parallel"},
     {"decay", "norm", "softmax", "rope"},
     {"record"},
@@ -27,7 +27,7 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat"},
+    "flags": {"config", "compat", "unread"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -39,6 +39,7 @@ OUTSIDE = {
     "config": set(),
     "compat": {"megatron"},
     "flags": set(),
+    "unread": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},

@@ -28,6 +28,8 @@ from tests.layers import Variant, transformer_config
         (dict(gate="tanh"), "gate='tanh' is unknown; choose one of none, sigmoid, linear"),
         (dict(backend="cuda"), "backend='cuda' is unknown; choose one of auto, triton, torch"),
         (dict(num_kv_heads=0), "num_kv_heads=0 must be at least 1, or left out"),
+        (dict(scale=float("nan")), "scale=nan must be a finite number, or left out"),
+        (dict(norm_eps=-1.0), "norm_eps=-1.0 must be at least 0, or left out"),
         (dict(key_head_dim=-1), "key_head_dim=-1 must be at least 1, or left out"),
         (dict(value_head_dim=0), "value_head_dim=0 must be at least 1, or left out"),
         (dict(norm="group", norm_groups=0), "norm_groups=0 must be at least 1, or left out"),

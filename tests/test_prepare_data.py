@@ -87,6 +87,13 @@ def test_a_line_without_text_among_others(tmp_path: Path) -> None:
     assert f"line {len(WORDS) + 1} is no JSON object with" in error_of(tmp_path, "--text", tmp_path / "text.txt")
 
 
+@pytest.mark.parametrize("value", ["9" * 10_000, "[" * 100_000 + "]" * 100_000], ids=["long", "deep"])
+def test_json_that_python_does_not_take(value: str, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(LINES + f'{{"text": {value}}}\n')
+    message = error_of(tmp_path / "out", "--text", tmp_path / "text.jsonl")
+    assert f"text.jsonl, line {len(WORDS) + 1} is no JSON object with" in message
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
 def test_byte_order_marks_are_not_text(encoding: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -100,7 +100,7 @@ def transformer_config(**fields) -> SimpleNamespace:
 def flags(**values) -> Namespace:
     base = dict(
         position_embedding_type="rope", rotary_base=10000, rotary_percent=1.0, use_rope_scaling=False,
-        rotary_seq_len_interpolation_factor=None, untie_embeddings_and_output_weights=False,
+        rotary_seq_len_interpolation_factor=None, untie_embeddings_and_output_weights=False, padded_vocab_size=256,
     )  # fmt: skip
     return Namespace(**base | values)
 
@@ -128,6 +128,7 @@ CHANGES = {
     "norm_eps": ("options", "norm_eps", 1e-3),
     "gate": ("options", "gate", "none"),
     "num_attention_heads": ("config", "num_attention_heads", 8),
+    "padded_vocab_size": ("args", "padded_vocab_size", 1024),
     "normalization": ("config", "normalization", "RMSNorm"),
     "layernorm_epsilon": ("config", "layernorm_epsilon", 1e-6),
     "layernorm_zero_centered_gamma": ("config", "layernorm_zero_centered_gamma", True),

@@ -152,7 +152,6 @@ def test_folder_to_load(tmp_path):
     check_folder(loading(None))
     check_folder(loading(other, other))  # the first start of a run
     check_folder(loading(f"{tmp_path}/./other", other))
-    check_folder(loading(other, ckpt_step=3))
     check_folder(loading("msc://bucket/run"))
     for wrong in (loading(other), loading(other, tmp_path), loading(other, other, exit_on_missing_checkpoint=True)):
         with pytest.raises(CheckpointError, match=f"--load {other}: no latest_checkpointed_iteration.txt there"):
@@ -168,6 +167,15 @@ def test_folder_to_load(tmp_path):
         check_folder(loading(other))
     (other / "iter_0000020").mkdir()
     check_folder(loading(other))
+    with pytest.raises(CheckpointError, match="--ckpt-step 3: no iter_0000003 in --load .*there .iter_0000020"):
+        check_folder(loading(other, ckpt_step=3))
+    check_folder(loading(other, ckpt_step=20))
+    check_folder(loading(other, ckpt_step=3, non_persistent_save_interval=5))
+    for load in (None, tmp_path / "empty"):  # --load has nothing yet
+        check_folder(loading(load, pretrained_checkpoint=str(other)))
+        with pytest.raises(CheckpointError, match="--pretrained-checkpoint .*typo: no latest_checkpointed_iteration"):
+            check_folder(loading(load, pretrained_checkpoint=f"{other}typo"))
+    check_folder(loading(other, pretrained_checkpoint="typo"))  # not read any more
     tracker.write_text("release")
     (other / "release").mkdir()
     check_folder(loading(other))
