@@ -176,6 +176,17 @@ def _plain_type(hint: typing.Any) -> type:
     return next(t for t in typing.get_args(hint) if t is not types.NoneType) if typing.get_args(hint) else hint
 
 
+# Flags by which --use-checkpoint-args makes the same model, beside rows whose key is the flag's own name, and what
+# Megatron itself takes with it.
+_TAKEN = (
+    "linear_attention_freq", "swiglu", "squared_relu", "quick_geglu", "apply_layernorm_1p", "num_experts",
+    "moe_router_load_balancing_type", "rotary_scaling_factor", "mscale", "mscale_all_dim",
+    "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
+    "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim",
+    "mup_attn_scale_power", "hidden_dropout", "attention_dropout", "apply_query_key_layer_scaling",
+)  # fmt: skip
+
+
 def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
     """What ``--use-checkpoint-args`` brings beyond Megatron's own list: all that decides the function of the model.
 
@@ -187,14 +198,36 @@ def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
     """
     options = saved_function(saved).options
     held = vars(saved)
-    brought = {row.key: held[row.key] for row in ROWS if row.key in held and row.applies != "lightning"} | {
-        name: held[name] for name in ("linear_attention_freq",) if name in held
-    }
+    names = (*(row.key for row in ROWS if row.applies != "lightning"), *_TAKEN)
+    brought = {name: held[name] for name in names if name in held}
     if options is None:
         return brought
     return brought | {
         _PREFIX + name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_OPTIONS
     }
+
+
+def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.Any]) -> None:
+    """Refuse flags that ``--use-checkpoint-args`` drops: Megatron sets some to the checkpoint's values, given or not.
+
+    Args:
+        given: flags as parsed, with ``brought`` as defaults.
+        args: the same, as Megatron made them.
+
+    Raises:
+        ValueError: naming flags and both values.
+    """
+    flags = {row.key: row.flag for row in ROWS}
+    lines = [
+        f"{flags.get(name, flag_of(name))}: {value} in the checkpoint, {getattr(given, name)} in this run"
+        for name, value in brought.items()
+        if getattr(given, name, value) != value and getattr(args, name) == value
+    ]
+    if lines:
+        raise ValueError(
+            "\n  ".join(["--use-checkpoint-args takes these from the checkpoint, whatever else is given:", *lines])
+            + "\nLeave these flags out; or leave --use-checkpoint-args out, and give all flags of the model"
+        )
 
 
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:

@@ -46,6 +46,7 @@ from .arguments import (
     options_from_args,
     parts_in_use,
     refuse,
+    refuse_dropped,
 )
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
@@ -65,12 +66,14 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     check_folder(raw)
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
-    add = add_arguments
+    add, brought = add_arguments, {}
     if raw.use_checkpoint_args:
-        add = partial(add_arguments, checkpoint=checkpoint_defaults(raw))
+        brought = checkpoint_defaults(raw)
+        add = partial(add_arguments, checkpoint=brought)
         raw = parse_args(add)
     options = options_from_args(raw)
     args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
+    refuse_dropped(raw, args, brought)
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     config = core_transformer_config_from_args(args)
@@ -83,11 +86,13 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
 
 def checkpoint_defaults(raw: Namespace) -> dict[str, Any]:
     """``defaults_from_checkpoint`` of the checkpoint that ``--use-checkpoint-args`` reads; nothing if there is none."""
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron says the same when it reads them itself
-        found = load_args_from_checkpoint(copy.copy(raw)) if raw.load else None
-    if not isinstance(found, tuple):
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron says the same when it reads them itself, in this order
+        found = [load_args_from_checkpoint(copy.copy(raw), name) for name in ("pretrained_checkpoint", "load")]
+    defaults = {}
+    for args in [args[1] for args in found if isinstance(args, tuple)]:
+        defaults |= defaults_from_checkpoint(args)
+    if not defaults:
         return {}
-    defaults = defaults_from_checkpoint(found[1])
     log_single_rank(
         logger,
         logging.INFO,
