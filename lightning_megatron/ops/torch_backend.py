@@ -207,7 +207,7 @@ def local_states(
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, documents, reverse, scale)
     if documents is not None and not documents.by_row:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(documents.bounds[0], 0 if reverse else k.shape[1] - 1, right=True) - 1
-        states = states[at.clamp(min=0)][None]
+        states = states[at.clamp(0, states.shape[0] - 1)][None]  # of no tokens: any, for all are zero
     return states, None
 
 
