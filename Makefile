@@ -82,13 +82,14 @@ docs: $(STAMP)
 	@echo 'docs/_build/html/index.html'
 
 # Removes a folder that a user may have named only if it carries the mark of what made it, and not around the checkout.
+# Of a link it removes what make wrote, which is the folder, and not the link.
 remove_marked = @folder=$(call quote,$(1)); \
 	if [ ! -e "$$folder" ]; then :; \
 	elif [ ! -e "$$folder/$(2)" ]; then \
 		echo "left $$folder: it holds no $(2), which $(3) writes; remove it yourself if you do not need it"; \
 	else real=$$(CDPATH= cd -P -- "$$folder" && pwd -P) && case "$$(pwd -P)/" in \
 		"$${real%/}/"*) echo "left $$folder: it holds this checkout; remove yourself what you do not need" ;; \
-		*) rm -rf -- "$$folder" ;; esac; fi
+		*) rm -rf -- "$$real" ;; esac; fi
 
 clean:
 	$(call remove_marked,$(VENV),.lightning_venv,make venv)

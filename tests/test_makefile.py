@@ -120,6 +120,14 @@ def test_clean_leaves_a_marked_folder_around_the_checkout(checkout: Checkout, na
         assert run.stdout.count(f"left {path}: it holds this checkout") == 2
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_clean_follows_a_link(checkout: Checkout, slash: str) -> None:
+    demo, link = folder_with(checkout.folder.parent / "big disk" / "demo", MARKER, "loss.png"), checkout.folder / "link"
+    link.symlink_to(demo)
+    assert checkout.make("clean", f"OUT=link{slash}").returncode == 0
+    assert not demo.exists() and link.is_symlink(), "the link is the user's"
+
+
 def test_clean_leaves_folders_of_the_user(checkout: Checkout) -> None:
     theirs = ("dist", "build", "other.egg-info", "my project/__pycache__", ".their venv/lib/__pycache__")
     files = [folder_with(checkout.folder / name, "thesis") / "thesis" for name in theirs]
