@@ -239,6 +239,7 @@ def wrong_arguments(rank: int, world: int) -> list[str]:
         raised(lambda: attend(tokens=[8, 9])),
         raised(lambda: attend(layout="contiguous", tokens=[9, 9])),
         raised(lambda: parallel.lightning_attn(q[:, :7], q[:, :7], q[:, :7], ld, group=group)),
+        raised(lambda: parallel.lightning_attn(q, q, q, ld, group=dist.GroupMember.NON_GROUP_MEMBER)),
     ]
 
 
@@ -257,6 +258,7 @@ def test_wrong_arguments():
         r"layout='zigzag' gives all ranks as many tokens, but tokens=\[8, 9\]|tokens=\[8, 9\] must say .* rank 1 has 8",
         r"tokens=\[9, 9\] must say how many tokens each of the 2 ranks has, and rank . has 8",
         "two chunks of equal length, but this one has 7 tokens",
+        "group=-100 is what dist.new_group returns on ranks outside of the group; call on its ranks alone",
     )
     for messages in ranks:
         for message, want in zip(messages, wanted, strict=True):

@@ -70,6 +70,11 @@ def lightning_attn(
     for name, value, known in (("layout", layout, LAYOUTS), ("exchange", exchange, EXCHANGES)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    if isinstance(group, int):  # torch's NON_GROUP_MEMBER
+        raise ValueError(
+            f"group={group} is what dist.new_group returns on ranks outside of the group; call on its ranks alone, or "
+            "pass None for the operator on one rank"
+        )
     options: dict[str, Any] = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if layout == "zigzag-documents" and cu_seqlens is None:
         raise ValueError(
