@@ -234,3 +234,15 @@ def test_help_names_every_command() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     commands = ("demo", "test", "check", "docs", "venv", "lint", "format", "types", "clean")
     assert all(f"make {command} " in text for command in commands)
+
+
+def test_demo_refuses_a_marked_folder_around_the_checkout(checkout: Checkout) -> None:
+    """It empties a folder that has the mark before it begins."""
+    shutil.copytree(ROOT / "examples", checkout.folder / "examples", dirs_exist_ok=True)
+    parent = checkout.folder.parent
+    (parent / MARKER).touch()
+    run = subprocess.run(
+        [sys.executable, checkout.folder / "examples" / "demo.py", f"--out={parent}"], capture_output=True, text=True
+    )
+    assert run.returncode != 0 and f"{parent} holds this checkout" in run.stderr
+    assert (checkout.folder / "setup.py").exists()
