@@ -34,8 +34,14 @@ venv: $(STAMP)
 $(STAMP): setup.py tests/constraints.txt
 	@set -e; start=$$(date +%s); venv=$(call quote,$(VENV)); \
 	if ! "$$venv/bin/python" -m pip --version >/dev/null 2>&1; then \
+		if [ -n "$$(ls -A -- "$$venv" 2>/dev/null)" ] && [ ! -e "$$venv/.lightning_venv" ]; then \
+			echo "VENV=$$venv holds files that make did not write, and no environment with pip:" \
+				"name another folder, or an empty one" >&2; exit 1; \
+		fi; \
 		python=$$(sh examples/find_python.sh); \
 		echo "==> creating $$venv with $$python"; \
+		mkdir -p -- "$$venv"; \
+		trap 'touch "$$venv/.lightning_venv"' EXIT; trap 'exit 130' INT TERM; \
 		"$$python" -m venv --clear "$$venv"; \
 		touch "$$venv/.lightning_venv"; \
 	fi; \
@@ -75,15 +81,20 @@ docs: $(STAMP)
 	@$(PY) -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 
-# Removes a folder that a user may have named only if it carries the mark of what made it.
+# Removes a folder that a user may have named only if it carries the mark of what made it, and not around the checkout.
+# Of a link it removes what make wrote, which is the folder, and not the link.
 remove_marked = @folder=$(call quote,$(1)); \
 	if [ ! -e "$$folder" ]; then :; \
-	elif [ -e "$$folder/$(2)" ]; then rm -rf -- "$$folder"; \
-	else echo "left $$folder: it holds no $(2), which $(3) writes; remove it yourself if you do not need it"; fi
+	elif [ ! -e "$$folder/$(2)" ]; then \
+		echo "left $$folder: it holds no $(2), which $(3) writes; remove it yourself if you do not need it"; \
+	else real=$$(CDPATH= cd -P -- "$$folder" && pwd -P) && case "$$(pwd -P)/" in \
+		"$${real%/}/"*) echo "left $$folder: it holds this checkout; remove yourself what you do not need" ;; \
+		*) rm -rf -- "$$real" ;; esac; fi
 
 clean:
 	$(call remove_marked,$(VENV),.lightning_venv,make venv)
 	$(call remove_marked,$(OUT),.lightning_demo,make demo)
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	find . -maxdepth 1 -name '*.egg-info' -exec rm -rf {} +
+	rm -rf docs/_build .pytest_cache .ruff_cache .mypy_cache lightning_megatron.egg-info
+	@for folder in docs examples lightning_megatron patches tests; do \
+		[ ! -d $$folder ] || find $$folder -name __pycache__ -type d -prune -exec rm -rf {} +; \
+	done

@@ -150,6 +150,8 @@ def main() -> None:
         raise SystemExit(f"demo: {out} is a file; give a folder with --out")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise SystemExit(f"demo: {out} holds files that are not the demo's; give another folder, or an empty one")
+    if ROOT.is_relative_to(out):
+        raise SystemExit(f"demo: {out} holds this checkout and would be emptied; give another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARKER).touch()

@@ -144,20 +144,23 @@ def get_hybrid_block_spec(
     """
     options = options or LightningOptions()
     specs = get_hybrid_layer_specs(config, options, layout=layout)
-    stages = config.pipeline_model_parallel_layout
-    if stages is not None:
-        local = list(stages.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank))
-    else:
-        offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-        local = list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)))
-        if not local:
-            raise ValueError(
-                f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; "
-                "use fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or "
-                "loss"
-            )
+    local = _layers_of_stage(config, vp_stage, pp_rank)
+    if not local and config.pipeline_model_parallel_layout is None:
+        raise ValueError(
+            f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; use "
+            "fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
+        )
     norm = layer_norm_spec(config, options)
     return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm)
+
+
+def _layers_of_stage(config, vp_stage: int | None, pp_rank: int | None) -> list[int]:
+    """Numbers of the layers of one (virtual) pipeline stage, from 0."""
+    stages = config.pipeline_model_parallel_layout
+    if stages is not None:
+        return list(stages.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank))
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)))
 
 
 class LightningDispatchLayer(BaseTransformerLayer):
@@ -167,6 +170,7 @@ class LightningDispatchLayer(BaseTransformerLayer):
     """
 
     def __new__(cls, config, layer_number: int = 1, options: LightningOptions | None = None, **arguments):
+        _refuse_ranks_without_layers(config)
         index = layer_number - 1
         if arguments.get("add_layer_offset", True) and not arguments.get("is_mtp_layer", False):
             groups = arguments.get("pg_collection")
@@ -175,6 +179,18 @@ class LightningDispatchLayer(BaseTransformerLayer):
         layout = prepare(config, options)
         spec = get_hybrid_layer_specs(config, options, layout=layout)[index]
         return build_module(spec, config=config, layer_number=layer_number, **arguments)
+
+
+def _refuse_ranks_without_layers(config) -> None:
+    """Only layers ask for ``prepare`` here: a rank without them would have no map, no record and no patches."""
+    count = config.virtual_pipeline_model_parallel_size or 1
+    stages = range(count) if count > 1 else (None,)
+    for rank in range(config.pipeline_model_parallel_size):
+        if not any(_layers_of_stage(config, stage, rank) for stage in stages):
+            raise ValueError(
+                f"lightning_layer_spec needs a layer on every pipeline rank, but pipeline rank {rank} has no layer "
+                "(--pipeline-model-parallel-layout, or embedding and loss counted as layers); use lightning_spec"
+            )
 
 
 lightning_spec = make_spec()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_megatron import ops, parallel
+from lightning_megatron.ops.reference import recurrent_lightning_attn
 from lightning_megatron.ops.triton import symmetric
 from lightning_megatron.parallel import direct
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
@@ -105,6 +106,37 @@ def test_triton_equals_one_rank(rng, world, layout, packed):
     """The kernels in Triton's interpreter, fp32."""
     seeds = torch.randint(2**31, (1,), generator=rng).tolist()
     spawn(check_many, world, layout, pick(rng, EXCHANGES), seeds, packed, "triton", torch.float32)
+
+
+def without_tokens(rank: int, world: int, backend: str) -> list[float]:
+    """Largest errors where ranks, or all of them, hold no token; documents have states of their own."""
+    errors = []
+    for lengths, bounds in (([8, 0, 5], [0, 3, 3, 10, 13]), ([0, 7, 0], [0, 7]), ([0, 0, 0], [0, 0, 0])):
+        rng, cu_seqlens = torch.Generator().manual_seed(sum(lengths)), torch.tensor(bounds)
+        T, log_decay = sum(lengths), torch.tensor([-0.3])
+        tokens = [randn(rng, 1, T, 1, 16).float() for _ in range(4)]
+        state, dfinal = (randn(rng, len(bounds) - 1, 1, 16, 16).float() for _ in range(2))
+        common = dict(log_decay=log_decay, cu_seqlens=cu_seqlens, output_final_state=True, backend=backend)
+        attn = functools.partial(recurrent_lightning_attn, log_decay=log_decay, cu_seqlens=cu_seqlens)
+        want = results(attn, *tokens[:3], state, tokens[3], dfinal, (True, True))
+        mine = tokens_of(rank, world, "contiguous", lengths, None)
+        for exchange in EXCHANGES[: 1 if backend == "triton" else None]:
+            local = functools.partial(
+                parallel.lightning_attn, group=dist.group.WORLD, layout="contiguous", tokens=lengths, exchange=exchange,
+                **common,
+            )  # fmt: skip
+            got = results(local, *(x[:, mine] for x in tokens[:3]), state, tokens[3][:, mine], dfinal, (True, True))
+            for name, x in got.items():
+                y = want[name][:, mine] if name in ("o", "dq", "dk", "dv") else want[name]
+                assert x.shape == y.shape, name
+                errors.append(float((x - y).norm() / (y.norm() + 1e-6)))
+    return errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ranks_without_tokens(backend):
+    for errors in spawn(without_tokens, 3, backend):
+        assert errors and max(errors) < 1e-5, errors
 
 
 def write_into_each_other(
@@ -207,6 +239,7 @@ def wrong_arguments(rank: int, world: int) -> list[str]:
         raised(lambda: attend(tokens=[8, 9])),
         raised(lambda: attend(layout="contiguous", tokens=[9, 9])),
         raised(lambda: parallel.lightning_attn(q[:, :7], q[:, :7], q[:, :7], ld, group=group)),
+        raised(lambda: parallel.lightning_attn(q, q, q, ld, group=dist.GroupMember.NON_GROUP_MEMBER)),
     ]
 
 
@@ -225,6 +258,7 @@ def test_wrong_arguments():
         r"layout='zigzag' gives all ranks as many tokens, but tokens=\[8, 9\]|tokens=\[8, 9\] must say .* rank 1 has 8",
         r"tokens=\[9, 9\] must say how many tokens each of the 2 ranks has, and rank . has 8",
         "two chunks of equal length, but this one has 7 tokens",
+        "group=-100 is what dist.new_group returns on ranks outside of the group; call on its ranks alone",
     )
     for messages in ranks:
         for message, want in zip(messages, wanted, strict=True):

@@ -16,8 +16,8 @@ from tests.launch import spawn
 DECAYS = [-0.1, -0.01]
 
 
-def attend(group, T=8, H=2, decays=DECAYS, backend=None, **options) -> torch.Tensor:
-    q = torch.ones(1, T, H, 16)
+def attend(group, T=8, H=2, decays=DECAYS, backend=None, learns=False, **options) -> torch.Tensor:
+    q = torch.ones(1, T, H, 16, requires_grad=learns)
     log_decay = decays if isinstance(decays, torch.Tensor) else torch.tensor(decays)
     how = dict(exchange="all-gather") | options
     return parallel.lightning_attn(q, q, q, log_decay, group=group, backend=backend, **how)[0]
@@ -48,6 +48,12 @@ def disagree(rank: int, world: int) -> list[str]:
     note(cu_seqlens=torch.tensor([0, 8, 24], dtype=torch.int32 if last else torch.int64))
     note(backend="triton" if last else "torch")
     note(initial_state=torch.zeros(1, 2, 16, 16) if last else None)
+    note(cu_seqlens=None if last else torch.tensor([0, 8, 24]))
+    note(learns=last)
+    # ranks that call in another order: another operator has other arguments, and more or fewer of them
+    other_order = dict(operator="softmax attention", tokens=8)
+    check = parallel.consistency.check_consistency
+    found.append(raised(lambda: check(group, torch.device("cpu"), **other_order) if last else attend(group, scale=3.0)))
     # values that change under the same tensor objects
     torch.from_dlpack(kept).copy_(torch.tensor([-0.1, -0.03 if last else -0.02]))
     note(decays=kept)
@@ -77,6 +83,9 @@ def test_ranks_that_disagree_all_say_so():
         r"different arguments: cu_seqlens \[0, 8, 24\] int64, \[0, 8, 24\] int64, \[0, 8, 24\] int32$",
         "different arguments: backend torch, torch, triton$",
         "different arguments: initial_state False, False, True$",
+        r"different arguments: documents 2, 2, 0; cu_seqlens \[0, 8, 24\] int64, \[0, 8, 24\] int64, None$",
+        "different arguments: gradients False, False, True$",
+        "different arguments: operator lightning_attn, lightning_attn, softmax attention$",
         r"different arguments: log_decay .*-0.02\] float32, .*-0.02\] float32, .*-0.03\] float32$",
         r"different arguments: cu_seqlens \[0, 10, 24\] int64, \[0, 10, 24\] int64, \[0, 9, 24\] int64$",
         *(r"log_decay\[1\] = 0.1", "end at T = 24, but goes from 0 to 23") * 2,

@@ -95,6 +95,27 @@ def test_decays_that_an_all_reduce_changes():
         assert found and all(found), found
 
 
+def change_before_the_backward(rank: int, world: int) -> list[str]:
+    found = []
+    for exchange in ("all-gather", "ring"):
+        kept = torch.tensor([-0.1, -0.01])
+        q = torch.ones(1, 8, 2, 16, requires_grad=True)
+        o = parallel.lightning_attn(q, q, q, kept, group=dist.group.WORLD, exchange=exchange)[0]
+        kept.mul_(5)
+        try:
+            o.sum().backward()
+            found.append("gradients of other decays than the output's")
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+def test_decays_that_change_before_the_backward_end_in_autograds_error():
+    """As of the operator on one rank: the backward computes decays anew, and would take those of now."""
+    for found in spawn(change_before_the_backward, 2):
+        assert len(found) == 2 and all("modified by an inplace operation" in text for text in found), found
+
+
 def change_softmax(rank: int, world: int, per_document: bool) -> list[bool]:
     group = dist.group.WORLD
     core = SDPACoreAttention(

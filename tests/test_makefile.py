@@ -109,6 +109,58 @@ def test_clean_of_the_root_folder_leaves_it(checkout: Checkout) -> None:
     assert f"left /: it holds no {MARKER}" in run.stdout and "left /: it holds no .lightning_venv" in run.stdout
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../a checkout"])
+def test_clean_leaves_a_marked_folder_around_the_checkout(checkout: Checkout, name: str) -> None:
+    """Someone put the checkout into a folder that an earlier demo, or environment, had."""
+    for mark in (MARKER, ".lightning_venv"):
+        (checkout.folder / name / mark).touch()
+    for path in (name, (checkout.folder / name).resolve()):
+        run = checkout.make("clean", f"OUT={path}", f"VENV={path}")
+        assert run.returncode == 0 and (checkout.folder / "setup.py").exists(), run.stderr
+        assert run.stdout.count(f"left {path}: it holds this checkout") == 2
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_clean_follows_a_link(checkout: Checkout, slash: str) -> None:
+    demo, link = folder_with(checkout.folder.parent / "big disk" / "demo", MARKER, "loss.png"), checkout.folder / "link"
+    link.symlink_to(demo)
+    assert checkout.make("clean", f"OUT=link{slash}").returncode == 0
+    assert not demo.exists() and link.is_symlink(), "the link is the user's"
+
+
+def test_clean_leaves_folders_of_the_user(checkout: Checkout) -> None:
+    theirs = ("dist", "build", "other.egg-info", "my project/__pycache__", ".their venv/lib/__pycache__")
+    files = [folder_with(checkout.folder / name, "thesis") / "thesis" for name in theirs]
+    ours = ("lightning_megatron/__pycache__", "tests/ops/__pycache__", "docs/_build", "lightning_megatron.egg-info")
+    made = [folder_with(checkout.folder / name, "module.pyc") for name in ours]
+    run = checkout.make("clean")
+    assert run.returncode == 0, run.stderr
+    assert all(file.exists() for file in files) and not any(folder.exists() for folder in made)
+
+
+@pytest.mark.parametrize("name", ["../data", "..", ".", "my data"])
+def test_venv_leaves_a_folder_that_make_did_not_create(checkout: Checkout, name: str) -> None:
+    """`python -m venv --clear` would empty it."""
+    python = checkout.stub(checkout.folder / "pythons" / "python3.12")
+    (checkout.folder / name).mkdir(exist_ok=True)
+    (checkout.folder / name / "thesis").touch()
+    run = checkout.make("venv", f"VENV={name}", f"PYTHON={python}")
+    assert run.returncode != 0 and f"VENV={name} holds files that make did not write" in run.stderr
+    assert not any("venv" in call for call in checkout.calls)
+
+
+def test_venv_that_failed_half_way_is_made_again(checkout: Checkout) -> None:
+    python = checkout.stub(checkout.folder / "pythons" / "python3.12")
+    works = python.read_text()
+    python.write_text(works.replace('mkdir -p "$4/bin" &&', 'touch "$4/half"; exit 1 #'))
+    assert checkout.make("venv", "VENV=an env", f"PYTHON={python}").returncode != 0
+    assert (checkout.folder / "an env" / "half").exists()
+    python.write_text(works)
+    run = checkout.make("venv", "VENV=an env", f"PYTHON={python}")
+    assert run.returncode == 0, run.stderr
+    assert checkout.make("clean", "VENV=an env").returncode == 0 and not (checkout.folder / "an env").exists()
+
+
 @pytest.mark.parametrize("target", ["demo", "clean"])
 @pytest.mark.parametrize("variable", ["OUT", "VENV"])
 def test_an_empty_name_is_refused(checkout: Checkout, target: str, variable: str) -> None:
@@ -182,3 +234,15 @@ def test_help_names_every_command() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     commands = ("demo", "test", "check", "docs", "venv", "lint", "format", "types", "clean")
     assert all(f"make {command} " in text for command in commands)
+
+
+def test_demo_refuses_a_marked_folder_around_the_checkout(checkout: Checkout) -> None:
+    """It empties a folder that has the mark before it begins."""
+    shutil.copytree(ROOT / "examples", checkout.folder / "examples", dirs_exist_ok=True)
+    parent = checkout.folder.parent
+    (parent / MARKER).touch()
+    run = subprocess.run(
+        [sys.executable, checkout.folder / "examples" / "demo.py", f"--out={parent}"], capture_output=True, text=True
+    )
+    assert run.returncode != 0 and f"{parent} holds this checkout" in run.stderr
+    assert (checkout.folder / "setup.py").exists()

@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from lightning_megatron.config import LightningOptions
+from lightning_megatron.config import LightningOptions, prepared_with
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.spec import get_hybrid_block_spec, lightning_layer_spec, lightning_spec
 from tests import layers
@@ -85,6 +85,29 @@ def test_stage_without_layers_is_refused(pp_rank):
     ):
         get_hybrid_block_spec(config, pp_rank=pp_rank)
     assert len(get_hybrid_block_spec(config, pp_rank=1).layer_specs) == 1
+
+
+def build_without_layers(rank: int, world: int, name: str) -> tuple[bool, str]:
+    """Whether this rank's config is prepared after the build, and what the build was refused with."""
+    layout = "E|tttt|L"  # the ranks that print the map and the FLOPs have no layer
+    config = transformer_config(
+        pipeline_model_parallel_size=world, pipeline_dtype=torch.float32, pipeline_model_parallel_layout=layout
+    )
+    layers.start(pp=world)
+    spec = {"block": lightning_spec, "layer": lightning_layer_spec}[name]
+    model = GPTModelConfig(transformer=config, transformer_layer_spec=spec, vocab_size=64, seq_length=8)
+    try:
+        GPTModelBuilder(model).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    except ValueError as error:
+        return prepared_with(config) is not None, str(error)
+    return prepared_with(config) is not None, ""
+
+
+def test_a_rank_without_layers_is_prepared_too_or_the_spec_refused():
+    """Where Megatron asks only layers, a rank without them would not be: no map, record and patches there."""
+    assert spawn(build_without_layers, 3, "block") == [(True, "")] * 3
+    (_, first), (_, message), (_, last) = spawn(build_without_layers, 3, "layer")
+    assert first == last == "" and "pipeline rank 0 has no layer" in message and "use lightning_spec" in message
 
 
 # ---- softmax layers --------------------------------------------------------------------------------------------------

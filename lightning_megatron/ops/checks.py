@@ -12,6 +12,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
+    given = dict(q=q, k=k, v=v, log_decay=log_decay)
+    given |= {} if initial_state is None else dict(initial_state=initial_state)
+    given |= {} if cu_seqlens is None else dict(cu_seqlens=cu_seqlens)
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, but is a {type(x).__name__}; make it one on q's device")
     for name, x, axes in (("q", q, "B,T,H,K"), ("k", k, "B,T,Hkv,K"), ("v", v, "B,T,Hkv,V")):
         if x.dim() != 4:
             raise ValueError(f"{name} must have the 4 dimensions [{axes}], but has shape {list(x.shape)}")
@@ -45,8 +51,8 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
         )
     if log_decay.requires_grad:
         raise ValueError("log_decay requires grad, but lightning attention has fixed decays; pass log_decay.detach()")
-    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
-        raise ValueError(f"scale={scale!r} must be a finite number, or None for K ** -0.5 = {K**-0.5:.4g}")
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) <= torch.finfo(state_dtype).max):
+        raise ValueError(f"scale={scale!r:.40} must be a finite number in fp32, or None for K ** -0.5 = {K**-0.5:.4g}")
     sequences = B
     if cu_seqlens is not None:
         if B != 1:

@@ -144,18 +144,17 @@ def _split(x: torch.Tensor, pieces: int) -> torch.Tensor:
 def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, split_states=None, pieces=1):
     """See ``Backend.forward``; the backward recomputes its states."""
     del need_final, split_states  # the first costs nothing here, the second does not exist
-    tokens_of_all = q.shape[:2]
-    q, k, v = (_split(x, pieces) for x in (q, k, v))
+    result = q.new_empty(*q.shape[:3], v.shape[3])  # not a view: the caller may change it in place
+    q, k, v, o = (_split(x, pieces) for x in (q, k, v, result))
     B, T, H, _ = q.shape
     qh, kh, vh = (_heads_first(x, H) for x in (q, k, v))
-    o, final = torch.empty_like(vh), _new_states(qh, documents, v.shape[3])
+    o, final = o.transpose(1, 2), _new_states(qh, documents, v.shape[3])
     for rows, tokens, enters, leaves in _runs(documents, B, T):
         qs, ks, vs = (x[rows, :, tokens] for x in (qh, kh, vh))
         s0 = _of(initial_state, enters)
         o[rows, :, tokens], state = _attend(qs, ks, vs, log_decay, s0, reverse=False, read_scale=scale, write_scale=1.0)
         final[leaves] = state
-    o = o.transpose(1, 2).to(q.dtype)
-    return o.reshape(*tokens_of_all, *o.shape[2:]).contiguous(), final, (), None
+    return result, final, (), None
 
 
 @_without_autocast
@@ -208,7 +207,7 @@ def local_states(
     states = final_states(_split(k, pieces), _split(v, pieces), log_decay, initial_state, documents, reverse, scale)
     if documents is not None and not documents.by_row:  # of the document of the last token, reversed of the first
         at = torch.searchsorted(documents.bounds[0], 0 if reverse else k.shape[1] - 1, right=True) - 1
-        states = states[at.clamp(min=0)][None]
+        states = states[at.clamp(0, states.shape[0] - 1)][None]  # of no tokens: any, for all are zero
     return states, None
 
 

@@ -62,14 +62,19 @@ def lightning_attn(
     Raises:
         ValueError: what the operator raises, an unknown layout or exchange, tokens that cannot be this layout, or, on
             every rank and with the same message, ranks whose arguments differ where they must not, values of log_decay
-            and cu_seqlens included. The ranks compare them whenever an argument or a tensor is new on this rank (see
-            ``check_consistency``): keep log_decay, and cu_seqlens of a batch, as one tensor object. An argument that is
-            new on some ranks only ends in the group's timeout, and a value that changes without raising
-            ``tensor._version`` on a GPU is not compared again.
+            and cu_seqlens and the need of gradients included. The ranks compare them whenever an argument or a tensor
+            is new on this rank (see ``check_consistency``): keep log_decay, and cu_seqlens of a batch, as one tensor
+            object. An argument that is new on some ranks only ends in the group's timeout, and a value that changes
+            without raising ``tensor._version`` on a GPU is not compared again.
     """
     for name, value, known in (("layout", layout, LAYOUTS), ("exchange", exchange, EXCHANGES)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    if isinstance(group, int):  # torch's NON_GROUP_MEMBER
+        raise ValueError(
+            f"group={group} is what dist.new_group returns on ranks outside of the group; call on its ranks alone, or "
+            "pass None for the operator on one rank"
+        )
     options: dict[str, Any] = dict(scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if layout == "zigzag-documents" and cu_seqlens is None:
         raise ValueError(
@@ -81,16 +86,18 @@ def lightning_attn(
     tokens = tokens_of_ranks(q.shape[1], group, layout, tokens)
     computing = backends.choose(backend, q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    values = [Values("log_decay", log_decay, checks.check_log_decay)]
+    values = [Values("log_decay", log_decay, checks.check_log_decay), Values("cu_seqlens", None)]
     if cu_seqlens is not None:
         check = functools.partial(_check_bounds, sum(tokens), 2 * group.size() if layout == "zigzag-documents" else 1)
-        values.append(Values("cu_seqlens", cu_seqlens, check, (sum(tokens), layout)))
+        values[1] = Values("cu_seqlens", cu_seqlens, check, (sum(tokens), layout))
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, initial_state))
     check_consistency(
         group, q.device, values, operator="lightning_attn",
         tokens=q.shape[1] if len(set(tokens)) == 1 else tuple(tokens), B=q.shape[0], H=q.shape[2], Hkv=k.shape[2],
         K=k.shape[3], V=v.shape[3], dtype=q.dtype, layout=layout, exchange=exchange, scale=scale,
         backend=computing.NAME, documents=0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         initial_state=initial_state is not None, output_final_state=output_final_state,
+        gradients=learns,
     )  # fmt: skip
     exchange = choose(exchange, layout, group, q.device, computing)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -127,7 +134,8 @@ class _ContextParallel(torch.autograd.Function):
                 plan.need_final and chunks.by_document, split_states, chunks.pieces,
             )  # fmt: skip
         ctx.plan, ctx.chunks, ctx.factors = plan, chunks, factors
-        ctx.save_for_backward(q, k, v, initial_state, incoming, *saved)
+        # log_decay, though chunks have it: autograd then refuses a backward with other decays than the forward's
+        ctx.save_for_backward(q, k, v, initial_state, incoming, chunks.log_decay, *saved)
         ctx.set_materialize_grads(False)
         if plan.need_final and isinstance(chunks, DocumentStates):
             assert final is not None
@@ -138,7 +146,7 @@ class _ContextParallel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
         plan, chunks, factors = ctx.plan, ctx.chunks, ctx.factors
-        q, k, v, initial_state, incoming, *saved = ctx.saved_tensors
+        q, k, v, initial_state, incoming, _, *saved = ctx.saved_tensors
         if do is None:  # only the final state was used, and on all ranks
             do = q.new_zeros(*q.shape[:3], v.shape[3])
         do = do if do.stride(-1) == 1 else do.contiguous()

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from .group import state_of
 
 SHOWN, DIGEST = 64, 16  # characters of an argument in the header: its beginning, and what tells all of it apart
+FIELDS = 24  # arguments that a header has room for: those of another operator must be of the same length
 FIRST = 16  # values of a tensor that are shown
 
 
 class Values(NamedTuple):
-    """A tensor whose values must be the same on all ranks."""
+    """A tensor whose values must be the same on all ranks; or None, which all ranks must have then."""
 
     name: str
-    tensor: torch.Tensor
-    check: Callable[[torch.Tensor], None]  # of the values on the host, once the ranks have agreed
+    tensor: torch.Tensor | None
+    check: Callable[[torch.Tensor], None] = lambda values: None  # of the values on the host, once the ranks have agreed
     key: Hashable = None  # what the check depends on besides
 
 
@@ -57,22 +58,23 @@ def check_consistency(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return
     state = state_of(group)
-    read = {x.name: x.tensor.detach().cpu() for x in values if state.seen.is_new(x.tensor, (x.name, x.key))}
-    texts, new = {}, False
-    for x in values:
-        known = state.values.get(x.tensor)
+    texts = {x.name: _field("None") for x in values}  # other ranks may have a tensor
+    given, new = [(x, x.tensor) for x in values if x.tensor is not None], False
+    read = {x.name: tensor.detach().cpu() for x, tensor in given if state.seen.is_new(tensor, (x.name, x.key))}
+    for x, tensor in given:
+        known = state.values.get(tensor)
         texts[x.name] = _text_of(read[x.name]) if x.name in read else known
         new |= texts[x.name] != known
     key = device, *arguments.items()
     if new or key not in state.agreed:
         _compare(group, device, {name: _field(str(value)) for name, value in arguments.items()} | texts)
         state.remember_agreed(key)
-        for x in values:
-            state.values[x.tensor] = texts[x.name]
-    for x in values:
+        for x, tensor in given:
+            state.values[tensor] = texts[x.name]
+    for x, tensor in given:
         if x.name in read:
             x.check(read[x.name])
-            state.seen.remember(x.tensor, (x.name, x.key))
+            state.seen.remember(tensor, (x.name, x.key))
 
 
 def _field(text: str, all_of_it: bytes | None = None) -> str:
@@ -89,7 +91,9 @@ def _text_of(values: torch.Tensor) -> str:
 
 
 def _compare(group: dist.ProcessGroup, device: torch.device, fields: dict[str, str]) -> None:
-    header = torch.frombuffer(bytearray("".join(fields.values()).encode()), dtype=torch.uint8).to(device)
+    assert len(fields) <= FIELDS
+    text = "".join(fields.values()).ljust(FIELDS * (SHOWN + DIGEST))
+    header = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
     headers = header.new_empty(group.size(), header.numel())
     dist.all_gather(list(headers.unbind()), header, group=group)
     ranks = [bytes(x).decode() for x in headers.tolist()]  # one wait for the GPU
@@ -101,6 +105,8 @@ def _compare(group: dist.ProcessGroup, device: torch.device, fields: dict[str, s
             if len(set(shown)) < len(set(found)):  # they differ behind what is shown
                 shown = [f"{x} (digest {y[SHOWN:]})" for x, y in zip(shown, found, strict=True)]
             wrong.append(f"{name} {', '.join(shown)}")
+            if name == "operator":  # ranks that call in another order: the other fields are of other arguments
+                break
     if wrong:
         raise ValueError(
             f"ranks of the context-parallel group were called with different arguments: {'; '.join(wrong)}"

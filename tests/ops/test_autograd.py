@@ -32,6 +32,20 @@ def test_some_gradients(impl, rng, wanted, documents):
         assert leaf.grad is None if name not in wanted else torch.equal(leaf.grad, every[f"d{name}"]), name
 
 
+@pytest.mark.parametrize("documents", [None, (10, 0, 30)])
+def test_results_may_be_changed_in_place(impl, rng, documents):
+    """As those of torch's own operations: gated or added to without a copy, before the backward."""
+    case = small(rng, impl, documents=documents)
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in INPUTS}
+    results = call(impl, case, **leaves)
+    for result in results:
+        result.mul_(2)
+    torch.autograd.backward(results, (case.do / 2, case.dfinal / 2))
+    every = evaluate(impl.attn, case)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, every[f"d{name}"]), name
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("documents", [None, (10, 0, 30)])
 def test_without_gradients(impl, rng, context, documents):
