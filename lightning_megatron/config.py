@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -229,6 +230,12 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
 
 
 _PREPARED = "_lightning_prepared"  # an attribute of the config itself, so that it lives as long as that
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """The numbers, names and lists of a config, to see whether another has the same."""
+    plain = (bool, int, float, str, list, type(None))
+    return {name: copy.copy(value) for name, value in vars(config).items() if isinstance(value, plain)}
 
 
 def mark_prepared(config: Any, what: tuple) -> None:

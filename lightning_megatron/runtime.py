@@ -11,7 +11,7 @@ from argparse import Namespace
 
 import torch
 
-from .config import LightningOptions, lightning_pattern, mark_prepared, prepared_with, resolve_shape
+from .config import LightningOptions, facts, lightning_pattern, mark_prepared, prepared_with, resolve_shape
 from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .parallel import LAYOUTS
 from .record import ATTRIBUTE, function_record
@@ -26,7 +26,7 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
 
     Call it on every rank before the model is built. ``--spec lightning_megatron.spec`` and
     ``lightning_megatron.pretrain`` do; a program of your own calls it with the config of its model. A second
-    call with the same arguments does nothing.
+    call with the same arguments, and a config that has not changed, does nothing.
 
     Args:
         config: Megatron's TransformerConfig.
@@ -53,7 +53,8 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
             f"layout={layout!r}, but Megatron's data loader cuts sequences as {loaded!r}: leave layout out"
         )
     layout = layout or loaded
-    if prepared_with(config) == (options, layout):
+    given = options, layout, facts(config)  # a copy of a prepared config, changed since, has the mark too
+    if prepared_with(config) == given:
         return layout
     refuse(config, options, layout, args)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -65,7 +66,7 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     apply_patches(config, options, layout, args)
     if first:
         print(layer_map(config, options), flush=True)
-    mark_prepared(config, (options, layout))
+    mark_prepared(config, given)
     return layout
 
 

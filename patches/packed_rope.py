@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..config import prepared_with
 from ..rope import packed_angles
 from ._replace import replace
 
@@ -24,7 +25,9 @@ def _wrap(original: Callable) -> Callable:
         t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None, mla_rotary_interleaved=False
     ):
         how = dict(config=config, mscale=mscale, cp_group=cp_group, mla_rotary_interleaved=mla_rotary_interleaved)
-        if cu_seqlens is None or cp_group is None or cp_group.size() == 1:
+        prepared = prepared_with(config)  # another model of this process may have documents that are cut one by one
+        whole = prepared is None or prepared[1] == "zigzag"
+        if not whole or cu_seqlens is None or cp_group is None or cp_group.size() == 1:
             return original(t, freqs, cu_seqlens=cu_seqlens, **how)
         freqs = packed_angles(freqs, t.shape[0], group=cp_group, layout="zigzag", cu_seqlens=cu_seqlens)
         return original(t.unsqueeze(1), freqs, **how).squeeze(1)
