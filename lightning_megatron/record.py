@@ -29,6 +29,9 @@ from .decay import log_decay
 FORMAT = 1
 ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = ("backend", "cp_exchange", "cp_keep_states")  # other ways to the same numbers
+ROWS_OF_VOCABULARY = (
+    "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)"
+)
 _ROPE = ("rope", "mrope", "yarn")
 
 # Options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
@@ -186,8 +189,7 @@ ROWS = (
         lambda m: m.get("layernorm_epsilon") if m.options.norm_eps is None else m.options.norm_eps),
     Row("gate", "--lightning-gate", "lightning", lambda m: m.options.gate),
     Row("num_attention_heads", "--num-attention-heads"),
-    Row("padded_vocab_size",
-        "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)",
+    Row("padded_vocab_size", ROWS_OF_VOCABULARY,
         read=lambda m: m.get("padded_vocab_size") or m.get("vocab_size")),
     Row("normalization", "--normalization"),
     Row("layernorm_epsilon", "--norm-epsilon"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .record import ATTRIBUTE, differences, saved_function
+from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, saved_function
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -158,6 +158,17 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         )
     assert saved.record is not None
     found = differences(saved.record, now)
+    rows = [difference for difference in found if difference[0] == ROWS_OF_VOCABULARY]
+    if rows and _padded_by_tensor_parallelism(saved_args, args):
+        found.remove(rows[0])
+        _log(
+            f"tensor-parallel size {args.tensor_model_parallel_size} pads the vocabulary to {rows[0][2]} rows, "
+            f"{saved_args.tensor_model_parallel_size} padded it to {rows[0][1]} in the checkpoint in {load_dir}: rows "
+            "of padding that are added have random values, and take part in the softmax. For the same function give "
+            f"--padded-vocab-size {rows[0][1]}"
+        )
+        if not found:
+            return
     if not found:
         return _log(
             f"the checkpoint computes the same function as this run, as far as {saved.source} tells", logging.INFO
@@ -176,6 +187,16 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         "\n  ".join([f"the checkpoint in {load_dir} was trained with another function than this run has:", *lines])
         + f"\n{remedy}"
     )
+
+
+def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
+    """Whether one vocabulary gives both numbers of rows, and only the tensor-parallel size differs."""
+    names = ("padded_vocab_size", "tensor_model_parallel_size", "make_vocab_size_divisible_by")
+    (rows, tp, divisor), now = ([getattr(x, name, None) for name in names] for x in (saved, args))
+    if None in (rows, tp, divisor, *now) or divisor != now[2] or rows % (tp * divisor) or now[0] % (now[1] * divisor):
+        return False  # not known, or given
+    # between these two lie the vocabularies that are padded to both
+    return max(rows - tp * divisor, now[0] - now[1] * divisor) < min(rows, now[0])
 
 
 def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:

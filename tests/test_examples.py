@@ -287,6 +287,7 @@ def test_scripts_go_on_from_the_checkpoints_of_each_other(prepared: Path, words_
     run("pretrain_1gpu.sh", 1, 4, "--exit-interval", "2")
     log = run("pretrain_tp2_sp.sh", 2, 4)
     assert "loaded checkpoint" in log and "at iteration 2" in log
+    assert "tensor-parallel size 2 pads the vocabulary to 768 rows, 1 padded it to 640" in log
     log = run("pretrain_1gpu.sh", 1, 6, "--override-opt-param-scheduler")
     assert "at iteration 4" in log and " iteration        6/       6 |" in log
 

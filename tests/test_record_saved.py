@@ -14,7 +14,27 @@ from megatron.training.arguments import parse_args
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.record import differences, function_record, options_from_args, saved_function
-from lightning_megatron.resume import CheckpointError, check, check_folder
+from lightning_megatron.resume import CheckpointError, _padded_by_tensor_parallelism, check, check_folder
+
+# ---- the vocabulary --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "saved, now, same",
+    [
+        ((384, 1, 128), (512, 2, 128), True),  # 257 to 384 tokens
+        ((512, 2, 128), (384, 1, 128), True),
+        ((384, 1, 128), (1024, 2, 128), False),
+        ((256, 1, 128), (384, 1, 128), False),
+        ((384, 1, 128), (384 + 128, 1, 64), False),  # another divisor is a flag that was given
+        ((300, 1, 128), (512, 2, 128), False),  # given
+    ],
+)
+def test_padding_by_tensor_parallelism_alone(saved, now, same):
+    names = ("padded_vocab_size", "tensor_model_parallel_size", "make_vocab_size_divisible_by")
+    saved, now = (Namespace(**dict(zip(names, values, strict=True))) for values in (saved, now))
+    assert _padded_by_tensor_parallelism(saved, now) == same
+
 
 # ---- checkpoints without a record ------------------------------------------------------------------------------------
 
