@@ -4,7 +4,6 @@ VENV := .venv
 OUT := demo_out
 JOBS := 2
 
-
 # Names may hold spaces and quotes: recipes quote them for the shell, the stamp's name is escaped for make.
 quote = '$(subst ','\'',$(1))'
 space := $(subst ,, )

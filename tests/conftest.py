@@ -13,12 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and threads t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
-
 pytest.register_assert_rewrite("tests.helpers")  # failed asserts there show values, as in test modules
 
 if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
     from tests.helpers.interpreter import speed_up
 
     speed_up()

@@ -86,10 +86,11 @@ def lightning_attn(
     tokens = tokens_of_ranks(q.shape[1], group, layout, tokens)
     computing = backends.choose(backend, q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    values = [Values("log_decay", log_decay, checks.check_log_decay), Values("cu_seqlens", None)]
-    if cu_seqlens is not None:
-        check = functools.partial(_check_bounds, sum(tokens), 2 * group.size() if layout == "zigzag-documents" else 1)
-        values[1] = Values("cu_seqlens", cu_seqlens, check, (sum(tokens), layout))
+    check = functools.partial(_check_bounds, sum(tokens), 2 * group.size() if layout == "zigzag-documents" else 1)
+    values = [
+        Values("log_decay", log_decay, checks.check_log_decay),
+        Values("cu_seqlens", cu_seqlens, check, (sum(tokens), layout)),
+    ]
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, initial_state))
     check_consistency(
         group, q.device, values, operator="lightning_attn",

@@ -257,10 +257,8 @@ class SDPACoreAttention(MegatronModule):
     def _check_consistency(self, q, k, v, bounds: torch.Tensor | None, cut: bool, group) -> None:
         """Ranks that differ in what is sent would wait for each other, or read what another rank has not meant."""
         total, chunks = group.size() * q.shape[0], 2 * group.size() if cut else 1
-        values = [Values("cu_seqlens", None)]
-        if bounds is not None:
-            check = functools.partial(check_packed_bounds, total, chunks)
-            values = [Values("cu_seqlens", bounds, check, (total, chunks))]
+        check = functools.partial(check_packed_bounds, total, chunks)
+        values = [Values("cu_seqlens", bounds, check, (total, chunks))]
         check_consistency(
             group, q.device, values, operator="softmax attention", tokens=q.shape[0],
             batch=q.shape[1] if q.dim() == 4 else 1, heads=q.shape[-2], groups=k.shape[-2], dim=q.shape[-1],

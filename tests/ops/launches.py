@@ -32,8 +32,8 @@ MODULES = {
     states: STATES,
     symmetric: RECEIVE,
     documents_kernels: DERIVED,
-    kernels: KERNELS[:2],
-    step: KERNELS[2:],
+    kernels: ("walk_kernel", "gradients_kernel"),
+    step: ("step_kernel",),
 }
 
 
