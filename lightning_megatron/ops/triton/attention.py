@@ -9,7 +9,7 @@ import torch
 import triton
 
 from ..backend import Destination, Documents
-from .documents import decay_factors, find_documents
+from .documents import count_documents, decay_factors, find_documents, ids_and_bounds
 from .kernels import gradients_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 from .states import combine, reduce_splits
@@ -130,13 +130,13 @@ def _launch_walk(
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, split_len * splits)
     states_only = q is None
-    doc, bounds = _ids_and_bounds(documents)
+    doc, bounds = ids_and_bounds(documents)
     tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
     rows, first = _rows(split_states, segments, splits, reverse)
     launch(
         walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, bounds),
-        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, _count(documents),
+        (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, count_documents(documents),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
          split_states is not None, incoming is not None, outgoing is not None, doc is not None,
@@ -172,17 +172,9 @@ def _split_states(
     return split_states
 
 
-def _ids_and_bounds(documents: Documents | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if documents is None else documents[:2]
-
-
 def _by_row(documents: Documents | None) -> bool:
     """Whether states are those of sequences, and not of documents."""
     return documents is None or documents.by_row
-
-
-def _count(documents: Documents | None) -> int:
-    return 0 if documents is None else documents.bounds.shape[1] - 1
 
 
 def _leaving_state(
@@ -215,7 +207,9 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     initial_state = None if initial_state is None else initial_state.contiguous()
     o = _tokens_like(q, H, V, q.dtype)
     final = (
-        _leaving_state(initial_state, (B if by_row else _count(documents), H, K, V), not by_row or T == 0, q.device)
+        _leaving_state(
+            initial_state, (B if by_row else count_documents(documents), H, K, V), not by_row or T == 0, q.device
+        )
         if need_final
         else None
     )
@@ -265,8 +259,8 @@ def local_states(
             every=True,
         )  # fmt: skip
     states = reduce_splits(
-        split_states, log_decay, _ids_and_bounds(documents)[0], (B, T, K, V), plan.split_len, reverse=reverse,
-        destination=destination, first=first,
+        split_states, log_decay, documents, (B, T, K, V), plan.split_len,
+        reverse=reverse, destination=destination, first=first,
     )  # fmt: skip
     return states, split_states if T > plan.split_len * splits else None  # one segment needs none
 
@@ -276,7 +270,9 @@ def final_states(k, v, log_decay, initial_state, documents, reverse=False, scale
     B, T, _, K = k.shape
     V, H, by_row = v.shape[-1], log_decay.numel(), _by_row(documents)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    final = _leaving_state(initial_state, (B if by_row else _count(documents), H, K, V), not by_row or T == 0, k.device)
+    final = _leaving_state(
+        initial_state, (B if by_row else count_documents(documents), H, K, V), not by_row or T == 0, k.device
+    )
     if T == 0 or B == 0:
         return final
     programs = max(1, B * H * cdiv(V, _tiles(v.dtype, K, V, T <= 16).BV))
@@ -313,10 +309,10 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
         launch(
             gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial,
-             *_ids_and_bounds(documents)),
+             *ids_and_bounds(documents)),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2],
-             *dv.stride()[:2], H // kv_heads, pieces, _count(documents), T, H, plan.split_len, plan.splits_grad,
-             segments, split_rows, split_first, plan.splits, segments_q,
+             *dv.stride()[:2], H // kv_heads, pieces, count_documents(documents), T, H, plan.split_len,
+             plan.splits_grad, segments, split_rows, split_first, plan.splits, segments_q,
              _rows(split_states, segments_q, plan.splits, False)[0], scale),
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
              split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,

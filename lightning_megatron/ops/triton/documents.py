@@ -135,6 +135,14 @@ def find_documents(
     return Documents(ids, bounds, starts is not None)
 
 
+def ids_and_bounds(documents: Documents | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if documents is None else documents[:2]
+
+
+def count_documents(documents: Documents | None) -> int:
+    return 0 if documents is None else documents.bounds.shape[1] - 1
+
+
 def decay_factors(
     log_decay: torch.Tensor,
     pairs: torch.Tensor,

@@ -253,41 +253,40 @@ def _write_by_token(b_s, k, v, k_st, v_st, lo, hi, b_ld, write_scale, o_k, o_v, 
 
 @triton.jit
 def _incoming_state(
-    split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+    split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+    i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr,
     VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """State [BV, BK] that enters the segment from ``begin`` to ``end``: the decayed sum of the splits before it.
 
-    Splits too far away for their decay to leave anything are not read. (T, T), reversed (0, 0), gives the state that
-    leaves the sequence.
+    Splits too far away for their decay to leave anything are not read, nor are those of other documents. (T, T),
+    reversed (0, 0), gives the state that leaves the sequence.
     """
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
+    if VARLEN and (SPLIT_STATES or (INCOMING and BY_ROW)):  # the document that crosses into this segment
+        if REVERSE:  # ends here
+            d_edge = tl.load(cu_seqlens + tl.load(doc + tl.minimum(end, T - 1)) + 1)
+        else:  # begins here
+            d_edge = tl.load(cu_seqlens + tl.load(doc + tl.maximum(begin - 1, 0)))
     if SPLIT_STATES:
         first = tl.cdiv(end, split_len) if REVERSE else tl.cdiv(begin, split_len) - 1  # the nearest split
         passed = tl.cdiv(T, split_len) - first if REVERSE else first + 1
+        if VARLEN:  # counted, not masked: a load that waits for a mask is not in flight beside the one before
+            passed = tl.cdiv(d_edge, split_len) - first if REVERSE else first + 1 - d_edge // split_len
         for i in range(tl.minimum(passed, _reach(b_ld) // split_len + 2)):
             i_o = first + i if REVERSE else first - i
             edge = i_o * split_len if REVERSE else tl.minimum((i_o + 1) * split_len, begin)  # its near edge
             b_f = tl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(tl.float32))
-            m_s = m_vk
-            if VARLEN:  # only the document that crosses into this segment; a factor of 0 would let NaN pass
-                if REVERSE:
-                    m_s = m_vk & (tl.load(doc + edge) == tl.load(doc + end))
-                else:
-                    m_s = m_vk & (tl.load(doc + edge - 1) == tl.load(doc + begin - 1))
             i_o += i_b * split_rows - split_first
             p_s = state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED)
-            b_s += b_f * tl.load(p_s, mask=m_s, other=0.0)
+            b_s += b_f * tl.load(p_s, mask=m_vk, other=0.0)
     if INCOMING and BY_ROW:
         b_f = tl.exp(b_ld * (T - end if REVERSE else begin).to(tl.float32))
         m_s = m_vk
-        if VARLEN:  # only if the document at the sequence's edge reaches this segment
-            if REVERSE:
-                m_s = m_vk & (tl.load(doc + T - 1) == tl.load(doc + tl.minimum(end, T - 1)))
-            else:
-                m_s = m_vk & (tl.load(doc) == tl.load(doc + tl.maximum(begin - 1, 0)))
+        if VARLEN:  # only if this document reaches from the sequence's edge to here
+            m_s = m_vk & (d_edge == (T if REVERSE else 0))
         b_s += b_f * tl.load(state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_s, other=0.0)
     return b_s
 
@@ -323,8 +322,9 @@ def _walk(
         end = tl.minimum(T, begin + splits * split_len)
         skip = 0
         b_s = _incoming_state(
-            split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end,
-            T, H, split_len, K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
+            split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+            i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+            K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
         b_d = (p[:, None] - p[None, :]) if REVERSE else (p[None, :] - p[:, None])  # [BC of j, BC of i]
@@ -456,8 +456,9 @@ def _walk(
             if _other_documents(doc, begin, end, T, REVERSE) & _not_finite(b_s):
                 _stores_arrived(DESCRIPTORS)
                 b_first = _incoming_state(
-                    split_states, split_rows, split_first, incoming, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end,
-                    T, H, split_len, K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
+                    split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+                    i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+                    K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
                 )  # fmt: skip
                 _walk_by_token(
                     q, k, v, o, q_st, k_st, v_st, o_st, b_first, b_ld, incoming, outgoing, doc, cu_seqlens,

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import Destination
+from ..backend import Destination, Documents
+from .documents import count_documents, ids_and_bounds
 from .kernels import _incoming_state, state_tile
 from .launch import cdiv, launch, pad
 from .symmetric import COLUMNS, send_tile
@@ -14,7 +15,7 @@ from .symmetric import COLUMNS, send_tile
 
 @triton.jit
 def _local_state(
-    split_states, split_rows, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, T, H, split_len,
+    split_states, split_rows, doc, cu_seqlens, documents, b_ld, i_b, i_h, o_k, o_v, m_vk, T, H, split_len,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, SPLIT_STATES: tl.constexpr,
 ):  # fmt: skip
@@ -22,17 +23,20 @@ def _local_state(
     at = 0 if REVERSE else T
     if VARLEN:
         doc += i_b * T
+        cu_seqlens += i_b * (documents + 1)
     return _incoming_state(
-        split_states, split_rows, 0, None, doc, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
+        split_states, split_rows, 0, None, doc, cu_seqlens, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
         K, V, BK, BV, REVERSE, False, SPLIT_STATES, False, VARLEN, True,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("T", "H", "split_len", "split_rows", "first", "sequences", "me", "ranks", "rows"))
+@triton.jit(
+    do_not_specialize=("T", "H", "split_len", "split_rows", "documents", "first", "sequences", "me", "ranks", "rows")
+)
 def local_state_kernel(
     split_states, log_decay, out,  # states of all splits [B, split_rows, H, K, V], [H], [B, H, K, V]
-    doc, buffers, between,  # [B, T], [ranks], [rows, H]
-    T, H, split_len, split_rows,
+    doc, cu_seqlens, buffers, between,  # [B, T], [B, documents + 1], [ranks], [rows, H]
+    T, H, split_len, split_rows, documents,
     first, sequences, me, ranks, rows,  # SEND: number of the first sequence among those of this rank's message
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, VARLEN: tl.constexpr, SPLIT_STATES: tl.constexpr, SEND: tl.constexpr, PAIRS: tl.constexpr,
@@ -54,7 +58,7 @@ def local_state_kernel(
     if PAIRS:
         i_s = 2 * i_b + (1 if REVERSE else 0)
     b_s = _local_state(
-        split_states, split_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, split_len,
+        split_states, split_rows, doc, cu_seqlens, documents, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, split_len,
         K, V, BK, BV, REVERSE, VARLEN, SPLIT_STATES,
     )  # fmt: skip
     if SEND:
@@ -64,7 +68,7 @@ def local_state_kernel(
             b_w = tl.load(between + tl.minimum(i_b, rows - 1) * H + i_h)
             b_sum = tl.where(b_w == 0, 0.0, b_w * b_s)  # 0: another document's, which may hold infinities and NaN
             b_sum += _local_state(
-                split_states, split_rows, doc, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, split_len,
+                split_states, split_rows, doc, cu_seqlens, documents, b_ld, i_s, i_h, o_k, o_v, m_vk, T, H, split_len,
                 K, V, BK, BV, REVERSE, VARLEN, SPLIT_STATES,
             )  # fmt: skip
         o_e = o_k[None, :] * BV + tl.arange(0, BV)[:, None]
@@ -96,13 +100,14 @@ def combine_kernel(states, weights, out, N, R, positions, rows, H, SIZE: tl.cons
 
 
 def reduce_splits(
-    split_states, log_decay, doc, size, split_len, *, reverse: bool, destination: Destination | None, first: int
-) -> torch.Tensor | None:
+    split_states, log_decay, documents: Documents | None, size, split_len, *,
+    reverse: bool, destination: Destination | None, first: int,
+) -> torch.Tensor | None:  # fmt: skip
     """The state at the end of each of B sequences of split states ``[B, splits, H, K, V]`` (None: no tokens).
 
-    ``size`` is B, T, K, V. Packed (with ``doc``), of the last document; with ``reverse``, at the start, of the first.
-    With ``destination`` the states are sent, as the sequences from number ``first`` on of the message, and not
-    returned; with ``destination.between`` what the two chunks of every row add.
+    ``size`` is B, T, K, V. Packed, of the last document; with ``reverse``, at the start, of the first. With
+    ``destination`` the states are sent, as the sequences from number ``first`` on of the message, and not returned;
+    with ``destination.between`` what the two chunks of every row add.
     """
     (B, T, K, V), H = size, log_decay.numel()
     out = None if destination else torch.empty(B, H, K, V, device=log_decay.device, dtype=torch.float32)
@@ -113,9 +118,10 @@ def reduce_splits(
         to = first, sequences, destination.rank, buffers.numel(), between.shape[0] if pairs else 0
     launch(
         local_state_kernel, cdiv(V, COLUMNS) * H * (B // 2 if pairs else B),
-        (split_states, log_decay, out, doc, buffers, between),
-        (T, H, split_len, 0 if split_states is None else split_states.shape[1], *to),
-        (K, V, pad(K), COLUMNS, reverse, doc is not None, split_states is not None, destination is not None, pairs),
+        (split_states, log_decay, out, *ids_and_bounds(documents), buffers, between),
+        (T, H, split_len, 0 if split_states is None else split_states.shape[1], count_documents(documents), *to),
+        (K, V, pad(K), COLUMNS, reverse, documents is not None, split_states is not None, destination is not None,
+         pairs),
         num_warps=4,
     )  # fmt: skip
     return out
