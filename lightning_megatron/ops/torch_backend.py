@@ -2,8 +2,8 @@
 
 fp32 means fp32: torch's setting for the precision of fp32 matrix products changes nothing here, see ``_matmul``.
 
-The same chunk identities as the Triton kernels (see kernels.py), with all chunks' products in one batched matmul and a
-Python loop only over the running state. Packed sequences are walked one document after another.
+The same chunk identities as the Triton kernels (see triton/kernels.py), with all chunks' products in one batched matmul
+and a Python loop only over the running state. Packed sequences are walked one document after another.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
 
 @_without_autocast
 def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, do, dfinal, split_grads=None, pieces=1):
-    """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (kernels.py says which)."""
+    """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (triton/kernels.py says which)."""
     del saved, plan, split_grads
     dfinal = dfinal() if callable(dfinal) else dfinal
     tokens_of_all = q.shape[:2]

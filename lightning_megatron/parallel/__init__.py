@@ -1,7 +1,7 @@
 """Lightning attention over a context-parallel group: every rank holds some chunks of the sequence, and only states
 travel.
 
-With chunks c = 0..N-1 of the whole sequence, chunk c of n_c tokens, and the formulas of ops/kernels.py,
+With chunks c = 0..N-1 of the whole sequence, chunk c of n_c tokens, and the formulas of ops/triton/kernels.py,
 
     M_c = sum_i lambda^(n_c-1-i) k_i^T v_i               what chunk c adds to the state
     S_c = lambda^(n_(c-1)) S_(c-1) + M_(c-1)             the state that enters chunk c; S_0 is the initial state

@@ -109,21 +109,8 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _launch_walk(
-    q,
-    k,
-    v,
-    o,
-    log_decay,
-    split_states,
-    *,
-    incoming,
-    outgoing=None,
-    documents,
-    reverse=False,
-    split_len,
-    splits,
-    pieces=1,
-    scale=1.0,
+    q, k, v, o, log_decay, split_states, *, incoming, outgoing=None, documents, reverse=False, split_len, splits,
+    pieces=1, scale=1.0,
 ) -> None:  # fmt: skip
     """Launch ``walk_kernel`` for o and the ``outgoing`` states, or without q for the states of splits."""
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
@@ -220,9 +207,8 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
         _step(q, k, v, o, log_decay, scale, initial_state, final)
         return o, final, (None,), plan
     cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, pieces=pieces)
-    split_states = (
-        split_states if split_states is not None else _split_states(k, v, log_decay, incoming=initial_state, **cut)
-    )
+    if split_states is None:
+        split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
     return o, final, (split_states,), plan
 
@@ -329,22 +315,11 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        split_grads = (
-            split_grads
-            if split_grads is not None
-            else _split_states(
-                q,
-                do,
-                log_decay,
-                incoming=dfinal,
-                documents=documents,
-                split_len=plan.split_len,
-                splits=plan.splits_grad,
-                pieces=pieces,
-                reverse=True,
-                scale=scale,
-            )
-        )
+        if split_grads is None:
+            split_grads = _split_states(
+                q, do, log_decay, incoming=dfinal, documents=documents, split_len=plan.split_len,
+                splits=plan.splits_grad, pieces=pieces, reverse=True, scale=scale,
+            )  # fmt: skip
         walks(segments, segments_q, split_grads, dfinal, dinitial)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from ..backend import Destination, Documents
 from .documents import count_documents, ids_and_bounds
-from .kernels import _incoming_state, state_tile
 from .launch import cdiv, launch, pad
 from .symmetric import COLUMNS, send_tile
+from .walk import incoming_state, state_tile
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _local_state(
     if VARLEN:
         doc += i_b * T
         cu_seqlens += i_b * (documents + 1)
-    return _incoming_state(
+    return incoming_state(
         split_states, split_rows, 0, None, doc, cu_seqlens, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
         K, V, BK, BV, REVERSE, False, SPLIT_STATES, False, VARLEN, True,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import state_tile
+from .walk import state_tile
 
 
 @triton.jit(do_not_specialize=("group", "H"))
