@@ -87,7 +87,6 @@ _OTHER_ATTENTION = (
 )
 # Refused whatever else is asked for: field of the config or flag -> what happens, and the remedy.
 REFUSED_ALWAYS = {
-    "multi_latent_attention": _OTHER_ATTENTION,
     "experimental_attention_variant": _OTHER_ATTENTION,
     "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
     "heterogeneous_layers_config_path": _OTHER_ATTENTION,

@@ -46,6 +46,30 @@ def rotate(
             f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
             f"{q.shape[-1]}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
         )
+    return turn(
+        q, k, freqs, config=config, mscale=_yarn_get_concentration_factor_from_config(config), cu_seqlens=cu_seqlens,
+        inference_context=inference_context, cp_group=cp_group, group=group, layout=layout,
+    )  # fmt: skip
+
+
+def turn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    freqs: tuple[torch.Tensor, torch.Tensor],
+    *,
+    config,
+    mscale: float,
+    cu_seqlens: torch.Tensor | None,
+    inference_context,
+    cp_group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    layout: str,
+    **how: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Megatron's ``apply_rotary_pos_emb`` with the angles of this rank's tokens; arguments as of ``rotate``.
+
+    ``mscale`` is the factor of YaRN, 1 without it; ``how`` goes to Megatron's function.
+    """
     if inference_context is not None:
         start = inference_context.sequence_len_offset
         freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
@@ -57,8 +81,9 @@ def rotate(
     common = dict(
         config=config,
         cu_seqlens=cu_seqlens if packed else None,
-        mscale=_yarn_get_concentration_factor_from_config(config),  # 1 without YaRN
+        mscale=mscale,
         cp_group=cp_group,
+        **how,
     )
     q, k = (
         apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)

@@ -114,6 +114,7 @@ def sliced_dim(name: str) -> int | None:
     """Along which dimension tensor-parallel ranks hold slices of a parameter; None where each holds all of it."""
     if name.endswith(
         ("linear_qkv.weight", "linear_qkv.bias", "out_norm.weight", "linear_fc1.weight", "linear_fc1.bias")
+        + tuple(f"linear_{name}proj.weight" for name in ("q_", "q_down_", "q_up_", "kv_down_", "kv_up_"))
     ):
         return 0
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else None
