@@ -55,6 +55,9 @@ class LightningOptions:
     value_head_dim: int | None = _option(None, "V, the head dim of v and of the output (default: K)")
     scale: float | None = _option(None, "factor on q k^T (default: K^-0.5; TransNormerLLM and MiniMax use 1)")
     rope: bool = _option(False, "apply Megatron's rotary embedding to q and k of the lightning layers")
+    rotary_percent: float | None = _option(
+        None, "with --multi-latent-attention: the part of K that --lightning-rope turns (default: --rotary-percent)"
+    )
     qk_norm: bool = _option(False, "RMSNorm per head on q and k, after the feature map")
     norm: str = _option("head", "RMS norm of the output: per head, per group, over all heads, or none", NORMS)
     norm_groups: int | None = _option(
@@ -91,6 +94,13 @@ class LightningOptions:
             raise ValueError(f"lightning scale={self.scale} must be a finite number, or left out for K^-0.5")
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
+        if self.rotary_percent is not None and not 0 < self.rotary_percent <= 1:
+            raise ValueError(f"lightning rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        if self.rotary_percent is not None and not self.rope:
+            raise ValueError(
+                f"lightning rotary_percent={self.rotary_percent} has no meaning without rope; use rope=True, or leave "
+                "rotary_percent out"
+            )
         if self.norm == "group" and self.norm_groups is None:
             raise ValueError(
                 "lightning norm='group' needs norm_groups, the number of groups the heads are divided into"

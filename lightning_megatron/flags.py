@@ -177,6 +177,48 @@ REFUSED = (
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
     ),
     Rule(
+        "rope_type",
+        lambda run: run.config.multi_latent_attention and run.options.rope and run.get("rope_type") != "rope",
+        "with --multi-latent-attention scales the angles of its layers only, and --lightning-rope turns by plain ones; "
+        "use --rope-type rope",
+    ),
+    Rule(
+        "multi_latent_attention",
+        lambda run: not run.softmax,
+        "is the attention of softmax layers, and this model has none; leave it out, or place softmax layers with "
+        "--linear-attention-freq",
+    ),
+    Rule(
+        "recompute_modules",
+        lambda run: run.local and run.config.multi_latent_attention and _selective(run, "mla_up_proj"),
+        "recomputes mla_up_proj in TransformerEngine's layers only; use core_attn or --recompute-granularity full",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run: run.config.multi_latent_attention,
+            "is not read with --multi-latent-attention, whose layers make their own angles; leave it out",
+        )
+        for name in ("no_rope_freq", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+    ),
+    Rule(
+        "mtp_num_layers",
+        lambda run: run.local and run.config.multi_latent_attention,
+        "adds a layer of Megatron's own multi-latent attention, which --transformer-impl local does not train right; "
+        "leave it out",
+    ),
+    Rule(
+        "cache_mla_latents",
+        lambda run: True,
+        "is for Megatron's dynamic inference, which lightning layers do not have; leave it out",
+    ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: run.local,
+        "acts in TransformerEngine's layers only, and --transformer-impl local would ignore it; use "
+        "--transformer-impl transformer_engine, or leave it out",
+    ),
+    Rule(
         "linear_conv_kernel_dim",
         lambda run: run.config.linear_conv_kernel_dim != 4,
         "belongs to gated delta net; lightning layers have no convolution, so leave it out",

@@ -83,6 +83,12 @@ class _Model:
         used = self.softmax() or bool(self.options and self.options.rope)
         return used and self.known("position_embedding_type", "rope") in _ROPE
 
+    def latent(self) -> bool:
+        return self.softmax() and bool(self.known("multi_latent_attention", False))
+
+    def own_rope(self) -> bool:
+        return bool(self.options and self.options.rope and self.known("multi_latent_attention", False))
+
     def experts(self) -> bool:
         return bool(self.known("num_moe_experts", None))
 
@@ -156,6 +162,14 @@ def _yarn(model: _Model) -> list | None:
     return [model.get(f"yarn_{name}") for name in names] if yarn else None
 
 
+def _latent_yarn(model: _Model) -> list | None:
+    names = (
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim",
+    )  # fmt: skip
+    return [model.get(name) for name in names] if model.get("rope_type") == "yarn" else None
+
+
 def _expert_layers(model: _Model) -> list[int]:
     freq, layers = model.get("moe_layer_freq"), len(model.pattern)
     return [int(layer % freq == 0) for layer in range(layers)] if isinstance(freq, int) else freq
@@ -214,6 +228,16 @@ ROWS = (
     Row("no_rope_freq", "--no-rope-freq", "rope", _no_rope),
     Row("mrope_section", "--mrope-section", "rope"),
     Row("yarn", "--rotary-scaling-factor, --yarn-..., --mscale, --mscale-all-dim", "rope", _yarn),
+    Row("lightning_rotary_percent", "--lightning-rotary-percent (default: --rotary-percent)", "own_rope",
+        lambda m: m.get("rotary_percent") if m.options.rotary_percent is None else m.options.rotary_percent),
+    Row("multi_latent_attention", "--multi-latent-attention", "softmax"),
+    Row("q_lora_rank", "--q-lora-rank", "latent"),
+    Row("kv_lora_rank", "--kv-lora-rank", "latent"),
+    Row("qk_head_dim", "--qk-head-dim", "latent"),
+    Row("qk_pos_emb_head_dim", "--qk-pos-emb-head-dim", "latent"),
+    Row("v_head_dim", "--v-head-dim", "latent"),
+    Row("rope_type", "--rope-type", "latent"),
+    Row("latent_yarn", "--rotary-scaling-factor, --mscale, --mscale-all-dim, ...", "latent", _latent_yarn),
     Row("num_query_groups", "--num-query-groups", "softmax"),
     Row("kv_channels", "--kv-channels", "softmax"),
     Row("attention_output_gate", "--attention-output-gate", "softmax"),

@@ -5,9 +5,24 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 
+from .config import LightningOptions
 from .parallel import token_positions
+
+
+def own_rotary_embedding(config, options: LightningOptions, key_dim: int, cp_group) -> RotaryEmbedding | None:
+    """The angles of a lightning layer where GPTModel passes none: with multi-latent attention, whose layers have their
+    own. None where it passes them, or nothing is turned.
+    """
+    if not (options.rope and config.multi_latent_attention):
+        return None
+    percent = config.rotary_percent if options.rotary_percent is None else options.rotary_percent
+    return RotaryEmbedding(
+        key_dim, percent, config.rotary_interleaved, rotary_base=config.rotary_base,
+        use_cpu_initialization=config.use_cpu_initialization, cp_group=cp_group,
+    )  # fmt: skip
 
 
 def rotate(

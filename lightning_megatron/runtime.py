@@ -107,6 +107,11 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
             f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for "
             "all-lightning, or train without this spec"
         )
+    if options.rotary_percent is not None and not config.multi_latent_attention:
+        raise ValueError(
+            f"--lightning-rotary-percent {options.rotary_percent} needs --multi-latent-attention; in other models all "
+            "layers have the same angles: use --rotary-percent"
+        )
     for message in messages_of_refusal(config, options, layout, args):
         raise ValueError(message)
     if config.transformer_impl == "local":

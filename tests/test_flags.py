@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from megatron.core.transformer import MLATransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training import arguments as megatron_arguments
 from megatron.training import global_vars
@@ -23,6 +24,7 @@ from tests.helpers.arguments import parse_flags, pretend_without
 from tests.layers import transformer_config
 
 HYBRID = dict(linear_attention_freq=2)
+LATENT = dict(multi_latent_attention=True)
 TE = dict(transformer_impl="transformer_engine")
 MUON = dict(optimizer="muon", muon_split_qkv=True)
 
@@ -41,7 +43,7 @@ def model(**changes):
     """A config with ``changes`` past Megatron's own checks, some of which want packages or a GPU."""
     config = transformer_config()
     for name, value in changes.items():
-        assert hasattr(config, name) or name == "cp_partition_mode", name
+        assert hasattr(config, name) or name == "cp_partition_mode" or name in MLATransformerConfig.__dataclass_fields__
         setattr(config, name, value)
     return config
 
@@ -117,6 +119,37 @@ REFUSED = {
     "rope-without-angles": (
         {}, dict(rope=True), dict(position_embedding_type="learned_absolute"),
         "--position-embedding-type learned_absolute gives no angles to --lightning-rope",
+    ),
+    "latent-yarn": (
+        HYBRID | LATENT | dict(rope_type="yarn"), dict(rope=True), dict(position_embedding_type="rope"),
+        "--rope-type yarn with --multi-latent-attention .*use --rope-type rope",
+    ),
+    "latent-alone": (LATENT, {}, {}, "--multi-latent-attention is the attention of softmax layers.*has none; leave"),
+    "latent-recompute": (
+        HYBRID | LATENT | dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]), {}, {},
+        "--recompute-modules mla_up_proj recomputes .*; use core_attn or --recompute-granularity full",
+    ),
+    "latent-rope-freq": (HYBRID | LATENT | dict(no_rope_freq=2), {}, {}, "--no-rope-freq .*is not read with"),
+    "latent-rope-scaling": (HYBRID | LATENT, {}, dict(use_rope_scaling=True), "--use-rope-scaling is not read with"),
+    "latent-interpolation": (
+        HYBRID | LATENT, {}, dict(rotary_seq_len_interpolation_factor=2),
+        "--rotary-seq-len-interpolation-factor 2 is not read with",
+    ),
+    "latent-mtp": (
+        HYBRID | LATENT | dict(mtp_num_layers=1), {}, {},
+        "--mtp-num-layers 1 adds a layer of Megatron's own multi-latent attention.*leave it out",
+    ),
+    "latent-cache": (
+        HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
+        "--cache-mla-latents is for Megatron's dynamic inference.*leave it out",
+    ),
+    "latent-fusion": (
+        HYBRID | LATENT | dict(mla_down_proj_fusion=True), {}, {},
+        "--mla-down-proj-fusion acts in TransformerEngine's layers only.*use --transformer-impl transformer_engine",
+    ),
+    "rotary-percent": (
+        HYBRID, dict(rope=True, rotary_percent=0.5), dict(position_embedding_type="rope"),
+        "--lightning-rotary-percent 0.5 needs --multi-latent-attention; .*use --rotary-percent",
     ),
     "conv": (
         dict(linear_conv_kernel_dim=3), {}, {},
