@@ -177,7 +177,6 @@ def test_parts_in_use(parse, installed):
 REFUSALS = [
     ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
     ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
-    ("--multi-latent-attention", ["--multi-latent-attention"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
     ("--hybrid-layer-pattern M*M", ["M*M"]),
     (
