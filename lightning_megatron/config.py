@@ -187,6 +187,40 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
 
 
+def check_latent_sizes(config: Any) -> None:
+    """Refuse sizes of multi-latent attention that cannot be built or split.
+
+    Raises:
+        ValueError: naming flag, value and what is allowed.
+    """
+    if not hasattr(config, "kv_lora_rank"):
+        raise ValueError(
+            f"multi_latent_attention=True needs the fields of Megatron's MLATransformerConfig, got "
+            f"{type(config).__name__}; build the config as MLATransformerConfig"
+        )
+    if config.rope_type not in ("rope", "yarn"):
+        raise ValueError(f"--rope-type {config.rope_type} is unknown; choose rope or yarn")
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if value is None and name == "q_lora_rank":
+            continue
+        if value is None or value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
+    if config.qk_pos_emb_head_dim % 2:
+        raise ValueError(f"--qk-pos-emb-head-dim {config.qk_pos_emb_head_dim} must be even: channels turn in pairs")
+    tp = config.tensor_model_parallel_size
+    if config.transformer_impl == "local":
+        both = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        for flag, value in (
+            ("--q-lora-rank", config.q_lora_rank or 0), ("--kv-lora-rank plus --qk-pos-emb-head-dim", both),
+        ):  # fmt: skip
+            if value % tp:
+                raise ValueError(
+                    f"{flag} is {value}, which tensor-parallel size {tp} does not divide; use a "
+                    "--tensor-model-parallel-size that does, or other sizes"
+                )
+
+
 def projection_cut(config: Any, options: LightningOptions) -> str:
     """How Megatron's optimizers that treat q, k and v one by one cut the projection of lightning layers.
 

@@ -19,7 +19,7 @@ from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import own_rotary_embedding, rotate
+from .rope import own_angles, own_rotary_embedding, rotate
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -210,10 +210,9 @@ class LightningAttention(MegatronModule):
         if options.rope:
             nvtx_range_push(suffix="rotary_pos_emb")
             if self.rotary_pos_emb is not None:
-                length = self.rotary_pos_emb.get_rotary_seq_len(
-                    inference_context, None, hidden_states, self.config, packed_seq_params
+                rotary_pos_emb = own_angles(
+                    self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group
                 )
-                rotary_pos_emb = self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None)
             q, k = rotate(
                 q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,

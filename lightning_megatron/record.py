@@ -80,8 +80,13 @@ class _Model:
         return not all(self.pattern) or bool(self.known("mtp_num_layers", None))
 
     def rope(self) -> bool:
+        if self.latent():  # whatever GPTModel passes to its layers
+            return True
         used = self.softmax() or bool(self.options and self.options.rope)
         return used and self.known("position_embedding_type", "rope") in _ROPE
+
+    def heads_of_softmax(self) -> bool:
+        return self.softmax() and not self.latent()
 
     def latent(self) -> bool:
         return self.softmax() and bool(self.known("multi_latent_attention", False))
@@ -133,9 +138,10 @@ def _activation(model: _Model) -> str:
 
 
 def _position_embedding(model: _Model) -> str:
-    """Rotary embeddings count only where a layer applies them."""
+    """Rotary embeddings count only where a layer applies those of GPTModel, which multi-latent attention does not."""
     kind = model.get("position_embedding_type")
-    return "none" if kind in _ROPE and not model.rope() else kind
+    applied = model.rope() and not model.known("multi_latent_attention", False)
+    return "none" if kind in _ROPE and not applied else kind
 
 
 def _mup(model: _Model) -> list | None:
@@ -238,12 +244,12 @@ ROWS = (
     Row("v_head_dim", "--v-head-dim", "latent"),
     Row("rope_type", "--rope-type", "latent"),
     Row("latent_yarn", "--rotary-scaling-factor, --mscale, --mscale-all-dim, ...", "latent", _latent_yarn),
-    Row("num_query_groups", "--num-query-groups", "softmax"),
-    Row("kv_channels", "--kv-channels", "softmax"),
+    Row("num_query_groups", "--num-query-groups", "heads_of_softmax"),
+    Row("kv_channels", "--kv-channels", "heads_of_softmax"),
     Row("attention_output_gate", "--attention-output-gate", "softmax"),
     Row("qk_layernorm", "--qk-layernorm", "softmax"),
     Row("qk_l2_norm", "--qk-l2-norm", "softmax"),
-    Row("softmax_scale", "--mup-base-head-dim, --mup-attn-scale-power", "softmax"),
+    Row("softmax_scale", "--mup-base-head-dim, --mup-attn-scale-power", "heads_of_softmax"),
     Row("softmax_type", "--softmax-type", "softmax"),
     Row("window_size", "--window-size", "softmax"),
     Row("window_attn_skip_freq", "--window-attn-skip-freq", "softmax", _window_layers),

@@ -25,6 +25,16 @@ def own_rotary_embedding(config, options: LightningOptions, key_dim: int, cp_gro
     )  # fmt: skip
 
 
+def own_angles(embedding, hidden_states: torch.Tensor, config, packed, inference_context, group):
+    """What a layer's own rotary embedding returns for this rank's tokens, or packed for all positions there are."""
+    if packed is not None and packed.max_seqlen_q is None:
+        tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        length = hidden_states.shape[0] * tp * (1 if group is None else group.size())
+    else:
+        length = embedding.get_rotary_seq_len(inference_context, None, hidden_states, config, packed)
+    return embedding(length, packed_seq=packed is not None)
+
+
 def rotate(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -204,7 +204,7 @@ CHANGES = {
 }
 
 # Options that nobody sets follow these, and are named as well: head dims, scale, groups, epsilon.
-FOLLOWED = ("num_attention_heads", "key_dim", "kv_channels", "layernorm_epsilon", "rope_type")
+FOLLOWED = ("num_attention_heads", "key_dim", "kv_channels", "layernorm_epsilon", "rope_type", "multi_latent_attention")
 
 
 def parts(key: str):
@@ -386,3 +386,19 @@ def test_without_args_nothing_of_them_is_compared():
     without = function_record(config, options)
     assert "rotary_base" not in without["values"] and without["values"]["rotary_interleaved"] is False
     assert differences(without, function_record(config, options, args)) == []
+
+
+def test_latent_attention_turns_whatever_the_model_passes():
+    """Its angles are compared with any position embedding, and which rotary kind that is makes no difference."""
+    base = transformer_config(**LATENT)
+    for kind in ("none", "learned_absolute", "rope"):
+        now = function_record(base, LightningOptions(), flags(position_embedding_type=kind))
+        other = transformer_config(**LATENT | dict(rotary_base=500))
+        found = differences(now, function_record(other, LightningOptions(), flags(position_embedding_type=kind)))
+        assert [flag for flag, _, _ in found] == ["--rotary-base"]
+    none, rope = (function_record(base, LightningOptions(), flags(position_embedding_type=k)) for k in ("none", "rope"))
+    assert differences(none, rope) == []
+    other = transformer_config(**LATENT, kv_channels=32, num_query_groups=2)
+    options = LightningOptions(key_head_dim=16)
+    records = (function_record(c, options, flags()) for c in (base, other))
+    assert differences(*records) == []

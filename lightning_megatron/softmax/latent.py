@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from ..packed import document_bounds, sharing_group
-from ..rope import turn
+from ..rope import own_angles, turn
 
 
 class LatentAttention(MLASelfAttention):
@@ -94,8 +94,8 @@ class LatentAttention(MLASelfAttention):
 
     def _rotate(self, q: torch.Tensor, k: torch.Tensor, hidden_states, packed, context):
         """Turn the channels that carry the position: ``[s, b, heads, d]`` and ``[s, b, 1, d]``, packed without b."""
-        length = self.rotary_pos_emb.get_rotary_seq_len(context, None, hidden_states, self.config, packed)
-        freqs, mscale = self.rotary_pos_emb(length, packed_seq=packed is not None), 1.0
+        group = sharing_group(packed, self.pg_collection.cp)
+        freqs, mscale = own_angles(self.rotary_pos_emb, hidden_states, self.config, packed, context, group), 1.0
         if isinstance(self.rotary_pos_emb, YarnRotaryEmbedding):
             freqs, mscale = freqs
         if packed is not None:
@@ -105,7 +105,7 @@ class LatentAttention(MLASelfAttention):
         q, k = turn(
             q, k, (freqs, freqs), config=self.config, mscale=mscale,
             cu_seqlens=None if packed is None else document_bounds(packed), inference_context=context,
-            cp_group=self.pg_collection.cp, group=sharing_group(packed, self.pg_collection.cp),
+            cp_group=self.pg_collection.cp, group=group,
             layout="zigzag" if packed is not None and packed.local_cp_size is not None else self.layout,
             mla_rotary_interleaved=True,
         )  # fmt: skip
