@@ -55,6 +55,9 @@ class LightningOptions:
     value_head_dim: int | None = _option(None, "V, the head dim of v and of the output (default: K)")
     scale: float | None = _option(None, "factor on q k^T (default: K^-0.5; TransNormerLLM and MiniMax use 1)")
     rope: bool = _option(False, "apply Megatron's rotary embedding to q and k of the lightning layers")
+    rotary_percent: float | None = _option(
+        None, "with --multi-latent-attention: the part of K that --lightning-rope turns (default: --rotary-percent)"
+    )
     qk_norm: bool = _option(False, "RMSNorm per head on q and k, after the feature map")
     norm: str = _option("head", "RMS norm of the output: per head, per group, over all heads, or none", NORMS)
     norm_groups: int | None = _option(
@@ -91,6 +94,13 @@ class LightningOptions:
             raise ValueError(f"lightning scale={self.scale} must be a finite number, or left out for K^-0.5")
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
+        if self.rotary_percent is not None and not 0 < self.rotary_percent <= 1:
+            raise ValueError(f"lightning rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        if self.rotary_percent is not None and not self.rope:
+            raise ValueError(
+                f"lightning rotary_percent={self.rotary_percent} has no meaning without rope; use rope=True, or leave "
+                "rotary_percent out"
+            )
         if self.norm == "group" and self.norm_groups is None:
             raise ValueError(
                 "lightning norm='group' needs norm_groups, the number of groups the heads are divided into"
@@ -175,6 +185,40 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             "rank; use norm='all' for one group over all ranks"
         )
     return LightningShape(heads, kv_heads, key_dim, value_dim, groups, options.gate != "none", tp)
+
+
+def check_latent_sizes(config: Any) -> None:
+    """Refuse sizes of multi-latent attention that cannot be built or split.
+
+    Raises:
+        ValueError: naming flag, value and what is allowed.
+    """
+    if not hasattr(config, "kv_lora_rank"):
+        raise ValueError(
+            f"multi_latent_attention=True needs the fields of Megatron's MLATransformerConfig, got "
+            f"{type(config).__name__}; build the config as MLATransformerConfig"
+        )
+    if config.rope_type not in ("rope", "yarn"):
+        raise ValueError(f"--rope-type {config.rope_type} is unknown; choose rope or yarn")
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if value is None and name == "q_lora_rank":
+            continue
+        if value is None or value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
+    if config.qk_pos_emb_head_dim % 2:
+        raise ValueError(f"--qk-pos-emb-head-dim {config.qk_pos_emb_head_dim} must be even: channels turn in pairs")
+    tp = config.tensor_model_parallel_size
+    if config.transformer_impl == "local":
+        both = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        for flag, value in (
+            ("--q-lora-rank", config.q_lora_rank or 0), ("--kv-lora-rank plus --qk-pos-emb-head-dim", both),
+        ):  # fmt: skip
+            if value % tp:
+                raise ValueError(
+                    f"{flag} is {value}, which tensor-parallel size {tp} does not divide; use a "
+                    "--tensor-model-parallel-size that does, or other sizes"
+                )
 
 
 def projection_cut(config: Any, options: LightningOptions) -> str:

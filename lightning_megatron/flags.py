@@ -37,12 +37,18 @@ class Run(NamedTuple):
         return self.config.transformer_impl == "local"
 
     @property
+    def latent(self) -> bool:
+        return bool(self.config.multi_latent_attention)
+
+    @property
     def packed(self) -> bool:
         return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
 
     @property
     def rotates(self) -> bool:
         """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
+        if self.latent and self.softmax:
+            return True
         return self.get("position_embedding_type") in _ROTARY and bool(self.softmax or self.options.rope)
 
 
@@ -87,7 +93,6 @@ _OTHER_ATTENTION = (
 )
 # Refused whatever else is asked for: field of the config or flag -> what happens, and the remedy.
 REFUSED_ALWAYS = {
-    "multi_latent_attention": _OTHER_ATTENTION,
     "experimental_attention_variant": _OTHER_ATTENTION,
     "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
     "heterogeneous_layers_config_path": _OTHER_ATTENTION,
@@ -178,6 +183,88 @@ REFUSED = (
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
     ),
     Rule(
+        "position_embedding_type",
+        lambda run: run.latent and run.get("position_embedding_type") in ("yarn", "mrope"),
+        "does not reach multi-latent attention, whose angles --rope-type chooses; use --position-embedding-type rope",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run: run.latent,
+            "is not passed on to multi-latent attention by Megatron 0.19; leave it out",
+        )
+        for name in (
+            "yarn_original_max_position_embeddings",
+            "yarn_beta_fast",
+            "yarn_beta_slow",
+            "yarn_correction_range_round_to_int",
+        )
+    ),
+    *(
+        Rule(
+            name,
+            lambda run, name=name, default=default: (
+                run.latent and run.get("rope_type") == "rope" and run.get(name) != default
+            ),
+            "belongs to --rope-type yarn; leave it out, or use that",
+        )
+        for name, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
+    ),
+    Rule(
+        "rotary_percent",
+        lambda run: run.latent and run.get("rope_type") == "yarn" and run.get("rotary_percent") != 1.0,
+        "is not read with --rope-type yarn; leave it out, or use --rope-type rope",
+    ),
+    Rule(
+        "apply_rope_fusion",
+        lambda run: run.latent and run.local,
+        "needs TransformerEngine's layers; use --no-rope-fusion",
+        "--rope-fusion",
+    ),
+    Rule("qk_l2_norm", lambda run: run.latent, "is not an option of multi-latent attention; use --qk-layernorm"),
+    Rule(
+        "rope_type",
+        lambda run: run.config.multi_latent_attention and run.options.rope and run.get("rope_type") != "rope",
+        "with --multi-latent-attention scales the angles of its layers only, and --lightning-rope turns by plain ones; "
+        "use --rope-type rope",
+    ),
+    Rule(
+        "multi_latent_attention",
+        lambda run: not run.softmax,
+        "is the attention of softmax layers, and this model has none; leave it out, or place softmax layers with "
+        "--linear-attention-freq",
+    ),
+    Rule(
+        "recompute_modules",
+        lambda run: run.local and run.config.multi_latent_attention and _selective(run, "mla_up_proj"),
+        "recomputes mla_up_proj in TransformerEngine's layers only; use core_attn or --recompute-granularity full",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run: run.config.multi_latent_attention,
+            "is not read with --multi-latent-attention, whose layers make their own angles; leave it out",
+        )
+        for name in ("no_rope_freq", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+    ),
+    Rule(
+        "mtp_num_layers",
+        lambda run: run.local and run.config.multi_latent_attention,
+        "adds a layer of Megatron's own multi-latent attention, which --transformer-impl local does not train right; "
+        "leave it out",
+    ),
+    Rule(
+        "cache_mla_latents",
+        lambda run: True,
+        "is for Megatron's dynamic inference, which lightning layers do not have; leave it out",
+    ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: run.local,
+        "acts in TransformerEngine's layers only, and --transformer-impl local would ignore it; use "
+        "--transformer-impl transformer_engine, or leave it out",
+    ),
+    Rule(
         "linear_conv_kernel_dim",
         lambda run: run.config.linear_conv_kernel_dim != 4,
         "belongs to gated delta net; lightning layers have no convolution, so leave it out",
@@ -214,6 +301,23 @@ REFUSED = (
 )
 
 WARNED = (
+    Rule(
+        "rotary_scaling_factor",
+        lambda run: (
+            run.latent and run.get("rope_type") == "rope" and getattr(run.args, "rotary_scaling_factor", 1.0) != 1.0
+        ),
+        "acts with --rope-type yarn only",
+    ),
+    Rule(
+        "add_qkv_bias",
+        lambda run: run.latent and not run.config.add_bias_linear,
+        "reaches lightning layers only; the projections of multi-latent attention have no bias",
+    ),
+    Rule(
+        "use_mup",
+        lambda run: run.latent,
+        "does not scale the logits of softmax layers, which are multi-latent attention here",
+    ),
     Rule(
         "recompute_modules",
         lambda run: _selective(run, "core_attn"),
@@ -272,7 +376,7 @@ WARNED = (
     ),
     Rule(
         "use_mup",
-        lambda run: run.options.scale is None,
+        lambda run: run.options.scale is None and not run.latent,
         "scales the logits of softmax layers only; choose that of lightning layers with --lightning-scale, or "
         "make_spec(scale=...)",
     ),
@@ -344,6 +448,11 @@ def refuse_parts(asked) -> None:
         raise ValueError(
             "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine is not installed, "
             "or does not import; install transformer_engine[pytorch], or pass --transformer-impl local"
+        )
+    if getattr(asked, "multi_latent_attention", False) and getattr(asked, "attention_output_gate", False):
+        raise ValueError(
+            "--attention-output-gate is not an option of multi-latent attention; leave it out (lightning layers have "
+            "--lightning-gate)"
         )
     for name, text in REFUSED_ALWAYS.items():
         value = getattr(asked, name, None)

@@ -19,7 +19,7 @@ from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import rotate
+from .rope import own_angles, own_rotary_embedding, rotate
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -138,6 +138,7 @@ class LightningAttention(MegatronModule):
             tp_group=self.tp_group,
             name=None if name is None else name + ".linear_proj",
         )
+        self.rotary_pos_emb = own_rotary_embedding(config, options, shape.key_dim, self.pg_collection.cp)
         # Not a buffer: Megatron casts those to bf16 (Float16Module), and a decay in bf16 is another decay.
         self.log_decay = log_decay(
             options.decay,
@@ -208,6 +209,10 @@ class LightningAttention(MegatronModule):
         nvtx_range_pop(suffix="qkv")
         if options.rope:
             nvtx_range_push(suffix="rotary_pos_emb")
+            if self.rotary_pos_emb is not None:
+                rotary_pos_emb = own_angles(
+                    self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group
+                )
             q, k = rotate(
                 q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,

@@ -80,8 +80,19 @@ class _Model:
         return not all(self.pattern) or bool(self.known("mtp_num_layers", None))
 
     def rope(self) -> bool:
+        if self.latent():  # whatever GPTModel passes to its layers
+            return True
         used = self.softmax() or bool(self.options and self.options.rope)
         return used and self.known("position_embedding_type", "rope") in _ROPE
+
+    def heads_of_softmax(self) -> bool:
+        return self.softmax() and not self.latent()
+
+    def latent(self) -> bool:
+        return self.softmax() and bool(self.known("multi_latent_attention", False))
+
+    def own_rope(self) -> bool:
+        return bool(self.options and self.options.rope and self.known("multi_latent_attention", False))
 
     def experts(self) -> bool:
         return bool(self.known("num_moe_experts", None))
@@ -127,9 +138,10 @@ def _activation(model: _Model) -> str:
 
 
 def _position_embedding(model: _Model) -> str:
-    """Rotary embeddings count only where a layer applies them."""
+    """Rotary embeddings count only where a layer applies those of GPTModel, which multi-latent attention does not."""
     kind = model.get("position_embedding_type")
-    return "none" if kind in _ROPE and not model.rope() else kind
+    applied = model.rope() and not model.known("multi_latent_attention", False)
+    return "none" if kind in _ROPE and not applied else kind
 
 
 def _mup(model: _Model) -> list | None:
@@ -154,6 +166,14 @@ def _yarn(model: _Model) -> list | None:
     )  # fmt: skip
     yarn = model.get("position_embedding_type") == "yarn"
     return [model.get(f"yarn_{name}") for name in names] if yarn else None
+
+
+def _latent_yarn(model: _Model) -> list | None:
+    names = (
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim",
+    )  # fmt: skip
+    return [model.get(name) for name in names] if model.get("rope_type") == "yarn" else None
 
 
 def _expert_layers(model: _Model) -> list[int]:
@@ -214,12 +234,22 @@ ROWS = (
     Row("no_rope_freq", "--no-rope-freq", "rope", _no_rope),
     Row("mrope_section", "--mrope-section", "rope"),
     Row("yarn", "--rotary-scaling-factor, --yarn-..., --mscale, --mscale-all-dim", "rope", _yarn),
-    Row("num_query_groups", "--num-query-groups", "softmax"),
-    Row("kv_channels", "--kv-channels", "softmax"),
+    Row("lightning_rotary_percent", "--lightning-rotary-percent (default: --rotary-percent)", "own_rope",
+        lambda m: m.get("rotary_percent") if m.options.rotary_percent is None else m.options.rotary_percent),
+    Row("multi_latent_attention", "--multi-latent-attention", "softmax"),
+    Row("q_lora_rank", "--q-lora-rank", "latent"),
+    Row("kv_lora_rank", "--kv-lora-rank", "latent"),
+    Row("qk_head_dim", "--qk-head-dim", "latent"),
+    Row("qk_pos_emb_head_dim", "--qk-pos-emb-head-dim", "latent"),
+    Row("v_head_dim", "--v-head-dim", "latent"),
+    Row("rope_type", "--rope-type", "latent"),
+    Row("latent_yarn", "--rotary-scaling-factor, --mscale, --mscale-all-dim, ...", "latent", _latent_yarn),
+    Row("num_query_groups", "--num-query-groups", "heads_of_softmax"),
+    Row("kv_channels", "--kv-channels", "heads_of_softmax"),
     Row("attention_output_gate", "--attention-output-gate", "softmax"),
     Row("qk_layernorm", "--qk-layernorm", "softmax"),
     Row("qk_l2_norm", "--qk-l2-norm", "softmax"),
-    Row("softmax_scale", "--mup-base-head-dim, --mup-attn-scale-power", "softmax"),
+    Row("softmax_scale", "--mup-base-head-dim, --mup-attn-scale-power", "heads_of_softmax"),
     Row("softmax_type", "--softmax-type", "softmax"),
     Row("window_size", "--window-size", "softmax"),
     Row("window_attn_skip_freq", "--window-attn-skip-freq", "softmax", _window_layers),

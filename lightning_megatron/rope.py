@@ -5,9 +5,34 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 
+from .config import LightningOptions
 from .parallel import token_positions
+
+
+def own_rotary_embedding(config, options: LightningOptions, key_dim: int, cp_group) -> RotaryEmbedding | None:
+    """The angles of a lightning layer where GPTModel passes none: with multi-latent attention, whose layers have their
+    own. None where it passes them, or nothing is turned.
+    """
+    if not (options.rope and config.multi_latent_attention):
+        return None
+    percent = config.rotary_percent if options.rotary_percent is None else options.rotary_percent
+    return RotaryEmbedding(
+        key_dim, percent, config.rotary_interleaved, rotary_base=config.rotary_base,
+        use_cpu_initialization=config.use_cpu_initialization, cp_group=cp_group,
+    )  # fmt: skip
+
+
+def own_angles(embedding, hidden_states: torch.Tensor, config, packed, inference_context, group):
+    """What a layer's own rotary embedding returns for this rank's tokens, or packed for all positions there are."""
+    if packed is not None and packed.max_seqlen_q is None:
+        tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        length = hidden_states.shape[0] * tp * (1 if group is None else group.size())
+    else:
+        length = embedding.get_rotary_seq_len(inference_context, None, hidden_states, config, packed)
+    return embedding(length, packed_seq=packed is not None)
 
 
 def rotate(
@@ -46,6 +71,30 @@ def rotate(
             f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
             f"{q.shape[-1]}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
         )
+    return turn(
+        q, k, freqs, config=config, mscale=_yarn_get_concentration_factor_from_config(config), cu_seqlens=cu_seqlens,
+        inference_context=inference_context, cp_group=cp_group, group=group, layout=layout,
+    )  # fmt: skip
+
+
+def turn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    freqs: tuple[torch.Tensor, torch.Tensor],
+    *,
+    config,
+    mscale: float,
+    cu_seqlens: torch.Tensor | None,
+    inference_context,
+    cp_group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    layout: str,
+    **how: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Megatron's ``apply_rotary_pos_emb`` with the angles of this rank's tokens; arguments as of ``rotate``.
+
+    ``mscale`` is the factor of YaRN, 1 without it; ``how`` goes to Megatron's function.
+    """
     if inference_context is not None:
         start = inference_context.sequence_len_offset
         freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
@@ -57,8 +106,9 @@ def rotate(
     common = dict(
         config=config,
         cu_seqlens=cu_seqlens if packed else None,
-        mscale=_yarn_get_concentration_factor_from_config(config),  # 1 without YaRN
+        mscale=mscale,
         cp_group=cp_group,
+        **how,
     )
     q, k = (
         apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)

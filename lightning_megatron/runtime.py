@@ -11,7 +11,15 @@ from argparse import Namespace
 
 import torch
 
-from .config import LightningOptions, facts, lightning_pattern, mark_prepared, prepared_with, resolve_shape
+from .config import (
+    LightningOptions,
+    check_latent_sizes,
+    facts,
+    lightning_pattern,
+    mark_prepared,
+    prepared_with,
+    resolve_shape,
+)
 from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .parallel import LAYOUTS
 from .record import ATTRIBUTE, function_record
@@ -93,6 +101,8 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     resolve_shape(config, options, config.tensor_model_parallel_size)
     refuse_parts(config)
+    if config.multi_latent_attention:
+        check_latent_sizes(config)
     if args is not None:
         refuse_parts(args)
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
@@ -106,6 +116,11 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         raise ValueError(
             f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for "
             "all-lightning, or train without this spec"
+        )
+    if options.rotary_percent is not None and not config.multi_latent_attention:
+        raise ValueError(
+            f"--lightning-rotary-percent {options.rotary_percent} needs --multi-latent-attention; in other models all "
+            "layers have the same angles: use --rotary-percent"
         )
     for message in messages_of_refusal(config, options, layout, args):
         raise ValueError(message)

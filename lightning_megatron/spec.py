@@ -14,8 +14,8 @@ rank. The targets above call it; a program of your own calls it before it builds
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 
 from .compat import check_megatron
@@ -33,7 +33,7 @@ try:
     from .mixer import LightningAttention, LightningAttentionSubmodules
     from .norm import layer_norm_spec
     from .runtime import prepare, refuse
-    from .softmax import SDPACoreAttention
+    from .softmax import LatentAttention, SDPACoreAttention
 except ImportError as error:
     # Megatron catches ImportError from a --spec module and trains plain softmax attention without another word.
     raise RuntimeError(f"lightning_megatron.spec cannot be used, an import failed: {error}") from error
@@ -95,13 +95,16 @@ def get_hybrid_layer_specs(
 
 def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[bool]) -> list[ModuleSpec]:
     """``get_hybrid_layer_specs`` for a pattern: True for a lightning layer."""
-    base_specs = get_gpt_decoder_layer_specs(
-        config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
-    )
-    local = config.transformer_impl == "local"
+    local, latent = config.transformer_impl == "local", config.multi_latent_attention
+    softmax_specs = lightning_specs = _megatron_specs(config)
+    if latent:  # whose layers have other projections
+        plain = copy.copy(config)
+        plain.multi_latent_attention = False
+        lightning_specs = _megatron_specs(plain)
     norm = layer_norm_spec(config, options)
     specs = []
-    for base, lightning in zip(base_specs, pattern, strict=True):
+    for lightning, *both in zip(pattern, softmax_specs, lightning_specs, strict=True):
+        base = both[lightning]
         layer = dataclasses.replace(base.submodules)
         if local:
             layer.input_layernorm = layer.pre_mlp_layernorm = norm
@@ -113,13 +116,23 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
                 submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
             )
         elif local:
-            core = functools.partial(SDPACoreAttention, per_document=layout == "zigzag-documents")
+            core = ModuleSpec(module=SDPACoreAttention, params={"per_document": layout == "zigzag-documents"})
             replaced = dataclasses.replace(projections, core_attention=core)
             if config.qk_layernorm and not config.qk_l2_norm:
-                replaced = dataclasses.replace(replaced, q_layernorm=norm, k_layernorm=norm)
+                names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
+                replaced = dataclasses.replace(replaced, **dict.fromkeys(names, norm))
             layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
+            if latent:
+                params = {**layer.self_attention.params, "layout": layout}
+                layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
         specs.append(dataclasses.replace(base, submodules=layer))
     return specs
+
+
+def _megatron_specs(config) -> list[ModuleSpec]:
+    return get_gpt_decoder_layer_specs(
+        config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
+    )
 
 
 def get_hybrid_block_spec(

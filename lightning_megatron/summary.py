@@ -16,21 +16,37 @@ from .norm import layer_norm
 def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
     """Parameters of the attention module of one lightning and of one softmax layer, over all tensor-parallel ranks."""
     shape = resolve_shape(config, options, tp=1)
-    hidden, bias = config.hidden_size, config.add_bias_linear
-    qkv_bias = bias or config.add_qkv_bias
-
-    def projections(columns: int, rows: int) -> int:
-        return hidden * (columns + rows) + columns * qkv_bias + hidden * bias
-
     norms = shape.output_dim * bool(shape.norm_groups and options.norm_affine) + 2 * shape.key_dim * options.qk_norm
+    softmax = _latent_parameters if config.multi_latent_attention else _softmax_parameters
+    return _projections(config, shape.projection_dim, shape.output_dim) + norms, softmax(config)
+
+
+def _projections(config, columns: int, rows: int) -> int:
+    hidden, bias = config.hidden_size, config.add_bias_linear
+    return hidden * (columns + rows) + columns * (bias or config.add_qkv_bias) + hidden * bias
+
+
+def _norm(config, channels: int) -> int:
+    weights = config.qk_layernorm and not config.qk_l2_norm
+    return channels * (1 if config.normalization == "RMSNorm" else 2) * weights
+
+
+def _softmax_parameters(config) -> int:
     query = config.kv_channels * config.num_attention_heads
     gate = query if config.attention_output_gate else 0
     key_value = 2 * config.kv_channels * config.num_query_groups
-    qk_weights = config.qk_layernorm and not config.qk_l2_norm
-    softmax_norms = 2 * config.kv_channels * (1 if config.normalization == "RMSNorm" else 2) * qk_weights
-    return projections(shape.projection_dim, shape.output_dim) + norms, projections(
-        query + gate + key_value, query
-    ) + softmax_norms
+    return _projections(config, query + gate + key_value, query) + 2 * _norm(config, config.kv_channels)
+
+
+def _latent_parameters(config) -> int:
+    hidden, heads, q_lora, kv_lora = (
+        config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank,
+    )  # fmt: skip
+    queries = heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
+    q = hidden * queries if q_lora is None else q_lora * (hidden + queries)
+    kv = hidden * (kv_lora + config.qk_pos_emb_head_dim) + kv_lora * heads * (config.qk_head_dim + config.v_head_dim)
+    output = hidden * heads * config.v_head_dim + hidden * config.add_bias_linear
+    return q + kv + output + _norm(config, kv_lora + (q_lora or 0))
 
 
 def layer_map(config, options: LightningOptions) -> str:

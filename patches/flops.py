@@ -51,6 +51,19 @@ def softmax_layer_flops(args: Any, tokens: float, seqlen_squared_sum: float) -> 
     return FORWARD_BACKWARD_FMA * (tokens * projections + seqlen_squared_sum * query)
 
 
+def latent_layer_flops(args: Any, tokens: float, seqlen_squared_sum: float) -> float:
+    """Operations that Megatron counts for one layer of multi-latent attention, forward and backward."""
+    heads, key = args.num_attention_heads, args.qk_head_dim + args.qk_pos_emb_head_dim
+    if args.q_lora_rank is None:
+        queries = args.hidden_size * heads * key
+    else:
+        queries = args.q_lora_rank * (args.hidden_size + heads * key + 1)
+    latent = args.kv_lora_rank * (args.hidden_size + heads * (args.qk_head_dim + args.v_head_dim) + 1)
+    rest = args.hidden_size * (args.qk_pos_emb_head_dim + heads * args.v_head_dim)
+    core = heads * (key + args.v_head_dim) / 2
+    return FORWARD_BACKWARD_FMA * (tokens * (queries + latent + rest) + seqlen_squared_sum * core)
+
+
 def _wrap(original: Callable[..., float]) -> Callable[..., float]:
     def num_floating_point_operations(
         args: Any,
@@ -62,14 +75,15 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
         layers = sum(lightning_pattern(args.linear_attention_freq, args.num_layers))
         if not layers:
             return total
-        assert _options is not None and not args.multi_latent_attention
+        assert _options is not None
         tokens, squared = total_real_tokens_in_batch, seqlen_squared_sum_in_batch
         if tokens is None:
             tokens = batch_size * args.seq_length
         if squared is None:
             squared = batch_size * args.seq_length**2
         lightning = lightning_layer_flops(args, _options, tokens)
-        return total + layers * (lightning - softmax_layer_flops(args, tokens, squared))
+        softmax = (latent_layer_flops if args.multi_latent_attention else softmax_layer_flops)(args, tokens, squared)
+        return total + layers * (lightning - softmax)
 
     return num_floating_point_operations
 

@@ -19,7 +19,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention, LightningAttentionSubmodules
@@ -49,14 +49,25 @@ class Variant:
 # ---- Megatron ----------------------------------------------------------------------------------------------------
 
 
+PLAIN = dict(
+    normalization="RMSNorm", layernorm_epsilon=1e-3, add_bias_linear=False, hidden_dropout=0.0,
+    attention_dropout=0.0, transformer_impl="local", gradient_accumulation_fusion=False,
+    masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, use_cpu_initialization=False,
+)  # fmt: skip
+LATENT = dict(
+    q_lora_rank=24, kv_lora_rank=20, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=12, rope_type="rope",
+    rotary_base=ROTARY_BASE, qk_layernorm=True, linear_attention_freq=2,
+)  # fmt: skip
+
+
 def transformer_config(**changes) -> TransformerConfig:
     """A small model in fp32 without dropout, as far as ``changes`` do not say otherwise."""
-    defaults = dict(
-        normalization="RMSNorm", layernorm_epsilon=1e-3, add_bias_linear=False, hidden_dropout=0.0,
-        attention_dropout=0.0, transformer_impl="local", gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, use_cpu_initialization=False,
-    )  # fmt: skip
-    return TransformerConfig(**SIZES | defaults | changes)
+    return TransformerConfig(**SIZES | PLAIN | changes)
+
+
+def latent_config(**changes) -> MLATransformerConfig:
+    """The same with multi-latent attention in its softmax layers, which are every second one."""
+    return MLATransformerConfig(**SIZES | PLAIN | LATENT | changes)
 
 
 def start(*, tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1) -> None:
@@ -114,6 +125,7 @@ def sliced_dim(name: str) -> int | None:
     """Along which dimension tensor-parallel ranks hold slices of a parameter; None where each holds all of it."""
     if name.endswith(
         ("linear_qkv.weight", "linear_qkv.bias", "out_norm.weight", "linear_fc1.weight", "linear_fc1.bias")
+        + tuple(f"linear_{name}proj.weight" for name in ("q_", "q_down_", "q_up_", "kv_down_", "kv_up_"))
     ):
         return 0
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else None

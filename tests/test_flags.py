@@ -20,9 +20,10 @@ from lightning_megatron.runtime import prepare, refuse
 from lightning_megatron.spec import get_lightning_layer_spec
 from lightning_megatron.training.arguments import args_defaults, options_from_args
 from tests.helpers.arguments import parse_flags, pretend_without
-from tests.layers import transformer_config
+from tests.layers import latent_config, transformer_config
 
 HYBRID = dict(linear_attention_freq=2)
+LATENT = dict(multi_latent_attention=True)
 TE = dict(transformer_impl="transformer_engine")
 MUON = dict(optimizer="muon", muon_split_qkv=True)
 
@@ -39,7 +40,8 @@ def without(monkeypatch):
 
 def model(**changes):
     """A config with ``changes`` past Megatron's own checks, some of which want packages or a GPU."""
-    config = transformer_config()
+    latent = changes.get("multi_latent_attention")
+    config = latent_config(linear_attention_freq=None) if latent else transformer_config()
     for name, value in changes.items():
         assert hasattr(config, name) or name == "cp_partition_mode", name
         setattr(config, name, value)
@@ -117,6 +119,64 @@ REFUSED = {
     "rope-without-angles": (
         {}, dict(rope=True), dict(position_embedding_type="learned_absolute"),
         "--position-embedding-type learned_absolute gives no angles to --lightning-rope",
+    ),
+    "latent-yarn": (
+        HYBRID | LATENT | dict(rope_type="yarn"), dict(rope=True), dict(position_embedding_type="rope"),
+        "--rope-type yarn with --multi-latent-attention .*use --rope-type rope",
+    ),
+    "latent-alone": (LATENT, {}, {}, "--multi-latent-attention is the attention of softmax layers.*has none; leave"),
+    "latent-recompute": (
+        HYBRID | LATENT | dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]), {}, {},
+        "--recompute-modules mla_up_proj recomputes .*; use core_attn or --recompute-granularity full",
+    ),
+    "latent-rope-freq": (HYBRID | LATENT | dict(no_rope_freq=2), {}, {}, "--no-rope-freq .*is not read with"),
+    "latent-rope-scaling": (HYBRID | LATENT, {}, dict(use_rope_scaling=True), "--use-rope-scaling is not read with"),
+    "latent-interpolation": (
+        HYBRID | LATENT, {}, dict(rotary_seq_len_interpolation_factor=2),
+        "--rotary-seq-len-interpolation-factor 2 is not read with",
+    ),
+    "latent-mtp": (
+        HYBRID | LATENT | dict(mtp_num_layers=1), {}, {},
+        "--mtp-num-layers 1 adds a layer of Megatron's own multi-latent attention.*leave it out",
+    ),
+    "latent-cache": (
+        HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
+        "--cache-mla-latents is for Megatron's dynamic inference.*leave it out",
+    ),
+    "latent-fusion": (
+        HYBRID | LATENT | dict(mla_down_proj_fusion=True), {}, {},
+        "--mla-down-proj-fusion acts in TransformerEngine's layers only.*use --transformer-impl transformer_engine",
+    ),
+    "latent-position": (
+        HYBRID | LATENT, {}, dict(position_embedding_type="yarn"),
+        "--position-embedding-type yarn does not reach multi-latent attention.*use --position-embedding-type rope",
+    ),
+    "latent-yarn-flag": (
+        HYBRID | LATENT | dict(rope_type="yarn"), {}, dict(yarn_beta_fast=4.0),
+        "--yarn-beta-fast 4.0 is not passed on to multi-latent attention",
+    ),
+    "latent-mscale": (
+        HYBRID | LATENT | dict(mscale_all_dim=1.0), {}, {}, "--mscale-all-dim 1.0 belongs to --rope-type yarn",
+    ),
+    "latent-percent": (
+        HYBRID | LATENT | dict(rope_type="yarn", rotary_percent=0.5), {}, {},
+        "--rotary-percent 0.5 is not read with --rope-type yarn",
+    ),
+    "latent-rope-fusion": (HYBRID | LATENT | dict(apply_rope_fusion=True), {}, {}, "use --no-rope-fusion"),
+    "latent-l2": (HYBRID | LATENT | dict(qk_l2_norm=True), {}, {}, "--qk-l2-norm is not an option.*--qk-layernorm"),
+    "latent-gate": (
+        HYBRID | LATENT | dict(attention_output_gate=True), {}, {}, "--attention-output-gate is not an option of multi",
+    ),
+    "latent-odd": (HYBRID | LATENT | dict(qk_pos_emb_head_dim=7), {}, {}, "--qk-pos-emb-head-dim 7 must be even"),
+    "latent-none": (HYBRID | LATENT | dict(v_head_dim=0), {}, {}, "--v-head-dim 0 must be at least 1"),
+    "latent-tp": (
+        HYBRID | LATENT | dict(q_lora_rank=25, tensor_model_parallel_size=2), {}, {},
+        "--q-lora-rank is 25, which tensor-parallel size 2 does not divide",
+    ),
+    "latent-type": (HYBRID | LATENT | dict(rope_type="foo"), {}, {}, "--rope-type foo is unknown; choose rope or yarn"),
+    "rotary-percent": (
+        HYBRID, dict(rope=True, rotary_percent=0.5), dict(position_embedding_type="rope"),
+        "--lightning-rotary-percent 0.5 needs --multi-latent-attention; .*use --rotary-percent",
     ),
     "conv": (
         dict(linear_conv_kernel_dim=3), {}, {},

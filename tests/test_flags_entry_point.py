@@ -148,7 +148,7 @@ def test_every_refusal_of_the_entry_point_ends_it(parse, without, capsys):
     for given, words in (
         ("--reset-attention-mask", "--dataloader-inter-document-masking"),
         ("--rampup-batch-size 1 1 8", "--step-batch-size-schedule"),
-        ("--multi-latent-attention", "chooses another attention"),
+        ("--experimental-attention-variant gated_delta_net", "chooses another attention"),
         ("--linear-num-key-heads 16", "--lightning-num-kv-heads"),
     ):
         parse(given)

@@ -14,7 +14,8 @@ PACKAGE = "lightning_megatron"
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"parallel"},
-    {"decay", "norm", "softmax", "rope"},
+    {"decay", "norm", "rope"},
+    {"softmax"},
     {"record"},
     {"resume"},
     {"patches"},

@@ -60,9 +60,8 @@ def test_options_default(parse):
 def test_options_all_flags(parse):
     wanted = LightningOptions(
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
-        scale=1.0, rope=True, qk_norm=True, norm="group", norm_groups=2, norm_affine=False, norm_eps=1e-6,
-        gate="linear",
-        backend="torch", cp_exchange="ring", cp_keep_states=False,
+        scale=1.0, rope=True, rotary_percent=0.5, qk_norm=True, norm="group", norm_groups=2, norm_affine=False,
+        norm_eps=1e-6, gate="linear", backend="torch", cp_exchange="ring", cp_keep_states=False,
     )  # fmt: skip
     default, flags = LightningOptions(), []
     for field in dataclasses.fields(wanted):
@@ -178,7 +177,6 @@ def test_parts_in_use(parse, installed):
 REFUSALS = [
     ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
     ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
-    ("--multi-latent-attention", ["--multi-latent-attention"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
     ("--hybrid-layer-pattern M*M", ["M*M"]),
     (
@@ -378,6 +376,20 @@ def test_flops_of_softmax_layers_are_megatrons(count, flags, sums):
     original = megatron_training.num_floating_point_operations.__wrapped__(args, 2, **sums)
     tokens, squared = sums.get("total_real_tokens_in_batch", 64), sums.get("seqlen_squared_sum_in_batch", 2048)
     assert original == 3 * patches.flops.softmax_layer_flops(args, tokens, squared)
+    patched = megatron_training.num_floating_point_operations(args, 2, **sums)
+    lightning = patches.flops.lightning_layer_flops(args, LightningOptions(), tokens)
+    assert patched == pytest.approx(original / 3 + 2 * lightning, rel=1e-12)
+
+
+@pytest.mark.parametrize("queries", ["", "--q-lora-rank 24"])
+@pytest.mark.parametrize("sums", [{}, {"seqlen_squared_sum_in_batch": 700, "total_real_tokens_in_batch": 50}])
+def test_flops_of_latent_attention_are_megatrons(count, queries, sums):
+    sizes = "--kv-lora-rank 20 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 12"
+    _, _, args = count(f"--multi-latent-attention --rope-type rope {sizes} {queries}")
+    args.ffn_hidden_size = args.padded_vocab_size = 0  # leaves Megatron's three attention layers
+    original = megatron_training.num_floating_point_operations.__wrapped__(args, 2, **sums)
+    tokens, squared = sums.get("total_real_tokens_in_batch", 64), sums.get("seqlen_squared_sum_in_batch", 2048)
+    assert original == pytest.approx(3 * patches.flops.latent_layer_flops(args, tokens, squared), rel=1e-12)
     patched = megatron_training.num_floating_point_operations(args, 2, **sums)
     lightning = patches.flops.lightning_layer_flops(args, LightningOptions(), tokens)
     assert patched == pytest.approx(original / 3 + 2 * lightning, rel=1e-12)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from megatron.core.activations import squared_relu
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.record import (
@@ -44,7 +44,7 @@ mtp_loss_scaling_factor mtp_detach_heads mtp_hybrid_override_pattern num_layers_
 num_layers_in_last_pipeline_stage pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
 account_for_loss_in_pipeline_split attention_backend flash_attention_version hidden_dropout attention_dropout
 fp32_residual_connection activation_func_fp8_input_store qk_clip qk_clip_alpha qk_clip_threshold log_max_attention_logit
-test_mode calculate_per_token_loss multi_latent_attention experimental_attention_variant
+test_mode calculate_per_token_loss experimental_attention_variant
 experimental_attention_variant_loss_scale_func dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
 dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss dsa_kernel_backend
 dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon
@@ -112,6 +112,17 @@ YARN = {
         "mscale_all_dim", "correction_range_round_to_int",
     )
 }  # fmt: skip
+LATENT = {field.name: field.default for field in dataclasses.fields(MLATransformerConfig)}
+LATENT = {
+    name: value
+    for name, value in LATENT.items()
+    if name not in vars(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1))
+}
+LATENT["multi_latent_attention"] = True
+LATENT_ROWS = (
+    "lightning_rotary_percent", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+    "rope_type", "latent_yarn",
+)  # fmt: skip
 # Of every row one change: of the config, the options or the args.
 CHANGES = {
     "layers": ("config", "linear_attention_freq", [0, 1, 1, 1]),
@@ -151,6 +162,15 @@ CHANGES = {
     "no_rope_freq": ("config", "no_rope_freq", [0, 0, 0, 1]),
     "mrope_section": ("config", "mrope_section", [8, 4, 4]),
     "yarn": ("config", "yarn_beta_fast", 2.0),
+    "lightning_rotary_percent": ("options", "rotary_percent", 0.5),
+    "multi_latent_attention": ("config", "multi_latent_attention", True),
+    "q_lora_rank": ("config", "q_lora_rank", None),
+    "kv_lora_rank": ("config", "kv_lora_rank", 256),
+    "qk_head_dim": ("config", "qk_head_dim", 64),
+    "qk_pos_emb_head_dim": ("config", "qk_pos_emb_head_dim", 32),
+    "v_head_dim": ("config", "v_head_dim", 64),
+    "rope_type": ("config", "rope_type", "rope"),
+    "latent_yarn": ("config", "mscale", 2.0),
     "num_query_groups": ("config", "num_query_groups", 2),
     "kv_channels": ("config", "kv_channels", 32),
     "attention_output_gate": ("config", "attention_output_gate", True),
@@ -184,14 +204,18 @@ CHANGES = {
 }
 
 # Options that nobody sets follow these, and are named as well: head dims, scale, groups, epsilon.
-FOLLOWED = ("num_attention_heads", "key_dim", "kv_channels", "layernorm_epsilon")
+FOLLOWED = ("num_attention_heads", "key_dim", "kv_channels", "layernorm_epsilon", "rope_type", "multi_latent_attention")
 
 
 def parts(key: str):
     """config, options and args of the base model for one row."""
     yarn = key == "yarn"
     kind = "yarn" if yarn else "rope"
-    return transformer_config(**YARN if yarn else {}), LightningOptions(), flags(position_embedding_type=kind)
+    options = LightningOptions(rope=key == "lightning_rotary_percent")
+    fields = YARN if yarn else LATENT if key in LATENT_ROWS else {}
+    if key == "multi_latent_attention":  # whose fields Megatron's config has either way
+        fields = LATENT | {key: False}
+    return transformer_config(**fields), options, flags(position_embedding_type=kind)
 
 
 def changed(key: str):
@@ -255,7 +279,7 @@ def test_every_field_of_megatrons_config_is_decided():
             read.add(name)
             return value
 
-    for key in ("layers", "yarn"):
+    for key in ("layers", "yarn", "kv_lora_rank"):
         config, options, args = parts(key)
         function_record(Spy(config), options, args)
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -362,3 +386,19 @@ def test_without_args_nothing_of_them_is_compared():
     without = function_record(config, options)
     assert "rotary_base" not in without["values"] and without["values"]["rotary_interleaved"] is False
     assert differences(without, function_record(config, options, args)) == []
+
+
+def test_latent_attention_turns_whatever_the_model_passes():
+    """Its angles are compared with any position embedding, and which rotary kind that is makes no difference."""
+    base = transformer_config(**LATENT)
+    for kind in ("none", "learned_absolute", "rope"):
+        now = function_record(base, LightningOptions(), flags(position_embedding_type=kind))
+        other = transformer_config(**LATENT | dict(rotary_base=500))
+        found = differences(now, function_record(other, LightningOptions(), flags(position_embedding_type=kind)))
+        assert [flag for flag, _, _ in found] == ["--rotary-base"]
+    none, rope = (function_record(base, LightningOptions(), flags(position_embedding_type=k)) for k in ("none", "rope"))
+    assert differences(none, rope) == []
+    other = transformer_config(**LATENT, kv_channels=32, num_query_groups=2)
+    options = LightningOptions(key_head_dim=16)
+    records = (function_record(c, options, flags()) for c in (base, other))
+    assert differences(*records) == []

@@ -29,7 +29,7 @@ from lightning_megatron.summary import layer_map
 from tests import layers
 from tests.helpers.models import gpt
 from tests.launch import spawn
-from tests.layers import decay_of, transformer_config
+from tests.layers import decay_of, latent_config, transformer_config
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,6 @@ def test_pattern_refuses(freq, message):
             dict(transformer_impl="transformer_engine"),
             "needs TransformerEngine, .* install .*, or pass --transformer-impl local",
         ),
-        (dict(multi_latent_attention=True), "--multi-latent-attention chooses another attention .*; leave it out"),
         (
             dict(experimental_attention_variant="gated_delta_net"),
             "--experimental-attention-variant gated_delta_net chooses",
@@ -144,6 +143,8 @@ SIZES = {
     "qk-norm": (dict(qk_layernorm=True), dict(qk_norm=True, norm_affine=False)),
     "qk-layernorm": (dict(qk_layernorm=True, normalization="LayerNorm"), dict(norm="none")),
     "qk-l2-norm": (dict(qk_layernorm=True, qk_l2_norm=True), dict(key_head_dim=32)),
+    "latent": (dict(), dict()),
+    "latent-queries": (dict(q_lora_rank=None, qk_layernorm=False, add_bias_linear=True), dict()),
     "softmax-gate": (dict(attention_output_gate=True), dict(norm="group", norm_groups=2)),
 }
 
@@ -151,7 +152,8 @@ SIZES = {
 def check_parameter_counts(rank: int, world: int) -> None:
     layers.start()
     for name, (config, options) in SIZES.items():
-        config, options = transformer_config(linear_attention_freq=2, **config), LightningOptions(**options)
+        make = latent_config if name.startswith("latent") else transformer_config
+        config, options = make(**dict(linear_attention_freq=2) | config), LightningOptions(**options)
         decoder = gpt(config, make_spec(options)).decoder
         counted = [sum(p.numel() for p in layer.self_attention.parameters()) for layer in decoder.layers[:2]]
         text = layer_map(config, options)

@@ -1,5 +1,6 @@
-"""Core attention of the softmax layers of a hybrid, on one rank and over context-parallel ranks."""
+"""Attention of the softmax layers of a hybrid, on one rank and over context-parallel ranks."""
 
 from .core import SDPACoreAttention
+from .latent import LatentAttention
 
-__all__ = ["SDPACoreAttention"]
+__all__ = ["LatentAttention", "SDPACoreAttention"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -31,6 +32,18 @@ KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with
     AttnBackend.fused: SDPBackend.CUDNN_ATTENTION,
     AttnBackend.unfused: SDPBackend.MATH,
 }
+
+
+# (key, value) of P ranks, one rank after the other, and P -> keys [P * s, b, heads, d], values [P * s, b, heads, e]
+Expand = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _gathered(k, v, rows: torch.Tensor, group, expand: Expand | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` of the keys and values of all ranks."""
+    if expand is None:
+        return Gather.apply(k, rows, group), Gather.apply(v, rows, group)
+    k, v = expand(Gather.apply(k, None, group), Gather.apply(v, None, group), group.size())
+    return k.index_select(0, rows), v.index_select(0, rows)
 
 
 def refuse_unsupported(config, layer_number: int) -> None:
@@ -93,9 +106,12 @@ class SDPACoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection=None,
         per_document: bool = False,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ):
         super().__init__(config=config)
         del attention_type, cp_comm_type  # self-attention on the ranks' own heads; there is one way to communicate
+        del k_channels, v_channels  # as many as keys and values have
         refuse_unsupported(config, layer_number)
         self.backend = config.attention_backend
         self.cp_group = getattr(pg_collection, "cp", None)
@@ -118,11 +134,18 @@ class SDPACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        *,
+        expand: Expand | None = None,
     ) -> torch.Tensor:
-        """query ``[sq, b, heads, d]``, key and value ``[sk, b, groups, d]`` -> ``[sq, b, heads * d]``.
+        """query ``[sq, b, heads, d]``, key ``[sk, b, groups, d]``, value ``[sk, b, groups, e]`` -> ``[sq, b, heads *
+        e]``.
 
-        Packed (thd): ``[t, heads, d]`` -> ``[t, heads * d]``. ``attention_mask`` is True where attention is forbidden.
+        Packed (thd): ``[t, heads, d]`` -> ``[t, heads * e]``. ``attention_mask`` is True where attention is forbidden.
         Tokens are this rank's; cu_seqlens_q in packed_seq_params are bounds in the whole packed sequence.
+
+        With ``expand``, key and value are two tensors of another meaning, whose first dimension is this rank's tokens
+        (key's may be a tensor-parallel rank's part of them). Ranks exchange these, and ``expand`` makes keys and values
+        of those of all ranks.
         """
         if attention_bias is not None:
             raise ValueError(
@@ -142,7 +165,9 @@ class SDPACoreAttention(MegatronModule):
                         f"attention with mask type {mask_type.name} is not supported over {group.size()} "
                         "context-parallel ranks, only causal; use --context-parallel-size 1, which generation needs too"
                     )
-                return self._context_parallel(query, key, value, packed_seq_params, group, dropout).flatten(-2)
+                return self._context_parallel(query, key, value, packed_seq_params, group, dropout, expand).flatten(-2)
+            if expand is not None:
+                key, value = expand(key, value, 1)
             if packed_seq_params is not None:
                 bounds = document_bounds(packed_seq_params)
                 return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(
@@ -194,10 +219,12 @@ class SDPACoreAttention(MegatronModule):
             if group > 1:  # varlen_attn documents equal head counts only
                 k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
             longest_q, longest_k = (x.shape[0] if longest is None else min(int(longest), x.shape[0]) for x in (q, k))
+            dim = v.shape[-1]
+            v = F.pad(v, (0, q.shape[-1] - dim))  # FlashAttention has one head dim
             return varlen_attn(
                 q.contiguous(), k.contiguous(), v.contiguous(), bounds_q.to(torch.int32), bounds_k.to(torch.int32),
                 longest_q, longest_k, scale=self.softmax_scale, window_size=(-1, 0),
-            )  # fmt: skip
+            )[..., :dim]  # fmt: skip
         q, k, v = (x[:, None] for x in (q, k, v))
         pieces = [
             (slice(a, b), slice(c, d))
@@ -224,20 +251,21 @@ class SDPACoreAttention(MegatronModule):
             outputs.append(o.permute(2, 0, 1, 3))
         return torch.cat(outputs)
 
-    def _context_parallel(self, q, k, v, packed: PackedSeqParams | None, group, dropout: float) -> torch.Tensor:
+    def _context_parallel(
+        self, q, k, v, packed: PackedSeqParams | None, group, dropout: float, expand: Expand | None
+    ) -> torch.Tensor:
         tokens, P, r = q.shape[0], group.size(), group.rank()
-        if tokens % 2 or k.shape[0] != tokens:
+        if tokens % 2 or v.shape[0] != tokens:
             raise ValueError(
                 f"each of {P} context-parallel ranks has the queries and keys of two chunks of equal length, but this "
-                f"one has {tokens} queries and {k.shape[0]} keys; make the sequence length a multiple of {2 * P}"
+                f"one has {tokens} queries and {v.shape[0]} keys; make the sequence length a multiple of {2 * P}"
             )
         n = tokens // 2
         bounds = None if packed is None else document_bounds(packed)
         cut = packed is not None and self.per_document and packed.local_cp_size is None
         self._check_consistency(q, k, v, bounds, cut, group)
         if bounds is None:
-            rows = sequence(tokens, P, q.device)
-            k, v = (Gather.apply(x, rows, group) for x in (k, v))
+            k, v = _gathered(k, v, sequence(tokens, P, q.device), group, expand)
             pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
             if dropout == 0 and (kernel := merging_kernel(q, k, v, self.softmax_scale)) is not None:
                 return Merged.apply(q, k, v, pieces, self.softmax_scale, kernel)
@@ -247,7 +275,7 @@ class SDPACoreAttention(MegatronModule):
         if cut:
             chunks = bounds.diff() // (2 * P)
         rows, bounds_q, bounds_k = pieces_of_documents(chunks, tokens, P, r)
-        k, v = (Gather.apply(x, rows, group) for x in (k, v))
+        k, v = _gathered(k, v, rows, group, expand)
         if not cut:  # of both chunks all documents, most of them empty
             a, b = r * n, (2 * P - 1 - r) * n
             bounds_q = joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)
@@ -261,8 +289,9 @@ class SDPACoreAttention(MegatronModule):
         values = [Values("cu_seqlens", bounds, check, (total, chunks))]
         check_consistency(
             group, q.device, values, operator="softmax attention", tokens=q.shape[0],
-            batch=q.shape[1] if q.dim() == 4 else 1, heads=q.shape[-2], groups=k.shape[-2], dim=q.shape[-1],
-            value_dim=v.shape[-1], dtype=q.dtype, per_document=cut, scale=self.softmax_scale,
+            batch=q.shape[1] if q.dim() == 4 else 1, heads=q.shape[-2], dim=q.shape[-1],
+            groups=k.shape[-2] if k.dim() == q.dim() else 0, value_dim=v.shape[-1], dtype=q.dtype, per_document=cut,
+            scale=self.softmax_scale,
             documents=0 if bounds is None else bounds.numel() - 1,
             gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         )  # fmt: skip

@@ -14,7 +14,9 @@ aten = torch.ops.aten
 
 
 class Gather(torch.autograd.Function):
-    """``rows`` of the tokens ``[P * s, ...]`` of all ranks, of each rank's ``[s, ...]``; no row more than twice."""
+    """``rows`` (None: all) of the tokens ``[P * s, ...]`` of all ranks, of each rank's ``[s, ...]``; no row more than
+    twice.
+    """
 
     @staticmethod
     def forward(ctx, x, rows, group):
@@ -22,7 +24,7 @@ class Gather(torch.autograd.Function):
         ctx.group, ctx.tokens = group, x.shape[0]
         everything = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(everything, x.contiguous(), group=group)
-        return everything.index_select(0, rows)
+        return everything if rows is None else everything.index_select(0, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -31,8 +33,11 @@ class Gather(torch.autograd.Function):
         # In fp32, which sends twice the bytes of bf16: up to 2P pieces add to a token, and bf16 would round after each
         # of them
         wide = torch.promote_types(grad.dtype, torch.float32)
-        everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
-        everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
+        if rows is None:
+            everything = grad.to(wide).contiguous()
+        else:
+            everything = grad.new_zeros(ctx.group.size() * ctx.tokens, *grad.shape[1:], dtype=wide)
+            everything.index_add_(0, rows, grad.to(wide))  # 0 + a + b: in either order the same
         mine = everything.new_empty(ctx.tokens, *grad.shape[1:])
         dist.reduce_scatter_tensor(mine, everything, group=ctx.group)
         return mine.to(grad.dtype), None, None

@@ -1,0 +1,131 @@
+"""Multi-latent attention in softmax layers, without TransformerEngine and over context-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+from ..packed import document_bounds, sharing_group
+from ..rope import own_angles, turn
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's MLASelfAttention with ``SDPACoreAttention`` as its core; weights and checkpoints are Megatron's.
+
+    DeepSeek-V2, section 2.1. A token's latent c (``--kv-lora-rank``) and its rotated part r (``--qk-pos-emb-head-dim``)
+    give the keys and values of all heads,
+
+        [k_h | v_h] = W_h norm(c),    key of head h = [k_h | r].
+
+    Context-parallel ranks exchange c and r, of which all heads are made, and not the keys and values: per token
+    kv_lora_rank + qk_pos_emb_head_dim numbers in place of heads (qk_head_dim + qk_pos_emb_head_dim + v_head_dim). With
+    sequence parallelism each tensor-parallel rank exchanges its own tokens' c.
+
+    Args:
+        layout: which tokens a context-parallel rank holds (``spec.get_hybrid_layer_specs``).
+        The others are Megatron's.
+    """
+
+    def __init__(self, *args, layout: str = "zigzag", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layout = layout
+
+    def _resolve_qk_norm_config(self, submodules) -> dict:
+        """Projections and norms as the spec has them. Megatron refuses a norm of the latent beside queries without one,
+        because only TransformerEngine has the layer that it would take for these.
+        """
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states,
+        key_value_states=None,
+        position_ids=None,
+        packed_seq_params=None,
+        inference_context=None,
+        *,
+        inference_params=None,
+    ):
+        """hidden ``[s, b, h]``, with sequence parallelism ``[s/tp, b, h]`` -> (query, key, value, q latent, kv latent).
+
+        Over context-parallel ranks key is the latent and value the rotated part, and ``_expand`` makes keys and values
+        of them; else they are expanded here. Packed, without the dimension of the batch.
+        """
+        del key_value_states, position_ids
+        config, context = self.config, inference_context or inference_params
+        tp, heads = self.pg_collection.tp, self.num_attention_heads_per_partition
+        latents = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+
+        q_latent, kv = self._qkv_down_projection(hidden_states)
+        if kv.shape[-1] != sum(latents):  # each tensor-parallel rank projects to a part of the channels
+            kv = gather_from_tensor_model_parallel_region(kv, tp)
+        latent, rotated = kv.split(latents, dim=-1)
+        if config.sequence_parallel:
+            latent = scatter_to_sequence_parallel_region(latent, tp)
+        if tp.size() > 1:  # every rank's heads use it: its gradient is their sum, which Megatron's own layer leaves out
+            rotated = copy_to_tensor_model_parallel_region(rotated, tp)
+        if packed_seq_params is not None:
+            q_latent, latent, rotated = (x.squeeze(1) for x in (q_latent, latent, rotated))
+        latent = self.kv_layernorm(latent)
+        if config.q_lora_rank is None:
+            q, _ = self.linear_q_proj(q_latent)
+        else:
+            q_latent = self.q_layernorm(q_latent)
+            q, _ = self.linear_q_up_proj(q_latent)
+        q = q.view(*q.shape[:-1], heads, self.q_head_dim)
+
+        q_fixed, q_rotated = q.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+        q_rotated, rotated = self._rotate(q_rotated, rotated.unsqueeze(-2), hidden_states, packed_seq_params, context)
+        query, rotated = torch.cat((q_fixed, q_rotated), dim=-1), rotated.squeeze(-2)
+        if self._over_ranks(packed_seq_params):
+            return query, latent, rotated, q_latent, latent
+        return query, *self._expand(latent, rotated, 1), q_latent, latent
+
+    def _over_ranks(self, packed) -> bool:
+        group = sharing_group(packed, self.pg_collection.cp)
+        return group is not None and group.size() > 1
+
+    def _rotate(self, q: torch.Tensor, k: torch.Tensor, hidden_states, packed, context):
+        """Turn the channels that carry the position: ``[s, b, heads, d]`` and ``[s, b, 1, d]``, packed without b."""
+        group = sharing_group(packed, self.pg_collection.cp)
+        freqs, mscale = own_angles(self.rotary_pos_emb, hidden_states, self.config, packed, context, group), 1.0
+        if isinstance(self.rotary_pos_emb, YarnRotaryEmbedding):
+            freqs, mscale = freqs
+        if packed is not None:
+            q, k = q.unsqueeze(1), k.unsqueeze(1)
+        if packed is None and context is None:
+            freqs = freqs[: q.shape[0]]
+        q, k = turn(
+            q, k, (freqs, freqs), config=self.config, mscale=mscale,
+            cu_seqlens=None if packed is None else document_bounds(packed), inference_context=context,
+            cp_group=self.pg_collection.cp, group=group,
+            layout="zigzag" if packed is not None and packed.local_cp_size is not None else self.layout,
+            mla_rotary_interleaved=True,
+        )  # fmt: skip
+        return (q.squeeze(1), k.squeeze(1)) if packed is not None else (q, k)
+
+    def _expand(self, latent: torch.Tensor, rotated: torch.Tensor, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of this rank's heads, of the latents ``[ranks * s, ..., c]`` of context-parallel ranks."""
+        config, heads = self.config, self.num_attention_heads_per_partition
+        kv, _ = self.linear_kv_up_proj(latent)
+        if config.sequence_parallel and ranks > 1:  # gathered over tensor-parallel ranks, whose tokens then come first
+            kv = kv.unflatten(0, (self.pg_collection.tp.size(), ranks, -1)).transpose(0, 1).flatten(0, 2)
+        kv = kv.view(*kv.shape[:-1], heads, config.qk_head_dim + config.v_head_dim)
+        fixed, value = kv.split([config.qk_head_dim, config.v_head_dim], dim=-1)
+        rotated = rotated.unsqueeze(-2).expand(*fixed.shape[:-1], config.qk_pos_emb_head_dim)
+        return torch.cat((fixed, rotated), dim=-1), value
+
+    def _run_core_attention(
+        self, query, key, value, attention_mask, packed_seq_params=None, attn_mask_type=None, attention_bias=None
+    ):
+        return self.core_attention(
+            query, key, value, attention_mask, attn_mask_type or self.attn_mask_type, attention_bias, packed_seq_params,
+            expand=self._expand if self._over_ranks(packed_seq_params) else None,
+        )  # fmt: skip
