@@ -224,7 +224,7 @@ REFUSED = (
     Rule("qk_l2_norm", lambda run: run.latent, "is not an option of multi-latent attention; use --qk-layernorm"),
     Rule(
         "rope_type",
-        lambda run: run.config.multi_latent_attention and run.options.rope and run.get("rope_type") != "rope",
+        lambda run: run.latent and run.options.rope and run.get("rope_type") != "rope",
         "with --multi-latent-attention scales the angles of its layers only, and --lightning-rope turns by plain ones; "
         "use --rope-type rope",
     ),
@@ -236,20 +236,20 @@ REFUSED = (
     ),
     Rule(
         "recompute_modules",
-        lambda run: run.local and run.config.multi_latent_attention and _selective(run, "mla_up_proj"),
+        lambda run: run.local and run.latent and _selective(run, "mla_up_proj"),
         "recomputes mla_up_proj in TransformerEngine's layers only; use core_attn or --recompute-granularity full",
     ),
     *(
         Rule(
             name,
-            lambda run: run.config.multi_latent_attention,
+            lambda run: run.latent,
             "is not read with --multi-latent-attention, whose layers make their own angles; leave it out",
         )
         for name in ("no_rope_freq", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
     ),
     Rule(
         "mtp_num_layers",
-        lambda run: run.local and run.config.multi_latent_attention,
+        lambda run: run.local and run.latent,
         "adds a layer of Megatron's own multi-latent attention, which --transformer-impl local does not train right; "
         "leave it out",
     ),

@@ -17,6 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
+from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
@@ -38,11 +39,7 @@ CHECKPOINTS = {
     "everything": (1, EVERYTHING),
     "bf16": (1, f"{EVERYTHING} --bf16"),
     "defaults": (1, "--linear-attention-freq 2 --position-embedding-type learned_absolute"),
-    "latent": (
-        1,
-        f"{EVERYTHING} --multi-latent-attention --rope-type rope --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16 "
-        "--qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm --lightning-rotary-percent 0.5",
-    ),
+    "latent": (1, f"{EVERYTHING} {LATENT}"),
     "mtp": (1, "--linear-attention-freq 2 --mtp-num-layers 1"),
     "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
 }

@@ -29,11 +29,12 @@ MODELS = {
     "moe": "--num-experts 4 --moe-layer-freq 2 --disable-bias-linear --linear-attention-freq 4 "
     f"--moe-ffn-hidden-size 64 --moe-router-load-balancing-type none {EVERYTHING}",
 }
-MODELS["latent"] = (
-    f"{MODELS['freq4']} --multi-latent-attention --rope-type rope --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16 "
-    "--qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm --lightning-rotary-percent 0.5 "
-    "--init-method-std 0.3"  # with Megatron's 0.02 the losses would hardly show another softmax
+LATENT = (
+    "--multi-latent-attention --rope-type rope --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16 "
+    "--qk-pos-emb-head-dim 8 --v-head-dim 12 --qk-layernorm --lightning-rotary-percent 0.5"
 )
+# with Megatron's 0.02 the losses would hardly show another softmax
+MODELS["latent"] = f"{MODELS['freq4']} {LATENT} --init-method-std 0.3"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LAYOUTS = {
     "one": (1, ""),
