@@ -91,6 +91,7 @@ def check(rank: int, world: int, tp: int, changes: dict, seed: int, dtype: torch
     """
     cp, rng = world // tp, torch.Generator().manual_seed(seed)
     layers.start(tp=tp, cp=cp)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = [dist.new_group([r]) for r in range(world)][rank]
     config = latent_config(params_dtype=dtype, tensor_model_parallel_size=tp, context_parallel_size=cp, **changes)
     errors = {}
@@ -102,10 +103,10 @@ def check(rank: int, world: int, tp: int, changes: dict, seed: int, dtype: torch
         params = layers.draw_parameters(attention, tp, rng)
         layers.set_parameters(attention, params, groups.tp.rank(), tp)
         batch = 1 if documents else 2
-        x, weight = (torch.randn(T, batch, 64, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
+        x, weight = (torch.randn(T, batch, 64, generator=rng, dtype=torch.float64).to(device, dtype) for _ in range(2))
         bounds = packed = None
         if documents is not None:
-            bounds = torch.tensor(documents, dtype=torch.int32)
+            bounds = torch.tensor(documents, dtype=torch.int32, device=device)
             longest = int(bounds.diff().max()) if kind != "packed" else None  # Megatron's fields may be empty
             packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
         if dtype == torch.float64:
@@ -113,8 +114,10 @@ def check(rank: int, world: int, tp: int, changes: dict, seed: int, dtype: torch
             want = run(attention, x, weight, packed, params)
             over(attention, groups)
         else:
-            want = with_gradients(judge(config, allowed_pairs(documents)), params, x.double(), weight.double())
-        mine = tokens_of(rank // tp, cp, layout, [T // cp] * cp, bounds)
+            want = with_gradients(
+                judge(config, allowed_pairs(documents)), params, x.cpu().double(), weight.cpu().double()
+            )
+        mine = tokens_of(rank // tp, cp, layout, [T // cp] * cp, None if bounds is None else bounds.cpu())
         if config.sequence_parallel:
             mine = layers.tokens_here(mine, groups.tp.rank(), tp)
         if kind == "dynamic group":  # the batch says which ranks share it
@@ -130,7 +133,8 @@ def check(rank: int, world: int, tp: int, changes: dict, seed: int, dtype: torch
                 dist.all_reduce(got[name], group=groups.tp)
             if dtype != torch.float64:
                 want[name] = layers.slice_of(name, want[name], groups.tp.rank(), tp)
-        errors[kind] = assert_close(got, want, EXACT if dtype == torch.float64 else LAYERS[torch.float32])
+        got = {name: value.cpu() for name, value in got.items()}
+        errors[kind] = assert_close(got, want, EXACT if dtype == torch.float64 else LAYERS[dtype])
     return errors
 
 
@@ -150,6 +154,16 @@ CASES = [
 def test_equals_the_formulas(rng, world, tp, changes):
     errors = spawn(check, world, tp, changes, rng.initial_seed(), torch.float32)
     print("largest relative errors of the ranks:", errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(q_lora_rank=None), dict(qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128, kv_lora_rank=64)],
+)
+def test_equals_the_formulas_in_bf16(rng, changes):
+    errors = spawn(check, 1, 1, changes, rng.initial_seed(), torch.bfloat16, gpus=True)
+    print("largest relative errors:", errors)
 
 
 @pytest.mark.parametrize("world, tp", [(2, 1), (4, 2), (4, 1)])

@@ -126,7 +126,7 @@ TRAIN = (
     "--micro-batch-size 1 --global-batch-size 8 --train-iters 20 --lr 2e-3 --lr-decay-style constant --bf16 "
     "--log-interval 1 --eval-iters 0 --num-workers 0 --mock-data --linear-attention-freq 4"
 ).split()
-RUNS = {
+RUNS = {  # the number of GPUs, and flags; names that begin with latent train another model
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
     "cp2": (2, "--context-parallel-size 2"),  # direct
@@ -137,31 +137,37 @@ RUNS = {
         "--context-parallel-size 2 --lightning-cp-exchange pipelined --lightning-loss-chunk 32",
     ),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "latent-one": (1, ""),
+    "latent-cp2": (2, "--context-parallel-size 2"),
+    "latent-tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Losses by layout, all from one checkpoint, in which TP ranks have their share of the same values."""
-    folder = tmp_path_factory.mktemp("initial")
+    """Losses by layout, all of a model from one checkpoint, in which TP ranks have their share of the same values."""
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split()]
-    save = f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng".split()
-    run_pretrain([*flags, *save], gpus=True, env=env)
+
+    @functools.cache
+    def start(model: str) -> list[str]:
+        folder, flags = tmp_path_factory.mktemp("initial"), [*SIZE, *TRAIN, *MODELS[model].split()]
+        save = f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng".split()
+        run_pretrain([*flags, *save], gpus=True, env=env)
+        return [*flags, *f"--load {folder} --finetune --no-load-optim --no-load-rng".split()]
 
     @functools.cache
     def run(layout: str) -> Run:
         nproc, more = RUNS[layout]
-        load = f"--load {folder} --finetune --no-load-optim --no-load-rng".split()
-        return run_pretrain([*flags, *more.split(), *load], nproc, gpus=True, env=env)
+        flags = start("latent" if layout.startswith("latent") else "freq4")
+        return run_pretrain([*flags, *more.split()], nproc, gpus=True, env=env)
 
     return run
 
 
-@pytest.mark.parametrize("layout", [name for name in RUNS if name != "one"])
+@pytest.mark.parametrize("layout", [name for name in RUNS if not name.endswith("one")])
 def test_trains_as_one_gpu(layout, runs):
     """bf16 rounds otherwise in each layout; a loss misses that of one GPU by less than 1% of what is learnt."""
-    got, want = runs(layout).losses, runs("one").losses
+    got, want = runs(layout).losses, runs("latent-one" if layout.startswith("latent") else "one").losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]
     print(
