@@ -14,7 +14,7 @@ PACKAGE = "lightning_megatron"
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"parallel"},
-    {"decay", "norm", "rope"},
+    {"decay", "mlp", "norm", "residual", "rope"},
     {"softmax"},
     {"record"},
     {"resume"},
