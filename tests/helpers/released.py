@@ -50,6 +50,9 @@ def to_megatron(config: dict[str, Any], args: Namespace, theirs: Tensors) -> Ten
 
 def build(args: Namespace, **layout: Any) -> torch.nn.Module:
     """This rank's part of the model, in process groups that exist."""
+    tp = layout.get("tensor_model_parallel_size", 1)
+    layout |= dict(expert_tensor_parallel_size=tp, tensor_parallel_num_weight_shards=tp)
+    layout |= dict(expert_tensor_parallel_num_weight_shards=tp)
     for name, value in layout.items():
         setattr(args, name, value)
     config = core_transformer_config_from_args(args)
