@@ -143,7 +143,7 @@ def config(args: Namespace) -> Config:
         intermediate_size=args.ffn_hidden_size, num_hidden_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_attention_heads if latent else args.num_query_groups or args.num_attention_heads,
-        head_dim=args.hidden_size // args.num_attention_heads, hidden_act="silu", rms_norm_eps=args.norm_epsilon,
+        head_dim=args.hidden_size // args.num_attention_heads, hidden_act="silu", rms_norm_eps=args.layernorm_epsilon,
         max_position_embeddings=args.max_position_embeddings, rope_theta=args.rotary_base, rope_scaling=None,
         tie_word_embeddings=not args.untie_embeddings_and_output_weights, use_bias=False, use_qkv_bias=False,
         use_qk_norm=args.lightning_qk_norm, linear_silu=args.lightning_feature_map == "silu-qkv",
@@ -287,9 +287,9 @@ def _expert_units(args: Namespace, keys: Keys, layer: int, names: str) -> list[U
 
 
 def tiny(config: Config) -> Config:
-    """See ``family.Family``: two groups of layers, 4 experts in 2 groups, heads of 16."""
+    """See ``family.Family``: one group of layers, 16 experts in 4 groups, heads of 16."""
     small = dict(
-        num_hidden_layers=2 * config["layer_group_size"], hidden_size=64, num_attention_heads=4, head_dim=16,
+        num_hidden_layers=config["layer_group_size"], hidden_size=64, num_attention_heads=4, head_dim=16,
         intermediate_size=96, vocab_size=256, max_position_embeddings=2048, group_norm_size=2,
     )  # fmt: skip
     if config.get("kv_lora_rank"):

@@ -15,7 +15,9 @@ from .units import Unit
 logger = logging.getLogger("lightning_megatron")
 
 Config = dict[str, Any]
-Flags = dict[str, Any]  # attribute of Megatron's args -> value: True is a switch, None and False are left out
+Flags = dict[
+    str, Any
+]  # attribute of Megatron's args -> value; None, and Megatron's switches that are off, are left out
 
 
 class Family(Protocol):
@@ -47,6 +49,16 @@ class Family(Protocol):
         """The same shape of architecture at test size."""
 
 
+# Models that people may take for one of these.
+_KNOWN = {
+    "minicpm_sala": "8 of its 32 layers are InfLLM-v2 sparse attention",
+    "kimi_linear": "Kimi Delta Attention has a decay that depends on the data",
+    "qwen3_next": "gated delta net has a decay that depends on the data",
+    "gated_linear_attention": "its decay depends on the data",
+    "mamba2": "its decay depends on the data",
+}
+
+
 def families() -> tuple[Family, ...]:
     """All of them."""
     from . import bailing, minimax, tnl
@@ -64,6 +76,8 @@ def family_of(config: Config) -> Family:
     for family in families():
         if family.claims(config):
             return family
+    if kind in _KNOWN:
+        raise ValueError(f"config.json: model_type {kind!r}: {_KNOWN[kind]}; it is not supported")
     names = ", ".join(family.NAME for family in families())
     raise ValueError(
         f"config.json: model_type {kind!r}, architectures {', '.join(architectures) or 'none'} is no model that is "
@@ -76,6 +90,8 @@ def command_line(flags: Flags) -> list[str]:
     words = []
     for name, value in flags.items():
         if value is None or value is False:
+            if value is False and name.startswith("lightning_"):  # our switches have both directions
+                words.append("--no-" + name.replace("_", "-"))
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
@@ -101,7 +117,8 @@ COMMON: Flags = dict(
 
 
 @functools.cache
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """Megatron's flags and ours."""
     from megatron.training.arguments import add_megatron_arguments
 
     from ..training.arguments import add_arguments
@@ -124,7 +141,7 @@ def saved_args(words: list[str]) -> Namespace:
     more = "--micro-batch-size 1 --tokenizer-type NullTokenizer --eval-iters 0".split()
     if "--seq-length" not in words:
         more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]
-    given = _parser().parse_args([*words, *more])
+    given = parser().parse_args([*words, *more])
     given.rank = given.local_rank = 0
     given.world_size = 1
     with contextlib.redirect_stdout(io.StringIO()):

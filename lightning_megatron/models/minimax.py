@@ -107,7 +107,7 @@ def config(args: Namespace) -> Config:
         architectures=["MiniMaxForCausalLM"], model_type="minimax", hidden_act="silu",
         vocab_size=args.vocab_size or args.padded_vocab_size, hidden_size=args.hidden_size,
         intermediate_size=args.moe_ffn_hidden_size or args.ffn_hidden_size, num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads, head_dim=args.kv_channels, rms_norm_eps=args.norm_epsilon,
+        num_attention_heads=args.num_attention_heads, head_dim=args.kv_channels, rms_norm_eps=args.layernorm_epsilon,
         num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         max_position_embeddings=args.max_position_embeddings, block_size=256,
         rope_parameters=dict(rope_type="default", rope_theta=float(args.rotary_base)),

@@ -50,9 +50,9 @@ def flags(config: Config) -> Flags:
         ffn_hidden_size=hidden if glu == -1 else glu, vocab_size=fields.need("vocab_size"),
         max_position_embeddings=fields.get("max_position_embeddings", 8192), norm_epsilon=_NORM_EPS,
         linear_attention_freq=pattern([1] * layers), **COMMON, position_embedding_type="none",
-        untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", False),
+        untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", True),  # transformers' default
         lightning_decay="tnl", lightning_feature_map="silu", lightning_scale=1.0, lightning_norm="all",
-        no_lightning_norm_affine=True, lightning_gate="linear", no_lightning_layernorm_affine=True,
+        lightning_norm_affine=False, lightning_gate="linear", lightning_layernorm_affine=False,
         lightning_bilinear_glu=True, lightning_lrpe_layers=first or None,
         lightning_embedding_scale=None if fields.get("no_scale_embedding", False) else math.sqrt(hidden),
     )  # fmt: skip

@@ -42,6 +42,7 @@ from .arguments import (
     add_arguments,
     args_defaults,
     defaults_from_checkpoint,
+    defaults_of_model,
     notes,
     options_from_args,
     parts_in_use,
@@ -62,12 +63,20 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     Raises:
         ValueError, AssertionError: the command line asks for something that cannot work.
     """
-    raw = parse_args(add_arguments)
+    raw, add, brought = parse_args(add_arguments), add_arguments, {}
+    if raw.released_model is not None:
+        if raw.use_checkpoint_args:
+            raise ValueError(
+                f"--lightning-model {raw.released_model} and --use-checkpoint-args both choose the model: leave out one"
+            )
+        defaults, line = defaults_of_model(raw.released_model)
+        log_single_rank(logger, logging.INFO, "lightning: %s", line)
+        add = partial(add_arguments, checkpoint=defaults)
+        raw = parse_args(add)
     refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
     check_folder(raw)
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
-    add, brought = add_arguments, {}
     if raw.use_checkpoint_args:
         brought = checkpoint_defaults(raw)
         add = partial(add_arguments, checkpoint=brought)

@@ -68,6 +68,10 @@ def build(args: Namespace, **layout: Any) -> torch.nn.Module:
 
 def load(model: torch.nn.Module, tensors: Tensors) -> None:
     """Every parameter and buffer of this rank, from whole tensors of a checkpoint."""
+    held = model.sharded_state_dict(metadata={}).values()
+    keys = {x.key for x in held if isinstance(x, (ShardedTensor, ShardedTensorFactory))}
+    alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    assert keys == set(tensors) if alone else keys <= set(tensors), keys ^ set(tensors)
     missing, unexpected = model.load_state_dict(slices(model, tensors), strict=False)
     assert not unexpected and not [name for name in missing if "_extra_state" not in name], (missing, unexpected)
 
