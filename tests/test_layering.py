@@ -13,6 +13,7 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
+    {"models"},
     {"parallel"},
     {"decay", "mlp", "norm", "residual", "rope"},
     {"softmax"},
@@ -29,6 +30,7 @@ LAYERS = [
 ONLY = {
     "decay": {"config"},
     "flags": {"config", "compat", "unread"},
+    "models": {"config"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -43,6 +45,7 @@ OUTSIDE = {
     "unread": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
+    "models": {"torch"},
     "parallel": {"torch"},
     "pretrain": {"megatron"},
 }

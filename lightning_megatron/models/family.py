@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -114,69 +111,6 @@ def pattern(values: Iterable[Any]) -> str:
 COMMON: Flags = dict(
     normalization="RMSNorm", swiglu=True, disable_bias_linear=True, hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-
-
-@functools.cache
-def parser() -> ArgumentParser:
-    """Megatron's flags and ours."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from ..training.arguments import add_arguments
-
-    return add_arguments(add_megatron_arguments(ArgumentParser(prog="lightning_megatron", allow_abbrev=False)))
-
-
-def saved_args(words: list[str]) -> Namespace:
-    """The args that Megatron would save in a checkpoint of a model with these flags, the record of its function too.
-
-    Args:
-        words: a command line, as ``command_line`` writes it; what it leaves out has Megatron's defaults.
-    """
-    from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.arguments import validate_args
-
-    from ..record import ATTRIBUTE, function_record, options_from_args
-    from ..training.arguments import args_defaults
-
-    more = "--micro-batch-size 1 --tokenizer-type NullTokenizer --eval-iters 0".split()
-    if "--seq-length" not in words:
-        more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]
-    given = parser().parse_args([*words, *more])
-    given.rank = given.local_rank = 0
-    given.world_size = 1
-    with contextlib.redirect_stdout(io.StringIO()):
-        validate_args(given, args_defaults(given))
-    every = given.make_vocab_size_divisible_by
-    given.padded_vocab_size = (given.vocab_size + every - 1) // every * every
-    config = core_transformer_config_from_args(given)
-    setattr(given, ATTRIBUTE, function_record(config, options_from_args(given), given))
-    return given
-
-
-def family_of_args(args: Namespace) -> tuple[Family, Config]:
-    """The family whose config.json describes exactly the function of a trained model, and that config.
-
-    Raises:
-        ValueError: none does; with what differs, for every family.
-    """
-    from ..record import ATTRIBUTE, differences
-
-    record = getattr(args, ATTRIBUTE, None)
-    if record is None:
-        raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
-    lines = []
-    for family in families():
-        try:
-            config = family.config(args)
-            again = getattr(saved_args(command_line(family.flags(config))), ATTRIBUTE)
-        except (ValueError, KeyError, AssertionError) as error:
-            lines.append(f"{family.NAME}: {error}")
-            continue
-        found = [row for row in differences(record, again) if row[0].split(",")[0] != "--padded-vocab-size"]
-        if not found:
-            return family, config
-        lines += [f"{family.NAME}: {flag}: {saved} in the checkpoint, {now} there" for flag, saved, now in found]
-    raise ValueError("\n  ".join(["no family of released models has this function:", *lines]))
 
 
 class Fields:

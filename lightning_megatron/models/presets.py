@@ -166,27 +166,3 @@ def preset_flags(name: str) -> Flags:
     """Megatron's flags of ``preset_config``."""
     config = preset_config(name)
     return family_of(config).flags(config)
-
-
-def table() -> str:
-    """All presets with their sizes, for ``--lightning-model list``."""
-    from .sizes import sizes
-
-    head = ("name", "layers", "softmax", "hidden", "heads", "experts", "parameters", "active")
-    rows = [head] + [(name, *sizes(preset.config)) for name, preset in PRESETS.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    assumed = [f"  {name}: {', '.join(preset.assumed)}" for name, preset in PRESETS.items() if preset.assumed]
-    return "\n".join(
-        (
-            *lines,
-            f"Each also as NAME{TINY}: the same shape of architecture at test size. softmax: layers with softmax "
-            "attention.",
-            "Assumed, because no config.json was at hand (lightning-convert reads the real one):",
-            *assumed,
-            *(f"Not supported: {name}: {why}" for name, why in REFUSED.items()),
-        )
-    )

@@ -18,6 +18,7 @@ from ..config import LINEAR_HEADS, LightningOptions
 from ..flags import flag_of, refuse_parts, shown
 from ..record import FREE_OPTIONS, ROWS, options_from_args, saved_function
 from ..runtime import loader_layout
+from .released import add_model_arguments
 
 __all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use", "refuse"]
 
@@ -95,29 +96,6 @@ _EVAL_ITERS = 100  # Megatron's default
 _UNSET = ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
 
 
-# Megatron's switches that models set, which have only one direction: --no-... of each takes them back.
-_SWITCHES = (
-    "swiglu", "disable_bias_linear", "untie_embeddings_and_output_weights", "group_query_attention", "qk_layernorm",
-    "multi_latent_attention", "moe_router_enable_expert_bias", "apply_residual_connection_post_layernorm",
-)  # fmt: skip
-
-
-class _Model(argparse.Action):
-    """``--lightning-model``: a name that is known, or the table of all."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        from ..models.presets import preset_config, table
-
-        if value == "list":
-            print(table())
-            parser.exit()
-        try:
-            preset_config(value)
-        except ValueError as error:
-            parser.error(str(error))
-        setattr(namespace, self.dest, value)
-
-
 def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | None = None) -> ArgumentParser:
     """Megatron's ``extra_args_provider``: add the lightning group and set our defaults.
 
@@ -145,19 +123,7 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
     for attribute, on, flag, against, module in _KERNELS:
         text = f"opposite of {against}, which is the default unless {module} imports"
         group.add_argument(flag, dest=attribute, action="store_const", const=on, help=text)
-    group.add_argument(
-        "--lightning-model",
-        dest="released_model",
-        action=_Model,
-        metavar="NAME",
-        help="the flags of a released model, which the log prints and any flag overrides; NAME@tiny: the same shape of "
-        "architecture at test size; list: all names with their sizes",
-    )
-    for flag in map(flag_of, _SWITCHES):
-        switch = parser._option_string_actions[flag]
-        text = f"opposite of {flag}, where --lightning-model or --use-checkpoint-args sets it"
-        off = dict(dest=switch.dest, action="store_const", const=not switch.const, help=text)
-        group.add_argument(f"--no-{flag[2:]}", **off)
+    add_model_arguments(parser, group)
     # dest has no prefix: chunks make no other model, and a checkpoint goes on with any (patches/checkpoint_args.py)
     group.add_argument(
         "--lightning-loss-chunk",
@@ -242,19 +208,6 @@ def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
     return brought | {
         _PREFIX + name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_OPTIONS
     }
-
-
-def defaults_of_model(name: str) -> tuple[dict[str, typing.Any], str]:
-    """What ``--lightning-model`` stands for: defaults for the parser, so that a flag that the user gives wins, and a
-    line for the log.
-    """
-    from ..models.family import command_line, parser
-    from ..models.presets import preset_flags
-
-    words = command_line(preset_flags(name))
-    line = f"--lightning-model {name}: unless given as flags, {' '.join(words)}"
-    given, nothing = (vars(parser().parse_args(list(x))) for x in (words, ()))
-    return {dest: value for dest, value in given.items() if value != nothing[dest]}, line
 
 
 def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.Any]) -> None:

@@ -42,7 +42,6 @@ from .arguments import (
     add_arguments,
     args_defaults,
     defaults_from_checkpoint,
-    defaults_of_model,
     notes,
     options_from_args,
     parts_in_use,
@@ -52,6 +51,8 @@ from .arguments import (
 )
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
+from .models import defaults_of_model, table
+from .released import LIST
 
 logger = logging.getLogger("lightning_megatron")
 stimer = StragglerDetector()
@@ -64,6 +65,9 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         ValueError, AssertionError: the command line asks for something that cannot work.
     """
     raw, add, brought = parse_args(add_arguments), add_arguments, {}
+    if raw.released_model == LIST:
+        print(table())
+        raise SystemExit
     if raw.released_model is not None:
         if raw.use_checkpoint_args:
             raise ValueError(

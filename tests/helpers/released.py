@@ -14,9 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from lightning_megatron.models.family import command_line, family_of, saved_args
+from lightning_megatron.models.family import command_line, family_of
 from lightning_megatron.record import options_from_args
 from lightning_megatron.spec import make_spec
+from lightning_megatron.training.models import saved_args
 
 Tensors = dict[str, torch.Tensor]
 

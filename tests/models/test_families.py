@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from lightning_megatron.models.family import command_line, family_of, family_of_args, parser
+from lightning_megatron.models.family import command_line, family_of
 from lightning_megatron.models.presets import PRESETS, preset_config, preset_flags
-from lightning_megatron.models.sizes import readable
+from lightning_megatron.training.models import family_of_args, parser, readable
 from tests.helpers import random_models
 from tests.helpers.model_cases import KINDS
 from tests.helpers.released import args_of, to_megatron

@@ -1,0 +1,126 @@
+"""Released models as Megatron's args: what it would save with one, which one args describe, and how large they are."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import add_megatron_arguments, validate_args
+
+from ..config import lightning_pattern
+from ..models.family import Config, Family, command_line, families, family_of
+from ..models.presets import PRESETS, REFUSED, TINY, preset_flags
+from ..record import ATTRIBUTE, differences, function_record, options_from_args
+from .arguments import add_arguments, args_defaults
+
+
+@functools.cache
+def parser() -> ArgumentParser:
+    """Megatron's flags and ours."""
+    return add_arguments(add_megatron_arguments(ArgumentParser(prog="lightning_megatron", allow_abbrev=False)))
+
+
+def defaults_of_model(name: str) -> tuple[dict[str, Any], str]:
+    """What ``--lightning-model`` stands for: defaults for the parser, so that a flag that the user gives wins, and a
+    line for the log.
+    """
+    words = command_line(preset_flags(name))
+    given, nothing = (vars(parser().parse_args(list(x))) for x in (words, ()))
+    line = f"--lightning-model {name}: unless given as flags, {' '.join(words)}"
+    return {dest: value for dest, value in given.items() if value != nothing[dest]}, line
+
+
+def saved_args(words: list[str]) -> Namespace:
+    """The args that Megatron would save in a checkpoint of a model with these flags, the record of its function too.
+
+    Args:
+        words: a command line, as ``command_line`` writes it; what it leaves out has Megatron's defaults.
+    """
+    more = "--micro-batch-size 1 --tokenizer-type NullTokenizer --eval-iters 0".split()
+    if "--seq-length" not in words:
+        more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]
+    given = parser().parse_args([*words, *more])
+    given.rank = given.local_rank = 0
+    given.world_size = 1
+    with contextlib.redirect_stdout(io.StringIO()):
+        validate_args(given, args_defaults(given))
+    every = given.make_vocab_size_divisible_by
+    given.padded_vocab_size = (given.vocab_size + every - 1) // every * every
+    config = core_transformer_config_from_args(given)
+    setattr(given, ATTRIBUTE, function_record(config, options_from_args(given), given))
+    return given
+
+
+def family_of_args(args: Namespace) -> tuple[Family, Config]:
+    """The family whose config.json describes exactly the function of a trained model, and that config.
+
+    Raises:
+        ValueError: none does; with what differs, for every family.
+    """
+    record = getattr(args, ATTRIBUTE, None)
+    if record is None:
+        raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
+    lines = []
+    for family in families():
+        try:
+            config = family.config(args)
+            again = getattr(saved_args(command_line(family.flags(config))), ATTRIBUTE)
+        except (ValueError, KeyError, AssertionError) as error:
+            lines.append(f"{family.NAME}: {error}")
+            continue
+        found = [row for row in differences(record, again) if row[0].split(",")[0] != "--padded-vocab-size"]
+        if not found:
+            return family, config
+        lines += [f"{family.NAME}: {flag}: {saved} in the checkpoint, {now} there" for flag, saved, now in found]
+    raise ValueError("\n  ".join(["no family of released models has this function:", *lines]))
+
+
+def sizes(config: Config) -> tuple[str, ...]:
+    """layers, softmax layers, hidden size, heads, experts (chosen / all), parameters, those that a token uses."""
+    family = family_of(config)
+    args = saved_args(command_line(family.flags(config)))
+    every = active = 0.0
+    for unit in family.units(args, config):
+        for piece in unit.megatron:
+            count = math.prod(piece.shape)
+            every += count
+            active += count * args.moe_router_topk / args.num_experts if ".experts.experts." in piece.key else count
+    softmax = args.num_layers - sum(lightning_pattern(args.linear_attention_freq, args.num_layers))
+    experts = f"{args.moe_router_topk}/{args.num_experts}" if args.num_experts else "-"
+    numbers = (args.num_layers, softmax, args.hidden_size, args.num_attention_heads)
+    return (*map(str, numbers), experts, readable(every), readable(active))
+
+
+def readable(count: float) -> str:
+    """1234567890 -> 1.23B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def table() -> str:
+    """All presets with their sizes, for ``--lightning-model list``."""
+    head = ("name", "layers", "softmax", "hidden", "heads", "experts", "parameters", "active")
+    rows = [head] + [(name, *sizes(preset.config)) for name, preset in PRESETS.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    assumed = [f"  {name}: {', '.join(preset.assumed)}" for name, preset in PRESETS.items() if preset.assumed]
+    return "\n".join(
+        (
+            *lines,
+            f"Each also as NAME{TINY}: the same shape of architecture at test size. softmax: layers with softmax "
+            "attention.",
+            "Assumed, because no config.json was at hand (lightning-convert reads the real one):",
+            *assumed,
+            *(f"Not supported: {name}: {why}" for name, why in REFUSED.items()),
+        )
+    )
