@@ -25,6 +25,7 @@ from tests.layers import latent_config, transformer_config
 HYBRID = dict(linear_attention_freq=2)
 LATENT = dict(multi_latent_attention=True)
 TE = dict(transformer_impl="transformer_engine")
+SWIGLU = dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
 MUON = dict(optimizer="muon", muon_split_qkv=True)
 
 
@@ -50,7 +51,7 @@ def model(**changes):
 
 # ---- both ways of starting: the config, and Megatron's flags ---------------------------------------------------------
 
-# config, options, flags, and what the message says; an entry may start with "te", which pretends TransformerEngine
+# config, options, flags, and what the message says
 REFUSED = {
     "fp8": (dict(fp8="hybrid"), {}, {}, "--fp8-format hybrid needs .*use --transformer-impl transformer_engine"),
     "fp4": (dict(fp4="e2m1"), {}, {}, "--fp4-format e2m1 needs .*use --transformer-impl transformer_engine"),
@@ -123,6 +124,53 @@ REFUSED = {
     "latent-yarn": (
         HYBRID | LATENT | dict(rope_type="yarn"), dict(rope=True), dict(position_embedding_type="rope"),
         "--rope-type yarn with --multi-latent-attention .*use --rope-type rope",
+    ),
+    "residual-te": (
+        dict(apply_residual_connection_post_layernorm=True, **TE), {}, {},
+        "--apply-residual-connection-post-layernorm is not possible in the norms .*use --transformer-impl local",
+    ),
+    "embedding-scale-te": (
+        TE, dict(embedding_scale=8.0), {}, "--lightning-embedding-scale 8.0 is not possible in the norms ",
+    ),
+    "affine-te": (
+        TE, dict(layernorm_affine=False), {},
+        "--transformer-impl transformer_engine gives every norm a weight.*leave out --no-lightning-layernorm-affine",
+    ),
+    "affine-1p": (
+        dict(layernorm_zero_centered_gamma=True), dict(layernorm_affine=False), {},
+        "--apply-layernorm-1p is about the weight of layer norms, which have none.*leave it out",
+    ),
+    "bilinear-alone": (
+        {}, dict(bilinear_glu=True), {}, "--lightning-bilinear-glu takes the activation out of the MLP of --swiglu",
+    ),
+    "bilinear-experts": (
+        SWIGLU | dict(num_moe_experts=4), dict(bilinear_glu=True), {},
+        "--lightning-bilinear-glu is not an option of experts; leave out --num-experts",
+    ),
+    "bilinear-te": (
+        SWIGLU | TE, dict(bilinear_glu=True), {}, "--lightning-bilinear-glu is not an option of Transformer",
+    ),
+    **{
+        f"softmax-{factor}": (
+            {}, {f"softmax_{factor}": 2.0}, {}, f"--lightning-softmax-{factor} 2.0 is a factor of softmax layers, and",
+        )
+        for factor in ("alpha", "beta")
+    },
+    "residual-offload": (
+        dict(
+            apply_residual_connection_post_layernorm=True, fine_grained_activation_offloading=True,
+            offload_modules=["mlp_norm"],
+        ), {}, {}, "--offload-modules mlp_norm frees the output of a norm, which is the residual",
+    ),
+    **{
+        f"mtp-{name}": (
+            dict(mtp_num_layers=1), {name: value}, {}, "--mtp-num-layers 1 adds a layer of Megatron's own, which has",
+        )
+        for name, value in (("attn_beta", 2.0), ("layernorm_affine", False), ("embedding_scale", 2.0))
+    },
+    "mtp-residual": (
+        dict(mtp_num_layers=1, apply_residual_connection_post_layernorm=True), {}, {},
+        "--mtp-num-layers 1 adds a layer .*ignores --apply-residual-connection-post-layernorm; leave it out",
     ),
     "latent-alone": (LATENT, {}, {}, "--multi-latent-attention is the attention of softmax layers.*has none; leave"),
     "latent-recompute": (

@@ -40,6 +40,11 @@ CHECKPOINTS = {
     "bf16": (1, f"{EVERYTHING} --bf16"),
     "defaults": (1, "--linear-attention-freq 2 --position-embedding-type learned_absolute"),
     "latent": (1, f"{EVERYTHING} {LATENT}"),
+    "minimax": (1, "--lightning-model minimax-m1@tiny --num-layers 8"),
+    "tnl": (
+        1,
+        "--lightning-model tnl-1b@tiny --num-layers 3 --untie-embeddings-and-output-weights",
+    ),  # learnt angles go on where the prompt ended
     "mtp": (1, "--linear-attention-freq 2 --mtp-num-layers 1"),
     "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
 }

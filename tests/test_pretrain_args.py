@@ -57,22 +57,32 @@ def test_options_default(parse):
     assert options_from_args(parse()) == LightningOptions()
 
 
-def test_options_all_flags(parse):
-    wanted = LightningOptions(
+EVERY_OPTION = (
+    LightningOptions(
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
         scale=1.0, rope=True, rotary_percent=0.5, qk_norm=True, norm="group", norm_groups=2, norm_affine=False,
         norm_eps=1e-6, gate="linear", backend="torch", cp_exchange="ring", cp_keep_states=False,
-    )  # fmt: skip
-    default, flags = LightningOptions(), []
-    for field in dataclasses.fields(wanted):
-        value, name = getattr(wanted, field.name), field.name.replace("_", "-")
-        assert value != getattr(default, field.name), f"{field.name} is not tested"
-        flags.append(
-            {True: f"--lightning-{name}", False: f"--no-lightning-{name}"}[value]
-            if isinstance(value, bool)
-            else f"--lightning-{name} {value}"
-        )
-    assert options_from_args(parse(" ".join(flags))) == wanted
+    ),
+    LightningOptions(
+        lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5, mlp_beta=0.75,
+        layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
+    ),
+)  # fmt: skip
+
+
+def test_options_all_flags(parse):
+    default, tested = LightningOptions(), set()
+    for wanted in EVERY_OPTION:
+        flags = []
+        for field in dataclasses.fields(wanted):
+            value, name = getattr(wanted, field.name), field.name.replace("_", "-")
+            if value == getattr(default, field.name):
+                continue
+            tested.add(field.name)
+            switch = {True: f"--lightning-{name}", False: f"--no-lightning-{name}"}
+            flags.append(switch[value] if isinstance(value, bool) else f"--lightning-{name} {value}")
+        assert options_from_args(parse(" ".join(flags))) == wanted
+    assert tested == {field.name for field in dataclasses.fields(default)}
 
 
 def test_help_names_every_option(parse, capsys):

@@ -39,7 +39,9 @@ def add_model_arguments(parser: ArgumentParser, group: argparse._ArgumentGroup) 
         "architecture at test size; list: all names with their sizes",
     )
     for flag in map(flag_of, _SWITCHES):
-        switch = parser._option_string_actions[flag]
+        switch = parser._option_string_actions.get(flag)
+        if switch is None:  # a parser without Megatron's flags
+            continue
         text = f"opposite of {flag}, where --lightning-model or --use-checkpoint-args sets it"
         off = dict(dest=switch.dest, action="store_const", const=not switch.const, help=text)
         group.add_argument(f"--no-{flag[2:]}", **off)
