@@ -64,8 +64,8 @@ EVERY_OPTION = (
         norm_eps=1e-6, gate="linear", backend="torch", cp_exchange="ring", cp_keep_states=False,
     ),
     LightningOptions(
-        lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5, mlp_beta=0.75,
-        layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
+        lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5,
+        mlp_beta=0.75, layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
     ),
 )  # fmt: skip
 
