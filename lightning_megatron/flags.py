@@ -7,64 +7,15 @@ matters to the own entry point alone is in training/arguments.py.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
+from . import memory_flags as memory
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, projection_cut
+from .rules import ROTARY, Rule, Run, flag_of, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
 _TE = "transformer_engine.pytorch"
 _APEX_NORM = "apex.normalization.fused_layer_norm"
-_ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
-
-
-class Run(NamedTuple):
-    """What a run asks for, as the rows of the tables see it."""
-
-    config: Any
-    options: LightningOptions
-    layout: str
-    args: Namespace  # Megatron's flags; empty outside of its training loop
-    softmax: int  # how many layers are softmax layers
-
-    def get(self, name: str) -> Any:
-        """A field of the config, else a flag, else None."""
-        return getattr(self.config, name, getattr(self.args, name, None))
-
-    @property
-    def local(self) -> bool:
-        return self.config.transformer_impl == "local"
-
-    @property
-    def latent(self) -> bool:
-        return bool(self.config.multi_latent_attention)
-
-    @property
-    def packed(self) -> bool:
-        return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
-
-    @property
-    def rotates(self) -> bool:
-        """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
-        if self.latent and self.softmax:
-            return True
-        return self.get("position_embedding_type") in _ROTARY and bool(self.softmax or self.options.rope)
-
-
-class Rule(NamedTuple):
-    """A row of a table: it speaks if the attribute has a value (neither None nor False) and ``when`` holds."""
-
-    attribute: str  # of the config, or of the flags
-    when: Callable[[Run], Any]
-    text: str  # goes on after flag and value: what happens, and the remedy
-    flag: str = ""  # where it is not --attribute
-
-    def message(self, run: Run) -> str | None:
-        value = run.get(self.attribute)
-        if value in (None, False) or not self.when(run):
-            return None
-        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
 
 
 def _selective(run: Run, *modules: str) -> bool:
@@ -153,8 +104,7 @@ REFUSED = (
     Rule(
         "reset_position_ids",
         lambda run: (
-            run.get("position_embedding_type") in (*_ROTARY, "none")
-            and not run.get("dataloader_inter_document_masking")
+            run.get("position_embedding_type") in (*ROTARY, "none") and not run.get("dataloader_inter_document_masking")
         ),
         "has no effect without learned positions, because rotary embeddings do not read position ids; use "
         "--dataloader-inter-document-masking, which also separates documents",
@@ -179,7 +129,7 @@ REFUSED = (
     ),
     Rule(
         "position_embedding_type",
-        lambda run: run.options.rope and run.get("position_embedding_type") not in _ROTARY,
+        lambda run: run.options.rope and run.get("position_embedding_type") not in ROTARY,
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
     ),
     Rule(
@@ -292,6 +242,7 @@ REFUSED = (
         "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
         "pass --untie-embeddings-and-output-weights",
     ),
+    *memory.REFUSED,
     Rule(
         "mtp_num_layers",
         lambda run: run.local and (run.config.context_parallel_size > 1 or run.config.sequence_parallel or run.packed),
@@ -301,6 +252,7 @@ REFUSED = (
 )
 
 WARNED = (
+    *memory.WARNED,
     Rule(
         "rotary_scaling_factor",
         lambda run: (
@@ -382,7 +334,7 @@ WARNED = (
     ),
     Rule(
         "position_embedding_type",
-        lambda run: run.get("position_embedding_type") in _ROTARY and not run.rotates,
+        lambda run: run.get("position_embedding_type") in ROTARY and not run.rotates,
         "rotates q and k of softmax layers only, and this model has none: no position embedding is used; "
         "pass --lightning-rope, or --position-embedding-type none",
     ),
@@ -417,17 +369,6 @@ WARNED = (
         "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
     ),
 )
-
-
-def flag_of(attribute: str) -> str:
-    return "--" + attribute.replace("_", "-")
-
-
-def shown(value: Any) -> str:
-    """A value as it stands on the command line after its flag."""
-    if value is True:
-        return ""
-    return " " + (" ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "name", value)))
 
 
 def refuse_parts(asked) -> None:

@@ -12,15 +12,15 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops", "unread"},
+    {"__init__", "config", "compat", "packed", "ops", "unread", "rules", "memory_flags"},
     {"parallel"},
-    {"decay", "norm", "rope"},
+    {"decay", "norm", "rope", "offload"},
     {"softmax"},
     {"record"},
     {"resume"},
     {"patches"},
     {"mixer", "summary", "flags"},
-    {"runtime"},
+    {"runtime", "layer"},
     {"spec"},
     {"training"},
     {"pretrain"},
@@ -28,11 +28,15 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat", "unread"},
+    "flags": {"config", "compat", "unread", "rules", "memory_flags"},
+    "rules": {"config"},
+    "memory_flags": {"rules"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
-    "patches": {"config", "compat", "ops", "parallel", "rope", "record", "resume"},
+    "patches": {"config", "compat", "ops", "parallel", "rope", "record", "resume", "offload"},
+    "layer": {"mixer", "parallel"},
+    "offload": set(),
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
@@ -40,10 +44,13 @@ OUTSIDE = {
     "config": set(),
     "compat": {"megatron"},
     "flags": set(),
+    "rules": set(),
+    "memory_flags": set(),
     "unread": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "parallel": {"torch"},
+    "offload": {"torch"},
     "pretrain": {"megatron"},
 }
 
