@@ -31,7 +31,7 @@ _KEY = "a layer in chunks"
 
 
 class ChunkedLayer(TransformerLayer):
-    """A TransformerLayer with a dense MLP.
+    """A TransformerLayer; one with experts is left whole.
 
     Args:
         config, submodules, layer_number, others: as Megatron's.
@@ -77,6 +77,8 @@ class ChunkedLayer(TransformerLayer):
     def _in_chunks(self, hidden_states: torch.Tensor, inference_context: Any) -> bool:
         """Whether there are chunks, and this is a run without gradients, or one whose output nobody reads."""
         if inference_context is not None or hidden_states.shape[0] <= self._rows(hidden_states):
+            return False
+        if self.is_moe_layer:
             return False
         return not torch.is_grad_enabled() or (recompute.recomputing() and is_checkpointing())
 

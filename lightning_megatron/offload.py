@@ -81,7 +81,7 @@ class Offloader:
             for layer in layers:
                 x = offloader.checkpoint(partial(checkpoint, layer, use_reentrant=True), x)
         """
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
+        if not (torch.is_grad_enabled() and isinstance(hidden, torch.Tensor) and hidden.requires_grad):
             return run(hidden, *rest)
         before: Offloaded | None = getattr(hidden, _MADE_BY, None)
         here = Offloaded(self, hidden, before)

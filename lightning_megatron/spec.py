@@ -131,7 +131,7 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
                 params = {**layer.self_attention.params, "layout": layout}
                 layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
         spec = dataclasses.replace(base, submodules=layer)
-        if options.recompute_chunk and spec.module is TransformerLayer:  # not a layer with experts
+        if options.recompute_chunk and spec.module is TransformerLayer:
             params = {**spec.params, "recompute_chunk": options.recompute_chunk}
             spec = dataclasses.replace(spec, module=ChunkedLayer, params=params)
         specs.append(spec)

@@ -12,9 +12,9 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops", "unread", "rules", "memory_flags"},
-    {"parallel"},
-    {"decay", "norm", "rope", "offload"},
+    {"__init__", "config", "compat", "packed", "ops", "unread"},
+    {"parallel", "rules"},
+    {"decay", "norm", "rope", "offload", "memory_flags"},
     {"softmax"},
     {"record"},
     {"resume"},

@@ -62,6 +62,7 @@ def test_options_all_flags(parse):
         decay="minimax", decay_offset=-1, feature_map="none", num_kv_heads=2, key_head_dim=8, value_head_dim=24,
         scale=1.0, rope=True, rotary_percent=0.5, qk_norm=True, norm="group", norm_groups=2, norm_affine=False,
         norm_eps=1e-6, gate="linear", backend="torch", cp_exchange="ring", cp_keep_states=False,
+        recompute_chunk=64, offload_activations=True,
     )  # fmt: skip
     default, flags = LightningOptions(), []
     for field in dataclasses.fields(wanted):
