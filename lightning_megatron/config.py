@@ -13,6 +13,7 @@ FEATURE_MAPS = ("silu", "silu-qkv", "none")
 NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
 BACKENDS = ("auto", "triton", "torch")
+RESIDUAL_FACTORS = ("attn_alpha", "attn_beta", "softmax_alpha", "softmax_beta", "mlp_alpha", "mlp_beta")
 CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
 
 # Megatron gives these a default even when nobody asked for them, so a plain config cannot tell "unset".
@@ -66,6 +67,18 @@ class LightningOptions:
     norm_affine: bool = _option(True, "give the output norm a weight (TransNormerLLM's SRMS has none)")
     norm_eps: float | None = _option(None, "epsilon of q, k and output norms (default: --norm-epsilon)")
     gate: str = _option("sigmoid", "output gate: sigmoid(g) * o, g * o (linear), or none", GATES)
+    lrpe_layers: int = _option(
+        0, "the first N layers turn q and k by learnt angles (TransNormerLLM's LRPE), which doubles K in the operator"
+    )
+    attn_alpha: float = _option(1.0, "factor on the residual beside the attention of lightning layers (MiniMax)")
+    attn_beta: float = _option(1.0, "factor on the output of the attention of lightning layers (MiniMax)")
+    softmax_alpha: float = _option(1.0, "factor on the residual beside the attention of softmax layers (MiniMax)")
+    softmax_beta: float = _option(1.0, "factor on the output of the attention of softmax layers (MiniMax)")
+    mlp_alpha: float = _option(1.0, "factor on the residual beside the MLP of every layer (MiniMax)")
+    mlp_beta: float = _option(1.0, "factor on the output of the MLP of every layer (MiniMax)")
+    layernorm_affine: bool = _option(True, "give layer norms and the final norm a weight (TransNormerLLM's have none)")
+    bilinear_glu: bool = _option(False, "with --swiglu: no activation, W3 (W1 x * W2 x) (TransNormerLLM)")
+    embedding_scale: float = _option(1.0, "factor on the embeddings where they enter the first layer (TransNormerLLM)")
     backend: str = _option(
         "auto", "implementation of the operator and around it; auto is triton on a GPU, torch elsewhere", BACKENDS
     )
@@ -103,6 +116,16 @@ class LightningOptions:
                 raise ValueError(f"lightning {name}={value} must be at least 1, or left out")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"lightning scale={self.scale} must be a finite number, or left out for K^-0.5")
+        for name in (*RESIDUAL_FACTORS, "embedding_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"lightning {name}={getattr(self, name)} must be a finite number, or left out for 1")
+        if self.lrpe_layers < 0:
+            raise ValueError(f"lightning lrpe_layers={self.lrpe_layers} must be at least 0, a number of layers")
+        if self.lrpe_layers and self.num_kv_heads is not None:
+            raise ValueError(
+                f"lightning lrpe_layers={self.lrpe_layers} has angles for every head, and num_kv_heads="
+                f"{self.num_kv_heads} shares keys between heads; leave one of them out"
+            )
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
         if self.rotary_percent is not None and not 0 < self.rotary_percent <= 1:
@@ -185,6 +208,11 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
         raise ValueError(
             f"{kv_heads} key/value heads cannot be split over tensor-parallel size {tp}; use a "
             "--tensor-model-parallel-size that divides them, or more key/value heads"
+        )
+    if options.lrpe_layers and key_dim > 128:
+        raise ValueError(
+            f"lrpe_layers={options.lrpe_layers} doubles the head dim of q and k, and {key_dim} would be more than the "
+            "256 that the operator takes; use --lightning-key-head-dim 128 or less"
         )
     groups = {"head": heads, "group": options.norm_groups, "all": 1, "none": 0}[options.norm]
     assert groups is not None
@@ -282,6 +310,13 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
     if any(entry not in (0, 1) for entry in freq):
         raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
     return [bool(entry) for entry in freq]
+
+
+def expert_pattern(freq: int | list[int], num_layers: int, experts: int | None) -> list[bool]:
+    """Which layers have experts in place of a dense MLP, from Megatron's ``--moe-layer-freq``."""
+    if not experts:
+        return [False] * num_layers
+    return [layer % freq == 0 for layer in range(num_layers)] if isinstance(freq, int) else [bool(x) for x in freq]
 
 
 _PREPARED = "_lightning_prepared"  # an attribute of the config itself, so that it lives as long as that

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from . import memory_flags as memory
 from .compat import importable
-from .config import LightningOptions, lightning_pattern, projection_cut
+from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, projection_cut
 from .rules import ROTARY, Rule, Run, flag_of, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
@@ -23,6 +23,10 @@ def _selective(run: Run, *modules: str) -> bool:
     return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
 
 
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", str(function))
+
+
 def _muon_cut(run: Run) -> str:
     muon = run.get("optimizer") in ("muon", "dist_muon", "adaptive_muon") and run.get("muon_split_qkv")
     return projection_cut(run.config, run.options) if muon else "right"
@@ -32,6 +36,20 @@ _NEEDS_TE = (
     "needs TransformerEngine's layers; --transformer-impl local would train in another precision: use "
     "--transformer-impl transformer_engine"
 )
+
+_LOCAL_NORMS = "in the norms that --transformer-impl transformer_engine fuses; use --transformer-impl local"
+
+
+def _other_layers(run: Run) -> bool:
+    """Whether layers differ from Megatron's in more than the attention."""
+    options = run.options
+    return (
+        run.config.apply_residual_connection_post_layernorm
+        or any(getattr(options, name) != 1.0 for name in (*RESIDUAL_FACTORS, "embedding_scale"))
+        or options.bilinear_glu
+        or not options.layernorm_affine
+    )
+
 
 _TE_ALONE = (  # Megatron's local layers do not read them
     "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
@@ -226,6 +244,67 @@ REFUSED = (
         ),
         "with context parallelism lets documents cross the ranks' chunks, which TransformerEngine's softmax "
         "attention does not take; use --transformer-impl local",
+    ),
+    Rule(
+        "apply_residual_connection_post_layernorm",
+        lambda run: not run.local,
+        f"is not possible {_LOCAL_NORMS}",
+    ),
+    Rule(
+        "lightning_embedding_scale",
+        lambda run: run.options.embedding_scale != 1.0 and not run.local,
+        f"is not possible {_LOCAL_NORMS}",
+    ),
+    Rule(
+        "transformer_impl",
+        lambda run: not run.options.layernorm_affine and not run.local,
+        "gives every norm a weight; use --transformer-impl local, or leave out --no-lightning-layernorm-affine",
+    ),
+    Rule(
+        "layernorm_zero_centered_gamma",
+        lambda run: not run.options.layernorm_affine,
+        "is about the weight of layer norms, which have none with --no-lightning-layernorm-affine; leave it out",
+        "--apply-layernorm-1p",
+    ),
+    Rule(
+        "lightning_bilinear_glu",
+        lambda run: not run.config.gated_linear_unit or _name(run.config.activation_func) != "silu",
+        "takes the activation out of the MLP of --swiglu; add that",
+    ),
+    Rule(
+        "lightning_bilinear_glu",
+        lambda run: run.config.num_moe_experts is not None,
+        "is not an option of experts; leave out --num-experts",
+    ),
+    Rule(
+        "lightning_bilinear_glu",
+        lambda run: not run.local,
+        "is not an option of TransformerEngine's MLPs; use --transformer-impl local",
+    ),
+    *(
+        Rule(
+            f"lightning_softmax_{factor}",
+            lambda run, factor=factor: getattr(run.options, f"softmax_{factor}") != 1.0 and not run.softmax,
+            "is a factor of softmax layers, and this model has none; leave it out, or place softmax layers with "
+            "--linear-attention-freq",
+        )
+        for factor in ("alpha", "beta")
+    ),
+    Rule(
+        "offload_modules",
+        lambda run: (
+            run.config.apply_residual_connection_post_layernorm
+            and run.get("fine_grained_activation_offloading")
+            and {"attn_norm", "mlp_norm"} & set(run.get("offload_modules"))
+        ),
+        "frees the output of a norm, which is the residual with --apply-residual-connection-post-layernorm; leave "
+        "attn_norm and mlp_norm out",
+    ),
+    Rule(
+        "mtp_num_layers",
+        _other_layers,
+        "adds a layer of Megatron's own, which has no factors on residuals, norms without weights, scaled embeddings "
+        "or --lightning-bilinear-glu, and ignores --apply-residual-connection-post-layernorm; leave it out",
     ),
     Rule(
         "cp_partition_mode",  # of later versions of Megatron

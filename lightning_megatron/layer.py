@@ -46,7 +46,8 @@ class ChunkedLayer(TransformerLayer):
         attention = self.self_attention
         self.passes_state = (
             isinstance(attention, LightningAttention)
-            and attention.rotary_pos_emb is None  # makes angles of all tokens that it sees
+            and attention.rotary_pos_emb is None
+            and attention.lrpe is None  # angles by positions among what they see
             and attention.pg_collection.cp.size() == 1
             and not config.sequence_parallel
         )

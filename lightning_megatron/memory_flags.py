@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .rules import Rule
 
-_CHUNK, _OFFLOAD = "--lightning-recompute-chunk", "--lightning-offload-activations"
+_CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 REFUSED = (
     *(
-        Rule(name, when, text, flag)
-        for name, flag in (("recompute_chunk", _CHUNK), ("offload_activations", _OFFLOAD))
+        Rule(name, when, text)
+        for name in (_CHUNK, _OFFLOAD)
         for when, text in (
             (lambda run: not run.recomputes, f"acts on layers that are recomputed; add {_FULL}, or leave it out"),
             (
@@ -25,25 +25,22 @@ REFUSED = (
         )
     ),
     Rule(
-        "offload_activations",
+        _OFFLOAD,
         lambda run: run.config.distribute_saved_activations,
         "moves whole inputs, and --distribute-saved-activations cuts them; leave out one of the two",
-        _OFFLOAD,
     ),
     Rule(
-        "recompute_chunk",
+        _CHUNK,
         lambda run: run.config.recompute_method == "uniform" and run.config.recompute_num_layers != 1,
         "recomputes layers one by one; use --recompute-num-layers 1",
-        _CHUNK,
     ),
     Rule(
-        "recompute_chunk",
+        _CHUNK,
         lambda run: run.config.hidden_dropout > 0,
         "would drop other elements when it recomputes; use --hidden-dropout 0",
-        _CHUNK,
     ),
     *(
-        Rule("recompute_chunk", lambda run, name=name: run.get(name), f"does not go with {flag}; {remedy}", _CHUNK)
+        Rule(_CHUNK, lambda run, name=name: run.get(name), f"does not go with {flag}; {remedy}")
         for name, flag, remedy in (
             (
                 "gradient_accumulation_fusion",
@@ -55,30 +52,39 @@ REFUSED = (
         )
     ),
     Rule(
-        "recompute_chunk",
+        _CHUNK,
         lambda run: run.config.context_parallel_size > 1 and not run.options.cp_keep_states,
         "keeps states for the recomputation; leave --no-lightning-cp-keep-states out",
-        _CHUNK,
     ),
 )
 
 WARNED = (
     Rule(
-        "recompute_chunk",
-        lambda run: run.config.context_parallel_size > 1 or run.config.sequence_parallel or run.packed or run.latent,
-        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence on one "
-        "rank, without context and sequence parallelism, packed documents and multi-latent attention",
         _CHUNK,
+        lambda run: (
+            run.config.context_parallel_size > 1
+            or run.config.sequence_parallel
+            or run.packed
+            or (run.latent and run.options.rope)
+        ),
+        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence on one "
+        "rank, without context and sequence parallelism, packed documents, and --lightning-rope beside "
+        "--multi-latent-attention",
     ),
     Rule(
-        "recompute_chunk",
+        _CHUNK,
+        lambda run: run.options.lrpe_layers,
+        "computes the attention of layers with --lightning-lrpe-layers whole, and their MLPs in chunks",
+    ),
+    Rule(
+        _CHUNK,
         lambda run: run.config.num_moe_experts is not None,
         "leaves layers with experts whole",
-        _CHUNK,
     ),
     Rule(
         "mlp_chunks_for_training",
         lambda run: run.config.mlp_chunks_for_training > 1 and run.recomputes,
-        f"keeps what all chunks computed in the backward, and so does not lower its peak; use {_CHUNK}",
+        "keeps what all chunks computed in the backward, and so does not lower its peak; use "
+        "--lightning-recompute-chunk",
     ),
 )

@@ -21,7 +21,7 @@ from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import own_angles, own_rotary_embedding, rotate
+from .rope import LRPE, own_angles, own_rotary_embedding, rotate
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -31,7 +31,8 @@ class LightningAttentionSubmodules:
     """Every submodule of a lightning layer.
 
     The projections are Megatron's local layers or TransformerEngine's, where linear_qkv may hold the input layer norm.
-    The norms are built and called as ``HeadNorm`` and ``OutputNorm``; options decide which of them there are.
+    The norms and angles are built and called as ``HeadNorm``, ``OutputNorm`` and ``LRPE``; options decide which of them
+    there are.
     """
 
     linear_qkv: ModuleSpec | type
@@ -39,6 +40,7 @@ class LightningAttentionSubmodules:
     q_norm: ModuleSpec | type = HeadNorm
     k_norm: ModuleSpec | type = HeadNorm
     out_norm: ModuleSpec | type = OutputNorm
+    lrpe: ModuleSpec | type = LRPE
 
 
 @dataclass
@@ -117,11 +119,19 @@ class LightningAttention(MegatronModule):
             tp_group=self.tp_group,
             name=None if name is None else name + ".linear_qkv",
         )
-        self.q_norm = self.k_norm = self.out_norm = None
+        self.q_norm = self.k_norm = self.out_norm = self.lrpe = None
         if options.qk_norm:
             self.q_norm, self.k_norm = (
                 build_module(norm, shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype)
                 for norm in (submodules.q_norm, submodules.k_norm)
+            )
+        if layer_number <= options.lrpe_layers:
+            self.lrpe = build_module(
+                submodules.lrpe,
+                shape.num_heads // tp,
+                shape.key_dim,
+                tp_group=self.tp_group,
+                dtype=config.params_dtype,
             )
         if shape.norm_groups:
             self.out_norm = build_module(
@@ -240,6 +250,13 @@ class LightningAttention(MegatronModule):
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
             )  # fmt: skip
             nvtx_range_pop(suffix="rotary_pos_emb")
+        if self.lrpe is not None:
+            nvtx_range_push(suffix="lrpe")
+            q, k = self.lrpe(
+                q, k, cu_seqlens=cu_seqlens, inference_context=inference_context, layout=layout,
+                group=self.pg_collection.cp if group is None else group,
+            )  # fmt: skip
+            nvtx_range_pop(suffix="lrpe")
 
         nvtx_range_push(suffix="lightning_attention")
         o, state = lightning_attn(

@@ -5,6 +5,8 @@ Megatron's own torch norm (core/transformer/torch_norm.py) refuses sequence para
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -25,13 +27,14 @@ class TorchNorm(torch.nn.Module):
 
     Its parameters carry ``sequence_parallel``, by which Megatron sums their gradients over the tensor-parallel ranks
     that each saw a part of the sequence (core/distributed/finalize_model_grads.py). ``--apply-layernorm-1p`` is
-    supported. ``backend`` is that of ``lightning_attn``.
+    supported. ``backend`` is that of ``lightning_attn``; ``affine`` False leaves out weight and bias (TransNormerLLM,
+    section 3.4: SimpleRMSNorm).
 
     Raises:
         ValueError: a normalization other than these two.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, *, backend: str | None = None):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, *, backend: str | None = None, affine: bool = True):
         super().__init__()
         self.backend = backend
         if config.normalization not in ("RMSNorm", "LayerNorm"):
@@ -40,32 +43,53 @@ class TorchNorm(torch.nn.Module):
                 "LayerNorm"
             )
         self.rms = config.normalization == "RMSNorm"
-        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.zero_centered = affine and config.layernorm_zero_centered_gamma
         self.eps = eps
         # Named, as Megatron's linear layers do it: under torch.device("meta") (--init-model-with-meta-device) the first
         # values would be lost, and training would start from whatever the memory holds.
         on_gpu = torch.cuda.is_available() and not config.use_cpu_initialization
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         first = torch.zeros if self.zero_centered else torch.ones
-        self.weight = torch.nn.Parameter(first(hidden_size, device=device))
-        self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size, device=device))
+        self.weight = torch.nn.Parameter(first(hidden_size, device=device)) if affine else None
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, device=device)) if affine and not self.rms else None
+        self.dtype = config.params_dtype  # of the output, without parameters that say it
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., hidden]`` -> the same shape in the dtype of the parameters."""
-        dtype = self.weight.dtype
+        dtype = self.dtype if self.weight is None else self.weight.dtype
         if self.rms and not self.zero_centered and x.dim() == 3 and x.dtype == dtype:
             # one launch, where torch's backward reads everything twice
             return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps, backend=self.backend)
         if self.zero_centered:  # a small weight would be rounded away from 1 + weight in bf16
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = self.weight.to(x.dtype) + self.zero_centered  # x is fp32 in a fp32 residual stream, too
+        # x is fp32 in a fp32 residual stream, too
+        weight = None if self.weight is None else self.weight.to(x.dtype) + self.zero_centered
         if self.rms:
-            y = F.rms_norm(x, weight.shape, weight, self.eps)
+            y = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         else:
-            y = F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+            y = F.layer_norm(x, x.shape[-1:], weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
         return y.to(dtype)
+
+
+class ResidualNorm(TorchNorm):
+    """A layer's norm that says what the layer adds its output to, too: Megatron's layers take ``(norm, residual)``.
+
+    With x the input of the layer, times ``scale``: the residual is x, or norm(x) with ``normalized``, as in MiniMax
+    (transformers, models/minimax) and with ``--apply-residual-connection-post-layernorm``.
+    """
+
+    def __init__(self, *args, scale: float = 1.0, normalized: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale, self.normalized = scale, normalized
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x ``[..., hidden]`` -> (norm, residual), of the same shape."""
+        if self.scale != 1.0:
+            x = x * self.scale
+        y = super().forward(x)
+        return y, y if self.normalized else x
 
 
 def layer_norm(config) -> type:
@@ -81,10 +105,26 @@ def layer_norm(config) -> type:
     return TorchNorm
 
 
-def layer_norm_spec(config, options: LightningOptions) -> ModuleSpec | type:
-    """The norm of ``layer_norm`` as Megatron's specs take it, computed by ``options.backend`` where it is ours."""
-    norm = layer_norm(config)
-    return ModuleSpec(module=norm, params={"backend": options.backend}) if norm is TorchNorm else norm
+def layer_norm_spec(config, options: LightningOptions, *, first: bool = False, final: bool = False):
+    """The norm of ``layer_norm`` as Megatron's specs take it, computed by ``options.backend`` where it is ours.
+
+    Args:
+        first: the one that the embeddings enter, which ``options.embedding_scale`` multiplies.
+        final: the one behind all layers, which no residual goes around.
+    """
+    norm, params = layer_norm(config), {"backend": options.backend}
+    scale = options.embedding_scale if first else 1.0
+    normalized = config.apply_residual_connection_post_layernorm and not final
+    if not options.layernorm_affine:
+        norm, params = TorchNorm, {**params, "affine": False}
+    if normalized or scale != 1.0:
+        norm, params = ResidualNorm, {**params, "scale": scale, "normalized": normalized}
+    return ModuleSpec(module=norm, params=params) if issubclass(norm, TorchNorm) else norm
+
+
+def head_norm_spec(config, options: LightningOptions):
+    """The norm of q and k, or of latents, in softmax layers: it has a weight, and nothing goes around it."""
+    return layer_norm_spec(config, dataclasses.replace(options, layernorm_affine=True), final=True)
 
 
 class OutputNorm(torch.nn.Module):

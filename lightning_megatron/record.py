@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import __version__
-from .config import LightningOptions, lightning_pattern, resolve_shape
+from .config import RESIDUAL_FACTORS, LightningOptions, expert_pattern, lightning_pattern, resolve_shape
 from .decay import log_decay
 
 FORMAT = 1
@@ -113,12 +113,14 @@ class Row(NamedTuple):
     """One compared value: its key in the record, the flag that sets it, where it matters, and how it is read.
 
     ``applies`` names a method of ``_Model``. ``read`` None: the attribute ``key`` of the config or of the args.
+    ``before``: what a record of lightning layers without this row stands for, because its version knew nothing else.
     """
 
     key: str
     flag: str
     applies: str = "always"
     read: Callable[[_Model], Any] | None = None
+    before: Any = None
 
 
 def _decay(model: _Model) -> list:
@@ -179,8 +181,8 @@ def _latent_yarn(model: _Model) -> list | None:
 
 
 def _expert_layers(model: _Model) -> list[int]:
-    freq, layers = model.get("moe_layer_freq"), len(model.pattern)
-    return [int(layer % freq == 0) for layer in range(layers)] if isinstance(freq, int) else freq
+    experts = expert_pattern(model.get("moe_layer_freq"), len(model.pattern), model.get("num_moe_experts"))
+    return [int(x) for x in experts]
 
 
 def _sinkhorn(model: _Model) -> bool:
@@ -191,6 +193,10 @@ def _sinkhorn(model: _Model) -> bool:
 
 def _dropped(model: _Model) -> str | None:
     return model.get("moe_token_drop_policy") if model.get("moe_expert_capacity_factor") else None
+
+
+def _option(name: str, before: Any) -> Row:
+    return Row(name, "--lightning-" + name.replace("_", "-"), "lightning", lambda m: getattr(m.options, name), before)
 
 
 # fmt: off
@@ -210,6 +216,11 @@ ROWS = (
     Row("norm_eps", "--lightning-norm-eps (default --norm-epsilon)", "any_lightning_norm",
         lambda m: m.get("layernorm_epsilon") if m.options.norm_eps is None else m.options.norm_eps),
     Row("gate", "--lightning-gate", "lightning", lambda m: m.options.gate),
+    _option("lrpe_layers", before=0),
+    *(_option(name, before=1.0) for name in RESIDUAL_FACTORS),
+    _option("layernorm_affine", before=True),
+    _option("bilinear_glu", before=False),
+    _option("embedding_scale", before=1.0),
     Row("num_attention_heads", "--num-attention-heads"),
     Row("padded_vocab_size", ROWS_OF_VOCABULARY,
         read=lambda m: m.get("padded_vocab_size") or m.get("vocab_size")),
@@ -325,9 +336,10 @@ def _plain(value: Any) -> Any:
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What differs between two records: ``[(flag, saved value, present value), ...]``, in the order of ``ROWS``.
 
-    A value that only one of the two holds is not compared.
+    A value that only one of the two holds is not compared, unless its row says what older records stand for.
     """
-    saved, now = saved["values"], now["values"]
+    older = {row.key: row.before for row in ROWS if row.before is not None}
+    saved, now = ((older if record["options"] else {}) | record["values"] for record in (saved, now))
     return [
         (row.flag, saved[row.key], now[row.key])
         for row in ROWS

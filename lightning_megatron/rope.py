@@ -1,4 +1,4 @@
-"""Rotary embedding of q and k in lightning layers, and of packed documents over context-parallel ranks."""
+"""Angles of q and k: rotary embeddings, those of packed documents over context-parallel ranks, and learnt ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from .config import LightningOptions
 from .parallel import token_positions
@@ -126,6 +128,62 @@ def packed_angles(
     """
     positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
     if freqs.shape[0] != tokens * group.size():
-        bounds = cu_seqlens.long()
-        positions = positions - bounds[torch.searchsorted(bounds, positions, right=True) - 1]
+        positions = _in_documents(positions, cu_seqlens)
     return freqs[positions]
+
+
+def _in_documents(positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Positions in the whole sequence -> in their documents."""
+    bounds = cu_seqlens.long()
+    return positions - bounds[torch.searchsorted(bounds, positions, right=True) - 1]
+
+
+class LRPE(torch.nn.Module):
+    """Linearized relative positional encoding with learnt angles, on one tensor-parallel rank's heads.
+
+    x -> [x cos(t theta), x sin(t theta)] at position t, so that q of token t and k of token s meet as
+    sum_d q_d k_d cos((t - s) theta_d). theta ``[heads, K]`` is a parameter, first 10000^(-2 i / (H K)) of channel i of
+    all H heads (Qin et al. 2023, "Linearized Relative Positional Encoding"; TransNormerLLM, section 3.1).
+    """
+
+    def __init__(self, heads: int, dim: int, *, tp_group, dtype: torch.dtype):
+        """``heads`` on this rank, each of ``dim`` channels."""
+        super().__init__()
+        self.tp_group = tp_group
+        channels = heads * dim
+        i = torch.arange(channels, device="cpu", dtype=torch.float64) + tp_group.rank() * channels
+        theta = (10000 ** (-2 / (channels * tp_group.size()) * i)).reshape(heads, dim)
+        self.theta = torch.nn.Parameter(theta.to(torch.cuda.current_device(), dtype))
+        set_tensor_model_parallel_attributes(self.theta, is_parallel=True, dim=0, stride=1)
+
+    def forward(
+        self,
+        *xs: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        inference_context,
+        group: dist.ProcessGroup,
+        layout: str,
+    ) -> list[torch.Tensor]:
+        """Each x ``[s, b, heads, K]`` -> ``[s, b, heads, 2 K]``; the other arguments are those of ``rotate``."""
+        tokens, device = xs[0].shape[0], xs[0].device
+        positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens, device=device)
+        if cu_seqlens is not None:
+            positions = _in_documents(positions, cu_seqlens)
+        if inference_context is not None:
+            positions = positions + inference_context.sequence_len_offset
+        # in fp32 at least: in bf16 neighbouring positions have the same angle
+        wide = torch.promote_types(self.theta.dtype, torch.float32)
+        angles = positions.to(wide)[:, None, None, None] * self.theta.to(wide)
+        turns = [f(angles).to(xs[0].dtype) for f in (torch.cos, torch.sin)]
+        return [torch.cat([x * turn for turn in turns], dim=-1) for x in xs]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Shards for distributed checkpoints: slices are whole heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"theta": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )

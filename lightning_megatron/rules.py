@@ -21,11 +21,10 @@ class Run(NamedTuple):
     softmax: int  # how many layers are softmax layers
 
     def get(self, name: str) -> Any:
-        """A field of the config, else a flag, else an option, else None."""
-        for asked in (self.config, self.args, self.options):
-            if hasattr(asked, name):
-                return getattr(asked, name)
-        return None
+        """A field of the config, else a flag, else None; an option by its flag, as ``lightning_scale``."""
+        if name.startswith("lightning_"):
+            return getattr(self.options, name.removeprefix("lightning_"), getattr(self.args, name, None))
+        return getattr(self.config, name, getattr(self.args, name, None))
 
     @property
     def local(self) -> bool:

@@ -61,6 +61,8 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
             f"layout={layout!r}, but Megatron's data loader cuts sequences as {loaded!r}: leave layout out"
         )
     layout = layout or loaded
+    if options.lrpe_layers:  # layers differ, and checkpoints keep each under its own name
+        config.hetereogenous_dist_checkpoint = True
     given = options, layout, facts(config)  # a copy of a prepared config, changed since, has the mark too
     if prepared_with(config) == given:
         return layout

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from .compat import check_megatron
@@ -33,10 +34,12 @@ try:
         get_transformer_layer_offset,
     )
 
-    from .config import LightningOptions, lightning_pattern
+    from .config import LightningOptions, expert_pattern, lightning_pattern
     from .layer import ChunkedLayer
     from .mixer import LightningAttention, LightningAttentionSubmodules
-    from .norm import layer_norm_spec
+    from .mlp import BilinearMLP
+    from .norm import head_norm_spec, layer_norm_spec
+    from .residual import scaled_residual
     from .runtime import prepare, refuse
     from .softmax import LatentAttention, SDPACoreAttention
 except ImportError as error:
@@ -73,6 +76,11 @@ def get_lightning_layer_spec(config, options: LightningOptions | None = None, *,
     """Spec of one TransformerLayer with lightning attention, dense MLP or MoE as the config's first layer has it."""
     options = options or LightningOptions()
     refuse(config, options, layout)
+    if options.embedding_scale != 1.0:
+        raise ValueError(
+            f"embedding_scale={options.embedding_scale} belongs to the first layer alone, and this is a spec for any; "
+            "use get_hybrid_layer_specs"
+        )
     return _layer_specs(config, options, layout, [True] * config.num_layers)[0]
 
 
@@ -106,13 +114,19 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
         plain = copy.copy(config)
         plain.multi_latent_attention = False
         lightning_specs = _megatron_specs(plain)
-    norm = layer_norm_spec(config, options)
-    specs = []
+    norm, head_norm = layer_norm_spec(config, options), head_norm_spec(config, options)
+    experts = expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)
+    specs: list[ModuleSpec] = []
     for lightning, *both in zip(pattern, softmax_specs, lightning_specs, strict=True):
         base = both[lightning]
         layer = dataclasses.replace(base.submodules)
         if local:
-            layer.input_layernorm = layer.pre_mlp_layernorm = norm
+            layer.input_layernorm = norm if specs else layer_norm_spec(config, options, first=True)
+            layer.pre_mlp_layernorm = norm
+            layer.sharded_state_dict_keys_map = _norm_keys(lightning or not latent, dense=not experts[len(specs)])
+        _set_residuals(layer, options, lightning)
+        if options.bilinear_glu:
+            layer.mlp = functools.partial(BilinearMLP.as_mlp_submodule, **layer.mlp.keywords)
         projections = layer.self_attention.submodules
         if lightning:
             layer.self_attention = ModuleSpec(
@@ -125,7 +139,7 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
             replaced = dataclasses.replace(projections, core_attention=core)
             if config.qk_layernorm and not config.qk_l2_norm:
                 names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
-                replaced = dataclasses.replace(replaced, **dict.fromkeys(names, norm))
+                replaced = dataclasses.replace(replaced, **dict.fromkeys(names, head_norm))
             layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
             if latent:
                 params = {**layer.self_attention.params, "layout": layout}
@@ -136,6 +150,25 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
             spec = dataclasses.replace(spec, module=ChunkedLayer, params=params)
         specs.append(spec)
     return specs
+
+
+def _norm_keys(before_qkv: bool, dense: bool) -> dict[str, str]:
+    """Names of the norms in checkpoints: those of TransformerEngine's layers, which fuse them with what follows.
+
+    Megatron's local specs have others beside experts and multi-latent attention, so that a checkpoint would resume with
+    one implementation only.
+    """
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"} if before_qkv else {}
+    return names | ({"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"} if dense else {})
+
+
+def _set_residuals(layer, options: LightningOptions, lightning: bool) -> None:
+    """Factors of the residual connections, where they are not 1."""
+    kind = "attn" if lightning else "softmax"
+    for connection, part in (("self_attn_bda", kind), ("mlp_bda", "mlp")):
+        factors = getattr(options, f"{part}_alpha"), getattr(options, f"{part}_beta")
+        if factors != (1.0, 1.0):
+            setattr(layer, connection, scaled_residual(*factors))
 
 
 def _megatron_specs(config) -> list[ModuleSpec]:
@@ -172,7 +205,7 @@ def get_hybrid_block_spec(
             f"pipeline stage (pp_rank={pp_rank}, vp_stage={vp_stage}) gets none of the {config.num_layers} layers; use "
             "fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
         )
-    norm = layer_norm_spec(config, options)
+    norm = layer_norm_spec(config, options, final=True)
     return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm)
 
 
@@ -199,6 +232,11 @@ class LightningDispatchLayer(BaseTransformerLayer):
             pp_rank = groups.pp.rank() if groups is not None else None
             index += get_transformer_layer_offset(config, arguments.get("vp_stage"), pp_rank)
         layout = prepare(config, options)
+        if options is not None and not options.layernorm_affine:
+            raise ValueError(
+                "layernorm_affine=False holds for the final norm, too, which Megatron builds with a weight here; use "
+                "make_spec(layernorm_affine=False)"
+            )
         spec = get_hybrid_layer_specs(config, options, layout=layout)[index]
         return build_module(spec, config=config, layer_number=layer_number, **arguments)
 

@@ -8,7 +8,7 @@ import torch
 
 from . import __version__
 from .compat import version
-from .config import LightningOptions, lightning_pattern, resolve_shape
+from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, resolve_shape
 from .decay import log_decay
 from .norm import layer_norm
 
@@ -80,10 +80,22 @@ def layer_map(config, options: LightningOptions) -> str:
             f"gate {options.gate}, rope {on[options.rope]}, q/k norm {on[options.qk_norm]}, backend {options.backend}",
             f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
             f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens",
+            *_other_parts(config, options),
             f"  attention parameters a layer: {sizes}",
             f"  parts: {parts}; {versions}",
         )
     )
+
+
+def _other_parts(config, options: LightningOptions) -> list[str]:
+    """A line on what is not usual in a transformer, if there is any."""
+    factors = {name: getattr(options, name) for name in (*RESIDUAL_FACTORS, "embedding_scale")}
+    parts = [f"{name} {value:.6g}" for name, value in factors.items() if value != 1.0]
+    parts += [f"LRPE in the first {options.lrpe_layers} layers"] * bool(options.lrpe_layers)
+    parts += ["the residual is the norm's output"] * bool(config.apply_residual_connection_post_layernorm)
+    parts += ["layer norms without weights"] * (not options.layernorm_affine)
+    parts += ["bilinear GLU"] * options.bilinear_glu
+    return [f"  {', '.join(parts)}"] if parts else []
 
 
 def _half_life(value: torch.Tensor) -> str:

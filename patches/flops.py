@@ -34,11 +34,15 @@ FORWARD_BACKWARD_FMA = 3 * 2
 _options: LightningOptions | None = None
 
 
-def lightning_layer_flops(args: Any, options: LightningOptions, tokens: float) -> float:
-    """Operations of one lightning layer over ``tokens`` tokens, forward and backward, over all ranks."""
+def lightning_layer_flops(args: Any, options: LightningOptions, tokens: float, *, lrpe: bool = False) -> float:
+    """Operations of one lightning layer over ``tokens`` tokens, forward and backward, over all ranks.
+
+    With ``lrpe``, K is twice as large between projections and output.
+    """
     shape = resolve_shape(args, options, tp=1)
     projections = args.hidden_size * (shape.projection_dim + shape.output_dim)
-    per_head = CHUNK / 2 * (shape.key_dim + shape.value_dim) + 2 * shape.key_dim * shape.value_dim
+    key_dim = shape.key_dim * (2 if lrpe else 1)
+    per_head = CHUNK / 2 * (key_dim + shape.value_dim) + 2 * key_dim * shape.value_dim
     return FORWARD_BACKWARD_FMA * tokens * (projections + shape.num_heads * per_head)
 
 
@@ -72,8 +76,8 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
         total_real_tokens_in_batch: float | None = None,
     ) -> float:
         total = original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
-        layers = sum(lightning_pattern(args.linear_attention_freq, args.num_layers))
-        if not layers:
+        pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
+        if not any(pattern):
             return total
         assert _options is not None
         tokens, squared = total_real_tokens_in_batch, seqlen_squared_sum_in_batch
@@ -81,9 +85,10 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
             tokens = batch_size * args.seq_length
         if squared is None:
             squared = batch_size * args.seq_length**2
-        lightning = lightning_layer_flops(args, _options, tokens)
+        with_lrpe = sum(pattern[: _options.lrpe_layers])
+        plain, lrpe = (lightning_layer_flops(args, _options, tokens, lrpe=lrpe) for lrpe in (False, True))
         softmax = (latent_layer_flops if args.multi_latent_attention else softmax_layer_flops)(args, tokens, squared)
-        return total + layers * (lightning - softmax)
+        return total + sum(pattern) * (plain - softmax) + with_lrpe * (lrpe - plain)
 
     return num_floating_point_operations
 

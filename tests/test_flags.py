@@ -486,7 +486,6 @@ def test_one_layer_of_a_hybrid_with_windows(without):
 def test_tables_name_fields_and_flags(parse):
     """A misspelt attribute would never speak."""
     known = {*vars(parse()), *vars(transformer_config()), "cp_partition_mode", "heterogeneous_block_specs"}
-    known |= vars(LightningOptions()).keys()
     named = (
         {*tables.REFUSED_ALWAYS}
         | {rule.attribute for rule in (*tables.REFUSED, *tables.WARNED)}

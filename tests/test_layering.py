@@ -14,7 +14,7 @@ PACKAGE = "lightning_megatron"
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"parallel", "rules"},
-    {"decay", "norm", "rope", "offload", "memory_flags"},
+    {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags"},
     {"softmax"},
     {"record"},
     {"resume"},

@@ -11,7 +11,7 @@ import pytest
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from lightning_megatron.config import LightningOptions
+from lightning_megatron.config import RESIDUAL_FACTORS, LightningOptions
 from lightning_megatron.record import (
     FREE_OPTIONS,
     ROWS,
@@ -138,6 +138,11 @@ CHANGES = {
     "norm_affine": ("options", "norm_affine", False),
     "norm_eps": ("options", "norm_eps", 1e-3),
     "gate": ("options", "gate", "none"),
+    "lrpe_layers": ("options", "lrpe_layers", 1),
+    **{name: ("options", name, 2.0) for name in RESIDUAL_FACTORS},
+    "layernorm_affine": ("options", "layernorm_affine", False),
+    "bilinear_glu": ("options", "bilinear_glu", True),
+    "embedding_scale": ("options", "embedding_scale", 8.0),
     "num_attention_heads": ("config", "num_attention_heads", 8),
     "padded_vocab_size": ("args", "padded_vocab_size", 1024),
     "normalization": ("config", "normalization", "RMSNorm"),
@@ -264,6 +269,16 @@ def test_compared_value_is_refused(key):
     message = str(error.value)
     assert f"  {row.flag}: " in message and "in the checkpoint, " in message and "--finetune" in message
     check({"args": Namespace(lightning_function=record)}, "folder", Namespace(finetune=True, **running))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.before is not None], ids=lambda row: row.key)
+def test_records_without_a_row_stand_for_what_their_version_did(row):
+    before, after = function_record(*parts(row.key)), function_record(*changed(row.key))
+    del before["values"][row.key]
+    assert differences(before, after) == [(row.flag, row.before, after["values"][row.key])]
+    assert differences(before, function_record(*parts(row.key))) == []
+    before["options"] = {}  # a spec of one's own, whose options are not known
+    assert differences(before, after) == []
 
 
 def test_every_field_of_megatrons_config_is_decided():

@@ -1,0 +1,205 @@
+"""Families of released models: what a Hugging Face config.json means in Megatron's flags, and the other way round."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from .units import Unit
+
+logger = logging.getLogger("lightning_megatron")
+
+Config = dict[str, Any]
+Flags = dict[str, Any]  # attribute of Megatron's args -> value: True is a switch, None and False are left out
+
+
+class Family(Protocol):
+    """What every family of models tells."""
+
+    NAME: str
+
+    def claims(self, config: Config) -> bool:
+        """Whether a config.json is of this family.
+
+        Raises:
+            ValueError: it looks like it and is not.
+        """
+
+    def flags(self, config: Config) -> Flags:
+        """Megatron's flags of a config.json.
+
+        Raises:
+            ValueError: a field that cannot be represented, by name and value.
+        """
+
+    def config(self, args: Namespace) -> Config:
+        """The config.json of a model that ``args`` describe, as far as they decide it."""
+
+    def units(self, args: Namespace, config: Config) -> list[Unit]:
+        """All tensors of both checkpoints, of which Megatron's has ``args`` and the other ``config``."""
+
+    def tiny(self, config: Config) -> Config:
+        """The same shape of architecture at test size."""
+
+
+def families() -> tuple[Family, ...]:
+    """All of them."""
+    from . import bailing, minimax, tnl
+
+    return bailing, minimax, tnl  # type: ignore[return-value]
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        ValueError: none of them, or a model that is known not to be one of them.
+    """
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    for family in families():
+        if family.claims(config):
+            return family
+    names = ", ".join(family.NAME for family in families())
+    raise ValueError(
+        f"config.json: model_type {kind!r}, architectures {', '.join(architectures) or 'none'} is no model that is "
+        f"known here; known are {names}"
+    )
+
+
+def command_line(flags: Flags) -> list[str]:
+    """Flags as they are written on a command line."""
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def pattern(values: Iterable[Any]) -> str:
+    """A list with one entry a layer as Megatron's flags take it: ``([1]*3+[0])``."""
+    runs: list[list[Any]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return "(" + "+".join(f"[{value}]*{count}" if count > 1 else f"[{value}]" for value, count in runs) + ")"
+
+
+# What every model of these families has.
+COMMON: Flags = dict(
+    normalization="RMSNorm", swiglu=True, disable_bias_linear=True, hidden_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    from megatron.training.arguments import add_megatron_arguments
+
+    from ..training.arguments import add_arguments
+
+    return add_arguments(add_megatron_arguments(ArgumentParser(prog="lightning_megatron", allow_abbrev=False)))
+
+
+def saved_args(words: list[str]) -> Namespace:
+    """The args that Megatron would save in a checkpoint of a model with these flags, the record of its function too.
+
+    Args:
+        words: a command line, as ``command_line`` writes it; what it leaves out has Megatron's defaults.
+    """
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import validate_args
+
+    from ..record import ATTRIBUTE, function_record, options_from_args
+    from ..training.arguments import args_defaults
+
+    more = "--micro-batch-size 1 --tokenizer-type NullTokenizer --eval-iters 0".split()
+    if "--seq-length" not in words:
+        more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]
+    given = _parser().parse_args([*words, *more])
+    given.rank = given.local_rank = 0
+    given.world_size = 1
+    with contextlib.redirect_stdout(io.StringIO()):
+        validate_args(given, args_defaults(given))
+    every = given.make_vocab_size_divisible_by
+    given.padded_vocab_size = (given.vocab_size + every - 1) // every * every
+    config = core_transformer_config_from_args(given)
+    setattr(given, ATTRIBUTE, function_record(config, options_from_args(given), given))
+    return given
+
+
+def family_of_args(args: Namespace) -> tuple[Family, Config]:
+    """The family whose config.json describes exactly the function of a trained model, and that config.
+
+    Raises:
+        ValueError: none does; with what differs, for every family.
+    """
+    from ..record import ATTRIBUTE, differences
+
+    record = getattr(args, ATTRIBUTE, None)
+    if record is None:
+        raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
+    lines = []
+    for family in families():
+        try:
+            config = family.config(args)
+            again = getattr(saved_args(command_line(family.flags(config))), ATTRIBUTE)
+        except (ValueError, KeyError, AssertionError) as error:
+            lines.append(f"{family.NAME}: {error}")
+            continue
+        found = [row for row in differences(record, again) if row[0].split(",")[0] != "--padded-vocab-size"]
+        if not found:
+            return family, config
+        lines += [f"{family.NAME}: {flag}: {saved} in the checkpoint, {now} there" for flag, saved, now in found]
+    raise ValueError("\n  ".join(["no family of released models has this function:", *lines]))
+
+
+class Fields:
+    """The fields of a config.json, each of which must be read, refused, or known to change no function."""
+
+    def __init__(self, config: Config, free: Iterable[str]):
+        self.config, self.seen = config, {*free, *FREE}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or ``default`` where the field is missing or null."""
+        self.seen.add(name)
+        value = self.config.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"config.json: {name} is missing")
+        return value
+
+    def only(self, name: str, *allowed: Any, why: str = "which this package does not have") -> None:
+        """Refuse other values than these, of which the first is that of a missing field."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"config.json: {name} is {value!r}, {why}; it may be {' or '.join(map(repr, allowed))}")
+
+    def warn_of_others(self) -> None:
+        others = sorted(self.config.keys() - self.seen)
+        if others:
+            logger.warning(
+                "config.json has fields that are not known here and that are ignored: %s; if one of them changes what "
+                "the model computes, the conversion is wrong",
+                ", ".join(others),
+            )
+
+
+# Of every config.json: names, sizes of vocabularies' special tokens, generation, storage.
+FREE = tuple(
+    """architectures model_type auto_map torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
+    pad_token_id initializer_range attention_dropout output_router_logits quantization_config _name_or_path
+    router_aux_loss_coef output_dropout embedding_dropout return_dict chunk_size_feed_forward id2label label2id
+    is_encoder_decoder output_attentions output_hidden_states problem_type""".split()
+)

@@ -1,0 +1,135 @@
+"""Random tiny models of the released families with what their references compute: states, logits, gradients."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lightning_megatron.models.family import family_of
+from tests.helpers import random_models, references
+from tests.helpers.references import Tensors
+from tests.helpers.released import args_of
+
+LENGTH = 32
+DOCUMENTS = [0, 5, 6, 21, 32]  # cross the chunks of ranks, and one has one token
+KINDS = ("bailing latent experts", "bailing latent", "bailing experts", "bailing", "minimax", "tnl")
+# Of the tokens drawn: by how much the last expert chosen must beat the next, since rounding in fp32 may choose others;
+# and what rounding may do to a gradient of the reference itself, which is large where a norm divides by almost nothing.
+MARGIN, NOISE = 2e-5, 2e-5
+Case = dict[str, Any]
+
+
+def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) -> Case:
+    """A model, tokens, and the reference's results in fp64; other tokens where rounding decides."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    if kind == "tnl":
+        config = random_models.tnl_config(rng)
+    elif kind == "minimax":
+        config = random_models.minimax_config(rng)
+    else:
+        config = random_models.bailing_config(rng, latent="latent" in kind, experts="experts" in kind)
+    config["tie_word_embeddings"] &= tied
+    args = args_of(config)
+    tensors = random_models.draw(family_of(config).units(args, config), generator)
+    shape = (1 if packed else 2, LENGTH)
+    weight = torch.randn(*shape, config["vocab_size"], generator=generator)
+    reference = _minimax if kind == "minimax" else _formulas
+    for _ in range(50):
+        tokens = torch.randint(0, config["vocab_size"], shape, generator=generator)
+        references.MARGINS.clear()
+        results = reference(config, tensors, tokens, weight, packed, torch.float64)
+        rounded = reference(config, tensors, tokens, weight, packed, torch.float32)["grads"]
+        noise = max(_difference(rounded[name], grad) for name, grad in results["grads"].items() if grad is not None)
+        if min(references.MARGINS, default=1.0) > MARGIN and noise < NOISE:
+            break
+    else:
+        raise AssertionError(f"{kind}, seed {seed}: no tokens for which fp32 is enough")
+    return (
+        dict(kind=kind, seed=seed, config=config, tensors=tensors, tokens=tokens, weight=weight, packed=packed)
+        | results
+    )
+
+
+def _documents(tokens: torch.Tensor, packed: bool) -> list[torch.Tensor]:
+    bounds = DOCUMENTS if packed else [0, tokens.shape[1]]
+    return [tokens[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def _formulas(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype) -> Case:
+    p = {name: x.detach().to(dtype).requires_grad_("expert_bias" not in name) for name, x in tensors.items()}
+    model = references.tnl if config["model_type"] == "transnormer" else references.bailing
+    parts = [model(config, p, document) for document in _documents(tokens, packed)]
+    states = [torch.cat(x, 1).detach() for x in zip(*(states for states, _ in parts), strict=True)]
+    logits = torch.cat([logits for _, logits in parts], 1)
+    (logits * weight).sum().backward()
+    return dict(states=states, logits=logits.detach(), grads={name: x.grad for name, x in p.items()})
+
+
+def _minimax(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype) -> Case:
+    """By transformers."""
+    from transformers import MiniMaxForCausalLM
+    from transformers.models.minimax.modeling_minimax import MiniMaxTopKRouter
+
+    with tempfile.TemporaryDirectory() as name:
+        model = load_minimax(write_minimax(Path(name), config, tensors), MiniMaxForCausalLM).to(dtype)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, MiniMaxTopKRouter):
+            module.register_forward_hook(
+                lambda module, inputs, outputs: references.note_margin(outputs[0].softmax(-1), module.top_k)
+            )
+    states: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
+    for layer, found in zip(model.model.layers, states, strict=True):
+        layer.register_forward_hook(lambda module, inputs, output, found=found: found.append(output.detach()))
+    logits = torch.cat([model(x, use_cache=False).logits for x in _documents(tokens, packed)], 1)
+    (logits * weight).sum().backward()
+    return dict(states=[torch.cat(x, 1) for x in states], logits=logits.detach(), grads=_minimax_grads(model, tensors))
+
+
+def write_minimax(folder: Path, config, tensors: Tensors) -> Path:
+    """A checkpoint as transformers writes it; the buffers are those of its model."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    held = MiniMaxConfig(**config)
+    buffers = {}
+    for layer, kind in enumerate(config["layer_types"]):
+        if kind == "linear_attention":
+            module = MiniMaxLightningAttention(held, layer)
+            buffers |= {f"model.layers.{layer}.self_attn.{name}": x.clone() for name, x in module.named_buffers()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors | buffers, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load_minimax(folder: Path, model_class):
+    model, report = model_class.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"], report
+    return model
+
+
+def _minimax_grads(model, tensors: Tensors) -> Tensors:
+    """By the names of the checkpoint, in which experts are one by one."""
+    held, found = dict(model.named_parameters()), {}
+    for name in tensors:
+        parts = name.split(".")
+        if "experts" in parts:
+            layer, expert, which = parts[2], int(parts[5]), parts[6]
+            stack = "down_proj" if which == "w2" else "gate_up_proj"
+            grad = held[f"model.layers.{layer}.mlp.experts.{stack}"].grad[expert]
+            found[name] = grad if which == "w2" else grad.chunk(2)[which == "w3"]
+        else:
+            found[name] = held[name.replace("block_sparse_moe", "mlp")].grad
+    return found

@@ -1,0 +1,106 @@
+"""Models of the released families on ranks of Megatron: built from a config.json, loaded through its units."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+from lightning_megatron.models.family import command_line, family_of, saved_args
+from lightning_megatron.record import options_from_args
+from lightning_megatron.spec import make_spec
+
+Tensors = dict[str, torch.Tensor]
+
+
+def args_of(config: dict[str, Any], more: str = "") -> Namespace:
+    return saved_args([*command_line(family_of(config).flags(config)), *more.split()])
+
+
+def to_megatron(config: dict[str, Any], args: Namespace, theirs: Tensors) -> Tensors:
+    """Whole tensors of a Megatron checkpoint, by key; every tensor of both is accounted for."""
+    found: Tensors = {}
+    filled: dict[str, int] = {}
+    unread = set(theirs)
+    for unit in family_of(config).units(args, config):
+        for named in unit.hf:
+            if named.name in theirs:
+                assert tuple(theirs[named.name].shape) == named.shape, named
+                unread.remove(named.name)
+            else:
+                assert named.optional, f"{named.name} is missing"
+        moved = unit.to_megatron([theirs.get(named.name) for named in unit.hf])
+        for piece, x in zip(unit.megatron, moved, strict=True):
+            assert tuple(x.shape) == piece.shape, (piece, x.shape)
+            whole = found.setdefault(piece.key, torch.full(piece.whole, torch.nan, dtype=x.dtype))
+            whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))] = x
+            filled[piece.key] = filled.get(piece.key, 0) + x.numel()
+    assert not unread, f"no unit reads {sorted(unread)}"
+    assert all(filled[key] == x.numel() for key, x in found.items())
+    return found
+
+
+def build(args: Namespace, **layout: Any) -> torch.nn.Module:
+    """This rank's part of the model, in process groups that exist."""
+    tp = layout.get("tensor_model_parallel_size", 1)
+    layout |= dict(expert_tensor_parallel_size=tp, tensor_parallel_num_weight_shards=tp)
+    layout |= dict(expert_tensor_parallel_num_weight_shards=tp)
+    for name, value in layout.items():
+        setattr(args, name, value)
+    config = core_transformer_config_from_args(args)
+    model = gpt_config_from_args(args, config=config)
+    model.transformer_layer_spec = make_spec(options_from_args(args))
+    pp = parallel_state
+    return GPTModelBuilder(model).build_model(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        pre_process=pp.is_pipeline_first_stage(),
+        post_process=pp.is_pipeline_last_stage(),
+    )
+
+
+def load(model: torch.nn.Module, tensors: Tensors) -> None:
+    """Every parameter and buffer of this rank, from whole tensors of a checkpoint."""
+    missing, unexpected = model.load_state_dict(slices(model, tensors), strict=False)
+    assert not unexpected and not [name for name in missing if "_extra_state" not in name], (missing, unexpected)
+
+
+def slices(model: torch.nn.Module, tensors: Tensors) -> Tensors:
+    """This rank's part of whole tensors, by the model's own names."""
+    found = {}
+    for name, sharded in model.sharded_state_dict(metadata={}).items():
+        if isinstance(sharded, ShardedTensorFactory):
+            found[name] = sharded.merge_fn(dict_list_map_outplace(lambda x: _slice(x, tensors), sharded.build()))
+        elif isinstance(sharded, ShardedTensor):
+            found[name] = _slice(sharded, tensors)
+    return found
+
+
+def _slice(sharded: ShardedTensor, tensors: Tensors) -> torch.Tensor:
+    whole = tensors[sharded.key]
+    assert tuple(whole.shape) == tuple(sharded.global_shape), f"{sharded.key}: {whole.shape}, {sharded.global_shape}"
+    local = (1,) * sharded.prepend_axis_num + tuple(sharded.local_shape)
+    box = whole[tuple(slice(o, o + n) for o, n in zip(sharded.global_offset, local, strict=True))]
+    return box.reshape(sharded.local_shape).clone()
+
+
+def hidden_states(model: torch.nn.Module, forward: Callable[[], Any]) -> tuple[dict[int, torch.Tensor], Any]:
+    """What each layer of this rank returns, by its number from 0, and the result of ``forward``."""
+    found, hooks = {}, []
+    for layer in model.decoder.layers:
+
+        def keep(module, inputs, outputs, number=layer.layer_number - 1):
+            found[number] = outputs[0].detach()
+
+        hooks.append(layer.register_forward_hook(keep))
+    result = forward()
+    for hook in hooks:
+        hook.remove()
+    return found, result
