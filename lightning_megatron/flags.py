@@ -7,6 +7,7 @@ matters to the own entry point alone is in training/arguments.py.
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from . import memory_flags as memory
 from .compat import importable

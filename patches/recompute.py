@@ -6,7 +6,7 @@ Why:      with ``--recompute-granularity full`` every layer's forward runs twice
           incoming states of the first run instead, and those between chunks (``--lightning-recompute-chunk``).
           Megatron's checkpoint is not told which layer and batch it serves, so the layer itself cannot keep them.
           With ``--lightning-offload-activations`` the inputs of layers, which it saves, go to the host. Megatron's
-          ``--cpu-offloading`` is TransformerEngine's and refuses recompute; ``--fine-grained-activation-offloading``
+          ``cpu_offloading`` is TransformerEngine's and refuses recompute; ``--fine-grained-activation-offloading``
           moves what single modules save, which full recompute never keeps.
 Versions: megatron-core 0.19
 Can go:   when a layer can keep something from a forward for its own recomputation, and when one of Megatron's two ways
