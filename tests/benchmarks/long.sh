@@ -18,7 +18,7 @@ run() { # limit in seconds, model, tokens of a step, tokens of a chunk (0: no ch
     echo "== $model, $extra, $* at $SECONDS s"
     timeout "$limit" python3 -m tests.benchmarks.training --models "$model" --attentions lightning --recompute \
         --loss-chunk 8K --steps 3 --tokens-per-step "$tokens" --tokens-per-microbatch 65536 --lengths "$@" --out "$out" \
-        --append --extra="$extra" | grep --line-buffered GPU/s
+        --append --extra="$extra" | grep --line-buffered -E '^[0-9.]+B lightning +[0-9]+K'
 }
 
 for part in ${*:-small large ladder}; do
