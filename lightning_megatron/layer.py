@@ -46,8 +46,8 @@ class ChunkedLayer(TransformerLayer):
         attention = self.self_attention
         self.passes_state = (
             isinstance(attention, LightningAttention)
-            and attention.rotary_pos_emb is None
-            and attention.lrpe is None  # angles by positions among what they see
+            and attention.rotary_pos_emb is None  # it and lrpe count positions from the first token that they see
+            and attention.lrpe is None
             and attention.pg_collection.cp.size() == 1
             and not config.sequence_parallel
         )
@@ -67,19 +67,17 @@ class ChunkedLayer(TransformerLayer):
         return in_chunks(step, hidden_states, self._rows(hidden_states), list(self.parameters())), None
 
     def _forward_mlp(
-        self, hidden_states: torch.Tensor, inference_context: Any = None, *args: Any, **kwargs: Any
+        self, hidden_states: torch.Tensor, inference_context: Any = None, **kwargs: Any
     ) -> torch.Tensor | list[torch.Tensor | None]:
         plain = partial(super()._forward_mlp, inference_context=inference_context)
         if not self._in_chunks(hidden_states, inference_context):
-            return plain(hidden_states, *args, **kwargs)
+            return plain(hidden_states, **kwargs)
         parameters = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
         return in_chunks(lambda x, *_: (plain(x), None), hidden_states, self._rows(hidden_states), parameters)
 
     def _in_chunks(self, hidden_states: torch.Tensor, inference_context: Any) -> bool:
         """Whether there are chunks, and this is a run without gradients, or one whose output nobody reads."""
-        if inference_context is not None or hidden_states.shape[0] <= self._rows(hidden_states):
-            return False
-        if self.is_moe_layer:
+        if self.is_moe_layer or inference_context is not None or hidden_states.shape[0] <= self._rows(hidden_states):
             return False
         return not torch.is_grad_enabled() or (recompute.recomputing() and is_checkpointing())
 
