@@ -47,6 +47,7 @@ LONG=(
     --dataloader-inter-document-masking            # documents of a sequence do not see each other
     --lightning-loss-chunk 8192                    # logits in chunks of 8192 tokens: all of them take 64 KB a token
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    # where it does not fit: --lightning-recompute-chunk 65536 and --lightning-offload-activations (docs/memory.md)
 )
 TRAINING=(
     --micro-batch-size 1 --global-batch-size "$GLOBAL_BATCH" --train-iters "$ITERATIONS"

@@ -93,13 +93,24 @@ class LightningOptions:
         "with full recompute, keep the incoming states of the first forward, so that context-parallel ranks exchange "
         "states once instead of twice",
     )
+    recompute_chunk: int | None = _option(
+        None,
+        "with full recompute, compute a layer again in chunks of so many tokens, so that no tensor inside of it is "
+        "longer: lightning layers whole; softmax layers, and all layers with context or sequence parallelism or packed "
+        "documents, their MLPs (default: one chunk)",
+    )
+    offload_activations: bool = _option(
+        False,
+        "with full recompute, keep the inputs of layers in pinned host memory between forward and backward: 2 bytes x "
+        "hidden size x tokens x layers of a GPU",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             choices, value = field.metadata["choices"], getattr(self, field.name)
             if choices is not None and value not in choices:
                 raise ValueError(f"lightning {field.name}={value!r} is unknown; choose one of {', '.join(choices)}")
-        for name in ("num_kv_heads", "key_head_dim", "value_head_dim", "norm_groups"):
+        for name in ("num_kv_heads", "key_head_dim", "value_head_dim", "norm_groups", "recompute_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"lightning {name}={value} must be at least 1, or left out")

@@ -7,71 +7,17 @@ matters to the own entry point alone is in training/arguments.py.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+from . import latent_flags as latent
+from . import memory_flags as memory
 from .compat import importable
 from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, projection_cut
+from .rules import ROTARY, Rule, Run, flag_of, selective, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
 _TE = "transformer_engine.pytorch"
 _APEX_NORM = "apex.normalization.fused_layer_norm"
-_ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
-
-
-class Run(NamedTuple):
-    """What a run asks for, as the rows of the tables see it."""
-
-    config: Any
-    options: LightningOptions
-    layout: str
-    args: Namespace  # Megatron's flags; empty outside of its training loop
-    softmax: int  # how many layers are softmax layers
-
-    def get(self, name: str) -> Any:
-        """A field of the config, else a flag, else None; an option by its flag, as ``lightning_scale``."""
-        if name.startswith("lightning_"):
-            return getattr(self.options, name.removeprefix("lightning_"), getattr(self.args, name, None))
-        return getattr(self.config, name, getattr(self.args, name, None))
-
-    @property
-    def local(self) -> bool:
-        return self.config.transformer_impl == "local"
-
-    @property
-    def latent(self) -> bool:
-        return bool(self.config.multi_latent_attention)
-
-    @property
-    def packed(self) -> bool:
-        return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
-
-    @property
-    def rotates(self) -> bool:
-        """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
-        if self.latent and self.softmax:
-            return True
-        return self.get("position_embedding_type") in _ROTARY and bool(self.softmax or self.options.rope)
-
-
-class Rule(NamedTuple):
-    """A row of a table: it speaks if the attribute has a value (neither None nor False) and ``when`` holds."""
-
-    attribute: str  # of the config, or of the flags
-    when: Callable[[Run], Any]
-    text: str  # goes on after flag and value: what happens, and the remedy
-    flag: str = ""  # where it is not --attribute
-
-    def message(self, run: Run) -> str | None:
-        value = run.get(self.attribute)
-        if value in (None, False) or not self.when(run):
-            return None
-        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
-
-
-def _selective(run: Run, *modules: str) -> bool:
-    chosen = run.config.recompute_modules or ()
-    return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
 
 
 def _name(function: Any) -> str:
@@ -166,15 +112,14 @@ REFUSED = (
     ),
     Rule(
         "recompute_modules",
-        lambda run: _selective(run, "layernorm", "moe_act") and not importable(_TE),
+        lambda run: selective(run, "layernorm", "moe_act") and not importable(_TE),
         "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
         "or install it",
     ),
     Rule(
         "reset_position_ids",
         lambda run: (
-            run.get("position_embedding_type") in (*_ROTARY, "none")
-            and not run.get("dataloader_inter_document_masking")
+            run.get("position_embedding_type") in (*ROTARY, "none") and not run.get("dataloader_inter_document_masking")
         ),
         "has no effect without learned positions, because rotary embeddings do not read position ids; use "
         "--dataloader-inter-document-masking, which also separates documents",
@@ -199,79 +144,8 @@ REFUSED = (
     ),
     Rule(
         "position_embedding_type",
-        lambda run: run.options.rope and run.get("position_embedding_type") not in _ROTARY,
+        lambda run: run.options.rope and run.get("position_embedding_type") not in ROTARY,
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
-    ),
-    Rule(
-        "position_embedding_type",
-        lambda run: run.latent and run.get("position_embedding_type") in ("yarn", "mrope"),
-        "does not reach multi-latent attention, whose angles --rope-type chooses; use --position-embedding-type rope",
-    ),
-    *(
-        Rule(
-            name,
-            lambda run: run.latent,
-            "is not passed on to multi-latent attention by Megatron 0.19; leave it out",
-        )
-        for name in (
-            "yarn_original_max_position_embeddings",
-            "yarn_beta_fast",
-            "yarn_beta_slow",
-            "yarn_correction_range_round_to_int",
-        )
-    ),
-    *(
-        Rule(
-            name,
-            lambda run, name=name, default=default: (
-                run.latent and run.get("rope_type") == "rope" and run.get(name) != default
-            ),
-            "belongs to --rope-type yarn; leave it out, or use that",
-        )
-        for name, default in (("mscale", 1.0), ("mscale_all_dim", 0.0))
-    ),
-    Rule(
-        "rotary_percent",
-        lambda run: run.latent and run.get("rope_type") == "yarn" and run.get("rotary_percent") != 1.0,
-        "is not read with --rope-type yarn; leave it out, or use --rope-type rope",
-    ),
-    Rule(
-        "apply_rope_fusion",
-        lambda run: run.latent and run.local,
-        "needs TransformerEngine's layers; use --no-rope-fusion",
-        "--rope-fusion",
-    ),
-    Rule("qk_l2_norm", lambda run: run.latent, "is not an option of multi-latent attention; use --qk-layernorm"),
-    Rule(
-        "rope_type",
-        lambda run: run.latent and run.options.rope and run.get("rope_type") != "rope",
-        "with --multi-latent-attention scales the angles of its layers only, and --lightning-rope turns by plain ones; "
-        "use --rope-type rope",
-    ),
-    Rule(
-        "multi_latent_attention",
-        lambda run: not run.softmax,
-        "is the attention of softmax layers, and this model has none; leave it out, or place softmax layers with "
-        "--linear-attention-freq",
-    ),
-    Rule(
-        "recompute_modules",
-        lambda run: run.local and run.latent and _selective(run, "mla_up_proj"),
-        "recomputes mla_up_proj in TransformerEngine's layers only; use core_attn or --recompute-granularity full",
-    ),
-    *(
-        Rule(
-            name,
-            lambda run: run.latent,
-            "is not read with --multi-latent-attention, whose layers make their own angles; leave it out",
-        )
-        for name in ("no_rope_freq", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
-    ),
-    Rule(
-        "mtp_num_layers",
-        lambda run: run.local and run.latent,
-        "adds a layer of Megatron's own multi-latent attention, which --transformer-impl local does not train right; "
-        "leave it out",
     ),
     Rule(
         "cache_mla_latents",
@@ -373,6 +247,8 @@ REFUSED = (
         "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
         "pass --untie-embeddings-and-output-weights",
     ),
+    *latent.REFUSED,
+    *memory.REFUSED,
     Rule(
         "mtp_num_layers",
         lambda run: run.local and (run.config.context_parallel_size > 1 or run.config.sequence_parallel or run.packed),
@@ -382,26 +258,11 @@ REFUSED = (
 )
 
 WARNED = (
-    Rule(
-        "rotary_scaling_factor",
-        lambda run: (
-            run.latent and run.get("rope_type") == "rope" and getattr(run.args, "rotary_scaling_factor", 1.0) != 1.0
-        ),
-        "acts with --rope-type yarn only",
-    ),
-    Rule(
-        "add_qkv_bias",
-        lambda run: run.latent and not run.config.add_bias_linear,
-        "reaches lightning layers only; the projections of multi-latent attention have no bias",
-    ),
-    Rule(
-        "use_mup",
-        lambda run: run.latent,
-        "does not scale the logits of softmax layers, which are multi-latent attention here",
-    ),
+    *latent.WARNED,
+    *memory.WARNED,
     Rule(
         "recompute_modules",
-        lambda run: _selective(run, "core_attn"),
+        lambda run: selective(run, "core_attn"),
         "recomputes nothing in lightning layers, which have no core_attn; use --recompute-granularity full, or "
         "--recompute-modules mlp, to save memory there",
     ),
@@ -463,7 +324,7 @@ WARNED = (
     ),
     Rule(
         "position_embedding_type",
-        lambda run: run.get("position_embedding_type") in _ROTARY and not run.rotates,
+        lambda run: run.get("position_embedding_type") in ROTARY and not run.rotates,
         "rotates q and k of softmax layers only, and this model has none: no position embedding is used; "
         "pass --lightning-rope, or --position-embedding-type none",
     ),
@@ -498,17 +359,6 @@ WARNED = (
         "--no-create-attention-mask-in-dataloader, which doubles the speed at a length of 32K",
     ),
 )
-
-
-def flag_of(attribute: str) -> str:
-    return "--" + attribute.replace("_", "-")
-
-
-def shown(value: Any) -> str:
-    """A value as it stands on the command line after its flag."""
-    if value is True:
-        return ""
-    return " " + (" ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "name", value)))
 
 
 def refuse_parts(asked) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,13 @@ class LightningAttentionSubmodules:
     k_norm: ModuleSpec | type = HeadNorm
     out_norm: ModuleSpec | type = OutputNorm
     lrpe: ModuleSpec | type = LRPE
+
+
+@dataclass
+class Passed:
+    """The state between two chunks of a sequence: fp32 ``[b, H, K, V]``, or None before the first."""
+
+    state: torch.Tensor | None
 
 
 class LightningAttention(MegatronModule):
@@ -160,6 +169,16 @@ class LightningAttention(MegatronModule):
             tp_size=tp,
         )
         self._place_decay(self.linear_proj.weight.device)
+        self._passed: Passed | None = None
+
+    @contextlib.contextmanager
+    def passing(self, state: torch.Tensor | None) -> Iterator[Passed]:
+        """While it is open, ``forward`` begins with ``state`` and leaves the final one in what this yields."""
+        self._passed = passed = Passed(state)
+        try:
+            yield passed
+        finally:
+            self._passed = None
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
@@ -205,6 +224,9 @@ class LightningAttention(MegatronModule):
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
         state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
+        passed = self._passed
+        if passed is not None:
+            state = passed.state
         if caching and attention_mask is not None:
             _refuse_left_padding(attention_mask, hidden_states.shape[0])
 
@@ -245,12 +267,14 @@ class LightningAttention(MegatronModule):
             exchange=options.cp_exchange,
             scale=self.scale,
             initial_state=state,
-            output_final_state=caching,
+            output_final_state=caching or passed is not None,
             cu_seqlens=cu_seqlens,
             backend=options.backend,
         )
         if caching:
             inference_context.key_value_memory_dict[self.layer_number] = (state,)
+        if passed is not None:
+            passed.state = state
         nvtx_range_pop(suffix="lightning_attention")
 
         nvtx_range_push(suffix="output_norm_gate")

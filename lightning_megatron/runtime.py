@@ -140,8 +140,12 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     packed = args is None or getattr(args, "dataloader_inter_document_masking", False)
     if config.context_parallel_size > 1 and softmax and packed and layout == "zigzag":
         packed_rope.apply()
-    if config.context_parallel_size > 1 and config.recompute_granularity == "full" and options.cp_keep_states:
-        recompute.apply()
+    if config.recompute_granularity == "full":
+        recompute.apply(
+            keep_states=options.recompute_chunk is not None
+            or (config.context_parallel_size > 1 and options.cp_keep_states),
+            offload=options.offload_activations,
+        )
     if args is not None:
         checkpoint_args.apply()
         flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

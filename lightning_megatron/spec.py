@@ -28,9 +28,14 @@ try:
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+    from megatron.core.transformer.transformer_layer import (
+        BaseTransformerLayer,
+        TransformerLayer,
+        get_transformer_layer_offset,
+    )
 
     from .config import LightningOptions, expert_pattern, lightning_pattern
+    from .layer import ChunkedLayer
     from .mixer import LightningAttention, LightningAttentionSubmodules
     from .mlp import BilinearMLP
     from .norm import head_norm_spec, layer_norm_spec
@@ -139,7 +144,11 @@ def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[b
             if latent:
                 params = {**layer.self_attention.params, "layout": layout}
                 layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
-        specs.append(dataclasses.replace(base, submodules=layer))
+        spec = dataclasses.replace(base, submodules=layer)
+        if options.recompute_chunk and spec.module is TransformerLayer:
+            params = {**spec.params, "recompute_chunk": options.recompute_chunk}
+            spec = dataclasses.replace(spec, module=ChunkedLayer, params=params)
+        specs.append(spec)
     return specs
 
 

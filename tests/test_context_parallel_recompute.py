@@ -133,7 +133,7 @@ def check_life(rank: int, world: int, seed: int) -> None:
     entered = []
     patched = pytest.MonkeyPatch()
     put = recompute.put
-    patched.setattr(recompute, "put", lambda plan, x, end: (entered.append(weakref.ref(x)), put(plan, x, end)))
+    patched.setattr(recompute, "put", lambda plan, value: (entered.append(weakref.ref(value[0])), put(plan, value)))
     want = net.run(once)
     gc.collect()
     assert len(entered) == 2 and not any(x() is not None for x in entered), "states outlive their recomputation"

@@ -26,6 +26,8 @@ HYBRID = dict(linear_attention_freq=2)
 LATENT = dict(multi_latent_attention=True)
 TE = dict(transformer_impl="transformer_engine")
 SWIGLU = dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+CHUNK, HOST = dict(recompute_chunk=64), dict(offload_activations=True)
 MUON = dict(optimizer="muon", muon_split_qkv=True)
 
 
@@ -282,6 +284,38 @@ REFUSED = {
         dict(linear_attention_freq=5), {}, {},
         "--linear-attention-freq 5 would leave no softmax layer.* is 4.*at most 4",
     ),
+    "chunk-alone": (
+        {}, CHUNK, {},
+        "--lightning-recompute-chunk 64 acts on layers that are recomputed; add --recompute-granularity full .*leave",
+    ),
+    "host-alone": (
+        dict(recompute_granularity="selective", recompute_modules=["mlp"]), HOST, {},
+        "--lightning-offload-activations acts on layers that are recomputed; add --recompute-granularity full .*leave",
+    ),
+    "chunk-fp8": (TE | FULL | dict(fp8="hybrid"), CHUNK, {}, "--lightning-recompute-chunk 64 does not go with --fp8"),
+    "host-graphs": (
+        FULL | dict(cuda_graph_impl="full_iteration"), HOST, {},
+        "--lightning-offload-activations does not go with CUDA graphs.*use --cuda-graph-impl none",
+    ),
+    "host-cut": (
+        FULL | dict(distribute_saved_activations=True), HOST, {},
+        "--lightning-offload-activations moves whole inputs, and --distribute-saved-activations .*leave out one",
+    ),
+    "chunk-two-layers": (
+        FULL | dict(recompute_num_layers=2), CHUNK, {},
+        "--lightning-recompute-chunk 64 recomputes layers one by one; use --recompute-num-layers 1",
+    ),
+    "chunk-dropout": (FULL | dict(hidden_dropout=0.1), CHUNK, {}, "chunk 64 would drop .*use --hidden-dropout 0"),
+    "chunk-fusion": (
+        FULL | dict(gradient_accumulation_fusion=True), CHUNK, {},
+        "chunk 64 does not go with gradient accumulation fusion.*use --no-gradient-accumulation-fusion",
+    ),
+    "chunk-overlap": (TE | FULL | dict(tp_comm_overlap=True), CHUNK, {}, "does not go with --tp-comm-overlap.*leave"),
+    "chunk-delayed": (FULL | dict(delay_wgrad_compute=True), CHUNK, {}, "does not go with --delay-wgrad-compute"),
+    "chunk-states": (
+        FULL | dict(context_parallel_size=2), CHUNK | dict(cp_keep_states=False), {},
+        "chunk 64 keeps states .*leave --no-lightning-cp-keep-states out",
+    ),
     "packed-cp-te": (
         HYBRID | TE | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
         "--dataloader-inter-document-masking with context parallelism .*use --transformer-impl local",
@@ -324,6 +358,8 @@ ALLOWED = {
     "mtp-te": (TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, {}),
     "cp-partition": (dict(context_parallel_size=2, cp_partition_mode="zigzag"), {}, {}),
     "freq": (dict(linear_attention_freq=4), {}, {}),
+    "chunk-and-host": (FULL, CHUNK | HOST, {}),
+    "chunk-block": (FULL | dict(recompute_method="block", recompute_num_layers=3), CHUNK, {}),
     "packed-cp": (HYBRID | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True)),
 }  # fmt: skip
 
@@ -338,6 +374,18 @@ def test_allowed_beside_what_is_refused(name, without):
 OWN = dict(lightning_key_head_dim=None)  # what only the own entry point has
 LOGGED = {
     "muon": ({}, {}, OWN | MUON, ["--optimizer muon", "as one matrix"]),
+    "chunk-cp": (
+        FULL | dict(context_parallel_size=2), CHUNK, OWN,
+        ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
+    ),
+    "chunk-packed": (
+        FULL, CHUNK, OWN | dict(dataloader_inter_document_masking=True), ["--lightning-recompute-chunk 64", "packed"],
+    ),
+    "chunk-experts": (FULL | dict(num_moe_experts=4), CHUNK, OWN, ["chunk 64 leaves layers with experts whole"]),
+    "mlp-chunks": (
+        FULL | dict(mlp_chunks_for_training=4), {}, OWN,
+        ["--mlp-chunks-for-training 4 keeps what all chunks", "use --lightning-recompute-chunk"],
+    ),
     "core-attn": (
         dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN,
         ["--recompute-modules core_attn recomputes nothing in lightning layers", "--recompute-granularity full"],

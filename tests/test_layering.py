@@ -14,14 +14,14 @@ PACKAGE = "lightning_megatron"
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"models"},
-    {"parallel"},
-    {"decay", "mlp", "norm", "residual", "rope"},
+    {"parallel", "rules"},
+    {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags", "latent_flags"},
     {"softmax"},
     {"record"},
     {"resume"},
     {"patches"},
     {"mixer", "summary", "flags"},
-    {"runtime"},
+    {"runtime", "layer"},
     {"spec"},
     {"training"},
     {"pretrain"},
@@ -29,12 +29,17 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat", "unread"},
+    "flags": {"config", "compat", "unread", "rules", "memory_flags", "latent_flags"},
+    "rules": {"config"},
+    "memory_flags": {"rules"},
+    "latent_flags": {"rules"},
     "models": {"config"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
-    "patches": {"config", "compat", "ops", "parallel", "rope", "record", "resume"},
+    "patches": {"config", "compat", "ops", "parallel", "rope", "record", "resume", "offload"},
+    "layer": {"mixer", "parallel"},
+    "offload": set(),
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {
@@ -42,11 +47,14 @@ OUTSIDE = {
     "config": set(),
     "compat": {"megatron"},
     "flags": set(),
+    "rules": set(),
+    "memory_flags": set(),
     "unread": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "models": {"torch"},
     "parallel": {"torch"},
+    "offload": {"torch"},
     "pretrain": {"megatron"},
 }
 

@@ -323,7 +323,16 @@ def test_every_option_is_decided():
     assert options - named == {*FREE_OPTIONS, "decay_offset", "norm_groups"}  # the last two: below
 
 
-@pytest.mark.parametrize("option", [{"backend": "torch"}, {"cp_exchange": "ring"}, {"cp_keep_states": False}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"backend": "torch"},
+        {"cp_exchange": "ring"},
+        {"cp_keep_states": False},
+        {"recompute_chunk": 64},
+        {"offload_activations": True},
+    ],
+)
 def test_free_option_says_nothing(option):
     config, options, args = parts("layers")
     before = function_record(config, options, args)

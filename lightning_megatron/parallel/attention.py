@@ -123,13 +123,13 @@ class _ContextParallel(torch.autograd.Function):
         own, start = (initial_state, None) if chunks.by_document else (None, initial_state)
         with torch.cuda.device_of(q):
             if kept := recompute.take(plan):
-                (_, incoming, end), split_states = kept, None
+                (incoming, end), split_states = kept, None
             else:
                 destination = destination_for(plan, factors, q, v)
                 local, split_states = chunks.local_states(k, v, chunks.initial_states(None, own), destination)
                 need_end = plan.need_final and not chunks.by_document
                 incoming, end = exchange(plan, local, destination, factors, start, need_end)()
-                recompute.put(plan, incoming, end)
+                recompute.put(plan, (incoming, end))
             o, final, saved, ctx.cut = plan.backend.forward(
                 q, k, v, chunks.log_decay, plan.scale, chunks.initial_states(incoming, own), chunks.documents,
                 plan.need_final and chunks.by_document, split_states, chunks.pieces,

@@ -1,31 +1,24 @@
-"""States that entered the chunks in a checkpointed forward, kept for its recomputation, which then sends nothing."""
+"""What a checkpointed forward keeps for its recomputation: states that entered chunks, so that none is made twice."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .plan import ParallelPlan
 
+class Kept(NamedTuple):
+    """A value, and what it belongs to, which must be equal in the recomputation."""
 
-class Exchanged(NamedTuple):
-    """What an exchange returned: ``[chunks, R, H, K, V]`` that entered, ``[R, H, K, V]`` that left the last chunk or
-    None.
-    """
-
-    plan: ParallelPlan
-    incoming: torch.Tensor
-    end: torch.Tensor | None
+    key: Any
+    value: Any
 
 
 class _Run(threading.local):  # recomputation happens in autograd's thread
-    kept: deque[Exchanged] | None = (
-        None  # of the innermost function that ``exchange_once`` returned; None outside of all
-    )
+    kept: deque[Kept] | None = None  # of the innermost function that ``exchange_once`` returned; None outside of all
     first: bool = False
 
 
@@ -47,7 +40,7 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         RuntimeError: what was returned is used for two checkpoints at a time; or the recomputation calls lightning_attn
             with other shapes, group or options than the first run.
     """
-    kept: deque[Exchanged] = deque()
+    kept: deque[Kept] = deque()
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         before, first = (_run.kept, _run.first), not torch.is_grad_enabled()
@@ -66,20 +59,25 @@ def exchange_once[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def put(plan: ParallelPlan, incoming: torch.Tensor, end: torch.Tensor | None) -> None:
-    """Keep what was exchanged if the caller is the first run of a checkpointed function."""
+def recomputing() -> bool:
+    """Whether this is the second run of a function that ``exchange_once`` returned, the one for the backward."""
+    return _run.kept is not None and not _run.first
+
+
+def put(key: Any, value: Any) -> None:
+    """Keep a value if the caller is the first run of a checkpointed function."""
     if _run.kept is not None and _run.first:
-        _run.kept.append(Exchanged(plan, incoming, end))
+        _run.kept.append(Kept(key, value))
 
 
-def take(plan: ParallelPlan) -> Exchanged | None:
-    """What was exchanged in the first run, if this is the recomputation; None where there was no first run."""
+def take(key: Any) -> Any:
+    """What the first run kept, if this is the recomputation; None where there was no first run."""
     if not _run.kept or _run.first:
         return None
     found = _run.kept.popleft()
-    if found.plan != plan:
+    if found.key != key:
         raise RuntimeError(
-            f"a recomputation calls lightning_attn with {plan}, but the forward with {found.plan}: a checkpointed "
+            f"a recomputation calls lightning_attn with {key}, but the forward with {found.key}: a checkpointed "
             "function must make the same calls each time; or let it exchange again (--no-lightning-cp-keep-states)"
         )
-    return found
+    return found.value

@@ -1,0 +1,90 @@
+"""Rows of the tables of flags for the options that save memory of full recompute: chunks, and inputs on the host."""
+
+from __future__ import annotations
+
+from .rules import Rule
+
+_CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+REFUSED = (
+    *(
+        Rule(name, when, text)
+        for name in (_CHUNK, _OFFLOAD)
+        for when, text in (
+            (lambda run: not run.recomputes, f"acts on layers that are recomputed; add {_FULL}, or leave it out"),
+            (
+                lambda run: run.get("fp8") or run.get("fp4"),
+                "does not go with --fp8-format and --fp4-format, whose layers TransformerEngine recomputes; leave out "
+                "one of the two",
+            ),
+            (
+                lambda run: run.graphs,
+                "does not go with CUDA graphs, in which nothing is recomputed; use --cuda-graph-impl none",
+            ),
+        )
+    ),
+    Rule(
+        _OFFLOAD,
+        lambda run: run.config.distribute_saved_activations,
+        "moves whole inputs, and --distribute-saved-activations cuts them; leave out one of the two",
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.config.recompute_method == "uniform" and run.config.recompute_num_layers != 1,
+        "recomputes layers one by one; use --recompute-num-layers 1",
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.config.hidden_dropout > 0,
+        "would drop other elements when it recomputes; use --hidden-dropout 0",
+    ),
+    *(
+        Rule(_CHUNK, lambda run, name=name: run.get(name), f"does not go with {flag}; {remedy}")
+        for name, flag, remedy in (
+            (
+                "gradient_accumulation_fusion",
+                "gradient accumulation fusion, as it sums gradients of weights by itself",
+                "use --no-gradient-accumulation-fusion",
+            ),
+            ("tp_comm_overlap", "--tp-comm-overlap, whose buffers have one size", "leave that out"),
+            ("delay_wgrad_compute", "--delay-wgrad-compute", "leave that out"),
+        )
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.config.context_parallel_size > 1 and not run.options.cp_keep_states,
+        "keeps states for the recomputation; leave --no-lightning-cp-keep-states out",
+    ),
+)
+
+WARNED = (
+    Rule(
+        _CHUNK,
+        lambda run: (
+            run.config.context_parallel_size > 1
+            or run.config.sequence_parallel
+            or run.packed
+            or (run.latent and run.options.rope)
+        ),
+        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence on one "
+        "rank, without context and sequence parallelism, packed documents, and --lightning-rope beside "
+        "--multi-latent-attention",
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.options.lrpe_layers,
+        "computes the attention of layers with --lightning-lrpe-layers whole, and their MLPs in chunks",
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.config.num_moe_experts is not None,
+        "leaves layers with experts whole",
+    ),
+    Rule(
+        "mlp_chunks_for_training",
+        lambda run: run.config.mlp_chunks_for_training > 1 and run.recomputes,
+        "keeps what all chunks computed in the backward, and so does not lower its peak; use "
+        "--lightning-recompute-chunk",
+    ),
+)

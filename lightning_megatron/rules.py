@@ -1,0 +1,85 @@
+"""What a row of the tables in flags.py and memory_flags.py is, and what it sees of a run."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .config import LightningOptions
+
+ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
+
+
+class Run(NamedTuple):
+    """What a run asks for, as the rows of the tables see it."""
+
+    config: Any
+    options: LightningOptions
+    layout: str
+    args: Namespace  # Megatron's flags; empty outside of its training loop
+    softmax: int  # how many layers are softmax layers
+
+    def get(self, name: str) -> Any:
+        """A field of the config, else a flag, else None; an option by its flag, as ``lightning_scale``."""
+        if name.startswith("lightning_"):
+            return getattr(self.options, name.removeprefix("lightning_"), getattr(self.args, name, None))
+        return getattr(self.config, name, getattr(self.args, name, None))
+
+    @property
+    def local(self) -> bool:
+        return self.config.transformer_impl == "local"
+
+    @property
+    def latent(self) -> bool:
+        return bool(self.config.multi_latent_attention)
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
+
+    @property
+    def recomputes(self) -> bool:
+        return self.config.recompute_granularity == "full"
+
+    @property
+    def graphs(self) -> bool:
+        return self.get("cuda_graph_impl") not in (None, "none")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
+        if self.latent and self.softmax:
+            return True
+        return self.get("position_embedding_type") in ROTARY and bool(self.softmax or self.options.rope)
+
+
+class Rule(NamedTuple):
+    """A row of a table: it speaks if the attribute has a value (neither None nor False) and ``when`` holds."""
+
+    attribute: str  # of the config, or of the flags
+    when: Callable[[Run], Any]
+    text: str  # goes on after flag and value: what happens, and the remedy
+    flag: str = ""  # where it is not --attribute
+
+    def message(self, run: Run) -> str | None:
+        value = run.get(self.attribute)
+        if value in (None, False) or not self.when(run):
+            return None
+        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
+
+
+def flag_of(attribute: str) -> str:
+    return "--" + attribute.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands on the command line after its flag."""
+    if value is True:
+        return ""
+    return " " + (" ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "name", value)))
+
+
+def selective(run: Run, *modules: str) -> bool:
+    chosen = run.config.recompute_modules or ()
+    return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
