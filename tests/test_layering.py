@@ -23,12 +23,15 @@ LAYERS = [
     {"runtime"},
     {"spec"},
     {"training"},
+    {"models"},
+    {"convert"},
     {"pretrain"},
 ]
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
     "flags": {"config", "compat", "unread"},
+    "convert": {"models"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -39,6 +42,7 @@ OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
+    "convert": {"torch", "safetensors", "tqdm", "megatron"},
     "flags": set(),
     "unread": set(),
     "ops": {"torch", "triton"},
@@ -138,6 +142,8 @@ def f():
         (".config", ["torch", "megatron"]),
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
+        (".convert.cli", ["torch", "megatron"]),
+        (".convert.roundtrip", ["megatron"]),
     ],
 )
 def test_imports_are_cheap(module, absent):

@@ -96,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit status."""
     args = parser().parse_args(argv)
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError:
+        print("lightning-convert: error: pip install 'lightning-megatron[convert]' first", file=sys.stderr)
+        return 1
     from .exporting import export_checkpoint  # torch takes seconds; --help and bad usage need not wait
     from .importing import import_checkpoint
     from .roundtrip import roundtrip

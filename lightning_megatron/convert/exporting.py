@@ -13,12 +13,12 @@ from typing import Any
 from .. import __version__
 from ..models import family as families
 from . import shards
+from .dist_read import Checkpoint, step_folder
 from .errors import ConvertError, cannot
 from .folder import local_folder, read_config, small_files
 from .importing import BESIDE
 from .partial import Partial, check_target, sync
 from .plan import Task, fingerprint, plan_export
-from .torch_dist import Checkpoint, step_folder
 from .work import PART_BYTES, Memory, Part, Progress, run, split
 
 SHARD_BYTES = 5 * 10**9
@@ -57,6 +57,7 @@ def export_checkpoint(
     Example:
         >>> export_checkpoint(Path("checkpoints"), Path("ring-mini-tuned"), like=Path("Ring-mini"))  # doctest: +SKIP
     """
+    start = time.monotonic()
     source = local_folder(source)
     target = check_target(source, target, overwrite, _is_model)
     checkpoint = Checkpoint(step_folder(source, step))
@@ -70,9 +71,13 @@ def export_checkpoint(
     outputs = [(named.name, spec) for task in tasks for named, spec in zip(task.unit.hf, task.gives, strict=True)]
     layout = shards.lay_out(outputs, max_shard_bytes)
     parts = split(tasks, part_bytes)
-    plan = {"export": str(checkpoint.folder), "version": __version__, "state": checkpoint.state(), "config": config}
+    plan: dict[str, Any] = {
+        "export": str(checkpoint.folder),
+        "version": __version__,
+        "state": checkpoint.state(),
+        "config": config,
+    }
     plan |= {"part_bytes": part_bytes, "max_shard_bytes": max_shard_bytes, "tensors": fingerprint(outputs)}
-    start = time.monotonic()
     with Partial(target, plan, say) as partial:
         _write_parts(checkpoint, partial, shards.Writer(partial.out, layout), parts, jobs, say)
         try:
@@ -124,7 +129,7 @@ def _write_parts(
     jobs: int,
     say: Callable[[str], None],
 ) -> None:
-    left = [part for part in parts if partial.record(part.index) is None]
+    left = [part for part in parts if partial.record(part.number) is None]
     total = sum(part.nbytes for part in parts)
     if len(left) < len(parts):
         say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
@@ -143,7 +148,7 @@ def _write_parts(
                 sync(path)
             except OSError as error:
                 raise cannot("write", path, error) from error
-        partial.finish(part.index, True)
+        partial.finish(part.number, True)
 
     run(left, jobs, write, Progress("export", total, total - sum(part.nbytes for part in left)))
 

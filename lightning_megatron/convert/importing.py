@@ -12,7 +12,8 @@ import torch
 
 from .. import __version__
 from ..models import family as families
-from . import torch_dist
+from . import dist_write
+from .dist_read import TRACKER
 from .errors import ConvertError, cannot
 from .folder import Folder, small_files
 from .partial import Partial, check_target, sync
@@ -20,7 +21,7 @@ from .plan import Task, fingerprint, plan_import
 from .work import PART_BYTES, Memory, Part, Progress, run, split
 
 BESIDE = "huggingface"  # folder in the checkpoint for config.json, tokenizer and the like
-_OURS = {"release", torch_dist.TRACKER, BESIDE}
+_OURS = {"release", TRACKER, BESIDE}
 
 
 def import_checkpoint(
@@ -51,6 +52,7 @@ def import_checkpoint(
     Example:
         >>> flags = import_checkpoint(Path("Ring-mini-linear-2.0"), Path("ring-mini"))  # doctest: +SKIP
     """
+    start = time.monotonic()
     folder = Folder(source)
     target = check_target(folder.path, target, overwrite, lambda path: {p.name for p in path.iterdir()} <= _OURS)
     config_file = folder.path / "config.json"
@@ -63,21 +65,20 @@ def import_checkpoint(
         raise ConvertError(f"{config_file}: {error}") from error
     tasks = plan_import(units, folder.tensors, f"{folder.path} against its config.json")
     parts = split(tasks, part_bytes)
-    plan = {"import": str(folder.path), "version": __version__, "state": folder.state(), "flags": flags}
+    plan: dict[str, Any] = {"import": str(folder.path), "version": __version__, "state": folder.state(), "flags": flags}
     plan |= {"part_bytes": part_bytes}
     plan |= {"parts": fingerprint([task.unit.megatron for task in tasks], [task.gives for task in tasks])}
-    start = time.monotonic()
     with Partial(target, plan, say) as partial:
         out = partial.out / "release"
         records = _write_parts(folder, out, partial, parts, jobs, say)
         try:
-            torch_dist.finish(out, tasks, [result for record in records for result in record], args, len(parts))
+            dist_write.finish(out, tasks, [result for record in records for result in record], args, len(parts))
             beside = partial.out / BESIDE
             beside.mkdir(exist_ok=True)
             for path in small_files(folder.path):
                 shutil.copyfile(path, beside / path.name)
-            (partial.out / torch_dist.TRACKER).write_text("release")
-            for path in [*out.iterdir(), *beside.iterdir(), partial.out / torch_dist.TRACKER]:
+            (partial.out / TRACKER).write_text("release")
+            for path in [*out.iterdir(), *beside.iterdir(), partial.out / TRACKER]:
                 sync(path)
         except OSError as error:
             raise cannot("write", partial.out, error) from error
@@ -90,15 +91,15 @@ def _write_parts(
     folder: Folder, out: Path, partial: Partial, parts: list[Part], jobs: int, say: Callable[[str], None]
 ) -> list[list[Any]]:
     out.mkdir(exist_ok=True)
-    records = {part.index: partial.record(part.index) for part in parts}
-    left = [part for part in parts if records[part.index] is None]
+    records = {part.number: partial.record(part.number) for part in parts}
+    left = [part for part in parts if records[part.number] is None]
     total = sum(part.nbytes for part in parts)
     if len(left) < len(parts):
         say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
     memory = Memory()
 
     def write(part: Part, before: Callable[[Task], None]) -> None:
-        file = torch_dist.PartFile(out, part.index)
+        file = dist_write.PartFile(out, part.number)
         results = []
         name = ""
         try:
@@ -111,21 +112,22 @@ def _write_parts(
                 sync(file.path)
         except OSError as error:
             raise cannot("write", file.path, error, name) from error
-        partial.finish(part.index, results)
-        records[part.index] = results
+        partial.finish(part.number, results)
+        records[part.number] = results
 
-    run(left, jobs, write, Progress("import", total, total - sum(part.nbytes for part in left)))
-    return [records[part.index] for part in parts]
+    with dist_write.without_checksums():
+        run(left, jobs, write, Progress("import", total, total - sum(part.nbytes for part in left)))
+    return [records[part.number] or [] for part in parts]
 
 
-def _write_task(folder: Folder, file: torch_dist.PartFile, task: Task) -> list[Any]:
+def _write_task(folder: Folder, file: dist_write.PartFile, task: Task) -> list[Any]:
     """Convert a unit, and write its pieces."""
     if not task.unit.megatron:
         return []
     inputs = [folder.read(named.name) if named.name in folder.tensors else None for named in task.unit.hf]
     outputs = task.unit.to_megatron(inputs)  # type: ignore[arg-type] # None for a missing optional tensor
     results = []
-    for number, item in torch_dist.items_of(task):
+    for number, item in dist_write.items_of(task):
         piece, data = task.unit.megatron[number], item.tensor_data
         assert data is not None
         box = outputs[number]

@@ -20,7 +20,7 @@ _REPORT_EVERY = 30.0  # seconds, where no terminal shows a bar
 class Part(NamedTuple):
     """Tasks that are written, and on resuming written again, together."""
 
-    index: int
+    number: int
     tasks: tuple[Task, ...]
 
     @property

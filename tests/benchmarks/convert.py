@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.convert --gb 8 --folder /scratch --out result.json
 
-Every step starts with the files it reads on the disk only: their pages are dropped from the cache (posix_fadvise), unless
---warm is given. All that is written is brought to the disk (fsync) within the time that is measured, for copies too.
-Memory is the largest RssAnon that /proc/self/status shows, every 10 ms, less what it was before the conversion: pages of
+Every step starts with the files that it reads on the disk only: posix_fadvise drops their pages from the cache, unless
+--warm is given. All that is written is brought to the disk (fsync) within the time that is measured, for copies
+too. Memory is the largest RssAnon of /proc/self/status, every 10 ms, less what it was before the conversion: pages of
 mapped files do not count, because the kernel takes them back when it needs them.
 """
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="leave files in the cache")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    needed = 4.2e9 * args.gb / 1
+    needed = 4.2e9 * args.gb
     if (free := shutil.disk_usage(args.folder).free) < needed:
         parser.error(f"--folder {args.folder} has {free / 1e9:.0f} GB free, but {needed / 1e9:.0f} are needed")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

@@ -1,4 +1,4 @@
-"""Megatron's torch_dist checkpoints, through the classes of torch.distributed.checkpoint; Megatron is not imported.
+"""Reads Megatron's torch_dist checkpoints by the classes of torch.distributed.checkpoint; Megatron is not imported.
 
     DIR/latest_checkpointed_iteration.txt    "release", or the last iteration
     DIR/release/, DIR/iter_0000100/          .metadata, metadata.json, *.distcp
@@ -13,152 +13,28 @@ import json
 import pickle
 from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint import (
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    LoadPlanner,
-    Metadata,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-)
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
 
 from ..models.units import Piece
 from .errors import ConvertError, cannot
-from .plan import Spec, Task
+from .plan import Spec
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"  # Megatron's ShardedObject("common_state", ..., (1,), (0,)).unique_key
-_CHUNK = 256 << 20  # bytes of a tensor that are read, and copied, at a time
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def items_of(task: Task) -> list[tuple[int, WriteItem]]:
-    """(number of the piece, what to write of it); a large piece is cut along its first dimension longer than 1."""
-    return [
-        (number, _item(piece, spec.dtype, chunk))
-        for number, (piece, spec) in enumerate(zip(task.unit.megatron, task.gives, strict=True))
-        for chunk in _cut(piece, spec)
-    ]
-
-
-def _cut(piece: Piece, spec: Spec) -> Iterator[ChunkStorageMetadata]:
-    dim = next((i for i, size in enumerate(piece.shape) if size > 1), None)
-    if dim is None or spec.nbytes <= _CHUNK:
-        yield ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
-        return
-    size = piece.shape[dim]
-    step = max(1, _CHUNK // (spec.nbytes // size))
-    for first in range(0, size, step):
-        offset, shape = list(piece.offset), list(piece.shape)
-        offset[dim] += first
-        shape[dim] = min(step, size - first)
-        yield ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-
-
-def _item(piece: Piece, dtype: torch.dtype, chunk: ChunkStorageMetadata) -> WriteItem:
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(piece.whole))
-    return WriteItem(MetadataIndex(piece.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-class _Planner(SavePlanner):
-    """Gives the writer each item's data when it is written, and not before."""
-
-    def __init__(self, items: list[WriteItem], resolve: Callable[[WriteItem], torch.Tensor | io.BytesIO]) -> None:
-        self._items, self._resolve = items, resolve
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """No state dict: the items say all."""
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan(self._items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        return self._resolve(write_item)
-
-
-class _Appending(FileSystem):
-    """Lets calls of the writer follow each other in one file."""
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
-        with open(path, "ab" if mode == "wb" else mode) as stream:
-            yield stream
-
-
-class PartFile:
-    """One .distcp file, written item by item.
-
-    FileSystemWriter keeps all tensors of a call until its end: here, each item is a call.
-
-    Args:
-        folder: of the checkpoint.
-        number: of the file, unique in the folder.
-    """
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.path = folder / f"__{number}_0.distcp"
-        self.path.unlink(missing_ok=True)
-        self._writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
-        self._writer.fs = _Appending()
-        self._writer.set_up_storage_writer(True, rank=number, use_collectives=False)  # the number names the file
-
-    def write(self, item: WriteItem, resolve: Callable[[], torch.Tensor | io.BytesIO]) -> list[WriteResult]:
-        """Append an item, whose data ``resolve`` gives; the results are for ``finish``."""
-        planner = _Planner([item], lambda _: resolve())
-        plan = self._writer.prepare_local_plan(planner.create_local_plan())
-        results: list[WriteResult] = self._writer.write_data(planner.finish_plan(plan), planner).value()
-        return results
-
-
-def finish(folder: Path, tasks: Sequence[Task], results: list[WriteResult], args: Namespace, number: int) -> None:
-    """Write what makes part files a checkpoint: the args as file ``number``, .metadata and metadata.json."""
-    # As generate_state_dict and save_checkpoint of megatron/training/checkpointing.py have it for a release.
-    common = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-    }
-    data = io.BytesIO()
-    torch.save([common], data)
-    item = WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO)
-    file = PartFile(folder, number)
-    results = [*results, *file.write(item, lambda: data)]
-    items = [item for task in tasks for _, item in items_of(task)]
-    _, metadata = _Planner([*items, item], lambda _: data).create_global_plan([SavePlan([*items, item])])
-    FileSystemWriter(folder).finish(metadata, [results])
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def step_folder(path: Path, step: int | None = None) -> Path:
@@ -193,11 +69,40 @@ def step_folder(path: Path, step: int | None = None) -> Path:
     return folder
 
 
+class _Receiver:
+    """Stands for the box that is read: what the reader copies into it is kept without a copy if it is all."""
+
+    def __init__(self, boxes: _Boxes, item: ReadItem) -> None:
+        self._boxes, self._item = boxes, item
+
+    def detach(self) -> _Receiver:
+        return self
+
+    def size(self) -> torch.Size:
+        return self._item.lengths
+
+    def copy_(self, tensor: torch.Tensor) -> None:
+        self._boxes.put(tensor, self._item)
+
+
 class _Boxes(LoadPlanner):
     """Puts what is read into one tensor, or one buffer of bytes."""
 
-    def __init__(self, target: torch.Tensor | None = None) -> None:
-        self.target, self.bytes = target, io.BytesIO()
+    def __init__(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.uint8) -> None:
+        self._shape, self._dtype = torch.Size(shape), dtype
+        self.tensor: torch.Tensor | None = None
+        self.bytes = io.BytesIO()
+
+    def put(self, tensor: torch.Tensor, item: ReadItem) -> None:
+        if item.lengths == self._shape:
+            self.tensor = tensor
+            return
+        if self.tensor is None:
+            self.tensor = torch.empty(self._shape, dtype=self._dtype)
+        box = self.tensor
+        for dim, (first, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            box = box.narrow(dim, first, length)
+        box.copy_(tensor)
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         """No state dict: the items say all."""
@@ -215,14 +120,10 @@ class _Boxes(LoadPlanner):
         self.bytes = value
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        assert self.target is not None
-        box = self.target
-        for dim, (first, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            box = box.narrow(dim, first, length)
-        return box
+        return cast(torch.Tensor, _Receiver(self, read_item))
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing: the box is a view of the target."""
+        """Nothing: ``put`` did it."""
 
 
 class Checkpoint:
@@ -250,15 +151,14 @@ class Checkpoint:
             raise ConvertError(f"{folder / '.metadata'} is damaged: {error}; save or import once more") from error
         self._reader.set_up_storage_reader(self._metadata, True)
         self._check_files()
-        found: dict[str, Spec] = {}
         self._chunks: dict[str, tuple[list[int], list[ChunkStorageMetadata], int]] = {}
-        for key, what in self._metadata.state_dict_metadata.items():
-            if isinstance(what, TensorStorageMetadata):
-                found[key] = Spec(tuple(what.size), what.properties.dtype)
+        every = self._metadata.state_dict_metadata.items()
+        stored = {key: what for key, what in every if isinstance(what, TensorStorageMetadata)}
+        found = {key: Spec(tuple(what.size), what.properties.dtype) for key, what in stored.items()}
         self.tensors = {key: spec for key, spec in found.items() if not _of_optimizer(key)}
         self.optimizer = len(found) - len(self.tensors)
         for key in self.tensors:
-            chunks = sorted(self._metadata.state_dict_metadata[key].chunks, key=lambda chunk: tuple(chunk.offsets))
+            chunks = sorted(stored[key].chunks, key=lambda chunk: tuple(chunk.offsets))
             longest = max((chunk.sizes[0] for chunk in chunks if chunk.sizes), default=0)
             self._chunks[key] = [chunk.offsets[0] if chunk.offsets else 0 for chunk in chunks], chunks, longest
 
@@ -273,11 +173,11 @@ class Checkpoint:
         box = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
         items = create_read_items_for_chunk_list(piece.key, there, [box])
         read = sum(torch.Size(item.lengths).numel() for item in items)
-        target = torch.empty(piece.shape, dtype=whole.dtype)
-        if read != target.numel():
-            raise ConvertError(f"{self.folder} holds {read} of {target.numel()} values of tensor {piece.key}")
+        if read != (needed := torch.Size(piece.shape).numel()):
+            raise ConvertError(f"{self.folder} holds {read} of {needed} values of tensor {piece.key}")
+        boxes = _Boxes(piece.shape, whole.dtype)
         try:
-            self._reader.read_data(LoadPlan(items), _Boxes(target)).wait()
+            self._reader.read_data(LoadPlan(items), boxes).wait()
         except OSError as error:
             raise cannot("read", self.folder, error, piece.key) from error
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -286,7 +186,7 @@ class Checkpoint:
             raise ConvertError(
                 f"{self.folder}/{', '.join(names)} is damaged in tensor {piece.key}: {reason}"
             ) from error
-        return target
+        return torch.empty(piece.shape, dtype=whole.dtype) if boxes.tensor is None else boxes.tensor
 
     def common(self) -> dict[str, Any]:
         """The state that is no tensor: args, iteration and more.
