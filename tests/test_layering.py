@@ -143,7 +143,7 @@ def f():
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
         (".convert.cli", ["torch", "megatron"]),
-        (".convert.roundtrip", ["megatron"]),
+        (".convert.comparing", ["megatron"]),
     ],
 )
 def test_imports_are_cheap(module, absent):

@@ -11,16 +11,16 @@ written; ``work`` runs parts in threads; ``partial`` makes runs resumable and re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .comparing import roundtrip as roundtrip
     from .errors import ConvertError as ConvertError
     from .exporting import export_checkpoint as export_checkpoint
     from .importing import import_checkpoint as import_checkpoint
-    from .roundtrip import roundtrip as roundtrip
 
 _MODULES = {
     "ConvertError": "errors",
     "export_checkpoint": "exporting",
     "import_checkpoint": "importing",
-    "roundtrip": "roundtrip",
+    "roundtrip": "comparing",
 }
 __all__ = sorted(_MODULES)
 

@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError:
         print("lightning-convert: error: pip install 'lightning-megatron[convert]' first", file=sys.stderr)
         return 1
+    from .comparing import roundtrip
     from .exporting import export_checkpoint  # torch takes seconds; --help and bad usage need not wait
     from .importing import import_checkpoint
-    from .roundtrip import roundtrip
 
     def say(text: str) -> None:
         print(text, flush=True)

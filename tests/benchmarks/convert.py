@@ -101,7 +101,7 @@ def anonymous() -> int:
 def child(arguments: list[str]) -> None:
     """Convert in this process, and print seconds and memory."""
     helper.register()
-    from lightning_megatron.convert import exporting, importing, roundtrip  # noqa: F401 # not a part of what is measured
+    from lightning_megatron.convert import comparing, exporting, importing  # noqa: F401 # not a part of what is measured
 
     before = peak = anonymous()
     done = threading.Event()
@@ -191,7 +191,7 @@ COMPARE = """
 import sys
 from pathlib import Path
 from lightning_megatron.convert.folder import Folder
-from lightning_megatron.convert.roundtrip import compare
+from lightning_megatron.convert.comparing import compare
 sys.exit(not compare(Folder(Path(sys.argv[1])), Folder(Path(sys.argv[2])), print))
 """
 
