@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -182,10 +183,8 @@ class Checkpoint:
             raise cannot("read", self.folder, error, piece.key) from error
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             names = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
-            reason = str(error).splitlines()[0]
-            raise ConvertError(
-                f"{self.folder}/{', '.join(names)} is damaged in tensor {piece.key}: {reason}"
-            ) from error
+            where = f"{self.folder}/{', '.join(names)}"
+            raise ConvertError(f"{where} is damaged in tensor {piece.key}: {_reason(error)}") from error
         return torch.empty(piece.shape, dtype=whole.dtype) if boxes.tensor is None else boxes.tensor
 
     def common(self) -> dict[str, Any]:
@@ -199,7 +198,7 @@ class Checkpoint:
             content = legacy.read_bytes() if legacy.exists() else self._common_object()
             state = _load_safely(content)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConvertError(f"cannot read the args of {self.folder}: {error}") from error
+            raise ConvertError(f"cannot read the args of {self.folder}: {_reason(error)}") from error
         state = state[0] if isinstance(state, list) else state
         if not isinstance(state, dict) or not isinstance(state.get("args"), Namespace):
             raise ConvertError(
@@ -238,6 +237,12 @@ def _of_optimizer(key: str) -> bool:
     """Whether a tensor is one of the optimizer: optimizer.state.exp_avg.X, chained_0.optimizer.state..., and so on."""
     first = key.split(".")
     return "optimizer" in first[:2]
+
+
+def _reason(error: Exception) -> str:
+    """One line of what torch says at length."""
+    found = re.search(r"Unsupported \w+: .*?(?= was not|$)", str(error), re.MULTILINE)
+    return found[0] if found else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load_safely(content: bytes) -> Any:

@@ -133,6 +133,7 @@ def _write_parts(
     total = sum(part.nbytes for part in parts)
     if len(left) < len(parts):
         say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
+    partial.check_space(sum(part.nbytes for part in left))
     memory = Memory()
 
     def write(part: Part, before: Callable[[Task], None]) -> None:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from .errors import ConvertError, UsageError, cannot
 
@@ -78,10 +78,15 @@ class Partial:
         self.target = target
         self.path = target.with_name(target.name + ".partial")
         self.out, self._old, self._done = (self.path / name for name in ("out", "old", "done"))
+        self._lock: IO[str] | None = None
         try:
             self._open(json.dumps(plan, sort_keys=True), say)
         except OSError as error:
+            self._unlock()
             raise cannot("write", self.path, error) from error
+        except ConvertError:
+            self._unlock()
+            raise
 
     def _open(self, plan: str, say: Callable[[str], None]) -> None:
         plan_file = self.path / "plan.json"
@@ -110,7 +115,11 @@ class Partial:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def record(self, part: int) -> Any | None:
         """What ``finish`` was told of a part, None if it must be written."""
@@ -120,7 +129,24 @@ class Partial:
 
     def finish(self, part: int, record: Any) -> None:
         """Remember that all bytes of a part are on the disk."""
-        write_file(self._done / f"{part:05d}", pickle.dumps(record))
+        path = self._done / f"{part:05d}"
+        try:
+            write_file(path, pickle.dumps(record))
+        except OSError as error:
+            raise cannot("write", path, error) from error
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuse to start what cannot end.
+
+        Raises:
+            ConvertError: the disk has less free space than so many bytes.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise ConvertError(
+                f"{self.path} needs {nbytes / 1e9:.3f} GB more, but its disk has {free / 1e9:.3f} GB free; free some "
+                "space, or choose another target"
+            )
 
     def commit(self) -> None:
         """Put the result in place of the target, which is replaced only now."""

@@ -64,7 +64,7 @@ def plan_import(units: Sequence[Unit], found: Mapping[str, Found], where: str) -
     tasks = []
     for unit in units:
         inputs = [found.get(named.name) for named in unit.hf]
-        _same_dtype(unit, [(named.name, what) for named, what in zip(unit.hf, inputs, strict=True) if what])
+        _same_dtype(unit, [(named.name, what) for named, what in zip(unit.hf, inputs, strict=True) if what is not None])
         shapes = [(piece.key, piece.shape) for piece in unit.megatron]
         tasks.append(Task(unit, _specs(unit.to_megatron, inputs, shapes) if unit.megatron else ()))
     _check_tiling(units)

@@ -8,23 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from lightning_megatron.convert import export_checkpoint, import_checkpoint, roundtrip
 from lightning_megatron.convert.dist_read import Checkpoint
 from lightning_megatron.models.units import Piece
+from tests.convert.helpers import assert_model
 from tests.helpers.convert import CONFIG, PADDED, Toy, tensors_of, toy_args, write_model
-
-
-def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), x.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -36,7 +25,7 @@ def test_identity(tmp_path: Path, tied: bool, limit: int, files: int) -> None:
     write_model(tmp_path / "hf", CONFIG | {"tied": tied}, tensors, files=3)
     import_checkpoint(tmp_path / "hf", tmp_path / "m", jobs=2, part_bytes=5000)
     export_checkpoint(tmp_path / "m", tmp_path / "out", jobs=2, part_bytes=7000, max_shard_bytes=limit)
-    assert_same(read_all(tmp_path / "out"), tensors)
+    assert_model(tmp_path / "out", tensors)
     assert {x.dtype for x in tensors.values()} == {torch.bfloat16, torch.float32}
     for name in ("config.json", "tokenizer.json", "modeling_toy.py"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
@@ -81,7 +70,7 @@ def test_large_pieces_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     chunks = Checkpoint(tmp_path / "m/release")._chunks["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"][1]
     assert len(chunks) > 4 and max(chunk.sizes.numel() for chunk in chunks) * 2 <= 300
     export_checkpoint(tmp_path / "m", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), tensors)
+    assert_model(tmp_path / "out", tensors)
 
 
 def test_optional_tensors(tmp_path: Path) -> None:
@@ -93,7 +82,7 @@ def test_optional_tensors(tmp_path: Path) -> None:
     write_model(tmp_path / "hf", config, few)
     import_checkpoint(tmp_path / "hf", tmp_path / "m")
     export_checkpoint(tmp_path / "m", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), every)
+    assert_model(tmp_path / "out", every)
     assert roundtrip(tmp_path / "hf", say=said.append)
     assert any("added 3 optional tensors" in text and "lm_head.weight" in text for text in said)
     assert said[-1] == f"{len(few)} of {len(few)} tensors are the same bit for bit"
@@ -132,5 +121,5 @@ def test_without_huggingface_folder(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "hf", tmp_path / "m")
     (tmp_path / "m/release").rename(tmp_path / "iter_0000020")
     export_checkpoint(tmp_path / "iter_0000020", tmp_path / "out")
-    assert_same(read_all(tmp_path / "out"), tensors)
+    assert_model(tmp_path / "out", tensors)
     assert json.loads((tmp_path / "out/config.json").read_text())["num_heads"] == 4
