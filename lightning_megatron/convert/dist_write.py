@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from ..models.units import Piece
 from .dist_read import COMMON
+from .partial import start_writing
 from .plan import Spec, Task
 
 _CHUNK = 256 << 20  # bytes of a tensor that are copied at a time, and that an export reads at a time
@@ -82,6 +83,8 @@ class _Appending(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with open(path, "ab" if mode == "wb" else mode) as stream:
             yield cast(io.IOBase, stream)
+            stream.flush()
+            start_writing(stream.fileno())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from .errors import ConvertError, cannot
+from .partial import start_writing
 from .plan import Spec
 
 INDEX = "model.safetensors.index.json"
@@ -102,6 +103,7 @@ class Writer:
                 while data:
                     written = os.pwrite(descriptor, data, begin)
                     begin, data = begin + written, data[written:]
+                start_writing(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -98,27 +98,36 @@ def anonymous() -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
 
+class Watch:
+    """Measures how far the memory of this process grows while it is entered: ``growth``, in bytes."""
+
+    def __enter__(self) -> Watch:
+        self.before = self._peak = anonymous()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.growth = self._peak - self.before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._peak = max(self._peak, anonymous())
+
+
 def child(arguments: list[str]) -> None:
     """Convert in this process, and print seconds and memory."""
     helper.register()
     from lightning_megatron.convert import comparing, exporting, importing  # noqa: F401 # not a part of what is measured
 
-    before = peak = anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
     start = time.monotonic()
-    status = convert(arguments)
+    with Watch() as watch:
+        status = convert(arguments)
     seconds = time.monotonic() - start
-    done.set()
-    thread.join()
-    print(json.dumps({"status": status, "seconds": seconds, "before": before, "growth": peak - before}))
+    print(json.dumps({"status": status, "seconds": seconds, "before": watch.before, "growth": watch.growth}))
 
 
 def run(*arguments: str | Path) -> dict:

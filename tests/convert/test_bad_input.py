@@ -194,7 +194,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-BIG = CONFIG | {"num_layers": 10}
+BIG = CONFIG | {"num_layers": 14}
 
 
 @pytest.fixture
