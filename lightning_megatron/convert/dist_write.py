@@ -83,8 +83,6 @@ class _Appending(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with open(path, "ab" if mode == "wb" else mode) as stream:
             yield cast(io.IOBase, stream)
-            stream.flush()
-            start_writing(stream.fileno())
 
 
 @contextmanager
@@ -120,6 +118,7 @@ class PartFile:
         planner = _Planner([item], lambda _: resolve())
         plan = self._writer.prepare_local_plan(planner.create_local_plan())
         results: list[WriteResult] = self._writer.write_data(planner.finish_plan(plan), planner).value()
+        start_writing(self.path)
         return results
 
 

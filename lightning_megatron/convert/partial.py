@@ -55,13 +55,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def start_writing(descriptor: int) -> None:
+def start_writing(path: Path) -> None:
     """Let the system bring what was written to the disk from now on, not only at ``sync``: the disk is never idle.
 
     A hint, of Linux's C library; Python has no name for it.
     """
     if _SYNC_FILE_RANGE is not None:
+        descriptor = os.open(path, os.O_RDONLY)
         _SYNC_FILE_RANGE(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), 2)  # all of the file, SYNC_FILE_RANGE_WRITE
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:

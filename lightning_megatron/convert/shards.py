@@ -103,9 +103,9 @@ class Writer:
                 while data:
                     written = os.pwrite(descriptor, data, begin)
                     begin, data = begin + written, data[written:]
-                start_writing(descriptor)
             finally:
                 os.close(descriptor)
+            start_writing(path)
         except OSError as error:
             raise cannot("write", path, error, name) from error
 

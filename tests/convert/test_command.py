@@ -141,6 +141,7 @@ def test_memory_is_of_a_unit(tmp_path: Path) -> None:
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=measure, args=(str(tmp_path), send))
     process.start()
+    send.close()
     growths = [receive.recv(), receive.recv()]
     process.join()
     assert total > 8 * largest
