@@ -15,7 +15,8 @@ if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symb
 
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
-TEST = [*DEMO, "datasets", "mypy", "pytest", "pytest-xdist", "ruff", "transformers"]
+CONVERT = ["safetensors>=0.5", "tqdm"]
+TEST = [*DEMO, *CONVERT, "datasets", "mypy", "pytest", "pytest-xdist", "ruff", "transformers"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(
@@ -49,9 +50,15 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
+        "convert": CONVERT,
         "test": TEST,
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "pre-commit", "pre-commit-hooks"],
     },
-    entry_points={"console_scripts": ["lightning-pretrain = lightning_megatron.pretrain:main"]},
+    entry_points={
+        "console_scripts": [
+            "lightning-convert = lightning_megatron.convert.cli:main",
+            "lightning-pretrain = lightning_megatron.pretrain:main",
+        ]
+    },
 )

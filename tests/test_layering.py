@@ -24,6 +24,7 @@ LAYERS = [
     {"runtime", "layer"},
     {"spec"},
     {"training"},
+    {"convert"},
     {"pretrain"},
 ]
 # ... and these parts less than that.
@@ -34,6 +35,7 @@ ONLY = {
     "memory_flags": {"rules"},
     "latent_flags": {"rules"},
     "models": {"config"},
+    "convert": {"models", "training"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -46,6 +48,7 @@ OUTSIDE = {
     "__init__": set(),
     "config": set(),
     "compat": {"megatron"},
+    "convert": {"torch", "safetensors", "tqdm", "megatron"},
     "flags": set(),
     "rules": set(),
     "memory_flags": set(),
@@ -149,6 +152,8 @@ def f():
         (".config", ["torch", "megatron"]),
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
+        (".convert.cli", ["torch", "megatron"]),
+        (".convert.comparing", ["megatron"]),
     ],
 )
 def test_imports_are_cheap(module, absent):

@@ -60,7 +60,7 @@ def families() -> tuple[Family, ...]:
     """All of them."""
     from . import bailing, minimax, tnl
 
-    return bailing, minimax, tnl  # type: ignore[return-value]
+    return bailing, minimax, tnl
 
 
 def family_of(config: Config) -> Family:

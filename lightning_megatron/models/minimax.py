@@ -73,7 +73,8 @@ def flags(config: Config) -> Flags:
         moe_ffn_hidden_size=found["ffn_hidden_size"], moe_router_score_function="softmax", moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=config.get("router_aux_loss_coef", 0.001),
     )  # fmt: skip
-    fields.get("rope_theta"), fields.warn_of_others()
+    fields.get("rope_theta")
+    fields.warn_of_others()
     return found
 
 

@@ -15,7 +15,7 @@ from megatron.training.arguments import add_megatron_arguments, validate_args
 from ..config import lightning_pattern
 from ..models.family import Config, Family, command_line, families, family_of
 from ..models.presets import PRESETS, REFUSED, TINY, preset_flags
-from ..record import ATTRIBUTE, differences, function_record, options_from_args
+from ..record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, function_record, options_from_args
 from .arguments import add_arguments, args_defaults
 
 
@@ -56,8 +56,12 @@ def saved_args(words: list[str]) -> Namespace:
     return given
 
 
-def family_of_args(args: Namespace) -> tuple[Family, Config]:
+def family_of_args(args: Namespace, wanted: Family | None = None) -> tuple[Family, Config]:
     """The family whose config.json describes exactly the function of a trained model, and that config.
+
+    Args:
+        args: as Megatron saved them.
+        wanted: the only family to look at; all by default.
 
     Raises:
         ValueError: none does; with what differs, for every family.
@@ -66,18 +70,19 @@ def family_of_args(args: Namespace) -> tuple[Family, Config]:
     if record is None:
         raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
     lines = []
-    for family in families():
+    for family in families() if wanted is None else (wanted,):
         try:
             config = family.config(args)
             again = getattr(saved_args(command_line(family.flags(config))), ATTRIBUTE)
-        except (ValueError, KeyError, AssertionError) as error:
+        except (ValueError, KeyError, AssertionError, TypeError) as error:
             lines.append(f"{family.NAME}: {error}")
             continue
-        found = [row for row in differences(record, again) if row[0].split(",")[0] != "--padded-vocab-size"]
+        found = [row for row in differences(record, again) if row[0] != ROWS_OF_VOCABULARY]
         if not found:
             return family, config
         lines += [f"{family.NAME}: {flag}: {saved} in the checkpoint, {now} there" for flag, saved, now in found]
-    raise ValueError("\n  ".join(["no family of released models has this function:", *lines]))
+    what = "no family of released models has" if wanted is None else f"no config.json of {wanted.NAME} describes"
+    raise ValueError("\n  ".join([f"{what} this function:", *lines]))
 
 
 def sizes(config: Config) -> tuple[str, ...]:

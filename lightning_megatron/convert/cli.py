@@ -1,0 +1,170 @@
+"""``lightning-convert import | export | roundtrip``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import ConvertError
+
+_DESCRIPTION = (
+    "Convert models between Hugging Face folders and Megatron's torch_dist checkpoints, on CPUs, in little memory."
+)
+_EXAMPLES = """\
+examples:
+  lightning-convert import Ring-mini-linear-2.0 ring-mini            # then train with --load ring-mini
+  lightning-convert export checkpoints ring-mini-tuned --like Ring-mini-linear-2.0
+  lightning-convert roundtrip Ring-mini-linear-2.0                   # import, export, compare bit for bit
+
+Only local folders are taken: `hf download ORG/NAME --local-dir FOLDER` makes one. A run that was stopped leaves
+TARGET.partial, and goes on where it stopped when the same command is given again. Exit status: 0 done, 1 failed,
+2 asked for wrongly."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"lightning-convert: error: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = _Parser("lightning-convert", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", required=True, metavar="import | export | roundtrip")
+
+    def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", allow_abbrev=False
+        )
+        made.add_argument(
+            "--jobs",
+            type=_positive,
+            default=min(4, os.cpu_count() or 1),
+            metavar="N",
+            help="threads (%(default)s here)",
+        )
+        return made
+
+    to_megatron = command(
+        "import",
+        "Hugging Face folder to Megatron checkpoint",
+        "The checkpoint loads at any tensor, pipeline, expert and context parallel size. Block-scaled fp8 weights "
+        "become bf16, all other tensors keep their dtype. Config and tokenizer are kept in TARGET/huggingface.",
+    )
+    to_megatron.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and *.safetensors")
+    to_megatron.add_argument("target", type=Path, metavar="TARGET", help="new folder, for --load of a training")
+    to_megatron.add_argument("--overwrite", action="store_true", help="replace TARGET, once the new one is complete")
+
+    to_hf = command(
+        "export",
+        "Megatron checkpoint to Hugging Face folder",
+        "Tensors keep their dtype. The optimizer is left out.",
+    )
+    to_hf.add_argument("source", type=Path, metavar="SOURCE", help="folder of --save of a training, or of an import")
+    to_hf.add_argument("target", type=Path, metavar="TARGET", help="new folder")
+    to_hf.add_argument("--step", type=int, metavar="N", help="iteration to export (default: the last one)")
+    to_hf.add_argument(
+        "--like",
+        type=Path,
+        metavar="FOLDER",
+        help="Hugging Face folder to take tokenizer and further fields of config.json from (default: "
+        "SOURCE/huggingface, which an import wrote)",
+    )
+    to_hf.add_argument("--overwrite", action="store_true", help="replace TARGET, once the new one is complete")
+
+    there_and_back = command(
+        "roundtrip",
+        "import, export and compare every tensor bit for bit",
+        "Needs space for twice the model; what it writes is removed.",
+    )
+    there_and_back.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and *.safetensors")
+    there_and_back.add_argument("--work", type=Path, metavar="FOLDER", help="where to write (default: beside SOURCE)")
+    for made in (to_hf, there_and_back):
+        made.add_argument(
+            "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file, as 500MB (%(default)s)"
+        )
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError:
+        print("lightning-convert: error: pip install 'lightning-megatron[convert]' first", file=sys.stderr)
+        return 1
+    from .comparing import roundtrip
+    from .exporting import export_checkpoint  # torch takes seconds; --help and bad usage need not wait
+    from .importing import import_checkpoint
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    try:
+        if args.command == "import":
+            flags = import_checkpoint(args.source, args.target, overwrite=args.overwrite, jobs=args.jobs, say=say)
+            load = shlex.quote(str(args.target))
+            say(f"train with --load {load} and the flags of the model:\n  {shlex.join(flags)}")
+        elif args.command == "export":
+            export_checkpoint(
+                args.source,
+                args.target,
+                step=args.step,
+                like=args.like,
+                max_shard_bytes=args.max_shard_size,
+                overwrite=args.overwrite,
+                jobs=args.jobs,
+                say=say,
+            )
+        else:
+            same = roundtrip(args.source, work=args.work, max_shard_bytes=args.max_shard_size, jobs=args.jobs, say=say)
+            return 0 if same else 1
+    except ConvertError as error:
+        print(f"lightning-convert: error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("lightning-convert: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB.
+
+    Raises:
+        ValueError: not such a size, or zero.
+
+    Example:
+        >>> parse_size("5GB")
+        5000000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        number, unit, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size <= 0:
+        raise ValueError(f"{text!r} is no size; write for example 5GB, 500MB or 2GiB")
+    return size

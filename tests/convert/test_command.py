@@ -1,0 +1,189 @@
+"""lightning-convert: help, exit status, one line for an error, no traceback; memory and progress."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_megatron.convert import cli, import_checkpoint, work
+from lightning_megatron.convert.cli import main, parse_size
+from tests.convert.helpers import assert_model
+from tests.helpers.convert import CONFIG, tensors_of, write_model
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = write_model(tmp_path / "hf")
+    hf, m, out = (str(tmp_path / name) for name in ("hf", "a model", "out"))
+    assert main(["import", hf, m]) == 0
+    said = capsys.readouterr().out
+    assert f"train with --load '{m}' and the flags of the model:\n  --hidden-size 16 " in said
+    assert re.search(r"imported 41 tensors, 0\.0 GB, in [\d.]+ s \(\d+ MB/s\): .*/a model\n", said)
+    assert main(["export", m, out, "--max-shard-size", "8KB", "--jobs", "2"]) == 0
+    assert re.search(r"exported 41 tensors, 0\.0 GB, as \d files, ", capsys.readouterr().out)
+    assert_model(tmp_path / "out", tensors)
+    assert main(["roundtrip", hf]) == 0
+    assert "41 of 41 tensors are the same bit for bit\n" in capsys.readouterr().out
+    changed = tensors | {"model.layers.0.attn.slope_rate": tensors["model.layers.0.attn.slope_rate"] + 1}
+    write_model(tmp_path / "other", CONFIG, changed)
+    assert main(["roundtrip", str(tmp_path / "other"), "--work", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, status, said",
+    [
+        (["import", "no/where", "m"], 2, "no/where: there is no such folder; only local folders are taken"),
+        (["import", "bad", "m"], 1, "config.json is not JSON"),
+        (["import", "."], 2, "the following arguments are required: TARGET"),
+        (["import", "bad", "m", "--jobs", "0"], 2, "argument --jobs: invalid _positive value: '0'"),
+        (["export", "bad", "m", "--max-shard-size", "many"], 2, "'many' is no size; write for example 5GB"),
+        (["export", "bad", "m"], 1, "it has neither latest_checkpointed_iteration.txt nor metadata.json"),
+        (["verify", "bad"], 2, "invalid choice: 'verify'"),
+        ([], 2, "the following arguments are required: import | export | roundtrip"),
+    ],
+)
+def test_errors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/config.json").write_text("{")
+    try:
+        found: Any = main(arguments)
+    except SystemExit as error:
+        found = error.code
+    assert found == status
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lightning-convert: error: ") and said in last
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "hf")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "wait", interrupt)
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "m")]) == 130
+    assert capsys.readouterr().err.endswith("lightning-convert: stopped; the same command goes on from here\n")
+    assert not (tmp_path / "m").exists() and (tmp_path / "m.partial").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["import"], ["export"], ["roundtrip"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(len(line) <= 120 for line in text.splitlines())
+    if not command:  # the examples are commands that there are
+        examples = re.findall(r"^  (lightning-convert .*?) *(?:#.*)?$", text, re.MULTILINE)
+        assert len(examples) == 3
+        for example in examples:
+            assert cli.parser().parse_args(example.split()[1:]).source
+
+
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1500000), ("2GiB", 2**31), ("7", 7), ("3kb", 3000), ("1T", 10**12)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "GB", "5 apples", "1e9"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines now and then, a bar on a terminal; both end at the whole."""
+    write_model(tmp_path / "hf")
+    monkeypatch.setattr(work, "_REPORT_EVERY", 0.0)
+    import_checkpoint(tmp_path / "hf", tmp_path / "m")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"import: 0\.0 of 0\.0 GB, \d+ MB/s", last)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    import_checkpoint(tmp_path / "hf", tmp_path / "m2")
+    assert re.search(r"import: 100%\|", capsys.readouterr().err)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+LARGE = CONFIG | {"hidden_size": 1024, "expert_size": 2048, "num_experts": 10, "num_layers": 1, "vocab_size": 8000}
+
+
+def measure(folder: str, connection: Any) -> None:
+    """Import and export in this process; send the growth of its memory in bytes."""
+    from lightning_megatron.convert import export_checkpoint
+    from tests.benchmarks.convert import Watch
+
+    for command, source, target in ((import_checkpoint, "hf", "m"), (export_checkpoint, "m", "out")):
+        with Watch() as watch:
+            command(Path(folder, source), Path(folder, target), jobs=1)
+        connection.send(watch.growth)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_memory_is_of_a_unit(tmp_path: Path) -> None:
+    """Not of the model, nor of a part, which holds all of it."""
+    tensors = write_model(tmp_path / "hf", LARGE)
+    total, largest = sum(x.nbytes for x in tensors.values()), max(x.nbytes for x in tensors.values())
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=measure, args=(str(tmp_path), send))
+    process.start()
+    send.close()
+    growths = [receive.recv(), receive.recv()]
+    process.join()
+    assert total > 8 * largest
+    assert all(0 < growth < 2.5 * largest for growth in growths), (growths, largest)
+    assert_model(tmp_path / "out", tensors)
+
+
+def test_memory_of_threads() -> None:
+    """A large unit waits for all others, small ones hold at most the limit together."""
+    memory = work.Memory(10)
+    order: list[str] = []
+
+    def small(name: str) -> Callable[[], None]:
+        def run() -> None:
+            with memory.hold(6):
+                order.append(name)
+
+        return run
+
+    import threading
+
+    with memory.hold(6):
+        threads = [threading.Thread(target=small("second")), threading.Thread(target=small("third"))]
+        for thread in threads:
+            thread.start()
+        with memory.hold(4):
+            order.append("first")
+    for thread in threads:
+        thread.join(5)
+    assert order[0] == "first" and sorted(order[1:]) == ["second", "third"]
+    with memory.hold(100):  # more than the limit: alone
+        assert memory._held == 100
+
+
+def test_parts_are_of_the_size_asked_for() -> None:
+    from lightning_megatron.convert.plan import plan_import
+    from tests.helpers.convert import Toy, toy_args
+
+    tensors = tensors_of(CONFIG)
+    family = Toy()
+    tasks = plan_import(family.units(toy_args(family.flags(CONFIG))), tensors, "here")
+    parts = work.split(tasks, 5000)
+    assert [task for part in parts for task in part.tasks] == tasks
+    assert [part.number for part in parts] == list(range(len(parts)))
+    assert all(5000 <= part.nbytes < 5000 + max(task.nbytes for task in tasks) for part in parts[:-1])
