@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lightning_megatron.convert import cli, import_checkpoint, work
+from lightning_megatron.convert import cli, export_checkpoint, import_checkpoint, work
 from lightning_megatron.convert.cli import main, parse_size
 from tests.convert.helpers import assert_model
 from tests.helpers.convert import CONFIG, tensors_of, write_model
+from tests.launch import spawn
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,28 +121,25 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 LARGE = CONFIG | {"hidden_size": 1024, "expert_size": 2048, "num_experts": 10, "num_layers": 1, "vocab_size": 8000}
 
 
-def measure(folder: str, connection: Any) -> None:
-    """Import and export in this process; send the growth of its memory in bytes."""
-    from lightning_megatron.convert import export_checkpoint
+def measure(rank: int, world: int, folder: str) -> list[int]:
+    """Import and export in a new process; the growth of its memory in bytes."""
     from tests.benchmarks.convert import Watch
+    from tests.helpers.convert import register
 
+    register()
+    growths = []
     for command, source, target in ((import_checkpoint, "hf", "m"), (export_checkpoint, "m", "out")):
         with Watch() as watch:
             command(Path(folder, source), Path(folder, target), jobs=1)
-        connection.send(watch.growth)
+        growths.append(watch.growth)
+    return growths
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_memory_is_of_a_unit(tmp_path: Path) -> None:
     """Not of the model, nor of a part, which holds all of it."""
     tensors = write_model(tmp_path / "hf", LARGE)
     total, largest = sum(x.nbytes for x in tensors.values()), max(x.nbytes for x in tensors.values())
-    receive, send = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=measure, args=(str(tmp_path), send))
-    process.start()
-    send.close()
-    growths = [receive.recv(), receive.recv()]
-    process.join()
+    (growths,) = spawn(measure, 1, str(tmp_path))
     assert total > 8 * largest
     assert all(0 < growth < 2.5 * largest for growth in growths), (growths, largest)
     assert_model(tmp_path / "out", tensors)
