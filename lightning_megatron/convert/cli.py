@@ -18,7 +18,7 @@ _DESCRIPTION = (
 )
 _EXAMPLES = """\
 examples:
-  lightning-convert import Ring-mini-linear-2.0 ring-mini            # then train with --load ring-mini
+  lightning-convert import Ring-mini-linear-2.0 ring-mini            # then train: --load ring-mini --use-checkpoint-args
   lightning-convert export checkpoints ring-mini-tuned --like Ring-mini-linear-2.0
   lightning-convert roundtrip Ring-mini-linear-2.0                   # import, export, compare bit for bit
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "import":
             flags = import_checkpoint(args.source, args.target, overwrite=args.overwrite, jobs=args.jobs, say=say)
             load = shlex.quote(str(args.target))
-            say(f"train with --load {load} and the flags of the model:\n  {shlex.join(flags)}")
+            say(f"train with --load {load} --use-checkpoint-args, or with the flags:\n  {shlex.join(flags)}")
         elif args.command == "export":
             export_checkpoint(
                 args.source,

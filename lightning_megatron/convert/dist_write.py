@@ -115,7 +115,11 @@ class PartFile:
 
     def write(self, item: WriteItem, resolve: Callable[[], torch.Tensor | io.BytesIO]) -> list[WriteResult]:
         """Append an item, whose data ``resolve`` gives; the results are for ``finish``."""
-        planner = _Planner([item], lambda _: resolve())
+        return self.write_all([item], resolve)
+
+    def write_all(self, items: list[WriteItem], resolve: Callable[[], torch.Tensor | io.BytesIO]) -> list[WriteResult]:
+        """Append items that all have the same data."""
+        planner = _Planner(items, lambda _: resolve())
         plan = self._writer.prepare_local_plan(planner.create_local_plan())
         results: list[WriteResult] = self._writer.write_data(planner.finish_plan(plan), planner).value()
         start_writing(self.path)
@@ -131,12 +135,35 @@ def finish(folder: Path, tasks: Sequence[Task], results: list[WriteResult], args
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    data = io.BytesIO()
+    data, nothing = io.BytesIO(), io.BytesIO()
     torch.save([common], data)
+    torch.save([None], nothing)
     item = WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO)
+    states = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states(tasks)]
     file = PartFile(folder, number)
     results = [*results, *file.write(item, lambda: data)]
-    items = [item for task in tasks for _, item in items_of(task)]
-    _, metadata = _Planner([*items, item], lambda _: data).create_global_plan([SavePlan([*items, item])])
+    results += file.write_all(states, lambda: nothing) if states else []
+    items = [item, *states, *(item for task in tasks for _, item in items_of(task))]
+    _, metadata = _Planner(items, lambda _: data).create_global_plan([SavePlan(items)])
     FileSystemWriter(folder).finish(metadata, [results])
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+def extra_states(tasks: Sequence[Task]) -> list[str]:
+    """Keys of the extra states that Megatron's layers look for, and that hold nothing without fp8.
+
+    Local layers have one for each projection, TransformerEngine's also for norms and the core of softmax attention;
+    what a model does not look for stays unread.
+    """
+    keys: dict[str, None] = {}
+    for task in tasks:
+        for piece in task.unit.megatron:
+            module, _, name = piece.key.rpartition(".")
+            if not name.endswith("weight") or not ("linear_" in module or "norm" in module):
+                continue
+            offset, whole = piece.offset[: piece.boxed] or (0,), piece.whole[: piece.boxed] or (1,)
+            shard = f"shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, whole))}"
+            keys[f"{module}._extra_state/{shard}"] = None
+            if module.endswith("self_attention.linear_proj"):
+                keys[f"{module.removesuffix('linear_proj')}core_attention._extra_state/{shard}"] = None
+    return list(keys)

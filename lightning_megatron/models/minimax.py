@@ -110,7 +110,7 @@ def config(args: Namespace) -> Config:
         intermediate_size=args.moe_ffn_hidden_size or args.ffn_hidden_size, num_hidden_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads, head_dim=args.kv_channels, rms_norm_eps=args.layernorm_epsilon,
         num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        max_position_embeddings=args.max_position_embeddings, block_size=256,
+        max_position_embeddings=args.max_position_embeddings,
         rope_parameters=dict(rope_type="default", rope_theta=float(args.rotary_base)),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights, sliding_window=None,
         layer_types=["linear_attention" if lightning else "full_attention" for lightning in pattern],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf, m, out = (str(tmp_path / name) for name in ("hf", "a model", "out"))
     assert main(["import", hf, m]) == 0
     said = capsys.readouterr().out
-    assert f"train with --load '{m}' and the flags of the model:\n  --hidden-size 16 " in said
+    assert f"train with --load '{m}' --use-checkpoint-args, or with the flags:\n  --hidden-size 16 " in said
     assert re.search(r"imported 41 tensors, 0\.0 GB, in [\d.]+ s \(\d+ MB/s\): .*/a model\n", said)
     assert main(["export", m, out, "--max-shard-size", "8KB", "--jobs", "2"]) == 0
     assert re.search(r"exported 41 tensors, 0\.0 GB, as \d files, ", capsys.readouterr().out)

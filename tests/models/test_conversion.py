@@ -1,0 +1,130 @@
+"""Released models through lightning-convert: import, training with the entry point, export, and what reads that."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint
+from lightning_megatron.convert.comparing import compare
+from lightning_megatron.convert.folder import Folder
+from lightning_megatron.models.family import family_of
+from lightning_megatron.models.presets import preset_config
+from tests.helpers import random_models
+from tests.helpers.model_cases import draw_case, load_minimax, write_minimax
+from tests.helpers.released import args_of
+from tests.launch import run_pretrain, spawn
+from tests.test_generate import example
+
+MODELS = {"bailing": "ring-mini-linear-2.0@tiny", "latent": "ling-2.6-flash@tiny", "tnl": "tnl-1b@tiny"}
+QUIET = dict(say=lambda text: None)
+RUN = (
+    "--use-checkpoint-args --seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --lr 0 "
+    "--mock-data --vocab-size 90 --log-interval 1 --eval-iters 0 --num-workers 0 --save-interval 1 --no-save-optim "
+    "--no-save-rng --moe-router-bias-update-rate 0"
+).split()
+LAYOUTS = {
+    "one": (1, ""),
+    "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"),
+}
+
+
+@pytest.fixture
+def released(tmp_path, rng):
+    """Write the folder of a released model, in bf16 if ``name`` is a preset."""
+
+    def write(name: str) -> Path:
+        folder = tmp_path / "released"
+        folder.mkdir()
+        if name == "minimax":
+            case = draw_case("minimax", rng.initial_seed(), tied=False)
+            return write_minimax(folder, case["config"], case["tensors"])
+        config = preset_config(MODELS[name]) | dict(dtype="bfloat16")
+        units = family_of(config).units(args_of(config), config)
+        tensors = {
+            key: x if "expert_bias" in key else x.bfloat16() for key, x in random_models.draw(units, rng).items()
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text("{}")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name, layout", [("minimax", "tp2"), ("latent", "pp2"), ("bailing", "tp2"), ("tnl", "one")])
+def test_trained_and_exported(name, layout, released, tmp_path):
+    """With a learning rate of 0, what is exported is what was imported, bit for bit, from any layout."""
+    folder = released(name)
+    import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    nproc, flags = LAYOUTS[layout]
+    flags += "" if name == "minimax" else " --bf16"
+    run = run_pretrain([*RUN, *flags.split(), "--load", tmp_path / "megatron", "--save", tmp_path / "saved"], nproc)
+    assert len(run.losses) == 1
+    export_checkpoint(tmp_path / "saved", tmp_path / "exported", like=folder, **QUIET)
+    said: list[str] = []
+    assert compare(Folder(folder), Folder(tmp_path / "exported"), said.append), said
+    assert not (tmp_path / "exported.partial").exists()
+    export_checkpoint(tmp_path / "saved", tmp_path / "alone", **QUIET)  # the config.json comes from the args
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("exported", "alone"))
+    assert before.keys() == after.keys()
+    assert json.loads((tmp_path / "alone/config.json").read_text())["architectures"]
+
+
+@torch.inference_mode()
+def greedy(rank: int, world: int, folder: Path, prompt: list[int], count: int, vocabulary: int):
+    """Logits of the prompt, and tokens that follow, by Megatron's static engine."""
+    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
+    script = example()
+    model, _ = script.load_model(folder)
+    positions = torch.arange(len(prompt))[None]
+    logits = model(torch.tensor([prompt]), positions, None)[0, :, :vocabulary].float()
+    how = dict(temperature=0, length=len(prompt) + count, vocab_size=vocabulary)
+    return logits, [token for token, _ in script.generate(model, prompt, count, **how)]
+
+
+def test_transformers_reads_an_export(released, tmp_path):
+    """MiniMax: the same logits at every position, and the same 64 tokens."""
+    from transformers import MiniMaxForCausalLM
+
+    folder = released("minimax")
+    config = json.loads((folder / "config.json").read_text())
+    import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "exported", **QUIET)
+    prompt, count = [5, 1, 44, 17, 88, 3, 3, 60], 64
+    ((logits, tokens),) = spawn(greedy, 1, tmp_path / "megatron", prompt, count, config["vocab_size"])
+    model = load_minimax(tmp_path / "exported", MiniMaxForCausalLM).eval()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([prompt]), use_cache=False).logits[0]
+        assert float((logits - wanted).norm() / wanted.norm()) < 1e-5
+        found = list(prompt)
+        for _ in range(count):
+            found.append(int(model(torch.tensor([found]), use_cache=False).logits[0, -1].argmax()))
+    assert tokens == found[len(prompt) :]
+
+
+def test_another_function_is_not_exported(released, tmp_path):
+    """A model that was trained with what no config.json says is refused, with the flag."""
+    folder = released("tnl")
+    import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    more = "--finetune --lightning-gate sigmoid --norm-epsilon 1e-3".split()
+    run_pretrain([*RUN[1:], *flags_of(folder), *more, "--load", tmp_path / "megatron", "--save", tmp_path / "saved"])
+    with pytest.raises(ConvertError) as error:
+        export_checkpoint(tmp_path / "saved", tmp_path / "exported", like=folder, **QUIET)
+    assert "no config.json of tnl describes this function" in str(error.value)
+    assert "tnl: --lightning-gate: sigmoid in the checkpoint, linear there" in str(error.value)
+    assert "--norm-epsilon: 0.001 in the checkpoint, 1e-06 there" in str(error.value)
+
+
+@functools.cache
+def flags_of(folder: Path) -> list[str]:
+    from lightning_megatron.models.family import command_line
+
+    config = json.loads((folder / "config.json").read_text())
+    return command_line(family_of(config).flags(config))
