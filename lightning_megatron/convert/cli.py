@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shlex
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("lightning-convert: error: pip install 'lightning-megatron[convert]' first", file=sys.stderr)
         return 1
     from .comparing import roundtrip
+
+    _keep_memory()
     from .exporting import export_checkpoint  # torch takes seconds; --help and bad usage need not wait
     from .importing import import_checkpoint
 
@@ -134,6 +137,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("lightning-convert: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _keep_memory() -> None:
+    """Take blocks of memory again in place of giving each back: half of the time went into clearing new pages.
+
+    Settings of torch's allocator (huge pages, read when torch is imported) and of glibc's (one arena, which keeps up to
+    1 GB; blocks of more than 32 MB are given back as before). Hints: without glibc, nothing changes.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((-8, 1), (-3, 32 << 20), (-1, 1 << 30)):  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_...
+            mallopt(parameter, value)
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,7 @@ from .dist_read import COMMON
 from .partial import start_writing
 from .plan import Spec, Task
 
-_CHUNK = 256 << 20  # bytes of a tensor that are copied at a time, and that an export reads at a time
+_CHUNK = 24 << 20  # bytes that are copied, and read by an export, at a time; cli keeps blocks below 32 MB for reuse
 
 
 def items_of(task: Task) -> list[tuple[int, WriteItem]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .plan import Task
 
 PART_BYTES = 1 << 30
-MEMORY = 512 << 20  # bytes of units that threads hold at a time; a larger unit is held alone
+MEMORY = 512 << 20  # bytes of units that threads hold at a time, beside one larger unit
 _REPORT_EVERY = 30.0  # seconds, where no terminal shows a bar
 
 
@@ -47,18 +47,23 @@ def split(tasks: Sequence[Task], nbytes: int) -> list[Part]:
 
 
 class Memory:
-    """Bytes that threads may hold at a time."""
+    """Bytes that threads may hold at a time: units of at most ``limit`` bytes together, and one that is larger."""
 
     def __init__(self, limit: int = MEMORY) -> None:
         self._limit = limit
-        self._held = 0
+        self._held = 0  # by small units
         self._changed = threading.Condition()
+        self._large = threading.Lock()
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
-        """Wait until so many bytes fit, or until nobody else holds any."""
+        """Wait until so many bytes fit."""
+        if nbytes > self._limit:
+            with self._large:
+                yield
+            return
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + nbytes <= self._limit)
+            self._changed.wait_for(lambda: self._held + nbytes <= self._limit)
             self._held += nbytes
         try:
             yield

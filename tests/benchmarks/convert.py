@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, default=1, help="of copy, import, copy, export; medians count")
     parser.add_argument("--warm", action="store_true", help="leave files in the cache")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -154,22 +156,26 @@ def main() -> None:
         hf, megatron, back, copied = (folder / x for x in ("hf", "megatron", "back", "copied"))
         config, largest = write(hf, args.gb * 1e9)
         nbytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
-        seconds = {}
-        settle(hf, args.warm)
-        seconds["copy_hf"] = copy(hf, copied, args.jobs)
-        settle(hf, args.warm)
-        there = run("import", hf, megatron, "--jobs", str(args.jobs))
-        settle(megatron, args.warm)
-        seconds["copy_megatron"] = copy(megatron, copied, args.jobs)
-        settle(megatron, args.warm)
-        here = run("export", megatron, back, "--jobs", str(args.jobs))
-        settle(hf, args.warm)
-        seconds["copy_hf_again"] = copy(hf, copied, args.jobs)
+        rounds: dict[str, list[float]] = {"copy_hf": [], "import": [], "copy_megatron": [], "export": []}
+        growth = {"import": 0, "export": 0}
+        jobs = ("--jobs", str(args.jobs))
+        for _ in range(args.rounds):
+            for made in (megatron, back):
+                shutil.rmtree(made, ignore_errors=True)
+            for step in rounds:
+                source = hf if step in ("copy_hf", "import") else megatron
+                settle(source, args.warm)
+                if step.startswith("copy"):
+                    rounds[step].append(copy(source, copied, args.jobs))
+                    continue
+                done = run(step, source, megatron if step == "import" else back, *jobs)
+                rounds[step].append(done["seconds"])
+                growth[step] = max(growth[step], done["growth"])
         same = subprocess.run(
             [sys.executable, "-c", COMPARE, str(hf), str(back)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         ).stdout.splitlines()[-1]
-    copying = (seconds["copy_hf"] + seconds["copy_hf_again"]) / 2 + seconds["copy_megatron"]
-    converting = there["seconds"] + here["seconds"]
+    seconds = {step: statistics.median(times) for step, times in rounds.items()}
+    copying, converting = seconds["copy_hf"] + seconds["copy_megatron"], seconds["import"] + seconds["export"]
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores of {platform.machine()}, {platform.release()}",
@@ -177,16 +183,17 @@ def main() -> None:
         "jobs": args.jobs,
         "bytes": nbytes,
         "largest_tensor_bytes": largest,
-        "seconds": seconds | {"import": there["seconds"], "export": here["seconds"]},
+        "seconds": rounds,
+        "median_seconds": seconds,
         "MB_per_s": {
             "copy": 2 * nbytes / copying / 1e6,
-            "import": nbytes / there["seconds"] / 1e6,
-            "export": nbytes / here["seconds"] / 1e6,
+            "import": nbytes / seconds["import"] / 1e6,
+            "export": nbytes / seconds["export"] / 1e6,
             "there_and_back": 2 * nbytes / converting / 1e6,
         },
         "speed_of_copy": copying / converting,
-        "anonymous_memory_growth_bytes": {"import": there["growth"], "export": here["growth"]},
-        "memory_beyond_largest_tensor_bytes": max(there["growth"], here["growth"]) - largest,
+        "anonymous_memory_growth_bytes": growth,
+        "memory_beyond_largest_tensor_bytes": max(growth.values()) - largest,
         "compared": same,
         "hours_for_2_TB": 2e12 / 3600 / (2 * nbytes / converting),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -147,30 +147,24 @@ def test_memory_is_of_a_unit(tmp_path: Path) -> None:
 
 
 def test_memory_of_threads() -> None:
-    """A large unit waits for all others, small ones hold at most the limit together."""
+    """Small units hold at most the limit together; a larger one is held beside them, but no two of these."""
     memory = work.Memory(10)
     order: list[str] = []
 
-    def small(name: str) -> Callable[[], None]:
-        def run() -> None:
-            with memory.hold(6):
-                order.append(name)
+    def take(name: str, nbytes: int) -> None:
+        with memory.hold(nbytes):
+            order.append(name)
 
-        return run
-
-    import threading
-
-    with memory.hold(6):
-        threads = [threading.Thread(target=small("second")), threading.Thread(target=small("third"))]
+    with memory.hold(6), memory.hold(100):
+        threads = [threading.Thread(target=take, args=x) for x in (("small", 6), ("large", 11))]
         for thread in threads:
             thread.start()
-        with memory.hold(4):
-            order.append("first")
+        take("fits", 4)
+        assert not threads[0].join(0.05) and not threads[1].join(0.05)  # both wait
+        assert order == ["fits"]
     for thread in threads:
         thread.join(5)
-    assert order[0] == "first" and sorted(order[1:]) == ["second", "third"]
-    with memory.hold(100):  # more than the limit: alone
-        assert memory._held == 100
+    assert sorted(order[1:]) == ["large", "small"] and memory._held == 0
 
 
 def test_parts_are_of_the_size_asked_for() -> None:
