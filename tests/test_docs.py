@@ -28,9 +28,9 @@ def flags() -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
-OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, and of the scripts in examples/
+OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, and of the scripts in examples/
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
-    "--out", "--text", "--tokens", "--prompt",
+    "--out", "--text", "--tokens", "--prompt", "--local-dir", "--like",
 }  # fmt: skip
 
 

@@ -19,9 +19,9 @@ _DESCRIPTION = (
 )
 _EXAMPLES = """\
 examples:
-  lightning-convert import Ring-mini-linear-2.0 ring-mini            # then train: --load ring-mini --use-checkpoint-args
+  lightning-convert import Ring-mini-linear-2.0 ring-mini     # then train: --load ring-mini --use-checkpoint-args
   lightning-convert export checkpoints ring-mini-tuned --like Ring-mini-linear-2.0
-  lightning-convert roundtrip Ring-mini-linear-2.0                   # import, export, compare bit for bit
+  lightning-convert roundtrip Ring-mini-linear-2.0            # import, export, compare bit for bit
 
 Only local folders are taken: `hf download ORG/NAME --local-dir FOLDER` makes one. A run that was stopped leaves
 TARGET.partial, and goes on where it stopped when the same command is given again. Exit status: 0 done, 1 failed,

@@ -142,7 +142,7 @@ def test_memory_is_of_a_unit(tmp_path: Path) -> None:
     total, largest = sum(x.nbytes for x in tensors.values()), max(x.nbytes for x in tensors.values())
     (growths,) = spawn(measure, 1, str(tmp_path))
     assert total > 8 * largest
-    assert all(0 < growth < 2.5 * largest for growth in growths), (growths, largest)
+    assert all(0 < growth < 4 * largest for growth in growths), (growths, largest)
     assert_model(tmp_path / "out", tensors)
 
 

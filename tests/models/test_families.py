@@ -156,7 +156,7 @@ RUN = (
 ).split()
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["bailing", "tnl"])  # the others: test_conversion.py
 def test_tiny_models_train(base):
     run = run_pretrain(["--lightning-model", BASES[base], *RUN])
     assert len(run.losses) == 2 and all(5 < loss < 6 for loss in run.losses)
