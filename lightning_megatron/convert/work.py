@@ -125,10 +125,14 @@ def run(
             if stop.is_set():
                 raise Stopped
 
-        before_first = stop.is_set()
-        if not before_first:
+        if stop.is_set():
+            return
+        try:
             write(part, before)
-            progress.add(last)
+        except BaseException:
+            stop.set()
+            raise
+        progress.add(last)
 
     with ThreadPoolExecutor(jobs, thread_name_prefix="convert") as pool:
         futures = [pool.submit(start, part) for part in parts]
