@@ -65,8 +65,7 @@ def test_same_training(model, layout, longest, sent, tokens, script):
     nproc, _ = LAYOUTS[layout]
     run = train(model, layout, f"{RECOMPUTE} {BOTH}", script=script)
     assert run.log.count(f"<longest {longest[0]} {longest[1]}, sent {sent}, ") == nproc, run.log[-3000:]
-    if tokens is not None:
-        assert run.log.count(f", {tokens * INPUT} bytes>") == nproc
+    assert run.log.count(f", {tokens * INPUT} bytes>") == nproc
     want = train(model, layout, RECOMPUTE)
     assert_same_training(run, want)
     assert want.losses[-1] < want.losses[0] - 0.3
