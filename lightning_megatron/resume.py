@@ -124,6 +124,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
             "checked"
         )
     else:
+        _check_names(saved, load_dir)
         _check_function(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
@@ -137,6 +138,19 @@ def _log(message: str, level: int = logging.WARNING) -> None:
     from megatron.core.utils import log_single_rank
 
     log_single_rank(logger, level, message)
+
+
+def _check_names(saved: Any, load_dir: str) -> None:
+    """Norms before experts had another name while local layers followed Megatron's (``spec._norm_keys``)."""
+    ours = hasattr(saved, ATTRIBUTE) or hasattr(saved, "lightning_decay")
+    older = "lrpe_layers" not in getattr(saved, ATTRIBUTE, {"values": {}})["values"]
+    experts = getattr(saved, "num_experts", None) and getattr(saved, "transformer_impl", "local") == "local"
+    if ours and older and experts:
+        raise CheckpointError(
+            f"the checkpoint in {load_dir} is of a model with experts in local layers, saved by an earlier version, "
+            "which named the norm before experts mlp.linear_fc1.layer_norm_weight and not pre_mlp_layernorm.weight; "
+            "go on with the version that saved it, or rename these tensors"
+        )
 
 
 def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:

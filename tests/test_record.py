@@ -281,6 +281,21 @@ def test_records_without_a_row_stand_for_what_their_version_did(row):
     assert differences(before, after) == []
 
 
+def test_older_checkpoints_of_experts_are_refused():
+    """They name a norm otherwise; Megatron would end in a traceback."""
+    record = function_record(*parts("layers"))
+    args = Namespace(lightning_function=record, num_experts=4, transformer_impl="local", no_save_optim=True)
+    running = Namespace(finetune=False, no_load_optim=True, lightning_function=record)
+    check({"args": args}, "folder", running)
+    del record["values"]["lrpe_layers"]
+    with pytest.raises(
+        CheckpointError, match=r"named the norm before experts mlp\.linear_fc1.*; go on with the version"
+    ):
+        check({"args": args}, "folder", running)
+    args.num_experts = None
+    check({"args": args}, "folder", running)
+
+
 def test_every_field_of_megatrons_config_is_decided():
     """Read into the record, or free on purpose. A new field of Megatron's must be put somewhere."""
     read = set()
