@@ -13,6 +13,7 @@ import torch
 
 from .config import (
     LightningOptions,
+    LightningShape,
     check_latent_sizes,
     facts,
     lightning_pattern,
@@ -21,6 +22,7 @@ from .config import (
     resolve_shape,
 )
 from .flags import messages_of_refusal, refuse_parts, warnings_of
+from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
 from .parallel import LAYOUTS
 from .record import ATTRIBUTE, function_record
 from .softmax.core import refuse_unsupported
@@ -101,7 +103,8 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    resolve_shape(config, options, config.tensor_model_parallel_size)
+    shape = resolve_shape(config, options, config.tensor_model_parallel_size)
+    _refuse_head_dims(shape)
     refuse_parts(config)
     if config.multi_latent_attention:
         check_latent_sizes(config)
@@ -130,6 +133,18 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         for number, lightning in enumerate(pattern, start=1):
             if not lightning:
                 refuse_unsupported(config, number)
+
+
+def _refuse_head_dims(shape: LightningShape) -> None:
+    for flags, dim in (
+        ("--lightning-key-head-dim (default: --kv-channels)", shape.key_dim),
+        ("--lightning-value-head-dim (default: that of keys)", shape.value_dim),
+    ):
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+            raise ValueError(
+                f"{flags} is {dim}, and the operator takes multiples of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to "
+                f"{MAX_HEAD_DIM}; choose one of them"
+            )
 
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:

@@ -142,6 +142,12 @@ REFUSED = {
         dict(layernorm_zero_centered_gamma=True), dict(layernorm_affine=False), {},
         "--apply-layernorm-1p is about the weight of layer norms, which have none.*leave it out",
     ),
+    "key-dim": (
+        {}, dict(key_head_dim=24), {}, r"--lightning-key-head-dim \(default: --kv-channels\) is 24, and the",
+    ),
+    "value-dim": (
+        {}, dict(value_head_dim=512), {}, r"--lightning-value-head-dim .* is 512, and .* from 16 to 256; choose one",
+    ),
     "bilinear-alone": (
         {}, dict(bilinear_glu=True), {}, "--lightning-bilinear-glu takes the activation out of the MLP of --swiglu",
     ),

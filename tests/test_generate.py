@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import sentencepiece
@@ -17,11 +15,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
+from tests.helpers.generate import SCRIPT, example
 from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
-SCRIPT = ROOT / "examples" / "generate.py"
 SIZE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
     "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.3 "  # to vary tokens
@@ -68,14 +66,6 @@ PROMPT = "7 1 200 33 33 5 90 18 2"
 
 def generate(folder: Path, *flags: str) -> Run:
     return run_pretrain(["--load", folder, *flags], script=SCRIPT, check=False)
-
-
-def example() -> ModuleType:
-    """The script as a module; examples/ is no package."""
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.inference_mode()

@@ -16,10 +16,10 @@ from lightning_megatron.convert.folder import Folder
 from lightning_megatron.models.family import family_of
 from lightning_megatron.models.presets import preset_config
 from tests.helpers import random_models
+from tests.helpers.generate import example
 from tests.helpers.model_cases import draw_case, load_minimax, write_minimax
 from tests.helpers.released import args_of
 from tests.launch import run_pretrain, spawn
-from tests.test_generate import example
 
 MODELS = {"latent": "ling-2.6-flash@tiny", "tnl": "tnl-1b@tiny"}
 QUIET = dict(say=lambda text: None)
