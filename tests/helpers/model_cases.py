@@ -20,8 +20,9 @@ LENGTH = 32
 DOCUMENTS = [0, 5, 6, 21, 32]  # cross the chunks of ranks, and one has one token
 KINDS = ("bailing latent experts", "bailing latent", "bailing experts", "bailing", "minimax", "tnl")
 # Of the tokens drawn: by how much the last expert chosen must beat the next, since rounding in fp32 may choose others;
-# and what rounding may do to a gradient of the reference itself, which is large where a norm divides by almost nothing.
-MARGIN, NOISE = 2e-5, 2e-5
+# and what rounding may do to a gradient of the reference itself, which is much where a norm divides by almost nothing:
+# another order of sums can do several times as much. LITTLE ends the search.
+MARGIN, NOISE, LITTLE, DRAWS = 2e-5, 2e-5, 3e-6, 50
 Case = dict[str, Any]
 
 
@@ -40,20 +41,19 @@ def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) 
     shape = (1 if packed else 2, LENGTH)
     weight = torch.randn(*shape, config["vocab_size"], generator=generator)
     reference = _minimax if kind == "minimax" else _formulas
-    for _ in range(50):
+    best: Case | None = None
+    for number in range(DRAWS):
         tokens = torch.randint(0, config["vocab_size"], shape, generator=generator)
         references.MARGINS.clear()
         results = reference(config, tensors, tokens, weight, packed, torch.float64)
         rounded = reference(config, tensors, tokens, weight, packed, torch.float32)["grads"]
         noise = max(_difference(rounded[name], grad) for name, grad in results["grads"].items() if grad is not None)
-        if min(references.MARGINS, default=1.0) > MARGIN and noise < NOISE:
+        if min(references.MARGINS, default=1.0) > MARGIN and (best is None or noise < best["noise"]):
+            best = results | dict(tokens=tokens, noise=noise)
+        if best is not None and (best["noise"] < LITTLE or number >= 8 and best["noise"] < NOISE):
             break
-    else:
-        raise AssertionError(f"{kind}, seed {seed}: no tokens for which fp32 is enough")
-    return (
-        dict(kind=kind, seed=seed, config=config, tensors=tensors, tokens=tokens, weight=weight, packed=packed)
-        | results
-    )
+    assert best is not None and best["noise"] < NOISE, f"{kind}, seed {seed}: no tokens for which fp32 is enough"
+    return best | dict(kind=kind, seed=seed, config=config, tensors=tensors, weight=weight, packed=packed)
 
 
 def _documents(tokens: torch.Tensor, packed: bool) -> list[torch.Tensor]:
