@@ -17,7 +17,7 @@ from .folder import local_folder, read_config, small_files
 from .importing import BESIDE
 from .partial import Partial, check_target, sync
 from .plan import Task, fingerprint, plan_export
-from .work import PART_BYTES, Memory, Part, Progress, run, split
+from .work import PART_BYTES, Memory, Part, split, write_parts
 
 SHARD_BYTES = 5 * 10**9
 _CONFIG = "config.json"
@@ -114,14 +114,9 @@ def _write_parts(
     jobs: int,
     say: Callable[[str], None],
 ) -> None:
-    left = [part for part in parts if partial.record(part.number) is None]
-    total = sum(part.nbytes for part in parts)
-    if len(left) < len(parts):
-        say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
-    partial.check_space(sum(part.nbytes for part in left))
     memory = Memory()
 
-    def write(part: Part, before: Callable[[Task], None]) -> None:
+    def write(part: Part, before: Callable[[Task], None]) -> bool:
         for task in part.tasks:
             before(task)
             with memory.hold(task.nbytes):
@@ -134,9 +129,9 @@ def _write_parts(
                 sync(path)
             except OSError as error:
                 raise cannot("write", path, error) from error
-        partial.finish(part.number, True)
+        return True
 
-    run(left, jobs, write, Progress("export", total, total - sum(part.nbytes for part in left)))
+    write_parts("export", partial, parts, jobs, write, say)
 
 
 def _write_rest(out: Path, layout: list[shards.Shard], config: dict[str, Any], beside: Path | None) -> None:

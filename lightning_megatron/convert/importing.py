@@ -17,7 +17,7 @@ from .errors import ConvertError, cannot
 from .folder import Folder, small_files
 from .partial import Partial, check_target, sync
 from .plan import Task, fingerprint, plan_import
-from .work import PART_BYTES, Memory, Part, Progress, run, split
+from .work import PART_BYTES, Memory, Part, split, write_parts
 
 BESIDE = "huggingface"  # folder in the checkpoint for config.json, tokenizer and the like
 _OURS = {"release", TRACKER, BESIDE}
@@ -87,15 +87,9 @@ def _write_parts(
     folder: Folder, out: Path, partial: Partial, parts: list[Part], jobs: int, say: Callable[[str], None]
 ) -> list[list[Any]]:
     out.mkdir(exist_ok=True)
-    records = {part.number: partial.record(part.number) for part in parts}
-    left = [part for part in parts if records[part.number] is None]
-    total = sum(part.nbytes for part in parts)
-    if len(left) < len(parts):
-        say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
-    partial.check_space(sum(part.nbytes for part in left))
     memory = Memory()
 
-    def write(part: Part, before: Callable[[Task], None]) -> None:
+    def write(part: Part, before: Callable[[Task], None]) -> list[Any]:
         file = dist_write.PartFile(out, part.number)
         results = []
         name = ""
@@ -109,12 +103,10 @@ def _write_parts(
                 sync(file.path)
         except OSError as error:
             raise cannot("write", file.path, error, name) from error
-        partial.finish(part.number, results)
-        records[part.number] = results
+        return results
 
     with dist_write.without_checksums():
-        run(left, jobs, write, Progress("import", total, total - sum(part.nbytes for part in left)))
-    return [records[part.number] or [] for part in parts]
+        return write_parts("import", partial, parts, jobs, write, say)
 
 
 def _write_task(folder: Folder, file: dist_write.PartFile, task: Task) -> list[Any]:

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from .partial import Partial
 from .plan import Task
 
 PART_BYTES = 1 << 30
@@ -102,7 +103,39 @@ class Progress:
             self._bar.close()
 
 
-def run(
+def write_parts(
+    what: str,
+    partial: Partial,
+    parts: Sequence[Part],
+    jobs: int,
+    write: Callable[[Part, Callable[[Task], None]], Any],
+    say: Callable[[str], None],
+) -> list[Any]:
+    """Call ``write(part, before)`` for the parts that ``partial`` has no record of, and record what it returns.
+
+    Returns:
+        The record of each part, in order, those of an earlier run among them.
+
+    Raises:
+        ConvertError: the disk has no room for what is left.
+        Exception: the first error of any part; what was recorded by then stays so.
+    """
+    records = {part.number: partial.record(part.number) for part in parts}
+    left = [part for part in parts if records[part.number] is None]
+    if len(left) < len(parts):
+        say(f"going on: {len(parts) - len(left)} of {len(parts)} parts are in {partial.path}")
+    to_write, total = sum(part.nbytes for part in left), sum(part.nbytes for part in parts)
+    partial.check_space(to_write)
+
+    def write_and_record(part: Part, before: Callable[[Task], None]) -> None:
+        records[part.number] = record = write(part, before)
+        partial.finish(part.number, record)
+
+    _run(left, jobs, write_and_record, Progress(what, total, total - to_write))
+    return [records[part.number] for part in parts]
+
+
+def _run(
     parts: Sequence[Part], jobs: int, write: Callable[[Part, Callable[[Task], None]], None], progress: Progress
 ) -> None:
     """Call ``write(part, before)`` for all parts, in ``jobs`` threads.
