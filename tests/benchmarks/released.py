@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -125,9 +126,9 @@ def measure(model, args, length: int, steps: int) -> tuple[list[float], float]:
     return seconds[1:], torch.cuda.max_memory_allocated() / 2**30
 
 
-def rows(only: list[str], lengths: list[int]) -> Iterator[dict]:
+def rows(models: list[str], only: list[str], lengths: list[int]) -> Iterator[dict]:
     """One of every model, length and operator, as soon as it is measured."""
-    for name in SIZES:
+    for name in models:
         model, args = build(name)
         parameters = sum(p.numel() for p in model.parameters())
         matrices = parameters - args.padded_vocab_size * args.hidden_size
@@ -157,6 +158,7 @@ def rows(only: list[str], lengths: list[int]) -> Iterator[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--operators", nargs="+", default=["ours", "fla chunk", "fla recurrent"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -168,9 +170,12 @@ def main(argv: list[str] | None = None) -> int:
     torch.distributed.init_process_group("nccl", world_size=1, rank=0)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    about = machine(cpu=False) | when() | dict(commands=["python -m tests.benchmarks.released"])
+    words = sys.argv[1:] if argv is None else argv
+    about = (
+        machine(cpu=False) | when() | dict(commands=[shlex.join(["python", "-m", "tests.benchmarks.released", *words])])
+    )
     found: list[dict] = []
-    for row in rows(options.operators, options.lengths):
+    for row in rows(options.models, options.operators, options.lengths):
         found.append(row)
         shown = {key: f"{value:,.3g}" if isinstance(value, float) else value for key, value in row.items()}
         print(json.dumps(shown), flush=True)

@@ -56,6 +56,26 @@ def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) 
     return best | dict(kind=kind, seed=seed, config=config, tensors=tensors, weight=weight, packed=packed)
 
 
+def draw_bf16_case(config: dict[str, Any], seed: int, length: int = 200) -> Case:
+    """Weights that bf16 holds, the reference's results in fp64, and its own largest errors in bf16, ``rounded``."""
+    generator, args = torch.Generator().manual_seed(seed), args_of(config)
+    drawn = random_models.draw(family_of(config).units(args, config), generator)
+    tensors = {name: x if "expert_bias" in name else x.bfloat16().float() for name, x in drawn.items()}
+    tokens = torch.randint(0, config["vocab_size"], (2, length), generator=generator)
+    weight = torch.randn(2, length, config["vocab_size"], generator=generator).bfloat16()
+    reference = _minimax if config["model_type"].startswith("minimax") else _formulas
+    exact, rough = (reference(config, tensors, tokens, weight, False, x) for x in (torch.float64, torch.bfloat16))
+    rounded = {
+        "states": max(map(_difference, rough["states"], exact["states"])),
+        "logits": _difference(rough["logits"], exact["logits"]),
+        "gradients": max(
+            _difference(rough["grads"][name], grad) for name, grad in exact["grads"].items() if grad is not None
+        ),
+    }
+    nothing = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    return exact | dict(config=config, tensors=tensors, tokens=tokens, weight=weight, rounded=rounded, nothing=nothing)
+
+
 def _documents(tokens: torch.Tensor, packed: bool) -> list[torch.Tensor]:
     bounds = DOCUMENTS if packed else [0, tokens.shape[1]]
     return [tokens[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,64 @@
+"""The released families in bf16 on a GPU: as exact as their references are in bf16, for every layer and gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from lightning_megatron.models.presets import preset_config
+from tests import layers
+from tests.helpers import released
+from tests.helpers.model_cases import draw_bf16_case
+from tests.launch import spawn
+from tests.models.test_parity import difference
+
+# Heads of 64, as the kernels see them in released models; transformers rotates all of a head. All experts are chosen:
+# rounding would choose others.
+_BAILING = dict(hidden_size=256, head_dim=64, num_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1)
+CHANGES = {
+    "ring-mini-linear-2.0": _BAILING,
+    "ling-2.6-flash": _BAILING | dict(kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+    "minimax-m1": dict(hidden_size=256, head_dim=64, rotary_dim=64, num_local_experts=2, num_experts_per_tok=2),
+    "tnl-1b": dict(decoder_embed_dim=256, hidden_dim=256),
+}
+# Of the reference's own error in bf16, which rounds as often as Megatron's layers or more often.
+MORE = 1.5
+
+
+def check(rank: int, world: int, file: Path, device: str) -> list[str]:
+    layers.start()
+    case = torch.load(file)
+    config = case["config"]
+    args = released.args_of(config, "--bf16 --moe-router-load-balancing-type none")
+    model = released.build(args)
+    whole = released.to_megatron(config, args, case["tensors"])
+    released.load(model, {key: x.float() for key, x in whole.items()})
+    model = Float16Module(model.config, model.to(device))
+    tokens = case["tokens"].to(device)
+    forward = lambda: model(tokens, torch.arange(tokens.shape[1], device=device)[None], None)
+    states, logits = released.hidden_states(model.module, forward)
+    vocabulary = config["vocab_size"]
+    (logits[..., :vocabulary].float() * case["weight"].to(device)).sum().backward()
+    grads = {key: case["nothing"][key] if x is None else x for key, x in case["grads"].items()}
+    wanted = released.slices(model.module, released.to_megatron(config, args, grads))
+    errors = {
+        "states": max(difference(x.cpu().transpose(0, 1), case["states"][number]) for number, x in states.items()),
+        "logits": difference(logits.detach().cpu()[..., :vocabulary], case["logits"]),
+        "gradients": max(difference(p.grad.cpu(), wanted[key]) for key, p in model.module.named_parameters()),
+    }
+    lines = [f"{what}: {error:.1e}, reference in bf16 {case['rounded'][what]:.1e}" for what, error in errors.items()]
+    for what, error in errors.items():
+        assert error <= MORE * case["rounded"][what], "\n".join(lines)
+    return lines
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHANGES)
+def test_as_exact_as_the_reference_in_bf16(rng, name, tmp_path):
+    case = draw_bf16_case(preset_config(f"{name}@tiny") | CHANGES[name], rng.initial_seed() % 2**31)
+    torch.save(case, tmp_path / "case.pt")
+    for lines in spawn(check, 1, tmp_path / "case.pt", "cuda", gpus=True, timeout=300):
+        print("\n".join(lines))
