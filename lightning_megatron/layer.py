@@ -7,9 +7,13 @@ full recompute; gradients of weights are summed over the chunks in fp32 and roun
 
 A lightning layer is computed whole, chunk after chunk, as each hands its state to the next one: the recurrence itself
 (Lightning Attention-2, arXiv:2401.04658, section 3.2). Where a chunk cannot be computed by itself, in softmax layers,
-over context- or sequence-parallel ranks and with packed documents, that holds for the MLP with its norm and residual,
-as in tiled MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). Layers with experts are left whole, as their routing
-looks at all tokens.
+over context-parallel ranks and with packed documents, that holds for the MLP with its norm and residual, as in tiled
+MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). Layers with experts are left whole, as their routing looks at all
+tokens.
+
+Sequence-parallel ranks exchange their rows first, so that each holds its part of every chunk (``parallel.interleave``),
+and afterwards again: five exchanges a layer and step, of s / P rows each, beside the 14 times s rows that are gathered
+or summed in its projections.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from .mixer import LightningAttention
 from .parallel import recompute
+from .parallel.interleave import Interleave, interleave
 
 # step(x [n, b, h], state before or None, rows) -> (output [n, b, h], state after or None)
 Step = Callable[[torch.Tensor, torch.Tensor | None, slice], tuple[torch.Tensor, torch.Tensor | None]]
@@ -49,7 +54,6 @@ class ChunkedLayer(TransformerLayer):
             and attention.rotary_pos_emb is None  # it and lrpe count positions from the first token that they see
             and attention.lrpe is None
             and attention.pg_collection.cp.size() == 1
-            and not config.sequence_parallel
         )
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
@@ -58,13 +62,17 @@ class ChunkedLayer(TransformerLayer):
         if not (whole and self._in_chunks(hidden_states, kwargs.get("inference_context"))):
             return super().forward(hidden_states, *args, **kwargs)
         plain, angles = super().forward, kwargs.pop("rotary_pos_emb", None)
+        rows, ranks = self._rows(hidden_states), self._ranks()
+        group = self.self_attention.pg_collection.tp
+        order = interleave(group, hidden_states.shape[0], rows) if ranks > 1 else None
 
-        def step(x: torch.Tensor, state: torch.Tensor | None, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def step(x: torch.Tensor, state: torch.Tensor | None, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+            turned = _cut(angles, slice(ranks * part.start, ranks * part.stop))
             with self.self_attention.passing(state) as passed:
-                output, _ = plain(x, rotary_pos_emb=_cut(angles, rows), **kwargs | {"attention_mask": None})
+                output, _ = plain(x, rotary_pos_emb=turned, **kwargs | {"attention_mask": None})
             return output, passed.state
 
-        return in_chunks(step, hidden_states, self._rows(hidden_states), list(self.parameters())), None
+        return in_chunks(step, hidden_states, rows, list(self.parameters()), order), None
 
     def _forward_mlp(
         self, hidden_states: torch.Tensor, inference_context: Any = None, **kwargs: Any
@@ -83,8 +91,11 @@ class ChunkedLayer(TransformerLayer):
 
     def _rows(self, hidden_states: torch.Tensor) -> int:
         """Of ``hidden_states``, in a chunk."""
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return max(1, self.recompute_chunk // (ranks * hidden_states.shape[1]))
+        return max(1, self.recompute_chunk // (self._ranks() * hidden_states.shape[1]))
+
+    def _ranks(self) -> int:
+        """That share a sequence of hidden states."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 def _cut(angles: Any, rows: slice) -> Any:
@@ -94,7 +105,13 @@ def _cut(angles: Any, rows: slice) -> Any:
     return None if angles is None else angles[rows]
 
 
-def in_chunks(step: Step, x: torch.Tensor, rows: int, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def in_chunks(
+    step: Step,
+    x: torch.Tensor,
+    rows: int,
+    parameters: Sequence[torch.nn.Parameter],
+    order: Interleave | None = None,
+) -> torch.Tensor:
     """``step`` over chunks of ``rows`` of x, each beginning with the state that the one before it ended with.
 
     Without gradients it computes. With gradients, in the second run of a checkpoint (``parallel.exchange_once``), it
@@ -105,6 +122,7 @@ def in_chunks(step: Step, x: torch.Tensor, rows: int, parameters: Sequence[torch
             ``parameters``, and nothing else that needs gradients.
         x: ``[s, b, h]``.
         parameters: all whose gradients the backward shall give, with and without ``requires_grad``.
+        order: brings the rows of x into the order of chunks, where ranks hold parts of the sequence.
 
     Returns:
         ``[s, b, h]``, dtype of x.
@@ -112,13 +130,14 @@ def in_chunks(step: Step, x: torch.Tensor, rows: int, parameters: Sequence[torch
     if torch.is_grad_enabled():
         states = recompute.take(_KEY)
         assert states is not None, "a layer in chunks is recomputed, but its first run kept nothing"
-        return _InChunks.apply(step, rows, states, x, *(p for p in parameters if p.requires_grad))
+        return _InChunks.apply(step, rows, states, order, x, *(p for p in parameters if p.requires_grad))
+    x = x if order is None else order.enter(x)
     output, states, state = torch.empty_like(x), [], None
     for part in _parts(x, rows):
         states.append(state)
         output[part], state = step(x[part], state, part)
     recompute.put(_KEY, states)
-    return output
+    return output if order is None else order.leave(output)
 
 
 def _parts(x: torch.Tensor, rows: int) -> list[slice]:
@@ -129,8 +148,8 @@ class _InChunks(torch.autograd.Function):
     """x [s, b, h] -> [s, b, h] without values; ``states`` is what every chunk begins with."""
 
     @staticmethod
-    def forward(ctx, step, rows, states, x, *parameters):
-        ctx.step, ctx.rows, ctx.states, ctx.parameters = step, rows, states, parameters
+    def forward(ctx, step, rows, states, order, x, *parameters):
+        ctx.step, ctx.rows, ctx.states, ctx.order, ctx.parameters = step, rows, states, order, parameters
         ctx.save_for_backward(x)
         return x.new_empty(1).expand(x.shape)
 
@@ -138,6 +157,8 @@ class _InChunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
+        if ctx.order is not None:
+            x, dy = ctx.order.enter(x), ctx.order.enter(dy)
         dx, dstate = torch.empty_like(x), None
         sums: list[torch.Tensor | None] = [None] * len(ctx.parameters)
         for part, state in reversed(list(zip(_parts(x, ctx.rows), ctx.states, strict=True))):
@@ -153,7 +174,8 @@ class _InChunks(torch.autograd.Function):
             dstate = others.pop(0) if begin else None
             _add(sums, others)
         dparameters = [None if t is None else t.to(p.dtype) for t, p in zip(sums, ctx.parameters, strict=True)]
-        return None, None, None, dx, *dparameters
+        dx = dx if ctx.order is None else ctx.order.leave(dx)
+        return None, None, None, None, dx, *dparameters
 
 
 def _add(sums: list[torch.Tensor | None], values: Sequence[torch.Tensor | None]) -> None:

@@ -61,15 +61,9 @@ REFUSED = (
 WARNED = (
     Rule(
         _CHUNK,
-        lambda run: (
-            run.config.context_parallel_size > 1
-            or run.config.sequence_parallel
-            or run.packed
-            or (run.latent and run.options.rope)
-        ),
-        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence on one "
-        "rank, without context and sequence parallelism, packed documents, and --lightning-rope beside "
-        "--multi-latent-attention",
+        lambda run: run.config.context_parallel_size > 1 or run.packed or (run.latent and run.options.rope),
+        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence, without "
+        "context parallelism, packed documents, and --lightning-rope beside --multi-latent-attention",
     ),
     Rule(
         _CHUNK,

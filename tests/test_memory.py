@@ -8,12 +8,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from lightning_megatron.layer import in_chunks
 from lightning_megatron.offload import SLAB, HostMemory, Offloader
 from lightning_megatron.parallel import exchange_once
+from lightning_megatron.parallel.interleave import interleave
 from tests.helpers.training import LAYOUTS, RECOMPUTE, assert_same_training, train
+from tests.launch import spawn
 
 # ---- Megatron's training ---------------------------------------------------------------------------------------------
 
@@ -54,7 +57,7 @@ def script(tmp_path):
     [
         # 4 layers, 2 microbatches, 5 steps: 3 inputs leave of each, and one is on the host at a time as another comes
         ("moe", "one", (48, 128), 30, 3 * 128),  # two layers with experts, and one softmax layer
-        ("all", "tp2-sp", (24, 64), 30, 3 * 64),
+        ("freq4", "tp2-sp", (24, 24), 30, 3 * 64),  # with rotary angles and a norm over all ranks
         ("freq4", "pp2-vp2", (48, 48), 0, 0),  # one layer a stage: its input is needed first
         ("all", "cp2", (48, 64), 30, 3 * 64),
     ],
@@ -126,6 +129,22 @@ def test_weights_are_summed_in_fp32(rng):
     exact = x[:, 0].double().sum(0)[:, None].expand(32, 32)
     for grad in grads:
         assert (grad - exact).norm() < 3e-3 * exact.norm()  # rounding once costs 1.7e-3
+
+
+def check_interleave(rank: int, world: int) -> None:
+    for length, rows in ((7, 7), (7, 3), (12, 4), (13, 5), (5, 1)):
+        order = interleave(dist.group.WORLD, length, rows)
+        x = torch.arange(world * length).view(-1, 1)  # the sequence
+        mine = x.chunk(world)[rank]
+        parts = [part.chunk(world)[rank] for part in x.split(world * rows)]
+        got = order.enter(mine)
+        assert torch.equal(got, torch.cat(parts)), (length, rows, got.flatten().tolist())
+        assert torch.equal(order.leave(got), mine)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_get_their_rows_of_every_chunk(world):
+    spawn(check_interleave, world)
 
 
 # ---- the host --------------------------------------------------------------------------------------------------------
