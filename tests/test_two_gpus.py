@@ -137,6 +137,11 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent train an
         "--context-parallel-size 2 --lightning-cp-exchange pipelined --lightning-loss-chunk 32",
     ),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2-sp-chunks": (
+        2,
+        f"--tensor-model-parallel-size 2 --sequence-parallel {RECOMPUTE} --lightning-recompute-chunk 48 "
+        "--lightning-offload-activations",
+    ),
     "latent-one": (1, ""),
     "latent-cp2": (2, "--context-parallel-size 2"),
     "latent-tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),

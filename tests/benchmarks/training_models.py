@@ -34,10 +34,12 @@ class Model:
     hidden: int
     heads: int
     vocabulary: int = 32000
+    ffn: int = 0  # 8/3 of hidden, rounded up
+    kv_heads: int = 0  # as many as heads, of lightning and softmax
 
-    @property
-    def ffn(self) -> int:
-        return math.ceil(8 / 3 * self.hidden / 256) * 256
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ffn", self.ffn or math.ceil(8 / 3 * self.hidden / 256) * 256)
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
 
     def softmax_layers(self, attention: str) -> int:
         period = {"lightning": self.layers + 1, "softmax": 1, "hybrid": min(HYBRID, self.layers)}[attention]
@@ -46,9 +48,9 @@ class Model:
     def matrices(self, attention: str, vocabulary: int | None = None) -> int:
         """Parameters that are multiplied with every token: q, k, v, gate (lightning only), output, MLP, vocabulary."""
         softmax = self.softmax_layers(attention)
-        square = 5 * (self.layers - softmax) + 4 * softmax
+        square = 3 * (self.layers - softmax) + 2 * softmax + 2 * self.layers * self.kv_heads / self.heads
         mlp = 3 * self.layers * self.ffn
-        return self.hidden * (square * self.hidden + mlp + (vocabulary or self.vocabulary))
+        return round(self.hidden * (square * self.hidden + mlp + (vocabulary or self.vocabulary)))
 
     def flops(self, attention: str, length: int, vocabulary: int | None = None) -> float:
         """Operations of one token, see the module's docstring."""
@@ -62,6 +64,7 @@ MODELS = {
     "0.4B": Model(24, 1024, 8),
     "1B": Model(16, 2048, 16),
     "3B": Model(36, 2560, 20),
+    "8B": Model(32, 4096, 32, ffn=14336, kv_heads=8),
 }
 
 
@@ -113,6 +116,9 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
         --train-iters {steps} --lr 1e-4 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --bf16
         --use-distributed-optimizer --cross-entropy-loss-fusion --log-interval 1 --log-memory-interval 1 --eval-iters 0
     """
+    if model.kv_heads < model.heads:
+        text += f" --lightning-num-kv-heads {model.kv_heads}" if attention != "softmax" else ""
+        text += f" --group-query-attention --num-query-groups {model.kv_heads}" if attention != "lightning" else ""
     if attention == "hybrid":
         text += f" --linear-attention-freq {min(HYBRID, model.layers)}"
     if options.cuda_graph:  # captured in the second step, which WARMUP drops
