@@ -12,7 +12,7 @@ from typing import Any
 from . import latent_flags as latent
 from . import memory_flags as memory
 from .compat import importable
-from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, projection_cut
+from .config import LightningOptions, lightning_pattern, projection_cut
 from .rules import ROTARY, Rule, Run, flag_of, selective, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
@@ -35,17 +35,6 @@ _NEEDS_TE = (
 )
 
 _LOCAL_NORMS = "in the norms that --transformer-impl transformer_engine fuses; use --transformer-impl local"
-
-
-def _other_layers(run: Run) -> bool:
-    """Whether layers differ from Megatron's in more than the attention."""
-    options = run.options
-    return (
-        run.config.apply_residual_connection_post_layernorm
-        or any(getattr(options, name) != 1.0 for name in (*RESIDUAL_FACTORS, "embedding_scale"))
-        or options.bilinear_glu
-        or not options.layernorm_affine
-    )
 
 
 _TE_ALONE = (  # Megatron's local layers do not read them
@@ -166,7 +155,7 @@ REFUSED = (
     Rule(
         "dataloader_inter_document_masking",
         lambda run: (
-            run.config.context_parallel_size > 1 and run.layout != "zigzag-documents" and run.softmax and not run.local
+            run.config.context_parallel_size > 1 and run.layout != "zigzag-documents" and run.attends and not run.local
         ),
         "with context parallelism lets documents cross the ranks' chunks, which TransformerEngine's softmax "
         "attention does not take; use --transformer-impl local",
@@ -210,7 +199,7 @@ REFUSED = (
     *(
         Rule(
             f"lightning_softmax_{factor}",
-            lambda run, factor=factor: getattr(run.options, f"softmax_{factor}") != 1.0 and not run.softmax,
+            lambda run, factor=factor: getattr(run.options, f"softmax_{factor}") != 1.0 and not run.attends,
             "is a factor of softmax layers, and this model has none; leave it out, or place softmax layers with "
             "--linear-attention-freq",
         )
@@ -225,12 +214,6 @@ REFUSED = (
         ),
         "frees the output of a norm, which is the residual with --apply-residual-connection-post-layernorm; leave "
         "attn_norm and mlp_norm out",
-    ),
-    Rule(
-        "mtp_num_layers",
-        _other_layers,
-        "adds a layer of Megatron's own, which has no factors on residuals, norms without weights, scaled embeddings "
-        "or --lightning-bilinear-glu, and ignores --apply-residual-connection-post-layernorm; leave it out",
     ),
     Rule(
         "cp_partition_mode",  # of later versions of Megatron
@@ -249,12 +232,6 @@ REFUSED = (
     ),
     *latent.REFUSED,
     *memory.REFUSED,
-    Rule(
-        "mtp_num_layers",
-        lambda run: run.local and (run.config.context_parallel_size > 1 or run.config.sequence_parallel or run.packed),
-        "adds a softmax layer of Megatron's own, which takes context parallelism, sequence parallelism and packed "
-        "documents only from TransformerEngine; use --transformer-impl transformer_engine, or leave it out",
-    ),
 )
 
 WARNED = (
@@ -293,7 +270,7 @@ WARNED = (
     ),
     Rule(
         "apply_query_key_layer_scaling",
-        lambda run: run.local and run.softmax,
+        lambda run: run.local and run.attends,
         "is not read by softmax layers on torch's SDPA, whose kernels sum in fp32 anyway",
     ),
     *(
@@ -312,7 +289,7 @@ WARNED = (
     Rule(
         "cp_comm_type",
         lambda run: (
-            run.local and run.softmax and run.config.context_parallel_size > 1 and run.get("cp_comm_type") != "p2p"
+            run.local and run.attends and run.config.context_parallel_size > 1 and run.get("cp_comm_type") != "p2p"
         ),
         "is not read by softmax layers on torch's SDPA, which have one way to communicate",
     ),

@@ -70,12 +70,6 @@ REFUSED = (
         )
         for name in ("no_rope_freq", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
     ),
-    Rule(
-        "mtp_num_layers",
-        lambda run: run.local and run.latent,
-        "adds a layer of Megatron's own multi-latent attention, which --transformer-impl local does not train right; "
-        "leave it out",
-    ),
 )
 
 WARNED = (

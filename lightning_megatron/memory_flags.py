@@ -75,6 +75,7 @@ WARNED = (
         lambda run: run.config.num_moe_experts is not None,
         "leaves layers with experts whole",
     ),
+    Rule(_CHUNK, lambda run: run.mtp, "leaves multi-token prediction layers whole"),
     Rule(
         "mlp_chunks_for_training",
         lambda run: run.config.mlp_chunks_for_training > 1 and run.recomputes,

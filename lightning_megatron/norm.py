@@ -6,6 +6,8 @@ Megatron's own torch norm (core/transformer/torch_norm.py) refuses sequence para
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,18 @@ class ResidualNorm(TorchNorm):
         return y, y if self.normalized else x
 
 
+class EmbeddingNorm(TorchNorm):
+    """norm(scale * x), of embeddings that ``LightningOptions.embedding_scale`` multiplies."""
+
+    def __init__(self, *args, scale: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[..., hidden]`` -> the same shape in the dtype of the parameters."""
+        return super().forward(x * self.scale)
+
+
 def layer_norm(config) -> type:
     """The norm of layers and of the block's end: TransformerEngine's, apex's (LayerNorm only), or torch's."""
     if config.transformer_impl == "transformer_engine":
@@ -120,6 +134,21 @@ def layer_norm_spec(config, options: LightningOptions, *, first: bool = False, f
     if normalized or scale != 1.0:
         norm, params = ResidualNorm, {**params, "scale": scale, "normalized": normalized}
     return ModuleSpec(module=norm, params=params) if issubclass(norm, TorchNorm) else norm
+
+
+def prediction_norms(config, options: LightningOptions) -> dict[str, Callable]:
+    """The norms of a multi-token prediction layer beside those of its transformer layer, as Megatron's spec takes them:
+    of embeddings, of states, and behind the layer.
+    """
+    spec = layer_norm_spec(config, options, final=True)
+    norm = functools.partial(spec.module, **spec.params) if isinstance(spec, ModuleSpec) else spec
+    embedding = norm
+    if options.embedding_scale != 1.0:
+        affine = options.layernorm_affine
+        embedding = functools.partial(
+            EmbeddingNorm, scale=options.embedding_scale, backend=options.backend, affine=affine
+        )
+    return dict(enorm=embedding, hnorm=norm, layer_norm=norm)
 
 
 def head_norm_spec(config, options: LightningOptions):

@@ -35,6 +35,15 @@ class Run(NamedTuple):
         return bool(self.config.multi_latent_attention)
 
     @property
+    def mtp(self) -> bool:
+        return bool(self.config.mtp_num_layers)
+
+    @property
+    def attends(self) -> bool:
+        """Whether some layer has softmax attention; those of multi-token prediction always have."""
+        return bool(self.softmax) or self.mtp
+
+    @property
     def packed(self) -> bool:
         return bool(self.get("sft") or self.get("dataloader_inter_document_masking"))
 
@@ -51,7 +60,7 @@ class Run(NamedTuple):
         """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
         if self.latent and self.softmax:
             return True
-        return self.get("position_embedding_type") in ROTARY and bool(self.softmax or self.options.rope)
+        return self.get("position_embedding_type") in ROTARY and (self.attends or self.options.rope)
 
 
 class Rule(NamedTuple):

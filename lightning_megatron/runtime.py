@@ -111,11 +111,11 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     if args is not None:
         refuse_parts(args)
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
-    if config.context_parallel_size > 1 and not all(pattern):
+    if config.context_parallel_size > 1 and (not all(pattern) or config.mtp_num_layers):
         if layout == "contiguous":
             raise ValueError(
                 "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
-                "or leave --linear-attention-freq out"
+                "or leave --linear-attention-freq and --mtp-num-layers out"
             )
     if not any(pattern):
         raise ValueError(
@@ -133,6 +133,8 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         for number, lightning in enumerate(pattern, start=1):
             if not lightning:
                 refuse_unsupported(config, number)
+        for number in range(config.mtp_num_layers or 0):  # which count by themselves
+            refuse_unsupported(config, number + 1)
 
 
 def _refuse_head_dims(shape: LightningShape) -> None:
@@ -149,12 +151,18 @@ def _refuse_head_dims(shape: LightningShape) -> None:
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
-    from .patches import checkpoint_args, flops, packed_rope, recompute
+    from .patches import checkpoint_args, flops, mtp_spec, packed_roll, packed_rope, recompute
 
-    softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
-    packed = args is None or getattr(args, "dataloader_inter_document_masking", False)
-    if config.context_parallel_size > 1 and softmax and packed and layout == "zigzag":
-        packed_rope.apply()
+    mtp = bool(config.mtp_num_layers)
+    softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
+    packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
+    if config.context_parallel_size > 1 and packed:
+        if softmax and layout == "zigzag":
+            packed_rope.apply()
+        if mtp:
+            packed_roll.apply(layout)
+    if mtp and (args is not None or "megatron.training.models.gpt" in sys.modules):
+        mtp_spec.apply()  # else the program gives GPTModel spec.get_mtp_block_spec(...)
     if config.recompute_granularity == "full":
         recompute.apply(
             keep_states=options.recompute_chunk is not None

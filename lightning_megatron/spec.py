@@ -18,14 +18,16 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
+from operator import not_
 
 from .compat import check_megatron
 
 check_megatron()
 
 try:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
     from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import (
@@ -38,7 +40,7 @@ try:
     from .layer import ChunkedLayer
     from .mixer import LightningAttention, LightningAttentionSubmodules
     from .mlp import BilinearMLP
-    from .norm import head_norm_spec, layer_norm_spec
+    from .norm import head_norm_spec, layer_norm_spec, prediction_norms
     from .residual import scaled_residual
     from .runtime import prepare, refuse
     from .softmax import LatentAttention, SDPACoreAttention
@@ -108,48 +110,53 @@ def get_hybrid_layer_specs(
 
 def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[bool]) -> list[ModuleSpec]:
     """``get_hybrid_layer_specs`` for a pattern: True for a lightning layer."""
-    local, latent = config.transformer_impl == "local", config.multi_latent_attention
     softmax_specs = lightning_specs = _megatron_specs(config)
-    if latent:  # whose layers have other projections
+    if config.multi_latent_attention:  # whose layers have other projections
         plain = copy.copy(config)
         plain.multi_latent_attention = False
         lightning_specs = _megatron_specs(plain)
-    norm, head_norm = layer_norm_spec(config, options), head_norm_spec(config, options)
     experts = expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)
     specs: list[ModuleSpec] = []
-    for lightning, *both in zip(pattern, softmax_specs, lightning_specs, strict=True):
-        base = both[lightning]
-        layer = dataclasses.replace(base.submodules)
-        if local:
-            layer.input_layernorm = norm if specs else layer_norm_spec(config, options, first=True)
-            layer.pre_mlp_layernorm = norm
-            layer.sharded_state_dict_keys_map = _norm_keys(lightning or not latent, dense=not experts[len(specs)])
-        _set_residuals(layer, options, lightning)
-        if options.bilinear_glu:
-            layer.mlp = functools.partial(BilinearMLP.as_mlp_submodule, **layer.mlp.keywords)
-        projections = layer.self_attention.submodules
-        if lightning:
-            layer.self_attention = ModuleSpec(
-                module=LightningAttention,
-                params={"options": options, "layout": layout},
-                submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
-            )
-        elif local:
-            core = ModuleSpec(module=SDPACoreAttention, params={"per_document": layout == "zigzag-documents"})
-            replaced = dataclasses.replace(projections, core_attention=core)
-            if config.qk_layernorm and not config.qk_l2_norm:
-                names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
-                replaced = dataclasses.replace(replaced, **dict.fromkeys(names, head_norm))
-            layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
-            if latent:
-                params = {**layer.self_attention.params, "layout": layout}
-                layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
-        spec = dataclasses.replace(base, submodules=layer)
+    for lightning, dense, *both in zip(pattern, map(not_, experts), softmax_specs, lightning_specs, strict=True):
+        spec = _layer_spec(config, options, layout, both[lightning], lightning, dense, first=not specs)
         if options.recompute_chunk and spec.module is TransformerLayer:
             params = {**spec.params, "recompute_chunk": options.recompute_chunk}
             spec = dataclasses.replace(spec, module=ChunkedLayer, params=params)
         specs.append(spec)
     return specs
+
+
+def _layer_spec(
+    config, options: LightningOptions, layout: str, base: ModuleSpec, lightning: bool, dense: bool, first: bool = False
+) -> ModuleSpec:
+    """A layer with our parts in place of those of ``base``, Megatron's spec of it."""
+    local, latent = config.transformer_impl == "local", config.multi_latent_attention
+    layer = dataclasses.replace(base.submodules)
+    if local:
+        layer.input_layernorm = layer_norm_spec(config, options, first=first)
+        layer.pre_mlp_layernorm = layer_norm_spec(config, options)
+        layer.sharded_state_dict_keys_map = _norm_keys(lightning or not latent, dense)
+    _set_residuals(layer, options, lightning)
+    if options.bilinear_glu:
+        layer.mlp = functools.partial(BilinearMLP.as_mlp_submodule, **layer.mlp.keywords)
+    projections = layer.self_attention.submodules
+    if lightning:
+        layer.self_attention = ModuleSpec(
+            module=LightningAttention,
+            params={"options": options, "layout": layout},
+            submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
+        )
+    elif local:
+        core = ModuleSpec(module=SDPACoreAttention, params={"per_document": layout == "zigzag-documents"})
+        replaced = dataclasses.replace(projections, core_attention=core)
+        if config.qk_layernorm and not config.qk_l2_norm:
+            names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
+            replaced = dataclasses.replace(replaced, **dict.fromkeys(names, head_norm_spec(config, options)))
+        layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
+        if latent:
+            params = {**layer.self_attention.params, "layout": layout}
+            layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
+    return dataclasses.replace(base, submodules=layer)
 
 
 def _norm_keys(before_qkv: bool, dense: bool) -> dict[str, str]:
@@ -175,6 +182,13 @@ def _megatron_specs(config) -> list[ModuleSpec]:
     return get_gpt_decoder_layer_specs(
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
     )
+
+
+@dataclasses.dataclass
+class HybridBlockSubmodules(TransformerBlockSubmodules):
+    """Layers of a stage, and how its multi-token prediction layers are made: ``mtp_block_spec(vp_stage=None)``."""
+
+    mtp_block_spec: Callable | None = None
 
 
 def get_hybrid_block_spec(
@@ -206,7 +220,53 @@ def get_hybrid_block_spec(
             "fewer stages, or say with --pipeline-model-parallel-layout which stages hold only embedding or loss"
         )
     norm = layer_norm_spec(config, options, final=True)
-    return TransformerBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm)
+    mtp = functools.partial(get_mtp_block_spec, config, options, layout=layout)
+    return HybridBlockSubmodules(layer_specs=[specs[i] for i in local], layer_norm=norm, mtp_block_spec=mtp)
+
+
+def get_mtp_block_spec(
+    config,
+    options: LightningOptions | None = None,
+    *,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    layout: str = "zigzag",
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token prediction layers (``--mtp-num-layers``) of one (virtual) pipeline stage, for GPTModel.
+
+    Layer k (DeepSeek-V3, arXiv 2412.19437, section 2.2) joins the states before it with the embeddings of the tokens k
+    places ahead, h' = W [norm(e), norm(h)], and is then like the softmax layers of the model, with the MLP or experts
+    of its last layer. Megatron's own spec of it knows neither this package's parts nor options. In Megatron's training
+    loop it is found by itself (patches/mtp_spec.py).
+
+    Args:
+        As of ``get_hybrid_block_spec``.
+
+    Returns:
+        None where the stage has none of these layers.
+
+    Raises:
+        ValueError: a config that cannot be honoured.
+
+    Example::
+
+        block = get_hybrid_block_spec(config, options)
+        model = GPTModel(config, block, ..., mtp_block_spec=get_mtp_block_spec(config, options))
+    """
+    options = options or LightningOptions()
+    refuse(config, options, layout)
+    dense = not expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)[-1]
+    # Not in chunks (ChunkedLayer): the norm behind it is recomputed with it, and needs its values.
+    layer = _layer_spec(config, options, layout, _megatron_specs(config)[-1], lightning=False, dense=dense)
+    local = config.transformer_impl == "local"
+    block = get_gpt_mtp_block_spec(config, layer, not local, vp_stage=vp_stage, pp_rank=pp_rank)
+    if block is not None and local:
+        norms = prediction_norms(config, options)
+        block.layer_specs = [
+            dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **norms))
+            for spec in block.layer_specs
+        ]
+    return block
 
 
 def _layers_of_stage(config, vp_stage: int | None, pp_rank: int | None) -> list[int]:
@@ -232,6 +292,11 @@ class LightningDispatchLayer(BaseTransformerLayer):
             pp_rank = groups.pp.rank() if groups is not None else None
             index += get_transformer_layer_offset(config, arguments.get("vp_stage"), pp_rank)
         layout = prepare(config, options)
+        if config.mtp_num_layers and config.transformer_impl == "local":
+            raise ValueError(
+                f"--mtp-num-layers {config.mtp_num_layers}: lightning_layer_spec cannot say what Megatron builds its "
+                "multi-token prediction layers of; use lightning_spec, or leave it out"
+            )
         if options is not None and not options.layernorm_affine:
             raise ValueError(
                 "layernorm_affine=False holds for the final norm, too, which Megatron builds with a weight here; use "

@@ -95,6 +95,8 @@ def _other_parts(config, options: LightningOptions) -> list[str]:
     parts += ["the residual is the norm's output"] * bool(config.apply_residual_connection_post_layernorm)
     parts += ["layer norms without weights"] * (not options.layernorm_affine)
     parts += ["bilinear GLU"] * options.bilinear_glu
+    mtp = config.mtp_num_layers or 0
+    parts += [f"{mtp} more softmax layer{'s' * (mtp > 1)} for multi-token prediction"] * bool(mtp)
     return [f"  {', '.join(parts)}"] if parts else []
 
 

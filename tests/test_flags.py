@@ -170,16 +170,6 @@ REFUSED = {
             offload_modules=["mlp_norm"],
         ), {}, {}, "--offload-modules mlp_norm frees the output of a norm, which is the residual",
     ),
-    **{
-        f"mtp-{name}": (
-            dict(mtp_num_layers=1), {name: value}, {}, "--mtp-num-layers 1 adds a layer of Megatron's own, which has",
-        )
-        for name, value in (("attn_beta", 2.0), ("layernorm_affine", False), ("embedding_scale", 2.0))
-    },
-    "mtp-residual": (
-        dict(mtp_num_layers=1, apply_residual_connection_post_layernorm=True), {}, {},
-        "--mtp-num-layers 1 adds a layer .*ignores --apply-residual-connection-post-layernorm; leave it out",
-    ),
     "latent-alone": (LATENT, {}, {}, "--multi-latent-attention is the attention of softmax layers.*has none; leave"),
     "latent-recompute": (
         HYBRID | LATENT | dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]), {}, {},
@@ -190,10 +180,6 @@ REFUSED = {
     "latent-interpolation": (
         HYBRID | LATENT, {}, dict(rotary_seq_len_interpolation_factor=2),
         "--rotary-seq-len-interpolation-factor 2 is not read with",
-    ),
-    "latent-mtp": (
-        HYBRID | LATENT | dict(mtp_num_layers=1), {}, {},
-        "--mtp-num-layers 1 adds a layer of Megatron's own multi-latent attention.*leave it out",
     ),
     "latent-cache": (
         HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
@@ -247,18 +233,13 @@ REFUSED = {
         dict(save="there", untie_embeddings_and_output_weights=False),
         "--mtp-num-layers 1 with tied embeddings .*--untie-embeddings-and-output-weights",
     ),
-    "mtp-cp": (dict(mtp_num_layers=1, context_parallel_size=2), {}, {}, "--mtp-num-layers 1 adds .*transformer_engine"),
-    "mtp-sp": (
-        dict(mtp_num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True), {}, {},
-        "--mtp-num-layers 1 adds a softmax",
+    "mtp-window": (
+        dict(linear_attention_freq=[1, 0, 1, 1], mtp_num_layers=1, window_size=(8, 0), window_attn_skip_freq=2), {}, {},
+        "--window-size .* is not supported by the softmax layers on torch's SDPA",
     ),
-    "mtp-packed": (
-        dict(mtp_num_layers=1), {}, dict(dataloader_inter_document_masking=True),
-        "--mtp-num-layers 1 adds a softmax layer",
-    ),
-    "mtp-sft": (
-        dict(mtp_num_layers=2), {}, dict(sft=True),
-        "--mtp-num-layers 2 adds a softmax layer of Megatron's own",
+    "mtp-packed-te": (
+        TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
+        "--dataloader-inter-document-masking with context parallelism .*use --transformer-impl local",
     ),
     "rampup": (
         {}, {}, dict(rampup_batch_size=[16, 8, 300]),
@@ -361,6 +342,16 @@ ALLOWED = {
         dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
         dict(save="x", untie_embeddings_and_output_weights=True),
     ),
+    "mtp-options": (
+        SWIGLU | dict(mtp_num_layers=1, apply_residual_connection_post_layernorm=True),
+        dict(softmax_beta=2.0, layernorm_affine=False, embedding_scale=2.0, bilinear_glu=True), {},
+    ),
+    "mtp-ranks": (
+        dict(mtp_num_layers=1, context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True), {},
+        dict(dataloader_inter_document_masking=True),
+    ),
+    "mtp-sft": (dict(mtp_num_layers=2), {}, dict(sft=True)),
+    "mtp-latent": (HYBRID | LATENT | dict(mtp_num_layers=1), {}, {}),
     "mtp-te": (TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, {}),
     "cp-partition": (dict(context_parallel_size=2, cp_partition_mode="zigzag"), {}, {}),
     "freq": (dict(linear_attention_freq=4), {}, {}),

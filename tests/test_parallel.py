@@ -7,6 +7,7 @@ as printed (6 decimals) and gradient norms (3 decimals), which no error in a gra
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
     *(("freq2", layout) for layout in ("tp2", "tp2-sp", "pp2-vp2")),
     *(("all", layout) for layout in ("tp2-sp", "pp2-vp2", "cp2")),
     *(("moe", layout) for layout in ("tp2-sp", "pp2", "cp2")),
+    *(("mtp", layout) for layout in ("tp2-sp", "pp2", "recompute-full")),
     *(("latent", layout) for layout in ("tp2-sp", "pp2", "tp2-cp2-sp", "cp2-recompute")),
 ]
 
@@ -200,12 +202,14 @@ BY_HAND = (  # what the own entry point chooses by itself; the last because Mega
 )
 def test_spec_gives_what_the_own_entry_point_gives(layout, name):
     """From equal random initial values, by Megatron's own construction of the model."""
-    flags = "--linear-attention-freq 4"
+    flags = "--linear-attention-freq 4" + " --mtp-num-layers 1" * (layout == "cp2")
     no_mask = "--no-create-attention-mask-in-dataloader"
     upstream = f"{flags} {BY_HAND} {'' if layout == 'one' else no_mask} --spec lightning_megatron.spec {name}"
     own, run = train("all", layout, flags), train("all", layout, upstream, script=ROOT / "tests" / "pretrain_gpt.py")
     assert len(own.losses) == 5 and run.losses == own.losses
     assert gradient_norms(run) == gradient_norms(own)
+    mtp = [re.findall(r"mtp_1 loss: (\S+)", x.log) for x in (run, own)]
+    assert mtp[0] == mtp[1] and len(mtp[0]) == (5 if layout == "cp2" else 0)
     for line in (
         "3 lightning layers (L), 1 softmax layers (s)",
         "patched megatron.training.training.num_floating_point",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..models.units import Unit
 from . import dist_write, model
 from .dist_read import TRACKER
 from .errors import ConvertError, cannot
@@ -59,6 +60,7 @@ def import_checkpoint(
         flags, args, _, units = model.model_of_config(folder.config)
     except ValueError as error:
         raise ConvertError(f"{config_file}: {error}") from error
+    _check_prediction(units, folder)
     tasks = plan_import(units, folder.tensors, f"{folder.path} against its config.json")
     parts = split(tasks, part_bytes)
     plan: dict[str, Any] = {"import": str(folder.path), "version": __version__, "state": folder.state(), "flags": flags}
@@ -81,6 +83,18 @@ def import_checkpoint(
         partial.commit()
     _report(say, folder, tasks, target, time.monotonic() - start)
     return flags
+
+
+def _check_prediction(units: Sequence[Unit], folder: Folder) -> None:
+    """Say what to do where all tensors of multi-token prediction are missing: they may lie in a file of their own."""
+    pieces = {unit: [piece.key.startswith("mtp.") for piece in unit.megatron] for unit in units}
+    names = [named.name for unit, ahead in pieces.items() if ahead and all(ahead) for named in unit.hf]
+    if names and not folder.tensors.keys() & set(names):
+        raise ConvertError(
+            f"{folder.path / 'config.json'} has multi-token prediction layers (num_nextn_predict_layers), but none of "
+            f"their {len(names)} tensors is there, such as {names[-1]}: download the file with them, too (of Ling 2.6 "
+            "flash model-mtp-layer.safetensors); or write 0 into that field to go on without"
+        )
 
 
 def _write_parts(

@@ -4,6 +4,11 @@ Block (technical report, arXiv 2510.19338; Hugging Face's remote code modeling_b
 residual, RMSNorm, MLP or experts, residual. Lightning attention: [silu] -> RMSNorm of q and k per head -> half rotary
 embedding -> linear attention, scale d^-1/2 -> RMSNorm in groups * sigmoid(g) -> projection. Every
 ``layer_group_size``-th layer is softmax, and what is left behind the last whole group.
+
+Multi-token prediction (remote code of Ling 2.0 and 2.6; SGLang, models/bailing_moe_nextn; vLLM, models/bailing_mtp), as
+in Megatron: eh_proj [enorm(embedding of the next token), hnorm(state behind the model's final norm)], a softmax layer
+with experts, final_layernorm, and the output layer of the model. Its tensors follow those of the last layer, as layers
+of their own, in any file (Ling 2.6 flash: model-mtp-layer.safetensors).
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ LATENT = "BailingMoeV2_5ForCausalLM"
 GROUPED = "BailingMoeLinearV2ForCausalLM"
 _KDA = ("linear_attention", "short_conv_kernel_size", "no_kda_lora", "kda_safe_gate", "kda_lower_bound")
 _FREE = (
-    "max_window_layers", "use_rmsnorm", "num_nextn_predict_layers", "mtp_loss_scaling_factor", "rotary_dim",
-    "qk_head_dim", "router_dtype", "moe_router_topk_scaling_factor", "rotary_type", "seq_aux",
+    "max_window_layers", "use_rmsnorm", "rotary_dim", "qk_head_dim", "router_dtype",
+    "moe_router_topk_scaling_factor", "rotary_type", "seq_aux",
 )  # fmt: skip
 
 
@@ -78,6 +83,7 @@ def flags(config: Config) -> Flags:
     found |= _latent(fields, half) if latent else _grouped(fields, half, normed)
     if fields.get("num_experts") is not None:
         found |= _experts(fields, layers)
+    found |= _prediction(fields)
     fields.warn_of_others()
     return found
 
@@ -100,6 +106,12 @@ def _latent(fields: Fields, half: float) -> Flags:
 def _grouped(fields: Fields, half: float, normed: bool) -> Flags:
     groups = fields.get("num_key_value_heads", fields.need("num_attention_heads"))
     return dict(group_query_attention=True, num_query_groups=groups, qk_layernorm=bool(normed), rotary_percent=half)
+
+
+def _prediction(fields: Fields) -> Flags:
+    """A factor of 0 is that of a model that is not trained; Megatron's default then."""
+    count, factor = fields.get("num_nextn_predict_layers", 0), fields.get("mtp_loss_scaling_factor", 0)
+    return dict(mtp_num_layers=count or None, mtp_loss_scaling_factor=(factor or None) if count else None)
 
 
 def _experts(fields: Fields, layers: int) -> Flags:
@@ -148,7 +160,10 @@ def config(args: Namespace) -> Config:
         tie_word_embeddings=not args.untie_embeddings_and_output_weights, use_bias=False, use_qkv_bias=False,
         use_qk_norm=args.lightning_qk_norm, linear_silu=args.lightning_feature_map == "silu-qkv",
         layer_group_size=group, group_norm_size=args.lightning_norm_groups or 1,
+        num_nextn_predict_layers=args.mtp_num_layers or 0,
     )  # fmt: skip
+    if args.mtp_num_layers and args.mtp_loss_scaling_factor != 0.1:  # Megatron's default
+        found["mtp_loss_scaling_factor"] = args.mtp_loss_scaling_factor
     if latent:
         found |= dict(
             q_lora_rank=args.q_lora_rank, kv_lora_rank=args.kv_lora_rank, qk_nope_head_dim=args.qk_head_dim,
@@ -184,19 +199,28 @@ def units(args: Namespace, config: Config) -> list[Unit]:
         found.append(padded("lm_head.weight", whole("output_layer.weight", rows, hidden), vocabulary))
     experts = expert_pattern(args.moe_layer_freq, args.num_layers, args.num_experts)
     for layer, lightning in enumerate(lightning_pattern(args.linear_attention_freq, args.num_layers)):
-        names = f"model.layers.{layer}."
-        attention = _lightning if lightning else _multi_latent if args.multi_latent_attention else _softmax
-        found += attention(args, keys, layer, names + "attention.")
-        before_qkv = lightning or not args.multi_latent_attention
-        found += layer_norms(keys, layer, names, hidden, before_qkv=before_qkv, dense=not experts[layer])
-        if experts[layer]:
-            found += _expert_units(args, keys, layer, names + "mlp.")
-        else:
-            pair = [
-                keys.layer(layer, f"mlp.linear_fc{n}.weight", *shape) for n, shape in _mlp(args.ffn_hidden_size, hidden)
-            ]
-            found += gated(names + "mlp.", pair[0], pair[1])
+        found += _layer(args, keys, layer, f"model.layers.{layer}.", lightning, experts[layer])
+    ahead = args.mtp_num_layers or 0
+    keys = Keys(ahead, block="mtp.layers.", inner="transformer_layer.")
+    for layer in range(ahead):
+        names, ours = f"model.layers.{args.num_layers + layer}.", f"{keys.block}{layer}."
+        found += _layer(args, keys, layer, names, lightning=False, experts=experts[-1])
+        norms = [(f"{norm}.weight", (hidden,)) for norm in ("enorm", "hnorm", "final_layernorm")]
+        for name, shape in (*norms, ("eh_proj.weight", (hidden, 2 * hidden))):
+            found.append(same(names + name, whole(ours + name, *shape)))
     return found
+
+
+def _layer(args: Namespace, keys: Keys, layer: int, names: str, lightning: bool, experts: bool) -> list[Unit]:
+    hidden = args.hidden_size
+    attention = _lightning if lightning else _multi_latent if args.multi_latent_attention else _softmax
+    found = attention(args, keys, layer, names + "attention.")
+    before_qkv = lightning or not args.multi_latent_attention
+    found += layer_norms(keys, layer, names, hidden, before_qkv=before_qkv, dense=not experts)
+    if experts:
+        return found + _expert_units(args, keys, layer, names + "mlp.")
+    pair = [keys.layer(layer, f"mlp.linear_fc{n}.weight", *shape) for n, shape in _mlp(args.ffn_hidden_size, hidden)]
+    return found + gated(names + "mlp.", pair[0], pair[1])
 
 
 def _mlp(inner: int, hidden: int) -> tuple[tuple[int, tuple[int, int]], ...]:

@@ -40,7 +40,7 @@ def _ring(**changes: Any) -> Config:
 def _ling(**changes: Any) -> Config:
     latent = dict(
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        rope_interleave=True, rope_theta=6000000, layer_group_size=8,
+        rope_interleave=True, rope_theta=6000000, layer_group_size=8, num_nextn_predict_layers=1,
     )  # fmt: skip
     return _bailing(model_type="bailing_hybrid", architectures=["BailingMoeV2_5ForCausalLM"], **latent | changes)
 

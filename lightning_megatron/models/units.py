@@ -58,10 +58,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of a Megatron checkpoint, which holds each layer under its own number, or all layers in one tensor."""
+    """Keys of a Megatron checkpoint, which holds each layer under its own number, or all layers in one tensor.
+
+    ``block`` and ``inner`` stand before and behind the number of a layer, if it has one.
+    """
 
     layers: int
     stacked: bool = False
+    block: str = "decoder.layers."
+    inner: str = ""
 
     def layer(self, number: int, name: str, *shape: int) -> Piece:
         """All of a layer's tensor ``name``."""
@@ -74,8 +79,8 @@ class Keys:
     def _piece(self, number: int, name: str, shape, whole, offset, boxed: int) -> Piece:
         if self.stacked:
             where = (self.layers, *whole), (number, *offset)
-            return Piece(f"decoder.layers.{name}", (1, *shape), *where, boxed + 1)
-        return Piece(f"decoder.layers.{number}.{name}", shape, whole, offset, boxed)
+            return Piece(f"{self.block}{self.inner}{name}", (1, *shape), *where, boxed + 1)
+        return Piece(f"{self.block}{number}.{self.inner}{name}", shape, whole, offset, boxed)
 
 
 def whole(key: str, *shape: int) -> Piece:

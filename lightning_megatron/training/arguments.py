@@ -73,7 +73,8 @@ _REFUSED = {
 _WHOLE_WEIGHT = "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer"
 # ... and those that use the output layer otherwise than --lightning-loss-chunk does.
 _REFUSED_WITH_LOSS_CHUNK = {
-    "mtp_num_layers": "its layers take the logits of all tokens: leave out one of the two",
+    "mtp_num_layers": "its layers take the logits of all tokens: leave out one of the two (--mtp-num-layers 0, where a "
+    "model or a checkpoint brings it)",
     "fp8_output_proj": "chunks are multiplied in the dtype of the parameters: leave out one of the two",
     "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
     "use_megatron_fsdp": _WHOLE_WEIGHT,
@@ -160,12 +161,18 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         if action.dest in _ALIASES:
             parser.set_defaults(**{action.dest: action.default})
             action.dest, action.default = _ALIASES[action.dest], argparse.SUPPRESS  # ours has the default
+        if action.dest == "mtp_num_layers":  # Megatron takes None, and not 0, for none
+            action.type = _int_or_none
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
         if action.help and action.help is not argparse.SUPPRESS:
             # A lone % in Megatron's help (0.19) ends --help in a ValueError.
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
     return parser
+
+
+def _int_or_none(value: str) -> int | None:
+    return int(value) or None
 
 
 def _refuse_yaml(value: str) -> str:

@@ -94,6 +94,8 @@ def sizes(config: Config) -> tuple[str, ...]:
         for piece in unit.megatron:
             count = math.prod(piece.shape)
             every += count
+            if piece.key.startswith("mtp."):  # it only helps training
+                continue
             active += count * args.moe_router_topk / args.num_experts if ".experts.experts." in piece.key else count
     softmax = args.num_layers - sum(lightning_pattern(args.linear_attention_freq, args.num_layers))
     experts = f"{args.moe_router_topk}/{args.num_experts}" if args.num_experts else "-"

@@ -40,20 +40,39 @@ def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) 
     tensors = random_models.draw(family_of(config).units(args, config), generator)
     shape = (1 if packed else 2, LENGTH)
     weight = torch.randn(*shape, config["vocab_size"], generator=generator)
+    mask = loss_mask(shape, packed, config.get("num_nextn_predict_layers", 0))
+    factor = args.mtp_loss_scaling_factor
     reference = _minimax if kind == "minimax" else _formulas
     best: Case | None = None
     for number in range(DRAWS):
         tokens = torch.randint(0, config["vocab_size"], shape, generator=generator)
         references.MARGINS.clear()
-        results = reference(config, tensors, tokens, weight, packed, torch.float64)
-        rounded = reference(config, tensors, tokens, weight, packed, torch.float32)["grads"]
+        results = reference(config, tensors, tokens, weight, packed, torch.float64, mask, factor)
+        rounded = reference(config, tensors, tokens, weight, packed, torch.float32, mask, factor)["grads"]
         noise = max(_difference(rounded[name], grad) for name, grad in results["grads"].items() if grad is not None)
         if min(references.MARGINS, default=1.0) > MARGIN and (best is None or noise < best["noise"]):
             best = results | dict(tokens=tokens, noise=noise)
         if best is not None and (best["noise"] < LITTLE or number >= 8 and best["noise"] < NOISE):
             break
     assert best is not None and best["noise"] < NOISE, f"{kind}, seed {seed}: no tokens for which fp32 is enough"
-    return best | dict(kind=kind, seed=seed, config=config, tensors=tensors, weight=weight, packed=packed)
+    return best | dict(kind=kind, seed=seed, config=config, tensors=tensors, weight=weight, packed=packed, mask=mask)
+
+
+def loss_mask(shape: tuple[int, int], packed: bool, ahead: int) -> torch.Tensor:
+    """Of multi-token prediction, 0 where a document or a chunk of 2 context-parallel ranks begins: Megatron divides by
+    numbers of tokens of a rank, before and after they move by ``ahead`` places and one, which are then equal.
+    """
+    mask, chunk = torch.ones(shape), shape[1] // 4
+    for start in {*range(0, shape[1], chunk), *(DOCUMENTS[:-1] if packed else ())}:
+        mask[:, start : start + ahead + 1] = 0
+    return mask
+
+
+def _ahead(state: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, places: int):
+    """Sum of the losses of one layer of multi-token prediction over a document."""
+    labels, mask = tokens[:, places:], mask[:, places:]
+    logits = state[:, : labels.shape[1]] @ weight.T
+    return (mask * torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")).sum()
 
 
 def draw_bf16_case(config: dict[str, Any], seed: int, length: int = 200) -> Case:
@@ -85,17 +104,24 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
-def _formulas(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype) -> Case:
+def _formulas(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype, mask, factor) -> Case:
     p = {name: x.detach().to(dtype).requires_grad_("expert_bias" not in name) for name, x in tensors.items()}
     model = references.tnl if config["model_type"] == "transnormer" else references.bailing
     parts = [model(config, p, document) for document in _documents(tokens, packed)]
-    states = [torch.cat(x, 1).detach() for x in zip(*(states for states, _ in parts), strict=True)]
     logits = torch.cat([logits for _, logits in parts], 1)
-    (logits * weight).sum().backward()
-    return dict(states=states, logits=logits.detach(), grads={name: x.grad for name, x in p.items()})
+    loss, ahead = (logits * weight).sum(), config.get("num_nextn_predict_layers", 0)
+    losses = [torch.zeros((), dtype=dtype) for _ in range(ahead)]
+    for (states, _), document, counts in zip(parts, _documents(tokens, packed), _documents(mask, packed), strict=True):
+        for k in range(ahead):
+            head = p[references.output_weight(config)]
+            losses[k] = losses[k] + _ahead(states[k - ahead], head, document, counts, k + 2)
+    (loss + factor / max(ahead, 1) * sum(losses)).backward()
+    states = [torch.cat(x, 1).detach() for x in zip(*(states for states, _ in parts), strict=True)]
+    grads = {name: x.grad for name, x in p.items()}
+    return dict(states=states, logits=logits.detach(), grads=grads, losses=[x.detach() for x in losses])
 
 
-def _minimax(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype) -> Case:
+def _minimax(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype, *_) -> Case:
     """By transformers."""
     from transformers import MiniMaxForCausalLM
     from transformers.models.minimax.modeling_minimax import MiniMaxTopKRouter

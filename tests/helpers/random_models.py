@@ -42,6 +42,9 @@ def bailing_config(rng: random.Random, *, latent: bool, experts: bool) -> Config
             score_function="sigmoid", moe_router_enable_expert_bias=True,
             routed_scaling_factor=rng.choice((1.0, 2.5)),
         )  # fmt: skip
+    if latent == experts:  # a layer of multi-token prediction with latents and experts, two with neither
+        config |= dict(num_nextn_predict_layers=1 if latent else 2, mtp_loss_scaling_factor=rng.choice((0, 2.0)))
+        config["vocab_size"] = 128  # rows of padding would take part in its softmax
     return config
 
 

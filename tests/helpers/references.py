@@ -75,26 +75,45 @@ def gated_mlp(x: torch.Tensor, p: Tensors, names: str) -> torch.Tensor:
 
 
 def bailing(c: dict[str, Any], p: Tensors, tokens: torch.Tensor, *, offset: int = 0):
-    """-> (output of every layer, logits [b, t, vocabulary]). ``offset`` is added to the layer in the slopes."""
+    """-> (output of every layer, logits [b, t, vocabulary]). ``offset`` is added to the layer in the slopes.
+
+    Behind the layers' outputs are those of multi-token prediction: of layer k the states at token i, whose logits are
+    of token i + k + 1 (arXiv 2412.19437, section 2.2).
+    """
     x, states, eps = p["model.word_embeddings.weight"][tokens], [], c["rms_norm_eps"]
     layers, group = c["num_hidden_layers"], c["layer_group_size"]
     for layer in range(layers):
-        names = f"model.layers.{layer}."
-        n = rms(x, p[f"{names}input_layernorm.weight"], eps)
-        if (layer + 1) % group == 0 or layer >= layers // group * group:
-            attention = _latent if c.get("kv_lora_rank") else _grouped
-            x = x + attention(c, p, names + "attention.", n)
-        else:
-            x = x + _lightning(c, p, names + "attention.", n, layer + offset)
-        n = rms(x, p[f"{names}post_attention_layernorm.weight"], eps)
-        if c.get("num_experts") and layer >= c["first_k_dense_replace"]:
-            x = x + _experts(c, p, names + "mlp.", n)
-        else:
-            x = x + gated_mlp(n, p, names + "mlp.")
+        softmax = (layer + 1) % group == 0 or layer >= layers // group * group
+        x = _layer(c, p, layer, x, None if softmax else layer + offset)
         states.append(x)
-    n = rms(x, p["model.norm.weight"], eps)
-    head = "model.word_embeddings.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
-    return states, n @ p[head].T
+    n = h = rms(x, p["model.norm.weight"], eps)
+    for layer in range(layers, layers + c.get("num_nextn_predict_layers", 0)):
+        norm = lambda name, x, names=f"model.layers.{layer}.": rms(x, p[f"{names}{name}.weight"], eps)
+        tokens = F.pad(tokens[:, 1:], (0, 1))
+        e = norm("enorm", p["model.word_embeddings.weight"][tokens])
+        x = torch.cat((e, norm("hnorm", h)), -1) @ p[f"model.layers.{layer}.eh_proj.weight"].T
+        h = norm("final_layernorm", _layer(c, p, layer, x, None))
+        states.append(h)
+    return states, n @ p[output_weight(c)].T
+
+
+def output_weight(c: dict[str, Any]) -> str:
+    return "model.word_embeddings.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
+
+
+def _layer(c: dict[str, Any], p: Tensors, layer: int, x: torch.Tensor, slopes: int | None) -> torch.Tensor:
+    """``slopes``: the layer in them; None for softmax."""
+    names, eps = f"model.layers.{layer}.", c["rms_norm_eps"]
+    n = rms(x, p[f"{names}input_layernorm.weight"], eps)
+    if slopes is None:
+        attention = _latent if c.get("kv_lora_rank") else _grouped
+        x = x + attention(c, p, names + "attention.", n)
+    else:
+        x = x + _lightning(c, p, names + "attention.", n, slopes)
+    n = rms(x, p[f"{names}post_attention_layernorm.weight"], eps)
+    if c.get("num_experts") and layer >= c["first_k_dense_replace"]:
+        return x + _experts(c, p, names + "mlp.", n)
+    return x + gated_mlp(n, p, names + "mlp.")
 
 
 def _lightning(c, p: Tensors, names: str, n: torch.Tensor, layer: int) -> torch.Tensor:

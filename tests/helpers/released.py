@@ -97,11 +97,15 @@ def _slice(sharded: ShardedTensor, tensors: Tensors) -> torch.Tensor:
 
 
 def hidden_states(model: torch.nn.Module, forward: Callable[[], Any]) -> tuple[dict[int, torch.Tensor], Any]:
-    """What each layer of this rank returns, by its number from 0, and the result of ``forward``."""
-    found, hooks = {}, []
-    for layer in model.decoder.layers:
+    """What each layer of this rank returns, by its number from 0, and the result of ``forward``.
 
-        def keep(module, inputs, outputs, number=layer.layer_number - 1):
+    Layers of multi-token prediction, whose states have passed its final norm, follow the others.
+    """
+    found, hooks = {}, []
+    ahead = model.mtp.layers if model.mtp_process else ()
+    for first, layer in [(0, layer) for layer in model.decoder.layers] + [(model.config.num_layers, x) for x in ahead]:
+
+        def keep(module, inputs, outputs, number=first + layer.layer_number - 1):
             found[number] = outputs[0].detach()
 
         hooks.append(layer.register_forward_hook(keep))

@@ -35,6 +35,7 @@ LATENT = (
 )
 # with Megatron's 0.02 the losses would hardly show another softmax
 MODELS["latent"] = f"{MODELS['freq4']} {LATENT} --init-method-std 0.3"
+MODELS["mtp"] = f"{MODELS['moe']} {LATENT} --mtp-num-layers 2 --untie-embeddings-and-output-weights"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LAYOUTS = {
     "one": (1, ""),

@@ -66,7 +66,7 @@ def test_trained_and_exported(name, layout, released, tmp_path):
     nproc, flags = LAYOUTS[layout]
     flags += "" if name == "minimax" else " --bf16"
     run = run_pretrain([*RUN, *flags.split(), "--load", tmp_path / "megatron", "--save", tmp_path / "saved"], nproc)
-    assert len(run.losses) == 1
+    assert len(run.losses) == 1 and ("mtp_1 loss" in run.log) == (name == "latent")
     export_checkpoint(tmp_path / "saved", tmp_path / "exported", like=folder, **QUIET)
     said: list[str] = []
     assert compare(Folder(folder), Folder(tmp_path / "exported"), said.append), said
@@ -107,6 +107,33 @@ def test_transformers_reads_an_export(released, tmp_path):
         for _ in range(count):
             found.append(int(model(torch.tensor([found]), use_cache=False).logits[0, -1].argmax()))
     assert tokens == found[len(prompt) :]
+
+
+def test_multi_token_prediction_in_its_own_file(released, tmp_path):
+    """It may be missing in the index; a model without it is imported if its config.json says so, and trained."""
+    folder = released("latent")
+    tensors = load_file(folder / "model.safetensors")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    ahead = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"model.layers.{layers}.")}
+    assert len(ahead) > 60
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConvertError, match="none of their .* such as model.layers.8.eh_proj.weight: download .*write 0"
+    ):
+        import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    save_file(ahead, folder / "model-mtp-layer.safetensors", metadata={"format": "pt"})
+    index = dict(metadata={}, weight_map=dict.fromkeys(tensors, "model.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    flags = import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    assert flags[flags.index("--mtp-num-layers") + 1] == "1"
+
+    none = [*RUN[1:], *flags_of(folder), "--mtp-num-layers", "0", "--finetune", "--bf16", "--lightning-loss-chunk", "8"]
+    run = run_pretrain([*none, "--load", tmp_path / "megatron", "--save", tmp_path / "saved"])
+    assert "this run computes another function" in run.log and "mtp_1 loss" not in run.log
+    export_checkpoint(tmp_path / "saved", tmp_path / "exported", like=folder, **QUIET)
+    assert json.loads((tmp_path / "exported/config.json").read_text())["num_nextn_predict_layers"] == 0
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
 
 
 def test_another_function_is_not_exported(released, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from tests import layers
 from tests.helpers import released
@@ -40,6 +41,8 @@ def cases(tmp_path_factory) -> dict[bool, Path]:
     return files
 
 
+# No term of the loss beside those of the reference, and sums of the loss of multi-token prediction, not means.
+MORE = "--moe-router-load-balancing-type none --calculate-per-token-loss"
 LAYOUTS = {
     "one": dict(),
     "tp2": dict(tensor_model_parallel_size=2, sequence_parallel=True),
@@ -75,7 +78,9 @@ def run(case: Case, args, layout: dict) -> tuple[float, float]:
         received = torch.empty(LENGTH, tokens.shape[0], args.hidden_size)
         dist.recv(received, group=pp, group_src=stage - 1)
         model.set_input_tensor(received.requires_grad_())
-    forward = lambda: model(tokens, torch.arange(LENGTH)[None, mine], None, packed_seq_params=packed)
+    places, mask = torch.arange(LENGTH)[None, mine], case["mask"][rows][:, mine]
+    forward = lambda: model(tokens, places, None, packed_seq_params=packed, loss_mask=mask)
+    MTPLossLoggingHelper.tracker.clear()
     states, output = released.hidden_states(model, forward)
     if stage < pp.size() - 1:
         dist.send(output.detach(), group=pp, group_dst=stage + 1)
@@ -96,12 +101,17 @@ def run(case: Case, args, layout: dict) -> tuple[float, float]:
         difference(found, wanted if number == -1 else case["states"][number][rows][:, here].transpose(0, 1))
         for number, found in states.items()
     ]
+    if args.mtp_num_layers and stage == pp.size() - 1:  # means over this rank's tokens
+        losses = MTPLossLoggingHelper.tracker["loss_values"] * mask.sum()
+        for group in (cp, dp):
+            dist.all_reduce(losses, group=group)
+        errors.append(difference(losses, torch.stack(case["losses"])))
     return max(errors), gradient_error(case, args, model, [*groups.values()])
 
 
 def gradient_error(case: Case, args, model, groups: list) -> float:
     """Gradients, summed as Megatron's training sums them, against slices of the reference's."""
-    tp, cp, _, dp = groups
+    tp, cp, pp, dp = groups
     nothing = {name: torch.zeros_like(x) for name, x in case["tensors"].items()}
     grads = {name: nothing[name] if x is None else x for name, x in case["grads"].items()}
     wanted = released.slices(model, released.to_megatron(case["config"], args, grads))
@@ -111,6 +121,8 @@ def gradient_error(case: Case, args, model, groups: list) -> float:
         if getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(grad, group=tp)
         dist.all_reduce(grad, group=cp)
+        if args.mtp_num_layers and "word_embeddings" in name:  # the stage with multi-token prediction has them, too
+            dist.all_reduce(grad, group=pp)
         if getattr(parameter, "allreduce", True):
             dist.all_reduce(grad, group=dp)
         worst = max(worst, difference(grad, wanted[name]))
@@ -133,7 +145,7 @@ def check(rank: int, world: int, name: str, file: Path) -> list[str]:
             continue  # the last stage's copy of the embedding is Megatron's business, and the first case has none
         if name == "ep2" and not {"num_experts", "num_local_experts"} & case["config"].keys():
             continue
-        args = released.args_of(case["config"], "--moe-router-load-balancing-type none")  # a term of the loss
+        args = released.args_of(case["config"], MORE)
         if name == "pp2":
             layout["decoder_first_pipeline_num_layers"] = args.num_layers // 2
         states, grads = run(case, args, layout)
