@@ -134,6 +134,13 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         "all tokens never exist; takes the place of --cross-entropy-loss-fusion; some thousand keep the products large "
         "(default: one chunk)",
     )
+    group.add_argument(  # no prefix in dest, as above
+        "--lightning-sft-answers-only",
+        dest="sft_answers_only",
+        action="store_true",
+        help="with --sft and the tokenizer's own chat template (--sft-tokenizer-prompt-format default): only the "
+        "tokens of answers, and what ends an answer, count in the loss; without it, all tokens count",
+    )
     group.add_argument(
         "--create-attention-mask-in-dataloader",
         action="store_true",
@@ -325,8 +332,11 @@ def refuse(args: Namespace) -> None:
                 )
     if args.attention_backend is not None and args.attention_backend.name == "local":
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
-    if args.sft and not importable("datasets"):
-        raise ValueError("--sft reads its data with the package datasets, which does not import: pip install datasets")
+    for name in ("transformers", "jinja2") if args.sft else ():
+        if not importable(name):
+            raise ValueError(
+                f"--sft writes conversations with the package {name}, which does not import: pip install {name}"
+            )
     _refuse_missing_kernels(args)
     _refuse_missing_files(args)
     if args.eval_iters and not has_validation_data(args):

@@ -38,6 +38,7 @@ from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
 from ..spec import make_spec
+from . import chat
 from .arguments import (
     add_arguments,
     args_defaults,
@@ -91,6 +92,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     refuse_small_vocabulary(args, get_tokenizer().vocab_size)
+    chat.check(args, get_tokenizer())
     config = core_transformer_config_from_args(args)
     refuse_model(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
