@@ -28,7 +28,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from ..parallel import token_positions
-from .chat import AnswersDataset, ChatDataset
+from .sft import AnswersDataset, ChatDataset
 
 logger = logging.getLogger("lightning_megatron")
 
