@@ -89,7 +89,9 @@ def run(title: str, command: list[str], log: Path, show: Callable[[str], str | N
             process.terminate()
             raise
     if process.wait():
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if re.match(r"[\w-]+: error: |lightning-pretrain: ", line)]  # torchrun talks on
+        end = "\n".join(dict.fromkeys(said) if said else lines[-30:])
         raise SystemExit(f"{end}\n\n{Path(sys.argv[0]).stem}: the step `{title}` failed; all that it wrote is in {log}")
     print(f"    took {time.time() - start:.0f} s", flush=True)
 

@@ -97,7 +97,8 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
         else:
             untrained = out / "untrained"
             command = [*launch, "1", *pretrain, "--lightning-model", "ring-mini-linear-2.0@tiny", *size, "--mock-data"]
-            command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0".split()
+            command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0".split()
+            command += "--num-workers 0 --save-interval 1".split()
             command += ["--save", str(untrained)]
             yield Step("a tiny Ring", command, demo.Progress(1), untrained / "latest_checkpointed_iteration.txt")
             export = [convert, "export", str(untrained), str(model)]
@@ -187,10 +188,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of the answer (64)")
     options = parser.parse_args(argv[:cut])
     options.flags = argv[cut + 1 :]
-    sizes = dict(seq_length=4096, batch=32, lr=1e-5, held_out=0.02, iterations=500)
-    for name, value in (
-        sizes if options.model else dict(seq_length=256, batch=8, lr=1e-2, held_out=0, iterations=60)
-    ).items():
+    large = dict(seq_length=4096, batch=32, lr=1e-5, held_out=0.02, iterations=500)
+    small = dict(seq_length=256, batch=8, lr=1e-2, held_out=0, iterations=60)
+    for name, value in (large if options.model else small).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.model and not (options.model / "config.json").is_file():
