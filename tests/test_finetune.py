@@ -89,7 +89,7 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(finetune, "TINY_VOCABULARY", 512)
-    monkeypatch.chdir(tmp_path)  # relative paths are those of the caller
+    monkeypatch.chdir(tmp_path)  # whose relative paths count
     run, command = Steps(), ["--tiny", family, "--out", "out", "--seq-length", str(LENGTH), "--batch", str(BATCH)]
     command += ["--iterations", str(STEPS), "--tokens", str(TOKENS), "--held-out", "0.1", "--lr", "1e-2"]
     finetune.main([*command, "--prompt", "What does bisect.insort_left do?"], run)
@@ -135,7 +135,9 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
 
     # once more: nothing is done twice; with other options, nothing at all
     again = Steps()
+    monkeypatch.chdir(tmp_path)
     finetune.main(command, again)
     assert not {"import", "training", "export"} & set(again.printed)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="(?s)holds .*'?lr.*Give another --out"):
         finetune.main([*command, "--lr", "1e-3"], again)
