@@ -89,8 +89,10 @@ def run(title: str, command: list[str], log: Path, show: Callable[[str], str | N
             process.terminate()
             raise
     if process.wait():
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise SystemExit(f"{end}\n\ndemo: the step `{title}` failed; all that it wrote is in {log}")
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if re.match(r"[\w-]+: error: |lightning-pretrain: ", line)]  # torchrun talks on
+        end = "\n".join(dict.fromkeys(said) if said else lines[-30:])
+        raise SystemExit(f"{end}\n\n{Path(sys.argv[0]).stem}: the step `{title}` failed; all that it wrote is in {log}")
     print(f"    took {time.time() - start:.0f} s", flush=True)
 
 
@@ -106,15 +108,15 @@ def everything(line: str) -> str:
 class Progress:
     """Makes Megatron's log readable: which layers are lightning, then a line every few iterations."""
 
-    def __init__(self) -> None:
-        self.in_summary = False
+    def __init__(self, every: int = SHOW_INTERVAL) -> None:
+        self.in_summary, self.every = False, every
         self.first: tuple[float, float] | None = None  # iteration and time of the first line
 
     def __call__(self, line: str) -> str | None:
         if match := ITERATION.search(line):
             iteration, last, milliseconds, loss = (float(group) for group in match.groups())
             self.first = self.first or (iteration, time.time())
-            if iteration % SHOW_INTERVAL and iteration != last:
+            if iteration % self.every and iteration != last:
                 return None
             left = (last - iteration) * (time.time() - self.first[1]) / max(1, iteration - self.first[0])
             speed = f"{milliseconds:4.0f} ms each   {left:3.0f} s left"

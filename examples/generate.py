@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--load", type=Path, required=True, help="the folder that --save of the training named")
     parser.add_argument("--tokenizer-model", help="SentencePiece model (default: the one the training used)")
     parser.add_argument("--prompt", default="def main(")
+    parser.add_argument("--chat", action="store_true", help="ask --prompt as a user, after training with --sft")
     parser.add_argument("--tokens", type=int, default=64, help="how many tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0)
@@ -159,9 +160,12 @@ def main() -> None:
         if args.tokenizer_type == "NullTokenizer":
             parser.error("--tokenizer-model: the training used NullTokenizer, which has no model; leave it out")
         args.tokenizer_model = options.tokenizer_model
+    if options.chat and args.tokenizer_type != "SFTTokenizer":
+        parser.error(f"--chat: the training used {args.tokenizer_type} and no --sft, so that there is no chat template")
     try:
         tokenizer = build_tokenizer(args)
-        tokens = tokenizer.tokenize(options.prompt)
+        asked = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+        tokens = tokenizer.tokenize(asked)
     except (OSError, RuntimeError, ValueError) as error:
         known = "numbers, such as --prompt '1 2 3'" if args.tokenizer_type == "NullTokenizer" else "--tokenizer-model"
         raise SystemExit(
@@ -179,6 +183,8 @@ def main() -> None:
     began = time.perf_counter()
     how = dict(temperature=options.temperature, length=total, vocab_size=tokenizer.vocab_size)
     for token, context in generate(model, tokens, options.tokens, **how):  # noqa: B007
+        if options.chat and token == tokenizer.eod:
+            break
         generated.append(token)
         text = tokenizer.detokenize(tokens + generated)
         if not text.endswith("\ufffd"):  # bytes of an unfinished character

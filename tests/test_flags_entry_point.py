@@ -121,9 +121,9 @@ def test_evaluation_needs_validation_data(parse, without, data, flags, there):
     refuse_flags(parse(flags + " --eval-iters 0", model=REAL))
 
 
-def test_sft_needs_datasets(parse, without):
-    without("datasets", "transformer_engine", "apex", "scaled", "fused")
-    with pytest.raises(ValueError, match="--sft .*pip install datasets"):
+def test_sft_needs_transformers(parse, without):
+    without("transformers", "transformer_engine", "apex", "scaled", "fused")
+    with pytest.raises(ValueError, match="--sft .*pip install transformers"):
         refuse_flags(parse("--sft"))
     refuse_flags(parse())
 

@@ -135,6 +135,13 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         "all tokens never exist; takes the place of --cross-entropy-loss-fusion; some thousand keep the products large "
         "(default: one chunk)",
     )
+    group.add_argument(  # no prefix in dest, as above
+        "--lightning-sft-answers-only",
+        dest="sft_answers_only",
+        action="store_true",
+        help="with --sft and the tokenizer's own chat template (--sft-tokenizer-prompt-format default): only the "
+        "tokens of answers, and what ends an answer, count in the loss; without it, all tokens count",
+    )
     group.add_argument(
         "--create-attention-mask-in-dataloader",
         action="store_true",
@@ -196,6 +203,8 @@ _TAKEN = (
     "mup_attn_scale_power", "hidden_dropout", "attention_dropout", "apply_query_key_layer_scaling",
 )  # fmt: skip
 
+_TOKENIZER = ("tokenizer_type", "tokenizer_model")
+
 
 def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
     """What ``--use-checkpoint-args`` brings beyond Megatron's own list: all that decides the function of the model.
@@ -208,13 +217,23 @@ def defaults_from_checkpoint(saved: Namespace) -> dict[str, typing.Any]:
     """
     options = saved_function(saved).options
     held = vars(saved)
-    names = (*(row.key for row in ROWS if row.applies != "lightning"), *_TAKEN)
+    names = (*(row.key for row in ROWS if row.applies != "lightning"), *_TAKEN, *_TOKENIZER)
     brought = {name: held[name] for name in names if name in held}
     if options is None:
         return brought
     return brought | {
         _PREFIX + name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_OPTIONS
     }
+
+
+def tokenizer_defaults(given: Namespace, brought: dict[str, typing.Any]) -> dict[str, typing.Any]:
+    """Corrections of ``brought``: a tokenizer that is given has its own files, and Megatron leaves it alone."""
+    if not given.use_tokenizer_model_from_checkpoint_args:
+        return dict.fromkeys(_TOKENIZER)
+    found: dict[str, typing.Any] = {"use_tokenizer_model_from_checkpoint_args": False}
+    if given.tokenizer_type not in (None, brought.get("tokenizer_type")):
+        found["tokenizer_model"] = None
+    return found
 
 
 def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.Any]) -> None:
@@ -332,8 +351,11 @@ def refuse(args: Namespace) -> None:
                 )
     if args.attention_backend is not None and args.attention_backend.name == "local":
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
-    if args.sft and not importable("datasets"):
-        raise ValueError("--sft reads its data with the package datasets, which does not import: pip install datasets")
+    for name in ("transformers", "jinja2") if args.sft else ():
+        if not importable(name):
+            raise ValueError(
+                f"--sft writes conversations with the package {name}, which does not import: pip install {name}"
+            )
     _refuse_missing_kernels(args)
     _refuse_missing_files(args)
     if args.eval_iters and not has_validation_data(args):
@@ -375,12 +397,21 @@ def _refuse_missing_files(args: Namespace) -> None:
             )
     if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
-    if args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
-        return
+    if not args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
+        refuse_missing_tokenizer(args)
+
+
+def refuse_missing_tokenizer(args: Namespace) -> None:
+    """Refuse a run without a tokenizer, which Megatron finds out in a traceback."""
     kind = args.tokenizer_type or args_defaults(args).get("tokenizer_type")
     if kind is None:
         raise ValueError("no tokenizer: give --tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH")
     if kind == "NullTokenizer" and args.vocab_size is None:
+        if args.use_checkpoint_args:
+            raise ValueError(
+                "no tokenizer: the checkpoint was made without one, as lightning-convert import does: give "
+                "--tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH; or --vocab-size for mock data"
+            )
         raise ValueError("NullTokenizer (the default with --mock-data) needs --vocab-size")
 
 

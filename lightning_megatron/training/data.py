@@ -25,10 +25,10 @@ from megatron.core.utils import (
     log_single_rank,
 )
 from megatron.training import get_args, print_rank_0
-from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from ..parallel import token_positions
+from .sft import AnswersDataset, ChatDataset
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -119,7 +119,7 @@ def _bounds(batch: dict[str, Any]) -> torch.Tensor:
 def check_documents(cu_seqlens: torch.Tensor, cp_size: int) -> None:
     """Refuse documents that do not give every context-parallel rank two chunks of the same length; cu_seqlens [b, n].
 
-    Megatron's SFTDataset pads them. The check runs where samples arrive, so that it waits for no GPU.
+    ChatDataset pads them. The check runs where samples arrive, so that it waits for no GPU.
 
     Raises:
         ValueError: naming the first bound that is wrong.
@@ -202,7 +202,10 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
     )
-    dataset = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+    if args.sft:
+        dataset = AnswersDataset if args.sft_answers_only else ChatDataset
+    else:
+        dataset = MockGPTDataset if args.mock_data else GPTDataset
 
     def built_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and needs_data(config, args, vp_stage)

@@ -38,6 +38,7 @@ from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
 from ..spec import make_spec
+from . import sft
 from .arguments import (
     add_arguments,
     args_defaults,
@@ -47,7 +48,9 @@ from .arguments import (
     parts_in_use,
     refuse,
     refuse_dropped,
+    refuse_missing_tokenizer,
     refuse_small_vocabulary,
+    tokenizer_defaults,
 )
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
@@ -83,14 +86,18 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         log_single_rank(logger, logging.WARNING, "%s", line)
     if raw.use_checkpoint_args:
         brought = checkpoint_defaults(raw)
-        add = partial(add_arguments, checkpoint=brought)
+        # Megatron would put the checkpoint's tokenizer in the place of one that is given; as a default it does not.
+        tokenizer = tokenizer_defaults(raw, brought)
+        add = partial(add_arguments, checkpoint=brought | tokenizer)
         raw = parse_args(add)
+        refuse_missing_tokenizer(raw)
     options = options_from_args(raw)
     args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     refuse_dropped(raw, args, brought)
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     refuse_small_vocabulary(args, get_tokenizer().vocab_size)
+    sft.check(args, get_tokenizer())
     config = core_transformer_config_from_args(args)
     refuse_model(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
@@ -103,7 +110,7 @@ def checkpoint_defaults(raw: Namespace) -> dict[str, Any]:
     """``defaults_from_checkpoint`` of the checkpoint that ``--use-checkpoint-args`` reads; nothing if there is none."""
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron says the same when it reads them itself, in this order
         found = [load_args_from_checkpoint(copy.copy(raw), name) for name in ("pretrained_checkpoint", "load")]
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for args in [args[1] for args in found if isinstance(args, tuple)]:
         defaults |= defaults_from_checkpoint(args)
     if not defaults:

@@ -16,7 +16,7 @@ from lightning_megatron.convert.folder import Folder
 from lightning_megatron.models.family import family_of
 from lightning_megatron.models.presets import preset_config
 from tests.helpers import random_models
-from tests.helpers.generate import example
+from tests.helpers.generate import greedy
 from tests.helpers.model_cases import draw_case, load_minimax, write_minimax
 from tests.helpers.released import args_of
 from tests.launch import run_pretrain, spawn
@@ -75,18 +75,6 @@ def test_trained_and_exported(name, layout, released, tmp_path):
     before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("exported", "alone"))
     assert before.keys() == after.keys()
     assert json.loads((tmp_path / "alone/config.json").read_text())["architectures"]
-
-
-@torch.inference_mode()
-def greedy(rank: int, world: int, folder: Path, prompt: list[int], count: int, vocabulary: int):
-    """Logits of the prompt, and tokens that follow, by Megatron's static engine."""
-    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
-    script = example()
-    model, _ = script.load_model(folder)
-    positions = torch.arange(len(prompt))[None]
-    logits = model(torch.tensor([prompt]), positions, None)[0, :, :vocabulary].float()
-    how = dict(temperature=0, length=len(prompt) + count, vocab_size=vocabulary)
-    return logits, [token for token, _ in script.generate(model, prompt, count, **how)]
 
 
 def test_transformers_reads_an_export(released, tmp_path):

@@ -1,0 +1,195 @@
+"""``--sft``: what is checked before training, and samples of packed conversations.
+
+Samples are those of Megatron's SFTDataset, with these differences: a file is checked before training, by line; it needs
+no package beside transformers; padding never counts, whichever token it is, and neither does the first token of a
+conversation; a line may hold several conversations without system messages; and ``--lightning-sft-answers-only`` leaves
+prompts out of the loss for any chat template.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+
+from .conversations import IGNORED, Conversation, Template, lines, parse_line, read
+
+logger = logging.getLogger("lightning_megatron")
+
+
+def template_of(tokenizer: Any) -> Template:
+    """Of Megatron's tokenizer of type SFTTokenizer.
+
+    Raises:
+        ValueError: see ``Template``.
+    """
+    return Template(tokenizer._tokenizer._tokenizer)
+
+
+def check(args: Namespace, tokenizer: Any) -> None:
+    """Refuse conversations and tokenizers that end a training of ``--sft`` in the middle. Only rank 0 reads the files.
+
+    Raises:
+        ValueError: naming the flag, or file and line, and the remedy.
+    """
+    own = args.sft_tokenizer_prompt_format == "default"
+    if not args.sft:
+        if args.sft_answers_only:
+            raise ValueError("--lightning-sft-answers-only acts on --sft: add it, or leave the flag out")
+        return
+    if args.tokenizer_type != "SFTTokenizer":
+        raise ValueError(f"--sft needs --tokenizer-type SFTTokenizer, not {args.tokenizer_type}")
+    if args.sft_answers_only and not own:
+        raise ValueError(
+            f"--lightning-sft-answers-only needs the tokenizer's own chat template, --sft-tokenizer-prompt-format "
+            f"default; {args.sft_tokenizer_prompt_format} "
+            + ("knows no roles" if args.sft_tokenizer_prompt_format == "identity" else "counts answers only, anyway")
+        )
+    if tokenizer.pad is None:
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {args.sft_tokenizer_prompt_format}: the tokenizer {args.tokenizer_model} "
+            "has no token for padding; use default, the tokenizer's own chat template, or add the format's tokens"
+        )
+    template = template_of(tokenizer) if own else None
+    if args.rank:
+        return
+    for path in _paths(args):
+        for where, conversations in read(Path(path)):
+            for conversation in conversations if template else []:
+                try:
+                    (template.answers if args.sft_answers_only else template.render)(conversation)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+
+
+def _paths(args: Namespace) -> list[str]:
+    """Files of a blend, in which weights may stand between them."""
+    sources = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    words = [word for source in sources for word in source or ()]
+    return [word for i, word in enumerate(words) if Path(word).exists() or not _is_number(word)]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """Lines of a file, read when they are wanted."""
+
+    def __init__(self, path: str) -> None:
+        found = [(number, start) for number, start, _ in lines(Path(path))]
+        self.path, (self.numbers, self.starts) = path, np.array(found, dtype=np.int64).reshape(-1, 2).T
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> tuple[str, list[Conversation]]:
+        where = f"{self.path}, line {self.numbers[index]}"
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return where, parse_line(file.readline(), where)
+
+
+class ChatDataset(MegatronDataset):
+    """A sample is a line: its conversations one behind the other, padded to the length of the sequence.
+
+    With context parallelism every conversation is padded so that its ranks have two chunks of the same length. What is
+    longer than the sequence is cut off, and the log says so once.
+    """
+
+    answers_only = False
+
+    def __init__(
+        self,
+        dataset: Lines,
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        if not len(indices):
+            raise ValueError(
+                f"{dataset_path} has {len(dataset)} lines, and none of them for the {index_split.name} split: give "
+                "another --split, or --train-data-path and --valid-data-path"
+            )
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.template = template_of(config.tokenizer) if self.answers_only else None
+        self.told = False
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: Lines) -> int:
+        """How many lines there are to split."""
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> Lines:
+        """The file itself."""
+        return Lines(dataset_path)
+
+    def __len__(self) -> int:
+        return self.num_samples or len(self.indices)
+
+    def encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and the labels that they would be, [t] int64."""
+        if self.template is not None:
+            return self.template.encode(conversation)
+        both = self.config.tokenizer.tokenize_conversation(
+            conversation, return_target=True, add_generation_prompt=False
+        )
+        return tuple(x.astype(np.int64) for x in both)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """tokens, labels, loss_mask and position_ids [s]; cu_seqlens [s + 1], filled up with s; max_seqlen []."""
+        length, ranks = self.config.sequence_length, self.config.context_parallel_size
+        every, pad = 2 * ranks if ranks > 1 else 1, self.config.tokenizer.pad
+        where, conversations = self.dataset[int(self.indices[index % len(self.indices)])]
+        ids, wanted, places, bounds = [], [], [], [0]
+        for conversation in conversations:
+            tokens, targets = self.encode(conversation)
+            padding = -len(tokens) % every
+            targets[:1] = IGNORED  # no conversation says how the next one begins
+            ids.append(np.pad(tokens, (0, padding), constant_values=pad))
+            wanted.append(np.pad(targets, (0, padding), constant_values=IGNORED))
+            places.append(np.arange(len(tokens) + padding))
+            bounds.append(bounds[-1] + len(tokens) + padding)
+        if bounds[-1] > length and not self.told:
+            self.told = True
+            logger.warning(
+                "%s has %d tokens, and --seq-length is %d: what is longer is cut off, here and in lines like it",
+                where, bounds[-1], length,
+            )  # fmt: skip
+        tokens, labels, positions = (np.concatenate(x)[:length] for x in (ids, wanted, places))
+        padding = length - len(tokens)
+        labels = torch.from_numpy(np.pad(labels[1:], (0, padding + 1), constant_values=IGNORED))
+        bounds = [bound for bound in bounds[:-1] if bound < length] + [length]
+        cu_seqlens = torch.full((length + 1,), length, dtype=torch.int32)
+        cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
+        return {
+            "tokens": torch.from_numpy(np.pad(tokens, (0, padding), constant_values=pad)),
+            "labels": labels,
+            "loss_mask": (labels != IGNORED).float(),
+            "position_ids": torch.from_numpy(np.concatenate([positions, positions[-1] + 1 + np.arange(padding)])),
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": cu_seqlens.diff().max(),
+        }
+
+
+class AnswersDataset(ChatDataset):
+    """The same, in which answers count and prompts do not."""
+
+    answers_only = True
