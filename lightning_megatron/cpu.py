@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.utils.data.dataloader
+from torch.utils._device import _device_constructors
 
 # What Megatron calls with device="cuda" or torch.cuda.current_device(). Others fail loudly: add them here.
 _FACTORIES = ("arange", "empty", "empty_like", "ones", "tensor", "zeros")
@@ -70,6 +71,9 @@ def _map_device() -> None:
 
         return call
 
+    # `with torch.device("meta")` knows torch's factories by identity, from a list that torch makes when it first needs
+    # it. Made now, it holds those that are called in the end; else transformers leaves buffers without values.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, mapped(getattr(torch, name)))
     torch.Tensor.new_empty = mapped(torch.Tensor.new_empty)

@@ -86,7 +86,7 @@ def _load(path: Path) -> Any:
 
     logging.disable_progress_bar()
     try:
-        model, report = MiniMaxForCausalLM.from_pretrained(
+        loaded: Any = MiniMaxForCausalLM.from_pretrained(
             path,
             output_loading_info=True,
             dtype=torch.float32,
@@ -96,6 +96,7 @@ def _load(path: Path) -> Any:
         )
     except Exception as error:
         raise ConvertError(f"transformers does not load {path}: {error}") from error
+    model, report = loaded
     wrong = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in report.items() if names]
     if wrong:
         raise ConvertError(f"transformers does not load all of {path}: {'; '.join(wrong)}")
