@@ -6,7 +6,8 @@
 On CPUs with gloo; with `gpus=True` on as many GPUs with NCCL.
 
 Importing torch and Megatron costs 5 s of CPU time per process, a small run itself less than 1 s. So processes are
-forked from a server (multiprocessing's forkserver) that has imported them once, and not the package under test.
+forked from a server (multiprocessing's forkserver) that has imported them once, and of the package under test only
+what runs Megatron on a CPU.
 Every process is new, runs one thing and ends: no state passes from one run to the next. What reads the
 environment while torch, triton or Megatron is imported needs `torchrun=True`, which starts everything afresh.
 """
@@ -226,7 +227,7 @@ def _shim():
 def _preload() -> None:
     """Import the third-party modules that a run of pretrain() would import."""
     with warnings.catch_warnings(action="ignore"):  # only of the imports: TransformerEngine and apex are missing
-        _shim().enable_pretrain()
+        importlib.import_module("lightning_megatron.cpu").enable_pretrain()
         importlib.import_module("torch._dynamo")  # a first step of torch.optim imports it
         importlib.import_module("megatron.core.tokenizers.text")  # any tokenizer does; it brings transformers
         arguments = importlib.import_module("megatron.training.arguments")

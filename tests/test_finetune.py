@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 import finetune
 import prepare_chat
-from lightning_megatron.convert import cli
-from tests.helpers import references
+from lightning_megatron.convert import cli, reference
 from tests.helpers.generate import SCRIPT, greedy
 from tests.helpers.model_cases import load_minimax
 from tests.launch import run_pretrain, spawn
@@ -79,7 +78,7 @@ def reference_of(folder: Path):
         model = load_minimax(folder, MiniMaxForCausalLM).eval()
         return lambda tokens: model(tokens, use_cache=False).logits
     tensors = load_file(folder / "model.safetensors")
-    return lambda tokens: references.bailing(config, tensors, tokens)[1]
+    return lambda tokens: reference.bailing(config, tensors, tokens)[1]
 
 
 @pytest.mark.parametrize("family", ["minimax", "ring"])

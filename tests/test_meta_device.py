@@ -4,7 +4,6 @@ import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
 from megatron.training.models.dist_utils import to_empty_if_meta_device
-from torch.utils._device import _device_constructors
 
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.spec import make_spec
@@ -13,14 +12,6 @@ from tests.helpers.models import gpt
 from tests.helpers.training import assert_same_training, train
 from tests.launch import spawn
 from tests.layers import Variant
-
-
-def on_meta_device() -> torch.device:
-    """torch.device("meta") for ``with``; it knows torch's factories by identity, and the CPU shim wraps some."""
-    factories = _device_constructors()
-    factories |= {factory.__wrapped__ for factory in list(factories) if hasattr(factory, "__wrapped__")}
-    return torch.device("meta")
-
 
 EVERYTHING = Variant(options=dict(qk_norm=True, decay="minimax"))
 
@@ -40,7 +31,7 @@ def outputs(rank: int, world: int, seed: int) -> None:
         return layers.build_mixer(EVERYTHING).to("meta")
 
     def in_context() -> LightningAttention:
-        with on_meta_device():
+        with torch.device("meta"):
             return layers.build_mixer(EVERYTHING)
 
     for build in (meta_weights, in_context):
@@ -75,7 +66,7 @@ def start_values(rank: int, world: int, normalization: str, layernorm_1p: bool) 
     layers.start()
     config = dict(linear_attention_freq=2, qk_layernorm=True, normalization=normalization)
     config = layers.transformer_config(**config, layernorm_zero_centered_gamma=layernorm_1p)
-    with on_meta_device():
+    with torch.device("meta"):
         assert torch.ones(1).is_meta
         model = gpt(config, make_spec(qk_norm=True))
     model = to_empty_if_meta_device(model, device="cpu")

@@ -13,6 +13,7 @@ from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.convert.reference import rms, rotate, softmax_attention
 from lightning_megatron.norm import TorchNorm
 from lightning_megatron.patches import packed_roll
 from lightning_megatron.runtime import prepare
@@ -21,7 +22,6 @@ from lightning_megatron.spec import get_hybrid_block_spec, get_mtp_block_spec, l
 from tests import layers
 from tests.helpers.context_parallel import draw_documents, tokens_of
 from tests.helpers.models import gpt
-from tests.helpers.references import rms, rotate, softmax_attention
 from tests.launch import spawn
 from tests.layers import transformer_config
 

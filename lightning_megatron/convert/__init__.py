@@ -3,6 +3,7 @@
     import_checkpoint(Path("Ring-mini-linear-2.0"), Path("ring-mini"))    # lightning-convert import
     export_checkpoint(Path("ring-mini"), Path("exported"))                # lightning-convert export
     roundtrip(Path("Ring-mini-linear-2.0"))                               # lightning-convert roundtrip
+    verify(Path("Ring-mini-linear-2.0"), Path("ring-mini"))               # lightning-convert verify
 
 ``models.family`` says which tensors a model has. ``plan`` compares them with those that are there, before anything is
 written; ``work`` runs parts in threads; ``partial`` makes runs resumable and results atomic.
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from .errors import ConvertError as ConvertError
     from .exporting import export_checkpoint as export_checkpoint
     from .importing import import_checkpoint as import_checkpoint
+    from .verifying import verify as verify
 
 _MODULES = {
     "ConvertError": "errors",
     "export_checkpoint": "exporting",
     "import_checkpoint": "importing",
     "roundtrip": "comparing",
+    "verify": "verifying",
 }
 __all__ = sorted(_MODULES)
 

@@ -1,4 +1,4 @@
-"""``lightning-convert import | export | roundtrip``."""
+"""``lightning-convert import | export | roundtrip | verify``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,7 @@ examples:
   lightning-convert import Ring-mini-linear-2.0 ring-mini     # then train: --load ring-mini --use-checkpoint-args
   lightning-convert export checkpoints ring-mini-tuned --like Ring-mini-linear-2.0
   lightning-convert roundtrip Ring-mini-linear-2.0            # import, export, compare bit for bit
+  lightning-convert verify Ring-mini-linear-2.0 ring-mini     # tensors, and what both models compute
 
 Only local folders are taken: `hf download ORG/NAME --local-dir FOLDER` makes one. A run that was stopped leaves
 TARGET.partial, and goes on where it stopped when the same command is given again. Exit status: 0 done, 1 failed,
@@ -38,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     top = _Parser("lightning-convert", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="import | export | roundtrip")
+    commands = top.add_subparsers(dest="command", required=True, metavar="import | export | roundtrip | verify")
 
     def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
         made = commands.add_parser(
@@ -87,6 +89,40 @@ def parser() -> argparse.ArgumentParser:
     )
     there_and_back.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and *.safetensors")
     there_and_back.add_argument("--work", type=Path, metavar="FOLDER", help="where to write (default: beside SOURCE)")
+
+    compared = command(
+        "verify",
+        "compare a Hugging Face folder with a Megatron checkpoint: tensors, and what both compute",
+        "Every tensor is compared. Then Megatron loads the checkpoint as a training does, and the outputs of every "
+        "layer, the logits and the greedy tokens are compared with those of an independent reference: transformers "
+        "where it has the model, else formulas. On the CPU, in fp32; no code of a folder is executed.",
+    )
+    compared.add_argument("source", type=Path, metavar="HF_FOLDER", help="folder with config.json and *.safetensors")
+    compared.add_argument(
+        "checkpoint", type=Path, metavar="MEGATRON_CHECKPOINT", help="folder of --save of a training, or of an import"
+    )
+    compared.add_argument("--step", type=int, metavar="N", help="iteration to compare (default: the last one)")
+    compared.add_argument("--prompt", metavar="TEXT", help="what both read (default: a text, or random token ids)")
+    compared.add_argument(
+        "--tokens", type=_positive, default=64, metavar="N", help="how many tokens both write (%(default)s)"
+    )
+    compared.add_argument(
+        "--tolerance",
+        type=_above_zero,
+        default=1e-5,
+        metavar="X",
+        help="largest difference, by the largest value of the reference (%(default)s)",
+    )
+    compared.add_argument("--tensors-only", action="store_true", help="run no model: for those that do not fit")
+    compared.add_argument(
+        "--table", type=Path, metavar="FILE", help="JSON with a row for every tensor (default: NAME.tensors.json)"
+    )
+    compared.add_argument("--card", type=Path, metavar="FOLDER", help="write the card FOLDER/NAME.md and NAME.json")
+    compared.add_argument("--name", help="of the model, for the card (default: that of HF_FOLDER)")
+    compared.add_argument(
+        "--revision", help="of the model, for the card (default: the commit that hf download noted, else a digest)"
+    )
+    compared.add_argument("--note", metavar="TEXT", help="a sentence for the card")
     for made in (to_hf, there_and_back):
         made.add_argument(
             "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file, as 500MB (%(default)s)"
@@ -97,6 +133,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit status."""
     args = parser().parse_args(argv)
+    # what is not installed and not needed, told by Megatron when it is imported
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    if args.command == "verify":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch looks for GPUs; both models run on the CPU
     try:
         import safetensors  # noqa: F401
     except ModuleNotFoundError:
@@ -107,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_memory()
     from .exporting import export_checkpoint  # torch takes seconds; --help and bad usage need not wait
     from .importing import import_checkpoint
+    from .verifying import verify
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -127,6 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jobs=args.jobs,
                 say=say,
             )
+        elif args.command == "verify":
+            given = {key: value for key, value in vars(args).items() if key not in ("command", "source", "checkpoint")}
+            name = args.name or args.source.resolve().name
+            given |= {"name": name, "table": args.table or Path(f"{name}.tensors.json")}
+            words = shlex.join(["lightning-convert", *(sys.argv[1:] if argv is None else argv)])
+            same = verify(args.source, args.checkpoint, command=words, say=say, **given)
+            return 0 if same else 1
         else:
             same = roundtrip(args.source, work=args.work, max_shard_bytes=args.max_shard_size, jobs=args.jobs, say=say)
             return 0 if same else 1
@@ -155,6 +203,13 @@ def _keep_memory() -> None:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise ValueError
     return value
 

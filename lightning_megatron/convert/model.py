@@ -62,3 +62,17 @@ def family_of_args(args: Namespace, family: Any) -> tuple[Any, Config]:
     from ..training import models
 
     return models.family_of_args(args, family)
+
+
+def differences_of_function(args: Namespace, config: Config) -> list[str]:
+    """See ``training.models``."""
+    from ..training import models
+
+    return models.differences_of_function(args, config)
+
+
+def kinds_of_layers(args: Namespace) -> list[str]:
+    """See ``training.models``."""
+    from ..training import models
+
+    return models.kinds_of_layers(args)

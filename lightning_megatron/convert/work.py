@@ -131,11 +131,11 @@ def write_parts(
         records[part.number] = record = write(part, before)
         partial.finish(part.number, record)
 
-    _run(left, jobs, write_and_record, Progress(what, total, total - to_write))
+    run_parts(left, jobs, write_and_record, Progress(what, total, total - to_write))
     return [records[part.number] for part in parts]
 
 
-def _run(
+def run_parts(
     parts: Sequence[Part], jobs: int, write: Callable[[Part, Callable[[Task], None]], None], progress: Progress
 ) -> None:
     """Call ``write(part, before)`` for all parts, in ``jobs`` threads.

@@ -66,9 +66,7 @@ def family_of_args(args: Namespace, wanted: Family | None = None) -> tuple[Famil
     Raises:
         ValueError: none does; with what differs, for every family.
     """
-    record = getattr(args, ATTRIBUTE, None)
-    if record is None:
-        raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
+    record = _record(args)
     lines = []
     for family in families() if wanted is None else (wanted,):
         try:
@@ -83,6 +81,33 @@ def family_of_args(args: Namespace, wanted: Family | None = None) -> tuple[Famil
         lines += [f"{family.NAME}: {flag}: {saved} in the checkpoint, {now} there" for flag, saved, now in found]
     what = "no family of released models has" if wanted is None else f"no config.json of {wanted.NAME} describes"
     raise ValueError("\n  ".join([f"{what} this function:", *lines]))
+
+
+def differences_of_function(args: Namespace, config: Config) -> list[str]:
+    """In what the function of a trained model differs from that of a config.json; nothing if they are the same.
+
+    Args:
+        args: as Megatron saved them.
+
+    Raises:
+        ValueError: the checkpoint has no record of its function, or config.json is of no model that is known here.
+    """
+    again = getattr(saved_args(command_line(family_of(config).flags(config))), ATTRIBUTE)
+    found = [row for row in differences(_record(args), again) if row[0] != ROWS_OF_VOCABULARY]
+    return [f"{flag}: {saved} in the checkpoint, {now} by config.json" for flag, saved, now in found]
+
+
+def _record(args: Namespace) -> dict[str, Any]:
+    record: dict[str, Any] | None = getattr(args, ATTRIBUTE, None)
+    if record is None:
+        raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
+    return record
+
+
+def kinds_of_layers(args: Namespace) -> list[str]:
+    """Of every layer: lightning or softmax."""
+    pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
+    return ["lightning" if lightning else "softmax" for lightning in pattern]
 
 
 def sizes(config: Config) -> tuple[str, ...]:

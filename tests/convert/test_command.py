@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from lightning_megatron.convert import cli, export_checkpoint, import_checkpoint, work
 from lightning_megatron.convert.cli import main, parse_size
+from lightning_megatron.convert.plan import Task
+from lightning_megatron.models.units import Unit
 from tests.convert.helpers import assert_model
 from tests.helpers.convert import CONFIG, tensors_of, write_model
 from tests.launch import spawn
@@ -42,8 +46,11 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["import", "bad", "m", "--jobs", "0"], 2, "argument --jobs: invalid _positive value: '0'"),
         (["export", "bad", "m", "--max-shard-size", "many"], 2, "'many' is no size; write for example 5GB"),
         (["export", "bad", "m"], 1, "it has neither latest_checkpointed_iteration.txt nor metadata.json"),
-        (["verify", "bad"], 2, "invalid choice: 'verify'"),
-        ([], 2, "the following arguments are required: import | export | roundtrip"),
+        (["verify", "bad"], 2, "the following arguments are required: MEGATRON_CHECKPOINT"),
+        (["verify", "bad", "m", "--tolerance", "0"], 2, "argument --tolerance: invalid _above_zero value: '0'"),
+        (["verify", "bad", "m", "--tensors-only", "--prompt", "x"], 2, "--tensors-only runs no model; leave one"),
+        (["verify", "bad", "m", "--tensors-only"], 1, "config.json is not JSON"),
+        ([], 2, "the following arguments are required: import | export | roundtrip | verify"),
     ],
 )
 def test_errors(
@@ -79,7 +86,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert not (tmp_path / "m").exists() and (tmp_path / "m.partial").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["import"], ["export"], ["roundtrip"]])
+@pytest.mark.parametrize("command", [[], ["import"], ["export"], ["roundtrip"], ["verify"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -87,7 +94,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0 and all(len(line) <= 120 for line in text.splitlines())
     if not command:  # the examples are commands that there are
         examples = re.findall(r"^  (lightning-convert .*?) *(?:#.*)?$", text, re.MULTILINE)
-        assert len(examples) == 3
+        assert len(examples) == 4
         for example in examples:
             assert cli.parser().parse_args(example.split()[1:]).source
 
@@ -115,6 +122,34 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     import_checkpoint(tmp_path / "hf", tmp_path / "m2")
     assert re.search(r"import: 100%\|", capsys.readouterr().err)
+
+
+def test_a_failed_part_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not when the main thread gets to it: here that wakes up only after all parts have ended."""
+    everything = work.wait
+    monkeypatch.setattr(work, "wait", lambda futures, return_when: everything(futures))
+    task = Task(Unit((), (), lambda x: [], lambda x: []), ())
+    began, failed, ends = threading.Event(), threading.Event(), {}
+
+    def write(part: work.Part, before: Callable[[Task], None]) -> None:
+        if part.number == 0:
+            assert began.wait(10)
+            failed.set()
+            raise OSError("no space left")
+        began.set()
+        assert failed.wait(10)
+        try:
+            for _ in range(200):
+                before(task)
+                time.sleep(0.01)
+            ends[part.number] = "went on"
+        except work.Stopped:
+            ends[part.number] = "stopped"
+            raise
+
+    with pytest.raises(OSError, match="no space left"):
+        work.run_parts([work.Part(i, (task,)) for i in range(3)], 2, write, work.Progress("test", 0))
+    assert ends == {1: "stopped"}  # and the third never began
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.helpers.references import Tensors
-
 Config = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
 def bailing_config(rng: random.Random, *, latent: bool, experts: bool) -> Config:

@@ -13,6 +13,7 @@ from tests import layers
 from tests.helpers import released
 from tests.helpers.model_cases import draw_bf16_case
 from tests.launch import spawn
+from tests.models.test_parity import MORE as MORE_FLAGS
 from tests.models.test_parity import difference
 
 # Heads of 64, as the kernels see them in released models; transformers rotates all of a head. All experts are chosen:
@@ -32,13 +33,13 @@ def check(rank: int, world: int, file: Path, device: str) -> list[str]:
     layers.start()
     case = torch.load(file)
     config = case["config"]
-    args = released.args_of(config, "--bf16 --moe-router-load-balancing-type none")
+    args = released.args_of(config, f"--bf16 {MORE_FLAGS}")
     model = released.build(args)
     whole = released.to_megatron(config, args, case["tensors"])
     released.load(model, {key: x.float() for key, x in whole.items()})
     model = Float16Module(model.config, model.to(device))
-    tokens = case["tokens"].to(device)
-    forward = lambda: model(tokens, torch.arange(tokens.shape[1], device=device)[None], None)
+    tokens, mask = case["tokens"].to(device), case["mask"].to(device)
+    forward = lambda: model(tokens, torch.arange(tokens.shape[1], device=device)[None], None, loss_mask=mask)
     states, logits = released.hidden_states(model.module, forward)
     vocabulary = config["vocab_size"]
     (logits[..., :vocabulary].float() * case["weight"].to(device)).sum().backward()

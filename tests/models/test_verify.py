@@ -1,0 +1,246 @@
+"""lightning-convert verify: what it finds, what it says, and the card, on random tiny models of each family."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_megatron.convert import import_checkpoint, model, reference
+from lightning_megatron.models.family import family_of
+from tests.helpers import random_models
+from tests.helpers.model_cases import draw_case, write_minimax
+from tests.helpers.released import args_of
+from tests.launch import spawn
+
+QUIET = dict(say=lambda text: None)
+FEW = ("--tokens", "5")
+PERTURBED = "model.layers.1.attention.query_key_value.weight"
+
+
+def write(folder: Path, config: dict[str, Any], seed: int) -> Path:
+    """A Hugging Face folder with random weights; norms, too, are not 1."""
+    args = args_of(config)
+    tensors = random_models.draw(family_of(config).units(args, config), torch.Generator().manual_seed(seed))
+    folder.mkdir()
+    if config["model_type"] == "minimax":
+        return write_minimax(folder, config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_tokenizer(folder: Path, words: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME (Hugging Face) and NAME-megatron (an import of it); and some that do not belong together."""
+    place, rng = tmp_path_factory.mktemp("verify"), random.Random(7)
+    configs = {
+        "latent": random_models.bailing_config(rng, latent=True, experts=True),
+        "grouped": random_models.bailing_config(rng, latent=False, experts=False),
+        "minimax": random_models.minimax_config(rng),
+        "half": random_models.minimax_config(rng) | dict(rotary_dim=8),
+        "tnl": random_models.tnl_config(rng),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        import_checkpoint(write(place / name, config, seed), place / f"{name}-megatron", **QUIET)
+    grouped, file = place / "grouped", "model.safetensors"
+    write_tokenizer(grouped, configs["grouped"]["vocab_size"])
+    shutil.copytree(grouped, place / "perturbed")
+    tensors = load_file(grouped / file)
+    tensors[PERTURBED][7, 3] += 0.01
+    save_file(tensors, place / "perturbed" / file, metadata={"format": "pt"})
+    shutil.copytree(grouped, place / "words")
+    write_tokenizer(place / "words", 1000)
+    # the same tensors, and another decay
+    saved_args = model.saved_args
+    with mock.patch.object(model, "saved_args", lambda flags: saved_args([*flags, "--lightning-decay-offset", "1"])):
+        import_checkpoint(grouped, place / "offset-megatron", **QUIET)
+    shutil.copytree(place / "grouped-megatron", place / "short-megatron")
+    largest = max((place / "short-megatron/release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as stream:
+        stream.truncate(largest.stat().st_size - 5000)
+    return place
+
+
+def names_of(place: Path, *names: str) -> list[str]:
+    return [str(place / name) for name in names]
+
+
+def commands(rank: int, world: int, place: Path, given: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit status of each, and what it printed; a first word NAME= changes the process for one command."""
+    from lightning_megatron.convert import cli, verifying
+
+    torch.distributed.destroy_process_group()  # of spawn; verify makes its own, as in a new process
+    changes = {
+        "without-transformers=": lambda: mock.patch.dict(sys.modules, {"transformers": None}),
+        "little-memory=": lambda: mock.patch.object(verifying, "free_memory", lambda: 10**9),
+        "swapped=": swapped_norms,
+    }
+    found = []
+    for command in given:
+        printed = io.StringIO()
+        change = changes.get(command[0], contextlib.nullcontext)
+        with change(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = [cli.main(x) for x in split(command)][-1]
+        found.append((status, printed.getvalue()))
+    return found
+
+
+def split(command: list[str]) -> list[list[str]]:
+    """Words up to "then", and so on, without the first one if it is a change."""
+    words = [[]]
+    for word in command[command[0].endswith("=") :]:
+        words.append([]) if word == "then" else words[-1].append(word)
+    return words
+
+
+def swapped_norms():
+    """The converter takes the norms of q and k for each other, in both directions."""
+    from lightning_megatron.models import bailing
+
+    right = bailing._head_norms
+    return mock.patch.object(bailing, "_head_norms", lambda a, b, c, ours, d: right(a, b, c, ours[::-1], d))
+
+
+@pytest.fixture(scope="module")
+def results(place: Path) -> dict[str, tuple[int, str]]:
+    """All commands, in one process."""
+
+    def verify(source: str, checkpoint: str, *more: str) -> list[str]:
+        out = ["--table", f"{place}/tables/{source}-{checkpoint}.json", "--card", f"{place}/cards"]
+        return ["verify", *names_of(place, source, checkpoint), *FEW, *out, *more]
+
+    given = {name: verify(name, f"{name}-megatron") for name in ("latent", "minimax", "half", "tnl")}
+    given |= {
+        "grouped": verify("grouped", "grouped-megatron", "--prompt", "w5 w17 w3", "--note", "Random.", "--name", "G"),
+        "perturbed": verify("perturbed", "grouped-megatron", "--prompt", "w5 w17"),
+        "offset": verify("grouped", "offset-megatron", "--revision", "abc", "--name", "offset"),
+        "only": verify("grouped", "offset-megatron", "--tensors-only", "--name", "only"),
+        "swapped": [
+            *("swapped=", "import", *names_of(place, "grouped", "swapped-megatron"), "then"),
+            *verify("grouped", "swapped-megatron", "--name", "swapped"),
+        ],
+        "another": verify("tnl", "grouped-megatron"),
+        "short": verify("grouped", "short-megatron"),
+        "step": verify("grouped", "grouped-megatron", "--step", "4"),
+        "tokenizer": verify("tnl", "tnl-megatron", "--prompt", "some text"),
+        "words": verify("words", "grouped-megatron", "--prompt", "w999"),
+        "long": verify("grouped", "grouped-megatron", "--tokens", "5000"),
+        "without": ["without-transformers=", *verify("minimax", "minimax-megatron")],
+        "without-only": [
+            *("without-transformers=", *verify("minimax", "minimax-megatron", "--tensors-only", "--name", "mo"))
+        ],
+        "memory": ["little-memory=", *verify("latent", "latent-megatron")],
+    }
+    (found,) = spawn(commands, 1, place, list(given.values()), timeout=200)
+    return dict(zip(given, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["latent", "grouped", "minimax", "half", "tnl"])
+def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Path) -> None:
+    status, said = results[name]
+    assert status == 0, said
+    card = json.loads((place / f"cards/{'G' if name == 'grouped' else name}.json").read_text())
+    config = json.loads((place / name / "config.json").read_text())
+    assert card["status"] == "passed" and card["tolerance"] == 1e-5 and card["checkpoint"] == "release"
+    assert card["command"].startswith("lightning-convert verify ") and f"{name}-megatron" in card["command"]
+    assert card["tensors"]["same"] == card["tensors"]["compared"] > 10 and card["tensors"]["different"] == 0
+    kinds = [row["kind"] for row in card["layers"]]
+    assert len(kinds) == config.get("num_hidden_layers", config.get("decoder_layers")) and "lightning" in kinds
+    assert ("softmax" in kinds) == (name != "tnl")
+    assert all(0 < row["difference"] < 1e-5 for row in [*card["layers"], card["logits"]])
+    assert card["greedy"]["agree"] and card["greedy"]["megatron"] == card["greedy"]["reference"]
+    assert len(card["greedy"]["megatron"].split()) == 5
+    assert card["reference"].startswith("transformers" if name == "minimax" else "formulas")
+    assert {"lightning-megatron", "torch", "megatron-core", "transformers", "Python", "CPU"} <= card["versions"].keys()
+    assert card["revision"]["kind"].startswith("sha256 of config.json") and len(card["revision"]["value"]) == 64
+    text = (place / f"cards/{card['model']}.md").read_text()
+    for value in (card["date"], card["command"], card["revision"]["value"], card["reference"], "**passed**"):
+        assert value in text
+    prompt = "'w5 w17 w3'" if name == "grouped" else "96 random token ids, seed "
+    assert card["tokens"]["prompt"].startswith(prompt) and card["tokens"]["prompt"] in text
+    assert ("Random." in text) == (name == "grouped")
+
+
+def test_one_value_of_a_tensor(results: dict[str, tuple[int, str]], place: Path) -> None:
+    status, said = results["perturbed"]
+    assert status == 1 and f"1 tensors differ, most of all {PERTURBED}; from layer 1 (" in said.splitlines()[-1], said
+    rows = json.loads((place / "tables/perturbed-grouped-megatron.json").read_text())
+    wrong = [row for row in rows if row["status"] != "same"]
+    assert [row["name"] for row in wrong] == [PERTURBED]
+    assert wrong[0]["difference"] == pytest.approx(0.01, rel=1e-4)
+    assert wrong[0]["dtype"] == wrong[0]["megatron_dtype"] == "float32" and len(wrong[0]["shape"]) == 2
+    assert json.loads((place / "cards/perturbed.json").read_text())["status"] == "failed"
+
+
+def test_another_function_with_the_same_tensors(results: dict[str, tuple[int, str]], place: Path) -> None:
+    status, said = results["offset"]
+    card = json.loads((place / "cards/offset.json").read_text())
+    assert status == 1 and card["status"] == "failed" and card["tensors"]["different"] == 0
+    assert "from layer 0 (lightning) on outputs differ" in said.splitlines()[-1]
+    assert card["layers"][0]["difference"] > 1e-3 and card["revision"] == {"kind": "given", "value": "abc"}
+    assert any("--lightning-decay-offset" in line for line in card["other_function"])
+
+
+def test_only_tensors(results: dict[str, tuple[int, str]], place: Path) -> None:
+    """The record of the function tells another decay all the same."""
+    status, said = results["only"]
+    card = json.loads((place / "cards/only.json").read_text())
+    assert status == 1 and "config.json describes another function than the checkpoint has" in said
+    assert card["reference"].startswith("no reference") and "layers" not in card
+    status, said = results["without-only"]
+    assert status == 0 and "tensors; no model was run" in said
+    assert "no reference: only tensors were compared" in (place / "cards/mo.md").read_text()
+
+
+def test_a_wrong_table_of_tensors(results: dict[str, tuple[int, str]], place: Path) -> None:
+    """What maps tensors wrongly in both directions finds them equal; the reference reads their names itself."""
+    status, said = results["swapped"]
+    card = json.loads((place / "cards/swapped.json").read_text())
+    assert status == 1 and card["tensors"]["different"] == 0 and not card["other_function"]
+    assert "from layer 0 (lightning) on outputs differ" in said.splitlines()[-1], said
+
+
+@pytest.mark.parametrize(
+    "name, status, said",
+    [
+        ("another", 1, "tnl is another model than "),
+        ("short", 1, ".distcp is truncated in tensor "),
+        ("step", 1, "iter_0000004 is no torch_dist checkpoint (of those there are: release)"),
+        ("tokenizer", 2, "--prompt: {place}/tnl has no tokenizer.json; leave it out for random token ids"),
+        ("words", 1, "tokenizer.json gives token 999, but vocab_size of config.json is "),
+        ("long", 2, "--tokens 5000 are more than max_position_embeddings 512 of config.json; ask for fewer"),
+        ("without", 1, "is transformers, which is not installed: pip install transformers; or compare only tensors"),
+        ("memory", 1, "but 1.0 GB of memory are free. Use a larger machine, or compare only tensors"),
+    ],
+)
+def test_errors(name: str, status: int, said: str, results: dict[str, tuple[int, str]], place: Path) -> None:
+    found, text = results[name]
+    lines = [line for line in text.splitlines() if line.startswith("lightning-convert: error: ")]
+    assert found == status and len(lines) == 1 and said.format(place=place) in lines[0], text
+
+
+def test_formulas_of_minimax_against_transformers() -> None:
+    case = draw_case("minimax", 11)
+    tensors = {name: x.double() for name, x in case["tensors"].items()}
+    states, logits = reference.minimax(case["config"], tensors, case["tokens"])
+    for found, wanted in zip([*states, logits], [*case["states"], case["logits"]], strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-6  # some of transformers is fp32 all the same
