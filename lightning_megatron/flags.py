@@ -294,6 +294,12 @@ WARNED = (
         "is not read by softmax layers on torch's SDPA, which have one way to communicate",
     ),
     Rule(
+        "mtp_num_layers",
+        lambda run: run.config.context_parallel_size > 1,
+        "has a loss that Megatron divides by the numbers of tokens of each context-parallel rank, which differ by a "
+        "few (with --sft more), so that it is not exactly that of one rank",
+    ),
+    Rule(
         "use_mup",
         lambda run: run.options.scale is None and not run.latent,
         "scales the logits of softmax layers only; choose that of lightning layers with --lightning-scale, or "

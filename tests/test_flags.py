@@ -428,6 +428,10 @@ LOGGED = {
         HYBRID | dict(context_parallel_size=2, cp_comm_type="a2a"), {}, OWN,
         ["--cp-comm-type a2a is not read by softmax"],
     ),
+    "mtp-cp": (
+        dict(mtp_num_layers=1, context_parallel_size=2), {}, OWN,
+        ["--mtp-num-layers 1 has a loss that Megatron divides by the numbers of tokens of each context-parallel rank"],
+    ),
     "mup": (
         HYBRID | dict(use_mup=True), {}, OWN,
         ["--use-mup scales the logits of softmax layers only", "--lightning-scale"],

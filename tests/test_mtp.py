@@ -143,7 +143,7 @@ def roll(rank: int, world: int, layout: str, bounds: torch.Tensor, seed: int) ->
         packed_roll.apply(other)
 
 
-@pytest.mark.parametrize("world, layout", [(2, "zigzag"), (3, "zigzag"), (2, "zigzag-documents")])
+@pytest.mark.parametrize("world, layout", [(3, "zigzag"), (2, "zigzag-documents")])
 def test_tokens_ahead_in_packed_documents(world, layout, rng):
     """Within documents that cross chunks anywhere, and (Megatron's own) that are cut one by one."""
     bounds = draw_documents(rng, 12 * world) if layout == "zigzag" else torch.tensor([0, 8, 8, 12, 32])

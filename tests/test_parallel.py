@@ -95,6 +95,7 @@ MOVES = [
     ("all", "pp2", "one"),
     ("moe", "tp2-sp", "one"),
     ("latent", "tp2-cp2-sp", "one"),
+    ("mtp", "tp2-sp", "pp2"),
     ("freq4", "cp2", "tp2-sp"),
     ("all", "one", "cp2"),
 ]

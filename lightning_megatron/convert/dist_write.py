@@ -159,7 +159,7 @@ def extra_states(tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         for piece in task.unit.megatron:
             module, _, name = piece.key.rpartition(".")
-            if not name.endswith("weight") or not ("linear_" in module or "norm" in module):
+            if not name.endswith("weight") or not any(part in module for part in ("linear_", "norm", "eh_proj")):
                 continue
             offset, whole = piece.offset[: piece.boxed] or (0,), piece.whole[: piece.boxed] or (1,)
             shard = f"shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, whole))}"

@@ -200,7 +200,8 @@ _TAKEN = (
     "moe_router_load_balancing_type", "rotary_scaling_factor", "mscale", "mscale_all_dim",
     "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
     "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim",
-    "mup_attn_scale_power", "hidden_dropout", "attention_dropout", "apply_query_key_layer_scaling",
+    "mup_attn_scale_power", "mtp_loss_scaling_factor", "hidden_dropout", "attention_dropout",
+    "apply_query_key_layer_scaling",
 )  # fmt: skip
 
 _TOKENIZER = ("tokenizer_type", "tokenizer_model")

@@ -44,6 +44,7 @@ SIZES = {
         dict(
             num_hidden_layers=16, hidden_size=2048, num_attention_heads=16, num_key_value_heads=16, vocab_size=32000,
             intermediate_size=5632, q_lora_rank=768, num_experts=None, group_norm_size=4,
+            num_nextn_predict_layers=0,
         ),
     ),
 }  # fmt: skip

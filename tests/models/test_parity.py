@@ -47,6 +47,7 @@ LAYOUTS = {
     "one": dict(),
     "tp2": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
+    "cp2": dict(context_parallel_size=2),
     "ep2": dict(expert_model_parallel_size=2),
     "packed": dict(),
     "packed-tp2-cp2": dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
