@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The longest sequences that fit on one GPU, by what saves memory: prints rows, and writes them into RESULTS/training.json
 # (tests/benchmarks/results/long.json holds those of the documentation).
-#     bash tests/benchmarks/long.sh RESULTS [small] [large] [ladder] [two] [two-hybrid]
+#     bash tests/benchmarks/long.sh RESULTS [small] [large] [ladder] [two] [two-hybrid] [four]
 # small: 0.4B at 64K, and at 1M and 2M tokens. large: 3B at 64K and 512K. ladder: 0.4B, one option after the other.
-# two: 8B at 64K and 512K, two-hybrid: 8B with softmax in every eighth layer at 256K; over two GPUs of 141 GB with tensor
-# and sequence parallelism.
+# two: 8B at 64K and 512K, two-hybrid: 8B with softmax in every eighth layer at 256K, over two GPUs of 141 GB; four: 8B at
+# 64K and 1M over four GPUs; all with tensor and sequence parallelism. Host memory: 62 GiB a GPU at 512K over two and at
+# 1M over four.
 # Steps of a run have as many tokens at every length, so that the optimizer weighs the same. Every run has a time limit.
 set -uo pipefail
 out=$1
@@ -40,6 +41,11 @@ for part in ${*:-small large ladder}; do
         tp=2
         run 200 8B 524288 0 no 64K
         run 270 8B 524288 65536 yes 512K
+        ;;
+    four)
+        tp=4
+        run 200 8B 1048576 0 no 64K
+        run 300 8B 1048576 65536 yes 1M
         ;;
     two-hybrid)
         tp=2 attention=hybrid
