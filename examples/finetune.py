@@ -86,7 +86,8 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     if not data:
         data = [out / "chat.jsonl"]
         count = [] if model else ["--count", str(TINY_QUESTIONS)]
-        yield Step("questions and answers", [python, PREPARE, "questions", *count, "--out", str(data[0])])
+        made = [python, PREPARE, "questions", *count, "--out", str(data[0])]
+        yield Step("questions and answers", made, done=data[0])
     if not model:
         model, words = out / "model", out / "tokenizer"
         size = ["--vocab-size", str(TINY_VOCABULARY)]

@@ -60,7 +60,9 @@ def questions() -> Iterator[list[dict[str, str]]]:
 
 def write_lines(path: Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    aside.replace(path)
 
 
 def write_questions(args: argparse.Namespace) -> None:
@@ -149,11 +151,12 @@ def write_packed(args: argparse.Namespace) -> None:
         bins = pack([length for _, length, _ in part], args.seq_length)
         random.Random(args.seed).shuffle(bins)
         write_lines(args.out / f"{name}.jsonl", [[part[i][0] for i in numbers] for numbers in bins])
-        share = [sum(x) / (len(bins) * args.seq_length) for x in ([min(n, args.seq_length) for _, n, _ in part],)]
-        counted = sum(answers for *_, answers in part) / (len(bins) * args.seq_length)
+        tokens = len(bins) * args.seq_length
+        full = sum(min(length, args.seq_length) for _, length, _ in part) / tokens
+        counted = sum(answers for *_, answers in part) / tokens
         print(
             f"  {name}.jsonl: {len(part)} conversations in {len(bins)} sequences of {args.seq_length} tokens, "
-            f"{share[0]:.0%} full; {counted:.0%} of the tokens are answers"
+            f"{full:.0%} full; {counted:.0%} of the tokens are answers"
         )
     if long:
         print(f"  {long} conversations are longer than a sequence: cut off at its end")

@@ -24,7 +24,7 @@ from tests.helpers.model_cases import load_minimax
 from tests.launch import run_pretrain, spawn
 
 FROZEN = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers of MiniMax
-BATCH, LENGTH, STEPS, TOKENS = 4, 256, 8, 24
+BATCH, LENGTH, STEPS, TOKENS = 4, 256, 6, 24
 
 
 class Steps:
@@ -91,7 +91,16 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(finetune, "TINY_VOCABULARY", 512)
     monkeypatch.chdir(tmp_path)  # whose relative paths count
     run, command = Steps(), ["--tiny", family, "--out", "out", "--seq-length", str(LENGTH), "--batch", str(BATCH)]
-    command += ["--iterations", str(STEPS), "--tokens", str(TOKENS), "--held-out", "0.1", "--lr", "1e-2"]
+    command += [
+        "--iterations",
+        str(STEPS),
+        "--tokens",
+        str(TOKENS),
+        "--held-out",
+        "0.1" if family == "minimax" else "0",
+        "--lr",
+        "1e-2",
+    ]
     finetune.main([*command, "--prompt", "What does bisect.insort_left do?"], run)
     out = tmp_path / "out"
     training = run.printed["training"]
@@ -110,7 +119,7 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
         losses += F.cross_entropy(logits, wanted[1:], reduction="none", ignore_index=-100)[wanted[1:] >= 0].tolist()
     found = finetune.read_losses(training)[0]
     assert found[1] == pytest.approx(sum(losses) / len(losses), rel=2e-5)
-    assert found[STEPS] < found[1] - 0.7
+    assert found[STEPS] < found[1] - 0.5
     assert f"{found[STEPS]:.3f} at the end" in capsys.readouterr().out
 
     # the weights
