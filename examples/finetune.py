@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import demo
+import prepare_chat
 from plot_loss import read_losses
 
 MARKER = ".lightning_finetune"  # options of the run whose results a folder holds
@@ -79,8 +80,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     alone = [python] if gpus else [python, "examples/cpu_shim.py"]
     ranks = gpus or options.tp * options.cp
     launch = [str(bin / "torchrun"), "--standalone", "--nproc-per-node"]
-    pretrain = ["-m", "lightning_megatron.pretrain"] if gpus else ["examples/cpu_shim.py", "-m"]
-    pretrain += [] if gpus else ["lightning_megatron.pretrain"]
+    pretrain = [*([] if gpus else ["examples/cpu_shim.py"]), "-m", "lightning_megatron.pretrain"]
 
     model, data = options.model, options.data
     if not data:
@@ -99,25 +99,22 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
             untrained = out / "untrained"
             command = [*launch, "1", *pretrain, "--lightning-model", "ring-mini-linear-2.0@tiny", *size, "--mock-data"]
             command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0".split()
-            command += "--num-workers 0 --save-interval 1".split()
-            command += ["--save", str(untrained)]
+            command += ["--num-workers", "0", "--save-interval", "1", "--save", str(untrained)]
             yield Step("a tiny Ring", command, demo.Progress(1), untrained / "latest_checkpointed_iteration.txt")
             export = [convert, "export", str(untrained), str(model)]
             yield Step("a tiny Ring as a Hugging Face folder", export, done=model)
             copy = ["cp", *(str(words / name) for name in sorted(os.listdir(words))), str(model)]
             yield Step("its tokenizer", copy, done=complete)
 
-    packed = [python, PREPARE, "pack", *map(str, data), "--tokenizer", str(model), "--out", str(out / "data")]
-    packed += ["--seq-length", str(options.seq_length), "--context-parallel-size", str(options.cp)]
-    packed += ["--held-out", str(options.held_out)]
-    yield Step("conversations that share sequences", packed)
+    pack = [python, PREPARE, "pack", *map(str, data), "--tokenizer", str(model), "--out", str(out / "data")]
+    pack += ["--seq-length", str(options.seq_length), "--context-parallel-size", str(options.cp)]
+    yield Step("conversations that share sequences", [*pack, "--held-out", str(options.held_out)])
 
     imported, tuned, exported = out / "imported", out / "tuned", out / "exported"
     yield Step("import", [convert, "import", str(model), str(imported)], done=imported)
 
-    last = out / "tuned" / "latest_checkpointed_iteration.txt"
+    last = tuned / "latest_checkpointed_iteration.txt"
     trained = last.is_file() and last.read_text().strip() == str(options.iterations)
-    batch = options.batch // max(1, ranks // (options.tp * options.cp))
     command = [*launch, str(ranks), *pretrain]
     command += ["--pretrained-checkpoint", str(imported), "--use-checkpoint-args"]
     command += ["--load", str(tuned), "--save", str(tuned), "--save-interval", str(options.save_interval)]
@@ -129,7 +126,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     command += ["--calculate-per-token-loss", "--seq-length", str(options.seq_length)]
     command += ["--tensor-model-parallel-size", str(options.tp), *["--sequence-parallel"] * (options.tp > 1)]
     command += ["--context-parallel-size", str(options.cp)]
-    command += ["--micro-batch-size", str(1 if gpus else batch), "--global-batch-size", str(options.batch)]
+    command += ["--micro-batch-size", str(1 if gpus else options.batch), "--global-batch-size", str(options.batch)]
     command += ["--train-iters", str(options.iterations), "--lr", str(options.lr), "--lr-decay-style", "cosine"]
     command += ["--lr-warmup-iters", str(options.iterations // 20), "--clip-grad", "1.0", "--weight-decay", "0"]
     command += ["--log-interval", "1", "--num-workers", "0" if not gpus else "2"]
@@ -139,12 +136,8 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     export = [convert, "export", str(tuned), str(exported), "--like", str(model)]
     yield Step("export", export, done=exported)
 
-    prompt = options.prompt
-    if prompt is None:
-        with open(data[0], encoding="utf-8") as file:
-            messages = json.loads(file.readline())["messages"]
-        messages = messages[0] if isinstance(messages[0], list) else messages
-        prompt = next(message["content"] for message in messages if message["role"] == "user")
+    first = next(prepare_chat.read(data))
+    prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")
     ask = [*alone, "examples/generate.py", "--load", str(tuned), "--chat", "--prompt", prompt]
     ask += ["--tokens", str(options.tokens), "--temperature", "0"]
     yield Step("generation by Megatron", ask, After("  parts: "))
@@ -201,9 +194,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for path in options.data or ():
         if not path.is_file():
             parser.error(f"--data {path}: no such file")
-    for name, path in (("model", options.model), *(("data", path) for path in options.data or ())):
-        if path and options.out.resolve() == path.resolve():
-            parser.error(f"--out {options.out} is --{name}; give another folder")
     chunk = 2 * options.cp * options.tp
     if min(options.tp, options.cp) < 1 or options.seq_length % chunk:
         parser.error(f"--seq-length {options.seq_length} must divide by 2 x --cp x --tp = {chunk}")
