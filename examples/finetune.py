@@ -20,6 +20,7 @@ The same command again goes on where it stopped. Flags of Megatron after -- are 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -202,22 +203,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> None:
     options = arguments(sys.argv[1:] if argv is None else argv)
-    for package in ("safetensors", "transformers", "jinja2"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise SystemExit(f"finetune: {package} does not import ({error}): pip install {package}") from error
+    missing = [
+        name for name in ("torch", "safetensors", "transformers", "jinja2") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise SystemExit(f"finetune: missing packages; pip install {' '.join(missing)}")
     import torch
 
     gpus = torch.cuda.device_count()
     out = options.out = options.out.resolve()
-    given = json.dumps({k: str(v) for k, v in vars(options).items() if k not in ("prompt", "tokens")}, indent=1)
+    given = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(options).items() if k not in ("prompt", "tokens")}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        held = (out / MARKER).read_text() if (out / MARKER).is_file() else "files that are not of this script"
-        if held != given:
-            raise SystemExit(f"finetune: {out} holds {held}\nThis run has {given}\nGive another --out, or remove it")
+        if not (out / MARKER).is_file():
+            raise SystemExit(f"finetune: {out} holds files that are not of this script; give another --out")
+        held = json.loads((out / MARKER).read_text())
+        other = [
+            f"{name} {held.get(name)}, and not {value}" for name, value in given.items() if held.get(name) != value
+        ]
+        if other:
+            raise SystemExit(f"finetune: {out} is of a run with {'; '.join(other)}: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text(given)
+    (out / MARKER).write_text(json.dumps(given))
     for name in ("model", "data"):
         paths = getattr(options, name)
         setattr(options, name, [x.resolve() for x in paths] if isinstance(paths, list) else paths and paths.resolve())
@@ -226,15 +232,16 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
     start, logs = time.time(), options.out / "logs"
     logs.mkdir(exist_ok=True)
     if gpus % (options.tp * options.cp):
-        raise SystemExit(
-            f"finetune: --tp {options.tp} x --cp {options.cp} does not divide {gpus} GPUs; give other sizes"
-        )
+        raise SystemExit(f"finetune: {gpus} GPUs do not divide by --tp {options.tp} x --cp {options.cp}; give others")
     print(f"Training on {f'{gpus} GPUs' if gpus else f'{options.tp * options.cp} processes without a GPU'}")
     for number, step in enumerate(steps(options, gpus), 1):
         if step.done is not None and step.done.exists():
             print(f"\n==> {step.title}: there already, {step.done}", flush=True)
         else:
-            run(step.title, step.command, logs / f"{number}.log", step.show)
+            try:
+                run(step.title, step.command, logs / f"{number}.log", step.show)
+            except KeyboardInterrupt:
+                raise SystemExit("finetune: stopped; the same command goes on from here") from None
     losses = [read_losses(path.read_text(errors="replace"))[0] for path in sorted(logs.iterdir())]
     train = max(losses, key=len)
     print(f"\n==> done in {time.time() - start:.0f} s")

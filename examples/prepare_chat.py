@@ -127,7 +127,11 @@ def write_packed(args: argparse.Namespace) -> None:
 
     from lightning_megatron.training import conversations as chat
 
-    template = chat.Template(AutoTokenizer.from_pretrained(args.tokenizer))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--tokenizer {args.tokenizer}: transformers finds no tokenizer there: {error}") from error
+    template = chat.Template(tokenizer)
     every, kept, long, lost = 2 * args.context_parallel_size, [], 0, 0
     for path in args.data:
         for where, conversations in chat.read(path):
@@ -137,7 +141,7 @@ def write_packed(args: argparse.Namespace) -> None:
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
                 long += len(ids) > args.seq_length
-                answers = int((labels[: args.seq_length] != chat.IGNORED).sum())
+                answers = sum(label != chat.IGNORED for label in labels[1 : args.seq_length])
                 lost += not answers
                 if answers:
                     kept.append((conversation, -(-len(ids) // every) * every, answers))
