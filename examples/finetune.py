@@ -35,11 +35,10 @@ from plot_loss import read_losses
 
 MARKER = ".lightning_finetune"  # options of the run whose results a folder holds
 PREPARE = "examples/prepare_chat.py"
-TINY_QUESTIONS, TINY_VOCABULARY = 48, 768
+TINY_QUESTIONS, TINY_VOCABULARY = 24, 512
 MINIMAX = """
 import sys, torch
 from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
-
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = MiniMaxConfig(
     vocab_size=len(tokenizer), hidden_size=64, intermediate_size=48, num_hidden_layers=4, head_dim=16,
@@ -54,7 +53,6 @@ tokenizer.save_pretrained(sys.argv[2])
 ASK = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ask = [{"role": "user", "content": sys.argv[2]}]
@@ -102,8 +100,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
             command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0".split()
             command += ["--num-workers", "0", "--save-interval", "1", "--save", str(untrained)]
             yield Step("a tiny Ring", command, demo.Progress(1), untrained / "latest_checkpointed_iteration.txt")
-            export = [convert, "export", str(untrained), str(model)]
-            yield Step("a tiny Ring as a Hugging Face folder", export, done=model)
+            yield Step("a Hugging Face folder of it", [convert, "export", str(untrained), str(model)], done=model)
             copy = ["cp", *(str(words / name) for name in sorted(os.listdir(words))), str(model)]
             yield Step("its tokenizer", copy, done=complete)
 
@@ -134,8 +131,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     command += ["--bf16", "--use-distributed-optimizer"] if gpus else []
     yield Step("training", command + options.flags, demo.Progress(10), last if trained else None)
 
-    export = [convert, "export", str(tuned), str(exported), "--like", str(model)]
-    yield Step("export", export, done=exported)
+    yield Step("export", [convert, "export", str(tuned), str(exported), "--like", str(model)], done=exported)
 
     first = next(prepare_chat.read(data))
     prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")
@@ -160,11 +156,7 @@ class After:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        SystemExit: naming the option and what to do.
-    """
+    """The command line, checked; SystemExit names the option and what to do."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="Hugging Face folder (default: a tiny model)")
@@ -231,9 +223,10 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
     options.out = demo.short(out)
     start, logs = time.time(), options.out / "logs"
     logs.mkdir(exist_ok=True)
-    if gpus % (options.tp * options.cp):
-        raise SystemExit(f"finetune: {gpus} GPUs do not divide by --tp {options.tp} x --cp {options.cp}; give others")
-    print(f"Training on {f'{gpus} GPUs' if gpus else f'{options.tp * options.cp} processes without a GPU'}")
+    ranks = options.tp * options.cp
+    if gpus % ranks:
+        raise SystemExit(f"finetune: --tp {options.tp} x --cp {options.cp} does not divide {gpus} GPUs; give others")
+    print(f"Training on {f'{gpus} GPUs' if gpus else f'{ranks} processes without a GPU'}")
     for number, step in enumerate(steps(options, gpus), 1):
         if step.done is not None and step.done.exists():
             print(f"\n==> {step.title}: there already, {step.done}", flush=True)

@@ -88,7 +88,6 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(finetune, "TINY_VOCABULARY", 512)
     monkeypatch.chdir(tmp_path)  # whose relative paths count
     run, command = Steps(), ["--tiny", family, "--out", "out", "--seq-length", str(LENGTH), "--batch", str(BATCH)]
     command += [
