@@ -123,7 +123,7 @@ class Progress:
             return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {speed}"
         if match := re.search(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)", line):
             return f"  held-out documents at iteration {match[1]}: loss {float(match[2]):.3f}"
-        if match := re.search(r"number of parameters on .*: (\d+)$", line):
+        if match := re.search(r"number of parameters on .*\((?:0, )*0\): (\d+)$", line):
             return f"  {int(match[1]):,} parameters"
         self.in_summary = line.startswith("lightning_megatron ") or (self.in_summary and line.startswith("  "))
         if self.in_summary:

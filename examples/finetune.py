@@ -20,6 +20,7 @@ The same command again goes on where it stopped. Flags of Megatron after -- are 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -29,15 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import demo
+import prepare_chat
 from plot_loss import read_losses
 
 MARKER = ".lightning_finetune"  # options of the run whose results a folder holds
 PREPARE = "examples/prepare_chat.py"
-TINY_QUESTIONS, TINY_VOCABULARY = 48, 768
+TINY_QUESTIONS, TINY_VOCABULARY = 24, 512
 MINIMAX = """
 import sys, torch
 from transformers import AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
-
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = MiniMaxConfig(
     vocab_size=len(tokenizer), hidden_size=64, intermediate_size=48, num_hidden_layers=4, head_dim=16,
@@ -52,7 +53,6 @@ tokenizer.save_pretrained(sys.argv[2])
 ASK = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ask = [{"role": "user", "content": sys.argv[2]}]
@@ -79,14 +79,14 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     alone = [python] if gpus else [python, "examples/cpu_shim.py"]
     ranks = gpus or options.tp * options.cp
     launch = [str(bin / "torchrun"), "--standalone", "--nproc-per-node"]
-    pretrain = ["-m", "lightning_megatron.pretrain"] if gpus else ["examples/cpu_shim.py", "-m"]
-    pretrain += [] if gpus else ["lightning_megatron.pretrain"]
+    pretrain = [*([] if gpus else ["examples/cpu_shim.py"]), "-m", "lightning_megatron.pretrain"]
 
     model, data = options.model, options.data
     if not data:
         data = [out / "chat.jsonl"]
         count = [] if model else ["--count", str(TINY_QUESTIONS)]
-        yield Step("questions and answers", [python, PREPARE, "questions", *count, "--out", str(data[0])])
+        made = [python, PREPARE, "questions", *count, "--out", str(data[0])]
+        yield Step("questions and answers", made, done=data[0])
     if not model:
         model, words = out / "model", out / "tokenizer"
         size = ["--vocab-size", str(TINY_VOCABULARY)]
@@ -98,25 +98,21 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
             untrained = out / "untrained"
             command = [*launch, "1", *pretrain, "--lightning-model", "ring-mini-linear-2.0@tiny", *size, "--mock-data"]
             command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0".split()
-            command += "--num-workers 0 --save-interval 1".split()
-            command += ["--save", str(untrained)]
+            command += ["--num-workers", "0", "--save-interval", "1", "--save", str(untrained)]
             yield Step("a tiny Ring", command, demo.Progress(1), untrained / "latest_checkpointed_iteration.txt")
-            export = [convert, "export", str(untrained), str(model)]
-            yield Step("a tiny Ring as a Hugging Face folder", export, done=model)
+            yield Step("a Hugging Face folder of it", [convert, "export", str(untrained), str(model)], done=model)
             copy = ["cp", *(str(words / name) for name in sorted(os.listdir(words))), str(model)]
             yield Step("its tokenizer", copy, done=complete)
 
-    packed = [python, PREPARE, "pack", *map(str, data), "--tokenizer", str(model), "--out", str(out / "data")]
-    packed += ["--seq-length", str(options.seq_length), "--context-parallel-size", str(options.cp)]
-    packed += ["--held-out", str(options.held_out)]
-    yield Step("conversations that share sequences", packed)
+    pack = [python, PREPARE, "pack", *map(str, data), "--tokenizer", str(model), "--out", str(out / "data")]
+    pack += ["--seq-length", str(options.seq_length), "--context-parallel-size", str(options.cp)]
+    yield Step("conversations that share sequences", [*pack, "--held-out", str(options.held_out)])
 
     imported, tuned, exported = out / "imported", out / "tuned", out / "exported"
     yield Step("import", [convert, "import", str(model), str(imported)], done=imported)
 
-    last = out / "tuned" / "latest_checkpointed_iteration.txt"
+    last = tuned / "latest_checkpointed_iteration.txt"
     trained = last.is_file() and last.read_text().strip() == str(options.iterations)
-    batch = options.batch // max(1, ranks // (options.tp * options.cp))
     command = [*launch, str(ranks), *pretrain]
     command += ["--pretrained-checkpoint", str(imported), "--use-checkpoint-args"]
     command += ["--load", str(tuned), "--save", str(tuned), "--save-interval", str(options.save_interval)]
@@ -128,22 +124,17 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     command += ["--calculate-per-token-loss", "--seq-length", str(options.seq_length)]
     command += ["--tensor-model-parallel-size", str(options.tp), *["--sequence-parallel"] * (options.tp > 1)]
     command += ["--context-parallel-size", str(options.cp)]
-    command += ["--micro-batch-size", str(1 if gpus else batch), "--global-batch-size", str(options.batch)]
+    command += ["--micro-batch-size", str(1 if gpus else options.batch), "--global-batch-size", str(options.batch)]
     command += ["--train-iters", str(options.iterations), "--lr", str(options.lr), "--lr-decay-style", "cosine"]
     command += ["--lr-warmup-iters", str(options.iterations // 20), "--clip-grad", "1.0", "--weight-decay", "0"]
     command += ["--log-interval", "1", "--num-workers", "0" if not gpus else "2"]
     command += ["--bf16", "--use-distributed-optimizer"] if gpus else []
     yield Step("training", command + options.flags, demo.Progress(10), last if trained else None)
 
-    export = [convert, "export", str(tuned), str(exported), "--like", str(model)]
-    yield Step("export", export, done=exported)
+    yield Step("export", [convert, "export", str(tuned), str(exported), "--like", str(model)], done=exported)
 
-    prompt = options.prompt
-    if prompt is None:
-        with open(data[0], encoding="utf-8") as file:
-            messages = json.loads(file.readline())["messages"]
-        messages = messages[0] if isinstance(messages[0], list) else messages
-        prompt = next(message["content"] for message in messages if message["role"] == "user")
+    first = next(prepare_chat.read(data))
+    prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")
     ask = [*alone, "examples/generate.py", "--load", str(tuned), "--chat", "--prompt", prompt]
     ask += ["--tokens", str(options.tokens), "--temperature", "0"]
     yield Step("generation by Megatron", ask, After("  parts: "))
@@ -165,11 +156,7 @@ class After:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        SystemExit: naming the option and what to do.
-    """
+    """The command line, checked; SystemExit names the option and what to do."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="Hugging Face folder (default: a tiny model)")
@@ -200,9 +187,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for path in options.data or ():
         if not path.is_file():
             parser.error(f"--data {path}: no such file")
-    for name, path in (("model", options.model), *(("data", path) for path in options.data or ())):
-        if path and options.out.resolve() == path.resolve():
-            parser.error(f"--out {options.out} is --{name}; give another folder")
     chunk = 2 * options.cp * options.tp
     if min(options.tp, options.cp) < 1 or options.seq_length % chunk:
         parser.error(f"--seq-length {options.seq_length} must divide by 2 x --cp x --tp = {chunk}")
@@ -211,22 +195,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> None:
     options = arguments(sys.argv[1:] if argv is None else argv)
-    for package in ("safetensors", "transformers", "jinja2"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise SystemExit(f"finetune: {package} does not import ({error}): pip install {package}") from error
+    missing = [
+        name for name in ("torch", "safetensors", "transformers", "jinja2") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise SystemExit(f"finetune: missing packages; pip install {' '.join(missing)}")
     import torch
 
     gpus = torch.cuda.device_count()
     out = options.out = options.out.resolve()
-    given = json.dumps({k: str(v) for k, v in vars(options).items() if k not in ("prompt", "tokens")}, indent=1)
+    given = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(options).items() if k not in ("prompt", "tokens")}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        held = (out / MARKER).read_text() if (out / MARKER).is_file() else "files that are not of this script"
-        if held != given:
-            raise SystemExit(f"finetune: {out} holds {held}\nThis run has {given}\nGive another --out, or remove it")
+        if not (out / MARKER).is_file():
+            raise SystemExit(f"finetune: {out} holds files that are not of this script; give another --out")
+        held = json.loads((out / MARKER).read_text())
+        other = [
+            f"{name} {held.get(name)}, and not {value}" for name, value in given.items() if held.get(name) != value
+        ]
+        if other:
+            raise SystemExit(f"finetune: {out} is of a run with {'; '.join(other)}: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text(given)
+    (out / MARKER).write_text(json.dumps(given))
     for name in ("model", "data"):
         paths = getattr(options, name)
         setattr(options, name, [x.resolve() for x in paths] if isinstance(paths, list) else paths and paths.resolve())
@@ -234,16 +223,18 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
     options.out = demo.short(out)
     start, logs = time.time(), options.out / "logs"
     logs.mkdir(exist_ok=True)
-    if gpus % (options.tp * options.cp):
-        raise SystemExit(
-            f"finetune: --tp {options.tp} x --cp {options.cp} does not divide {gpus} GPUs; give other sizes"
-        )
-    print(f"Training on {f'{gpus} GPUs' if gpus else f'{options.tp * options.cp} processes without a GPU'}")
+    ranks = options.tp * options.cp
+    if gpus % ranks:
+        raise SystemExit(f"finetune: --tp {options.tp} x --cp {options.cp} does not divide {gpus} GPUs; give others")
+    print(f"Training on {f'{gpus} GPUs' if gpus else f'{ranks} processes without a GPU'}")
     for number, step in enumerate(steps(options, gpus), 1):
         if step.done is not None and step.done.exists():
             print(f"\n==> {step.title}: there already, {step.done}", flush=True)
         else:
-            run(step.title, step.command, logs / f"{number}.log", step.show)
+            try:
+                run(step.title, step.command, logs / f"{number}.log", step.show)
+            except KeyboardInterrupt:
+                raise SystemExit("finetune: stopped; the same command goes on from here") from None
     losses = [read_losses(path.read_text(errors="replace"))[0] for path in sorted(logs.iterdir())]
     train = max(losses, key=len)
     print(f"\n==> done in {time.time() - start:.0f} s")

@@ -60,7 +60,9 @@ def questions() -> Iterator[list[dict[str, str]]]:
 
 def write_lines(path: Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    aside.replace(path)
 
 
 def write_questions(args: argparse.Namespace) -> None:
@@ -125,7 +127,11 @@ def write_packed(args: argparse.Namespace) -> None:
 
     from lightning_megatron.training import conversations as chat
 
-    template = chat.Template(AutoTokenizer.from_pretrained(args.tokenizer))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--tokenizer {args.tokenizer}: transformers finds no tokenizer there: {error}") from error
+    template = chat.Template(tokenizer)
     every, kept, long, lost = 2 * args.context_parallel_size, [], 0, 0
     for path in args.data:
         for where, conversations in chat.read(path):
@@ -135,7 +141,7 @@ def write_packed(args: argparse.Namespace) -> None:
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
                 long += len(ids) > args.seq_length
-                answers = int((labels[: args.seq_length] != chat.IGNORED).sum())
+                answers = sum(label != chat.IGNORED for label in labels[1 : args.seq_length])
                 lost += not answers
                 if answers:
                     kept.append((conversation, -(-len(ids) // every) * every, answers))
@@ -149,11 +155,12 @@ def write_packed(args: argparse.Namespace) -> None:
         bins = pack([length for _, length, _ in part], args.seq_length)
         random.Random(args.seed).shuffle(bins)
         write_lines(args.out / f"{name}.jsonl", [[part[i][0] for i in numbers] for numbers in bins])
-        share = [sum(x) / (len(bins) * args.seq_length) for x in ([min(n, args.seq_length) for _, n, _ in part],)]
-        counted = sum(answers for *_, answers in part) / (len(bins) * args.seq_length)
+        tokens = len(bins) * args.seq_length
+        full = sum(min(length, args.seq_length) for _, length, _ in part) / tokens
+        counted = sum(answers for *_, answers in part) / tokens
         print(
             f"  {name}.jsonl: {len(part)} conversations in {len(bins)} sequences of {args.seq_length} tokens, "
-            f"{share[0]:.0%} full; {counted:.0%} of the tokens are answers"
+            f"{full:.0%} full; {counted:.0%} of the tokens are answers"
         )
     if long:
         print(f"  {long} conversations are longer than a sequence: cut off at its end")

@@ -37,7 +37,7 @@ def main() -> None:
     main_entry = time.time()
     try:
         container, options = run.configure()
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, OSError) as error:  # OSError: a folder without a tokenizer, by transformers
         _give_up(error)
     patches.apply_all(options)
     try:

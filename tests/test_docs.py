@@ -31,6 +31,7 @@ def flags() -> set[str]:
 OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, and of the scripts in examples/
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
     "--out", "--text", "--tokens", "--prompt", "--local-dir", "--like",
+    "--model", "--data", "--tiny", "--tp", "--cp", "--chat",
 }  # fmt: skip
 
 
@@ -74,5 +75,5 @@ def test_every_option_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
     rows = {row[0].split(",")[0]: row for row in importlib.import_module("options_table").rows()}
     names = {"--lightning-" + field.name.replace("_", "-") for field in dataclasses.fields(LightningOptions)}
-    assert set(rows) == names | {"--lightning-loss-chunk", "--lightning-model"}
+    assert set(rows) == names | {"--lightning-loss-chunk", "--lightning-model", "--lightning-sft-answers-only"}
     assert rows["--lightning-gate"][1] == "sigmoid, none, linear" and rows["--lightning-rope"][1] == "off, on"

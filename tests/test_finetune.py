@@ -23,7 +23,7 @@ from tests.helpers.model_cases import load_minimax
 from tests.launch import run_pretrain, spawn
 
 FROZEN = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers of MiniMax
-BATCH, LENGTH, STEPS, TOKENS = 4, 256, 8, 24
+BATCH, LENGTH, STEPS, TOKENS = 4, 256, 6, 24
 
 
 class Steps:
@@ -87,10 +87,18 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(finetune, "TINY_VOCABULARY", 512)
     monkeypatch.chdir(tmp_path)  # whose relative paths count
     run, command = Steps(), ["--tiny", family, "--out", "out", "--seq-length", str(LENGTH), "--batch", str(BATCH)]
-    command += ["--iterations", str(STEPS), "--tokens", str(TOKENS), "--held-out", "0.1", "--lr", "1e-2"]
+    command += [
+        "--iterations",
+        str(STEPS),
+        "--tokens",
+        str(TOKENS),
+        "--held-out",
+        "0.1" if family == "minimax" else "0",
+        "--lr",
+        "1e-2",
+    ]
     finetune.main([*command, "--prompt", "What does bisect.insort_left do?"], run)
     out = tmp_path / "out"
     training = run.printed["training"]
@@ -109,7 +117,7 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
         losses += F.cross_entropy(logits, wanted[1:], reduction="none", ignore_index=-100)[wanted[1:] >= 0].tolist()
     found = finetune.read_losses(training)[0]
     assert found[1] == pytest.approx(sum(losses) / len(losses), rel=2e-5)
-    assert found[STEPS] < found[1] - 0.7
+    assert found[STEPS] < found[1] - 0.5
     assert f"{found[STEPS]:.3f} at the end" in capsys.readouterr().out
 
     # the weights
@@ -138,5 +146,5 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     finetune.main(command, again)
     assert not {"import", "training", "export"} & set(again.printed)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="(?s)holds .*'?lr.*Give another --out"):
+    with pytest.raises(SystemExit, match="is of a run with --lr 0.01, and not 0.001: give another --out"):
         finetune.main([*command, "--lr", "1e-3"], again)

@@ -1,13 +1,17 @@
-"""``--sft``: over context-parallel ranks every document is cut by itself, with and without TransformerEngine."""
+"""``--sft``: conversations that are refused, samples, and documents cut by themselves over context-parallel ranks."""
 
 import json
+import logging
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_megatron.training.conversations import Template, parse_line
 from lightning_megatron.training.data import check_documents, documents_on_this_cp_rank
 from tests import layers
 from tests.helpers.training import LAYOUTS, MODELS, SIZE, TRAIN, assert_same_training
@@ -19,7 +23,6 @@ from tests.launch import run_pretrain, spawn
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Flags of a tokenizer of one token a word, and of packed conversations whose lengths divide by nothing."""
-    pytest.importorskip("datasets", reason="Megatron's --sft reads its data with it")
     folder, draw = tmp_path_factory.mktemp("sft"), random.Random(5)
     words = ["<unk>", "<eos>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_233>", "System", "User", "Assistant"]
     words += [f"w{i}" for i in range(240)]
@@ -45,6 +48,41 @@ def data(tmp_path_factory):
         # else Megatron divides on every rank by the tokens there that count, which prompts and padding leave unequal
         "--calculate-per-token-loss",
     ]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|> ' + m['role'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(folder, template=CHATML, **special):
+    """One token a word; ``special``: pad_token, eos_token."""
+    words = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "tool"]
+    words += [f"w{i}" for i in range(50)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
+
+
+def megatrons(folder, prompt_format="default"):
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    return MegatronTokenizer.from_pretrained(folder, {"library": "sft"}, prompt_format=prompt_format)
+
+
+def sample_of(dataset_class, tokenizer, rows, length, cp=1, index=0):
+    from megatron.core.datasets.utils import Split
+
+    config = SimpleNamespace(
+        tokenizer=tokenizer, sequence_length=length, context_parallel_size=cp, reset_position_ids=False,
+        create_attention_mask=False, reset_attention_mask=False, allow_ambiguous_pad_tokens=False, random_seed=1,
+        split="1", split_matrix=None,
+    )  # fmt: skip
+    return dataset_class(rows, "data.jsonl", np.arange(len(rows)), 1, Split.train, config)[index]
 
 
 def train(model: str, layout: str, data: list):
@@ -98,3 +136,138 @@ def test_documents_that_do_not_divide_are_refused():
     )
     with pytest.raises(ValueError, match=message):
         check_documents(bounds, 2)
+
+
+# ---- conversations that cannot work --------------------------------------------------------------------------------
+
+USER, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+BAD = {
+    "latin-1": ('{"messages": "é"}'.encode("latin-1"), "byte 14 is not UTF-8; save the file as UTF-8"),
+    "utf-16": ('{"messages": []}'.encode("utf-16"), "byte 0 is not UTF-8"),
+    "no-json": (b"What is it?\tA word.", "is no JSON .*write one object on every line"),
+    "whole-array": (b"[", "is no JSON"),
+    "array": (json.dumps([USER, ANSWER]), 'is list, without a list "messages"; write'),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "w1"}]}, "an object with conversations, without"),
+    "empty": ({"messages": []}, "there is no message; leave it out"),
+    "empty-second": ({"messages": [[USER, ANSWER], []]}, "conversation 2: there is no message"),
+    "human": ({"messages": [{"role": "human", "content": "w1"}, ANSWER]}, 'message 1: role is "human"; .*must be one'),
+    "no-content": ({"messages": [{"role": "user"}, ANSWER]}, 'message 1 is .*must have "role" and "content"'),
+    "parts": ({"messages": [USER | {"content": [{"type": "text"}]}, ANSWER]}, "message 1: content is .*be a string"),
+    "late-system": ({"messages": [[USER, {"role": "system", "content": "w1"}, ANSWER]]}, "message 2: a system message"),
+    "two-answers": ({"messages": [USER, ANSWER, ANSWER]}, "message 3: an assistant answers assistant"),
+    "answer-first": ({"messages": [ANSWER, USER]}, "message 1: an assistant answers nobody"),
+    "empty-answer": ({"messages": [USER, ANSWER | {"content": ""}]}, "message 2: the answer is empty"),
+    "no-answer": ({"messages": [USER]}, "no message is the assistant's"),
+    "surrogate": ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "half of a surrogate pair"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, message", BAD.values(), ids=BAD)
+def test_lines_that_are_refused(line, message):
+    line = json.dumps(line) if isinstance(line, dict) else line
+    with pytest.raises(ValueError, match=f"(?s)chat.jsonl, line 7.*{message}"):
+        parse_line(line if isinstance(line, bytes) else line.encode(), "chat.jsonl, line 7")
+
+
+def test_lines_that_are_taken():
+    system = {"role": "system", "content": "w3"}
+    one, two = [system, USER, ANSWER, USER, ANSWER], [system, USER, {"role": "tool", "content": ""}, ANSWER]
+    line = json.dumps({"id": 1, "messages": one + two}).encode()
+    assert parse_line(b"\xef\xbb\xbf" + line + b"\r\n", "") == [one, two]
+    assert parse_line(json.dumps({"messages": [[USER, ANSWER], one]}).encode(), "") == [[USER, ANSWER], one]
+
+
+ENDS = {  # what is wrong -> flags, template, third line of the data, message
+    "line": ("", CHATML, {"messages": [USER | {"role": "gpt"}]}, 'chat.jsonl, line 3, message 1: role is "gpt"'),
+    "template": (
+        "", "{{ raise_exception('no system') }}", {"messages": [USER, ANSWER]},
+        "chat.jsonl, line 1: the chat template does not take the conversation: no system",
+    ),
+    "no-template": ("", None, {}, "has no chat template; give one that has"),
+    "format": ("--sft-tokenizer-prompt-format nemotron-nano-v2", CHATML, {}, "nemotron-nano-v2 counts answers only"),
+    "tokenizer": ("--tokenizer-type HuggingFaceTokenizer", CHATML, {}, "--sft needs --tokenizer-type SFTTokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, template, third, message", ENDS.values(), ids=ENDS)
+def test_runs_that_end_before_training(flags, template, third, message, tmp_path):
+    folder = chat_tokenizer(tmp_path / "tokenizer", template, pad_token="<pad>", eos_token="<|im_end|>")
+    data = tmp_path / "chat.jsonl"
+    lines = [{"messages": [USER, ANSWER]}] * 2 + [third or {"messages": [USER, ANSWER]}]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
+    command = [*size, *TRAIN, *MODELS["all"].split(), "--sft", "--tokenizer-type", "SFTTokenizer"]
+    command += ["--tokenizer-model", folder, "--sft-tokenizer-prompt-format", "default", "--train-data-path", data]
+    run = run_pretrain([*command, "--lightning-sft-answers-only", *flags.split()], check=False)
+    last = run.log.strip().splitlines()[-1]
+    assert not run.ok and last.startswith("lightning-pretrain: ") and message in last, run.log[-2000:]
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("length", [32, 64, 512])
+def test_samples_are_those_of_megatron(cp, length, data):
+    """In its own format, by which answers count: tokens that fit, that are cut off, and padding."""
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    from lightning_megatron.training.sft import ChatDataset, Lines
+
+    path, folder = data[data.index("--data-path") + 1], data[data.index("--tokenizer-model") + 1]
+    ours, tokenizer = Lines(str(path)), megatrons(str(folder), "nemotron-h-aligned")
+    theirs = [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
+    assert len(ours) == len(theirs) == 32
+    for index in range(8):
+        found = sample_of(ChatDataset, tokenizer, ours, length, cp, index)
+        wanted = sample_of(SFTDataset, tokenizer, theirs, length, cp, index)
+        assert found.keys() == wanted.keys()
+        wanted["labels"][wanted["loss_mask"] == 0] = found["labels"][found["loss_mask"] == 0]  # of no account
+        for name, x in wanted.items():
+            assert torch.equal(found[name], x) and found[name].dtype == x.dtype, name
+
+
+@pytest.mark.parametrize("special", [dict(pad_token="<pad>", eos_token="<|im_end|>"), dict(eos_token="<|im_end|>")])
+def test_answers_and_their_ends_count(special, tmp_path, caplog):
+    """All words that an assistant says, and the end of each answer, where that is the padding, too."""
+    from lightning_megatron.training.sft import AnswersDataset, Lines
+
+    first = [{"role": "system", "content": "w9"}, USER, ANSWER, {"role": "user", "content": "w3 w4"}, ANSWER]
+    second = [USER, {"role": "assistant", "content": "w5 w6 w7"}]
+    (tmp_path / "chat.jsonl").write_text("\n" + json.dumps({"messages": [first, second]}) + "\n\n")
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "tokenizer", **special)))
+    words = tokenizer._tokenizer._tokenizer
+    text = (
+        "<|im_start|> system w9 <|im_end|> <|im_start|> user w1 <|im_end|> <|im_start|> assistant [w2] [<|im_end|>] "
+        "<|im_start|> user w3 w4 <|im_end|> <|im_start|> assistant [w2] [<|im_end|>] # # # "
+        "<|im_start|> user w1 <|im_end|> <|im_start|> assistant [w5] [w6] [w7] [<|im_end|>] # #"
+    ).split()
+    assert len(text) == 36
+    ids = [tokenizer.pad if w == "#" else words.convert_tokens_to_ids(w.strip("[]")) for w in text]
+    labels = [id if word[0] == "[" else -100 for id, word in zip(ids, text, strict=True)]
+    rows = Lines(str(tmp_path / "chat.jsonl"))
+    found = sample_of(AnswersDataset, tokenizer, rows, 36, cp=2)
+    assert found["tokens"].tolist() == ids and found["labels"].tolist() == labels[1:] + [-100]
+    assert found["loss_mask"].tolist() == [float(label >= 0) for label in found["labels"]]
+    assert found["cu_seqlens"].unique().tolist() == [0, 24, 36] and found["max_seqlen"] == 24
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        found = sample_of(AnswersDataset, tokenizer, rows, 28, cp=2)
+    assert found["tokens"].tolist() == ids[:28] and found["cu_seqlens"].unique().tolist() == [0, 24, 28]
+    assert "chat.jsonl, line 2 has 36 tokens, and --seq-length is 28" in caplog.text
+
+
+def test_templates_that_think(tmp_path):
+    """The prompt may end in a begin of thoughts that the answer lacks; a template that forgets an answer is refused."""
+    from transformers import AutoTokenizer
+
+    conversation = [USER, ANSWER, USER, ANSWER]
+    folder = chat_tokenizer(tmp_path / "a", CHATML.replace("<|im_start|> assistant '", "<|im_start|> assistant tool '"))
+    text, spans = Template(AutoTokenizer.from_pretrained(folder)).answers(conversation)
+    assert [text[a:b].split() for a, b in spans] == [["w2", "<|im_end|>"]] * 2
+    forgets = CHATML.replace("{{ '<|im_start|> ' +", "{% if loop.last or m['role'] == 'user' %}{{ '<|im_start|> ' +")
+    forgets = forgets.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    template = Template(AutoTokenizer.from_pretrained(chat_tokenizer(tmp_path / "b", forgets)))
+    assert len(template.answers(conversation[:2])[1]) == 1
+    with pytest.raises(ValueError, match="writes earlier messages in another way"):
+        template.answers(conversation)

@@ -6,13 +6,12 @@ A line is ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistan
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -170,17 +169,17 @@ class Template:
             spans.append((max(len(before), len(commonprefix([prompt, after]))), len(after)))
         return text, spans
 
-    def encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [t] int64, and the same with IGNORED in place of all tokens that do not begin within an answer.
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Ids, and the same with IGNORED in place of all tokens that do not begin within an answer.
 
         Raises:
             ValueError: see ``answers``.
         """
         text, spans = self.answers(conversation)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"], dtype=np.int64)
-        starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
-        counts = np.zeros(len(ids), dtype=bool)
-        for first, last in spans:
-            counts |= (starts >= first) & (starts < last)
-        return ids, np.where(counts, ids, IGNORED)
+        ids: list[int] = encoded["input_ids"]
+        starts, labels = [start for start, _ in encoded["offset_mapping"]], [IGNORED] * len(ids)
+        for span in spans:
+            first, last = (bisect_left(starts, place) for place in span)
+            labels[first:last] = ids[first:last]
+        return ids, labels

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -91,16 +92,17 @@ class Lines:
     """Lines of a file, read when they are wanted."""
 
     def __init__(self, path: str) -> None:
-        found = [(number, start) for number, start, _ in lines(Path(path))]
-        self.path, (self.numbers, self.starts) = path, np.array(found, dtype=np.int64).reshape(-1, 2).T
+        self.path = path
+        self.places = torch.tensor([(number, start) for number, start, _ in lines(Path(path))]).view(-1, 2)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[str, list[Conversation]]:
-        where = f"{self.path}, line {self.numbers[index]}"
+        number, start = self.places[index].tolist()
+        where = f"{self.path}, line {number}"
         with open(self.path, "rb") as file:
-            file.seek(self.starts[index])
+            file.seek(start)
             return where, parse_line(file.readline(), where)
 
 
@@ -117,7 +119,7 @@ class ChatDataset(MegatronDataset):
         self,
         dataset: Lines,
         dataset_path: str | None,
-        indices: np.ndarray,
+        indices: Sequence[int],
         num_samples: int | None,
         index_split: Split,
         config: GPTDatasetConfig,
@@ -144,46 +146,46 @@ class ChatDataset(MegatronDataset):
     def __len__(self) -> int:
         return self.num_samples or len(self.indices)
 
-    def encode(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, and the labels that they would be, [t] int64."""
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Ids, and the labels that they would be."""
         if self.template is not None:
             return self.template.encode(conversation)
-        both = self.config.tokenizer.tokenize_conversation(
+        ids, labels = self.config.tokenizer.tokenize_conversation(
             conversation, return_target=True, add_generation_prompt=False
         )
-        return tuple(x.astype(np.int64) for x in both)
+        return ids.tolist(), labels.tolist()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """tokens, labels, loss_mask and position_ids [s]; cu_seqlens [s + 1], filled up with s; max_seqlen []."""
         length, ranks = self.config.sequence_length, self.config.context_parallel_size
         every, pad = 2 * ranks if ranks > 1 else 1, self.config.tokenizer.pad
         where, conversations = self.dataset[int(self.indices[index % len(self.indices)])]
-        ids, wanted, places, bounds = [], [], [], [0]
+        tokens: list[int] = []
+        labels: list[int] = []
+        bounds = [0]
         for conversation in conversations:
-            tokens, targets = self.encode(conversation)
-            padding = -len(tokens) % every
-            targets[:1] = IGNORED  # no conversation says how the next one begins
-            ids.append(np.pad(tokens, (0, padding), constant_values=pad))
-            wanted.append(np.pad(targets, (0, padding), constant_values=IGNORED))
-            places.append(np.arange(len(tokens) + padding))
-            bounds.append(bounds[-1] + len(tokens) + padding)
-        if bounds[-1] > length and not self.told:
+            ids, wanted = self.encode(conversation)
+            padding = -len(ids) % every
+            tokens += [*ids, *[pad] * padding]
+            labels += [IGNORED, *wanted[1:], *[IGNORED] * padding]  # no conversation says how the next one begins
+            bounds.append(len(tokens))
+        if len(tokens) > length and not self.told:
             self.told = True
             logger.warning(
                 "%s has %d tokens, and --seq-length is %d: what is longer is cut off, here and in lines like it",
-                where, bounds[-1], length,
+                where, len(tokens), length,
             )  # fmt: skip
-        tokens, labels, positions = (np.concatenate(x)[:length] for x in (ids, wanted, places))
-        padding = length - len(tokens)
-        labels = torch.from_numpy(np.pad(labels[1:], (0, padding + 1), constant_values=IGNORED))
-        bounds = [bound for bound in bounds[:-1] if bound < length] + [length]
-        cu_seqlens = torch.full((length + 1,), length, dtype=torch.int32)
-        cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
+        bounds = [bound for bound in bounds[:-1] if bound < length] + [length]  # the last one has the padding
+        tokens = tokens[:length] + [pad] * (length - len(tokens))
+        labels = labels[1:length] + [IGNORED] * (length - len(labels[1:length]))
+        places = [place for start, end in pairwise(bounds) for place in range(end - start)]
+        counted = torch.tensor(labels)
+        cu_seqlens = torch.tensor(bounds + [length] * (length + 1 - len(bounds)), dtype=torch.int32)
         return {
-            "tokens": torch.from_numpy(np.pad(tokens, (0, padding), constant_values=pad)),
-            "labels": labels,
-            "loss_mask": (labels != IGNORED).float(),
-            "position_ids": torch.from_numpy(np.concatenate([positions, positions[-1] + 1 + np.arange(padding)])),
+            "tokens": torch.tensor(tokens),
+            "labels": counted,
+            "loss_mask": (counted != IGNORED).float(),
+            "position_ids": torch.tensor(places),
             "cu_seqlens": cu_seqlens,
             "max_seqlen": cu_seqlens.diff().max(),
         }

@@ -77,6 +77,19 @@ def test_trained_and_exported(name, layout, released, tmp_path):
     assert json.loads((tmp_path / "alone/config.json").read_text())["architectures"]
 
 
+def test_an_import_brings_no_tokenizer(released, tmp_path):
+    """So one must be given, and then it is the one (examples/finetune.py trains with it)."""
+    import_checkpoint(released("tnl"), tmp_path / "megatron", **QUIET)
+    flags = [*RUN[: RUN.index("--mock-data")], "--data-path", tmp_path, "--load", tmp_path / "megatron"]
+    (tmp_path.with_suffix(".idx")).touch()
+    run = run_pretrain(flags, check=False)
+    assert not run.ok and "lightning-pretrain: no tokenizer: the checkpoint was made without one" in run.log
+    run = run_pretrain(
+        [*flags, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/no/such"], check=False
+    )
+    assert "lightning-pretrain: --tokenizer-model /no/such: no such file or directory" in run.log
+
+
 def test_transformers_reads_an_export(released, tmp_path):
     """MiniMax: the same logits at every position, and the same 64 tokens."""
     from transformers import MiniMaxForCausalLM
