@@ -139,6 +139,7 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
             *verify("grouped", "swapped-megatron", "--name", "swapped"),
         ],
         "another": verify("tnl", "grouped-megatron"),
+        "name": verify("tnl", "tnl-megatron", "--name", "a/b"),
         "short": verify("grouped", "short-megatron"),
         "step": verify("grouped", "grouped-megatron", "--step", "4"),
         "tokenizer": verify("tnl", "tnl-megatron", "--prompt", "some text"),
@@ -182,7 +183,7 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
 
 def test_one_value_of_a_tensor(results: dict[str, tuple[int, str]], place: Path) -> None:
     status, said = results["perturbed"]
-    assert status == 1 and f"1 tensors differ, most of all {PERTURBED}; from layer 1 (" in said.splitlines()[-1], said
+    assert status == 1 and f"1 tensor differs, most of all {PERTURBED}; from layer 1 (" in said.splitlines()[-1], said
     rows = json.loads((place / "tables/perturbed-grouped-megatron.json").read_text())
     wrong = [row for row in rows if row["status"] != "same"]
     assert [row["name"] for row in wrong] == [PERTURBED]
@@ -223,6 +224,7 @@ def test_a_wrong_table_of_tensors(results: dict[str, tuple[int, str]], place: Pa
     "name, status, said",
     [
         ("another", 1, "tnl is another model than "),
+        ("name", 2, "--name 'a/b' must be the name of a file, without folders"),
         ("short", 1, ".distcp is truncated in tensor "),
         ("step", 1, "iter_0000004 is no torch_dist checkpoint (of those there are: release)"),
         ("tokenizer", 2, "--prompt: {place}/tnl has no tokenizer.json; leave it out for random token ids"),
