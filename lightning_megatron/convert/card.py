@@ -163,5 +163,7 @@ def _quoted(text: str) -> list[str]:
     fence = "```"
     while fence in text:
         fence += "`"
-    pieces = [line[i : i + 100].rstrip() for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), 100)]
+    pieces = [
+        line[i : i + 100].rstrip() for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), 100)
+    ]
     return [f"{fence}text", *pieces, fence]

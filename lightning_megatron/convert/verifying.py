@@ -179,9 +179,11 @@ def free_memory() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:  # no control groups, or those of version 1
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))  # of files, given back on demand
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + cached))
 
 
 # ---- running both ----------------------------------------------------------------------------------------------------
