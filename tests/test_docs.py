@@ -30,8 +30,8 @@ def flags() -> set[str]:
 
 OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, and of the scripts in examples/
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
-    "--out", "--text", "--tokens", "--prompt", "--local-dir", "--like",
-    "--model", "--data", "--tiny", "--tp", "--cp", "--chat",
+    "--out", "--text", "--tokens", "--prompt", "--local-dir", "--like", "--card", "--table", "--tolerance",
+    "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp", "--chat",
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def tensor_words(found: dict[str, Any]) -> str:
     """One line on the tensors."""
     text = f"{found['same']} of {found['compared']} tensors have the same values"
     for status, words in (("close", "within the tolerance"), ("different", "different")):
-        text += f", {found[status]} are {words}" if found[status] else ""
+        text += f", {found[status]} {words}" if found[status] else ""
     if found["absent"]:
         text += f"; {found['absent']} optional ones are not in the folder"
     return text + (f"; dtypes: {', '.join(found['other_dtypes'])}" if found["other_dtypes"] else "")
@@ -91,7 +91,8 @@ def verdict(report: Report) -> str:
     if report["other_function"]:
         wrong.append("config.json describes another function than the checkpoint has")
     if found["different"]:
-        wrong.append(f"{found['different']} tensors differ, most of all {found['worst'][0]['name']}")
+        count = "1 tensor differs" if found["different"] == 1 else f"{found['different']} tensors differ"
+        wrong.append(f"{count}, most of all {found['worst'][0]['name']}")
     layers = [row for row in report.get("layers", []) if not row["difference"] <= tolerance]
     if layers:
         row = layers[0]
@@ -162,5 +163,7 @@ def _quoted(text: str) -> list[str]:
     fence = "```"
     while fence in text:
         fence += "`"
-    pieces = [line[i : i + 100] for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), 100)]
+    pieces = [
+        line[i : i + 100].rstrip() for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), 100)
+    ]
     return [f"{fence}text", *pieces, fence]

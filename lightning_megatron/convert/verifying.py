@@ -81,6 +81,8 @@ def verify(
     if tensors_only and prompt is not None:
         raise UsageError("--prompt: --tensors-only runs no model; leave one of them out")
     folder, place = Folder(source), local_folder(checkpoint)
+    if name is not None and name != Path(name).name:
+        raise UsageError(f"--name {name!r} must be the name of a file, without folders")
     for path in (table.parent if table else None, card):
         if path is not None and path.exists() and not path.is_dir():
             raise UsageError(f"{path} is no folder; name one to write into")
@@ -157,12 +159,15 @@ def _rows_of(folder: Folder) -> int:
 
 
 def _check_memory(tasks: Sequence[Task], independent: Independent) -> None:
-    ours = 4 * sum(torch.Size(piece.shape).numel() for task in tasks for piece in task.unit.megatron)
+    pieces = [piece for task in tasks for piece in task.unit.megatron]
+    # Megatron's loader reads the two halves of a gated MLP apart, and joins those of all layers before it copies them.
+    copied = [piece for piece in pieces if ".linear_fc1.weight" in piece.key]
+    ours = 4 * sum(torch.Size(piece.shape).numel() for piece in [*pieces, *copied])
     theirs, free = independent.memory(), free_memory()
     if max(ours, theirs) + _SPARE > free:
         raise ConvertError(
-            f"the model has {ours / 1e9:.1f} GB in Megatron in fp32, then the reference {theirs / 1e9:.1f} GB, and "
-            f"{_SPARE / 1e9:.1f} GB beside; but {free / 1e9:.1f} GB of memory are free. Use a larger machine, or "
+            f"loading the model takes Megatron {ours / 1e9:.1f} GB in fp32, then the reference {theirs / 1e9:.1f} GB, "
+            f"and {_SPARE / 1e9:.1f} GB beside; but {free / 1e9:.1f} GB of memory are free. Use a larger machine, or "
             "compare only tensors, with --tensors-only"
         )
 
@@ -174,9 +179,11 @@ def free_memory() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:  # no control groups, or those of version 1
         return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))  # of files, given back on demand
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + cached))
 
 
 # ---- running both ----------------------------------------------------------------------------------------------------

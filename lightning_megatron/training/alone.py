@@ -83,6 +83,8 @@ def _load(flags: list[str]) -> torch.nn.Module:
     container.model.transformer.perform_initialization = False  # every value is loaded
     model = GPTModelBuilder(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
     load_checkpoint([model], None, None)
+    # Layers of multi-token prediction are loaded, and not run: they only help training, and need labels.
+    model.mtp_process, model.config.mtp_num_layers = False, None
     return model.eval()
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_megatron.convert import import_checkpoint, model, reference
+from lightning_megatron.convert import card, import_checkpoint, model, reference, verifying
+from lightning_megatron.convert.table import differences
 from lightning_megatron.models.family import family_of
 from tests.helpers import random_models
 from tests.helpers.model_cases import draw_case, write_minimax
@@ -86,7 +87,7 @@ def names_of(place: Path, *names: str) -> list[str]:
 
 def commands(rank: int, world: int, place: Path, given: list[list[str]]) -> list[tuple[int, str]]:
     """Exit status of each, and what it printed; a first word NAME= changes the process for one command."""
-    from lightning_megatron.convert import cli, verifying
+    from lightning_megatron.convert import cli
 
     torch.distributed.destroy_process_group()  # of spawn; verify makes its own, as in a new process
     changes = {
@@ -139,6 +140,7 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
             *verify("grouped", "swapped-megatron", "--name", "swapped"),
         ],
         "another": verify("tnl", "grouped-megatron"),
+        "name": verify("tnl", "tnl-megatron", "--name", "a/b"),
         "short": verify("grouped", "short-megatron"),
         "step": verify("grouped", "grouped-megatron", "--step", "4"),
         "tokenizer": verify("tnl", "tnl-megatron", "--prompt", "some text"),
@@ -182,7 +184,7 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
 
 def test_one_value_of_a_tensor(results: dict[str, tuple[int, str]], place: Path) -> None:
     status, said = results["perturbed"]
-    assert status == 1 and f"1 tensors differ, most of all {PERTURBED}; from layer 1 (" in said.splitlines()[-1], said
+    assert status == 1 and f"1 tensor differs, most of all {PERTURBED}; from layer 1 (" in said.splitlines()[-1], said
     rows = json.loads((place / "tables/perturbed-grouped-megatron.json").read_text())
     wrong = [row for row in rows if row["status"] != "same"]
     assert [row["name"] for row in wrong] == [PERTURBED]
@@ -223,6 +225,7 @@ def test_a_wrong_table_of_tensors(results: dict[str, tuple[int, str]], place: Pa
     "name, status, said",
     [
         ("another", 1, "tnl is another model than "),
+        ("name", 2, "--name 'a/b' must be the name of a file, without folders"),
         ("short", 1, ".distcp is truncated in tensor "),
         ("step", 1, "iter_0000004 is no torch_dist checkpoint (of those there are: release)"),
         ("tokenizer", 2, "--prompt: {place}/tnl has no tokenizer.json; leave it out for random token ids"),
@@ -244,3 +247,35 @@ def test_formulas_of_minimax_against_transformers() -> None:
     states, logits = reference.minimax(case["config"], tensors, case["tokens"])
     for found, wanted in zip([*states, logits], [*case["states"], case["logits"]], strict=True):
         assert float((found - wanted).norm() / wanted.norm()) < 1e-6  # some of transformers is fp32 all the same
+
+
+def test_differences() -> None:
+    x = torch.tensor([1.0, -4.0, 2.0])
+    assert differences(x, x.clone()) == (0, 0) and differences(x, x.bfloat16()) == (0, 0)
+    assert differences(x + torch.tensor([0, 0, 0.5]), x) == (0.5, 0.125)
+    hole = torch.tensor([1.0, torch.nan, 2.0])
+    assert differences(hole, hole.double()) == (0, 0)
+    for relative in (differences(hole, x)[1], differences(x, hole)[1]):
+        assert not relative <= 1e30  # NaN: beyond every tolerance
+    assert differences(x, torch.zeros(3)) == (4.0, torch.inf)
+
+
+def test_revision(place: Path, tmp_path: Path) -> None:
+    """A digest that changes with the header, and not with where the folder lies; or what the download noted."""
+    folder = shutil.copytree(place / "tnl", tmp_path / "a")
+    before = card.revision_of(folder)
+    assert before == card.revision_of(place / "tnl") and before != card.revision_of(place / "half")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"one more": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert card.revision_of(folder) != before
+    for name in ("config.json", "model.safetensors"):
+        note = folder / f".cache/huggingface/download/{name}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("0123abc\netag\n1.5\n")
+    assert card.revision_of(folder) == {"kind": "commit of the download", "value": "0123abc"}
+
+
+def test_free_memory() -> None:
+    text = Path("/proc/meminfo").read_text()
+    total = int(text.split("MemTotal:")[1].split()[0]) * 1024
+    assert 0 < verifying.free_memory() < total
