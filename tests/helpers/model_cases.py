@@ -23,6 +23,8 @@ KINDS = ("bailing latent experts", "bailing latent", "bailing experts", "bailing
 # and what rounding may do to a gradient of the reference itself, which is much where a norm divides by almost nothing:
 # another order of sums can do several times as much. LITTLE ends the search.
 MARGIN, NOISE, LITTLE, DRAWS = 2e-5, 2e-5, 3e-6, 50
+# Flags of Megatron for the loss of the references: sums over tokens, and no term for the balance of experts.
+MEGATRON = "--moe-router-load-balancing-type none --calculate-per-token-loss"
 Case = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
@@ -151,6 +153,11 @@ def _minimax(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torc
     logits = torch.cat([model(x, use_cache=False).logits for x in _documents(tokens, packed)], 1)
     (logits * weight).sum().backward()
     return dict(states=[torch.cat(x, 1) for x in states], logits=logits.detach(), grads=_minimax_grads(model, tensors))
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    return float((found.double() - wanted).norm() / wanted.double().norm().clamp(min=1e-12))
 
 
 def write_minimax(folder: Path, config, tensors: Tensors) -> Path:

@@ -11,10 +11,8 @@ from megatron.core.transformer.module import Float16Module
 from lightning_megatron.models.presets import preset_config
 from tests import layers
 from tests.helpers import released
-from tests.helpers.model_cases import draw_bf16_case
+from tests.helpers.model_cases import MEGATRON, difference, draw_bf16_case
 from tests.launch import spawn
-from tests.models.test_parity import MORE as MORE_FLAGS
-from tests.models.test_parity import difference
 
 # Heads of 64, as the kernels see them in released models; transformers rotates all of a head. All experts are chosen:
 # rounding would choose others.
@@ -33,7 +31,7 @@ def check(rank: int, world: int, file: Path, device: str) -> list[str]:
     layers.start()
     case = torch.load(file)
     config = case["config"]
-    args = released.args_of(config, f"--bf16 {MORE_FLAGS}")
+    args = released.args_of(config, f"--bf16 {MEGATRON}")
     model = released.build(args)
     whole = released.to_megatron(config, args, case["tensors"])
     released.load(model, {key: x.float() for key, x in whole.items()})

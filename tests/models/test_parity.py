@@ -17,7 +17,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from tests import layers
 from tests.helpers import released
 from tests.helpers.context_parallel import tokens_of
-from tests.helpers.model_cases import DOCUMENTS, KINDS, LENGTH, Case, draw_case
+from tests.helpers.model_cases import DOCUMENTS, KINDS, LENGTH, MEGATRON, Case, difference, draw_case
 from tests.launch import spawn
 
 STATES, GRADS = 1e-5, 1e-4  # relative, in fp32 against fp64
@@ -41,8 +41,6 @@ def cases(tmp_path_factory) -> dict[bool, Path]:
     return files
 
 
-# No term of the loss beside those of the reference, and sums of the loss of multi-token prediction, not means.
-MORE = "--moe-router-load-balancing-type none --calculate-per-token-loss"
 LAYOUTS = {
     "one": dict(),
     "tp2": dict(tensor_model_parallel_size=2, sequence_parallel=True),
@@ -130,11 +128,6 @@ def gradient_error(case: Case, args, model, groups: list) -> float:
     return worst
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    return float((found.double() - wanted).norm() / wanted.double().norm().clamp(min=1e-12))
-
-
 def check(rank: int, world: int, name: str, file: Path) -> list[str]:
     layout, lines = LAYOUTS[name], []
     sizes = {short: layout.get(f"{long}_parallel_size", 1) for short, long in (
@@ -146,7 +139,7 @@ def check(rank: int, world: int, name: str, file: Path) -> list[str]:
             continue  # the last stage's copy of the embedding is Megatron's business, and the first case has none
         if name == "ep2" and not {"num_experts", "num_local_experts"} & case["config"].keys():
             continue
-        args = released.args_of(case["config"], MORE)
+        args = released.args_of(case["config"], MEGATRON)
         if name == "pp2":
             layout["decoder_first_pipeline_num_layers"] = args.num_layers // 2
         states, grads = run(case, args, layout)
