@@ -213,6 +213,7 @@ def _run(
         "tokens": {"prompt": prompt.source, "read": len(ids), "written": tokens},
         "layers": layers,
         "logits": {"difference": relative, "absolute": difference, "largest": float(wanted_logits.abs().max())},
+        "expert_margin": independent.margin,
         "greedy": _greedy(independent, prompt, written, wanted_logits),
     }
 

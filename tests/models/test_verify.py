@@ -173,6 +173,7 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     assert len(kinds) == config.get("num_hidden_layers", config.get("decoder_layers")) and "lightning" in kinds
     assert ("softmax" in kinds) == (name != "tnl")
     assert all(0 < row["difference"] < 1e-5 for row in [*card["layers"], card["logits"]])
+    assert (card["expert_margin"] or 0) > 0 if name in ("latent", "half") else card["expert_margin"] is None
     assert card["greedy"]["agree"] and card["greedy"]["megatron"] == card["greedy"]["reference"]
     assert len(card["greedy"]["megatron"].split()) == 5
     assert card["reference"].startswith("transformers" if name == "minimax" else "formulas")
@@ -260,6 +261,17 @@ def test_formulas_of_minimax_against_transformers() -> None:
     states, logits = reference.minimax(case["config"], tensors, case["tokens"])
     for found, wanted in zip([*states, logits], [*case["states"], case["logits"]], strict=True):
         assert float((found - wanted).norm() / wanted.norm()) < 1e-6  # some of transformers is fp32 all the same
+
+
+def test_experts_that_rounding_chooses() -> None:
+    """A failure names the reason it may have."""
+    layers = [{"layer": 3, "kind": "lightning", "difference": 0.1}]
+    tensors = dict(different=0, compared=9)
+    report = dict(tensors=tensors, layers=layers, tolerance=1e-5, other_function=[], expert_margin=3e-7)
+    assert card.verdict(report).endswith(
+        "an expert was chosen by 3.0e-07, which rounding turns over: try another --prompt"
+    )
+    assert "expert" not in card.verdict(report | dict(expert_margin=1e-3))
 
 
 def test_differences() -> None:
