@@ -102,6 +102,9 @@ def verdict(report: Report) -> str:
         wrong.append(f"logits differ by {report['logits']['difference']:.1e}")
     if not within.get("greedy", True):
         wrong.append("greedy tokens differ")
+    margin = report.get("expert_margin")
+    if layers and margin is not None and margin < tolerance:
+        wrong.append(f"an expert was chosen by {margin:.1e}, which rounding turns over: try another --prompt")
     if wrong:
         return "; ".join(wrong)
     if "layers" not in report:
@@ -134,6 +137,8 @@ def markdown(report: Report) -> str:
             ("logits", f"largest difference {logits['difference']:.1e} of the largest value, {logits['largest']:.3g}"),
             ("greedy tokens", greedy_words(greedy)),
         ]
+        if report["expert_margin"] is not None:
+            rows.append(("closest choice of an expert", f"a score {report['expert_margin']:.1e} above the next"))
     lines = [f"# {report['model']}", "", *([report["note"], ""] if report["note"] else []), "| | |", "|---|---|"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in rows]
     for line in report["other_function"]:

@@ -182,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning-convert: error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("lightning-convert: stopped; the same command goes on from here", file=sys.stderr)
+        more = "" if args.command == "verify" else "; the same command goes on from here"
+        print(f"lightning-convert: stopped{more}", file=sys.stderr)
         return 130
     return 0
 

@@ -22,6 +22,9 @@ class Independent(Protocol):
     """A model that can be asked for its outputs."""
 
     name: str  # for people
+    margin: (
+        float | None
+    )  # by how much an expert was chosen, at least, in the first call of ``outputs``; None: not known
 
     def memory(self) -> int:
         """Bytes that it will hold, at most."""
@@ -49,6 +52,8 @@ def _transformers_has_it(config: dict[str, Any]) -> bool:
 
 
 class _Transformers:
+    margin: float | None = None
+
     def __init__(self, folder: Folder) -> None:
         try:
             import transformers
@@ -113,6 +118,7 @@ class _Formulas:
             raise ConvertError(f"{folder.path / 'config.json'}: {error}; compare with --tensors-only") from error
         self._folder = folder
         self._tensors = _Double(folder)
+        self.margin: float | None = None
 
     def memory(self) -> int:
         largest = max((torch.Size(stored.shape).numel() for stored in self._folder.tensors.values()), default=0)
@@ -121,9 +127,11 @@ class _Formulas:
     @torch.inference_mode()
     def outputs(self, tokens: Sequence[int]) -> Outputs:
         try:
-            states, logits = self._function(self._folder.config, self._tensors, torch.tensor([list(tokens)]))
+            with reference.choice_margins() as margins:
+                states, logits = self._function(self._folder.config, self._tensors, torch.tensor([list(tokens)]))
         except KeyError as error:
             raise ConvertError(f"{self._folder.path} lacks {error}, which the reference needs") from error
+        self.margin = min(margins, default=None) if self.margin is None else self.margin
         layers = self._folder.config.get("num_hidden_layers", len(states))  # not those of multi-token prediction
         return [state[0] for state in states[:layers]], logits[0]
 

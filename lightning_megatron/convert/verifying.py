@@ -14,7 +14,7 @@ import torch
 
 from . import card as cards
 from . import model
-from .dist_read import Checkpoint, step_folder
+from .dist_read import TRACKER, Checkpoint, step_folder
 from .errors import ConvertError, UsageError, cannot
 from .folder import Folder, local_folder
 from .independent import Independent, model_of
@@ -92,6 +92,7 @@ def verify(
     tasks, kinds, flags = _plan(folder, held)
     independent = None if tensors_only else model_of(folder)
     if independent:
+        _step_of(held.folder)
         _check_memory(tasks, independent)
     rows = compare_tensors(folder, held, tasks, tolerance, jobs)
     report: dict[str, Any] = {
@@ -212,6 +213,7 @@ def _run(
         "tokens": {"prompt": prompt.source, "read": len(ids), "written": tokens},
         "layers": layers,
         "logits": {"difference": relative, "absolute": difference, "largest": float(wanted_logits.abs().max())},
+        "expert_margin": independent.margin,
         "greedy": _greedy(independent, prompt, written, wanted_logits),
     }
 
@@ -221,11 +223,9 @@ def _megatron(
 ) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
     from ..training import alone
 
-    place, step = held.folder.parent, None
-    if held.folder.name.startswith("iter_"):
-        step = int(held.folder.name.removeprefix("iter_"))
+    length, step = len(ids) + tokens, _step_of(held.folder)
     try:
-        with alone.loaded_model(place, vocab_size=vocabulary, length=len(ids) + tokens, step=step) as megatron:
+        with alone.loaded_model(held.folder.parent, vocab_size=vocabulary, length=length, step=step) as megatron:
             written = alone.greedy(megatron, ids, tokens, vocabulary)
             states, logits = alone.outputs(megatron, [*ids, *written])
             del megatron
@@ -233,6 +233,26 @@ def _megatron(
         raise ConvertError(str(error)) from error
     gc.collect()  # modules refer to themselves; their memory is needed for the reference
     return written, states, logits[:, :vocabulary].clone()
+
+
+def _step_of(folder: Path) -> int | None:
+    """The iteration for which Megatron reads this folder; None if its tracker file leads there.
+
+    Raises:
+        ConvertError: Megatron would read another folder.
+    """
+    number = folder.name.removeprefix("iter_")
+    if number.isdecimal() and int(number) and folder.name == f"iter_{int(number):07d}":
+        return int(number)
+    tracker = folder.parent / TRACKER
+    text = tracker.read_text("utf-8").strip() if tracker.is_file() else ""
+    if folder.name != ("release" if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""):
+        raise ConvertError(
+            f"{folder}: Megatron finds a checkpoint by the name iter_0000123 of its folder, or by {tracker}, which "
+            f"{'says ' + repr(text[:40]) if text else 'is not there'}; give its folder such a name, or compare with "
+            "--tensors-only"
+        )
+    return None
 
 
 def _greedy(independent: Independent, prompt: Prompt, written: list[int], logits: torch.Tensor) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     largest = max((place / "short-megatron/release").glob("*.distcp"), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as stream:
         stream.truncate(largest.stat().st_size - 5000)
+    shutil.copytree(place / "grouped-megatron/release", place / "renamed-megatron")
+    shutil.copytree(place / "grouped-megatron/release", place / "saved/iter_0000012")
     return place
 
 
@@ -126,7 +128,7 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
     """All commands, in one process."""
 
     def verify(source: str, checkpoint: str, *more: str) -> list[str]:
-        out = ["--table", f"{place}/tables/{source}-{checkpoint}.json", "--card", f"{place}/cards"]
+        out = ["--table", f"{place}/tables/{source}-{Path(checkpoint).name}.json", "--card", f"{place}/cards"]
         return ["verify", *names_of(place, source, checkpoint), *FEW, *out, *more]
 
     given = {name: verify(name, f"{name}-megatron") for name in ("latent", "minimax", "half", "tnl")}
@@ -143,6 +145,8 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
         "name": verify("tnl", "tnl-megatron", "--name", "a/b"),
         "short": verify("grouped", "short-megatron"),
         "step": verify("grouped", "grouped-megatron", "--step", "4"),
+        "renamed": verify("grouped", "renamed-megatron"),
+        "iteration": verify("grouped", "saved/iter_0000012", "--name", "iteration"),
         "tokenizer": verify("tnl", "tnl-megatron", "--prompt", "some text"),
         "words": verify("words", "grouped-megatron", "--prompt", "w999"),
         "long": verify("grouped", "grouped-megatron", "--tokens", "5000"),
@@ -169,6 +173,7 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     assert len(kinds) == config.get("num_hidden_layers", config.get("decoder_layers")) and "lightning" in kinds
     assert ("softmax" in kinds) == (name != "tnl")
     assert all(0 < row["difference"] < 1e-5 for row in [*card["layers"], card["logits"]])
+    assert (card["expert_margin"] or 0) > 0 if name in ("latent", "half") else card["expert_margin"] is None
     assert card["greedy"]["agree"] and card["greedy"]["megatron"] == card["greedy"]["reference"]
     assert len(card["greedy"]["megatron"].split()) == 5
     assert card["reference"].startswith("transformers" if name == "minimax" else "formulas")
@@ -180,6 +185,14 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     prompt = "'w5 w17 w3'" if name == "grouped" else "96 random token ids, seed "
     assert card["tokens"]["prompt"].startswith(prompt) and card["tokens"]["prompt"] in text
     assert ("Random." in text) == (name == "grouped")
+
+
+def test_one_iteration(results: dict[str, tuple[int, str]], place: Path) -> None:
+    """Given by its folder, with no tracker file beside it."""
+    status, said = results["iteration"]
+    assert status == 0, said
+    card = json.loads((place / "cards/iteration.json").read_text())
+    assert card["checkpoint"] == "iter_0000012" and card["tokens"]["prompt"].startswith("'Linear attention keeps")
 
 
 def test_one_value_of_a_tensor(results: dict[str, tuple[int, str]], place: Path) -> None:
@@ -228,6 +241,7 @@ def test_a_wrong_table_of_tensors(results: dict[str, tuple[int, str]], place: Pa
         ("name", 2, "--name 'a/b' must be the name of a file, without folders"),
         ("short", 1, ".distcp is truncated in tensor "),
         ("step", 1, "iter_0000004 is no torch_dist checkpoint (of those there are: release)"),
+        ("renamed", 1, "renamed-megatron: Megatron finds a checkpoint by the name iter_0000123 of its folder, or by "),
         ("tokenizer", 2, "--prompt: {place}/tnl has no tokenizer.json; leave it out for random token ids"),
         ("words", 1, "tokenizer.json gives token 999, but vocab_size of config.json is "),
         ("long", 2, "--tokens 5000 are more than max_position_embeddings 512 of config.json; ask for fewer"),
@@ -247,6 +261,17 @@ def test_formulas_of_minimax_against_transformers() -> None:
     states, logits = reference.minimax(case["config"], tensors, case["tokens"])
     for found, wanted in zip([*states, logits], [*case["states"], case["logits"]], strict=True):
         assert float((found - wanted).norm() / wanted.norm()) < 1e-6  # some of transformers is fp32 all the same
+
+
+def test_experts_that_rounding_chooses() -> None:
+    """A failure names the reason it may have."""
+    layers = [{"layer": 3, "kind": "lightning", "difference": 0.1}]
+    tensors = dict(different=0, compared=9)
+    report = dict(tensors=tensors, layers=layers, tolerance=1e-5, other_function=[], expert_margin=3e-7)
+    assert card.verdict(report).endswith(
+        "an expert was chosen by 3.0e-07, which rounding turns over: try another --prompt"
+    )
+    assert "expert" not in card.verdict(report | dict(expert_margin=1e-3))
 
 
 def test_differences() -> None:
