@@ -167,7 +167,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cp", type=int, default=2, help="context-parallel size (2)")
     parser.add_argument("--seq-length", type=int, help="tokens of a sequence (4096; tiny model: 256)")
     parser.add_argument("--batch", type=int, help="sequences of a step (32; tiny model: 8)")
-    parser.add_argument("--iterations", type=int, help="steps (500; tiny model: 60)")
+    parser.add_argument("--iterations", type=int, help="steps (500; tiny model: 80)")
     parser.add_argument("--save-interval", type=int, default=50, help="steps between checkpoints (50)")
     parser.add_argument("--lr", type=float, help="learning rate (1e-5; tiny model: 1e-2)")
     parser.add_argument("--held-out", type=float, help="fraction of the conversations (0.02; tiny model: 0)")
@@ -176,7 +176,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv[:cut])
     options.flags = argv[cut + 1 :]
     large = dict(seq_length=4096, batch=32, lr=1e-5, held_out=0.02, iterations=500)
-    small = dict(seq_length=256, batch=8, lr=1e-2, held_out=0, iterations=60)
+    small = dict(seq_length=256, batch=8, lr=1e-2, held_out=0, iterations=80)
     for name, value in (large if options.model else small).items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -261,6 +261,7 @@ def test_incomplete_checkpoint(there, tmp_path):
 def test_tokenizer_that_reads_numbers(checkpoint):
     assert_ends_with(generate(checkpoint("bf16"), "--prompt", "abc"), "give numbers, such as --prompt '1 2 3'")
     assert_ends_with(generate(checkpoint("bf16"), "--tokenizer-model", "a.model"), "NullTokenizer, which has no model")
+    assert_ends_with(generate(checkpoint("bf16"), "--chat"), "--chat: the training used NullTokenizer and no --sft")
 
 
 @pytest.mark.parametrize("flags", [("--tokens", "0"), ("--temperature", "-1")])
