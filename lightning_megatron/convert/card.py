@@ -102,9 +102,11 @@ def verdict(report: Report) -> str:
         wrong.append(f"logits differ by {report['logits']['difference']:.1e}")
     if not within.get("greedy", True):
         wrong.append("greedy tokens differ")
-    margin = report.get("expert_margin")
-    if layers and margin is not None and margin < tolerance:
-        wrong.append(f"an expert was chosen by {margin:.1e}, which rounding turns over: try another --prompt")
+    if not within.get("tokens", True):
+        wrong.append(
+            f"only the first {report['tokens']['judged']} tokens can be judged, as experts of the next were chosen by "
+            "less than the tolerance: try another --prompt"
+        )
     if wrong:
         return "; ".join(wrong)
     if "layers" not in report:
@@ -134,6 +136,7 @@ def markdown(report: Report) -> str:
         tokens, logits, greedy = report["tokens"], report["logits"], report["greedy"]
         rows += [
             ("tokens", f"{tokens['read']} read, then {tokens['written']} written; {tokens['prompt']}"),
+            ("tokens compared", _judged_words(tokens)),
             ("logits", f"largest difference {logits['difference']:.1e} of the largest value, {logits['largest']:.3g}"),
             ("greedy tokens", greedy_words(greedy)),
         ]
@@ -157,6 +160,12 @@ def markdown(report: Report) -> str:
         lines += ["", "Greedy text of Megatron:", "", *_quoted(report["greedy"]["megatron"])]
         lines += ["", "and of the reference:", "", *_quoted(report["greedy"]["reference"])]
     return "\n".join(lines)
+
+
+def _judged_words(tokens: dict[str, Any]) -> str:
+    if tokens["judged"] == tokens["read"] + tokens["written"]:
+        return "all"
+    return f"the first {tokens['judged']}: experts of the next were chosen by less than the tolerance"
 
 
 def _cell(text: str) -> str:

@@ -22,9 +22,7 @@ class Independent(Protocol):
     """A model that can be asked for its outputs."""
 
     name: str  # for people
-    margin: (
-        float | None
-    )  # by how much an expert was chosen, at least, in the first call of ``outputs``; None: not known
+    margins: torch.Tensor | None  # [t], by how much its experts were chosen in the first call of ``outputs``
 
     def memory(self) -> int:
         """Bytes that it will hold, at most."""
@@ -52,7 +50,7 @@ def _transformers_has_it(config: dict[str, Any]) -> bool:
 
 
 class _Transformers:
-    margin: float | None = None
+    margins: torch.Tensor | None = None
 
     def __init__(self, folder: Folder) -> None:
         try:
@@ -76,12 +74,20 @@ class _Transformers:
             layer.register_forward_hook(lambda module, inputs, output: states.append(output[0].clone()))
             for layer in model.model.layers
         ]
+        hooks += [
+            module.register_forward_hook(
+                lambda module, inputs, outputs: reference.note_margin(outputs[0].softmax(-1), module.top_k)
+            )
+            for module in model.modules()
+            if type(module).__name__ == "MiniMaxTopKRouter"
+        ]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), reference.choice_margins() as margins:
                 logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
         finally:
             for hook in hooks:
                 hook.remove()
+        self.margins = _smallest(margins) if self.margins is None else self.margins
         return states, logits
 
 
@@ -118,7 +124,7 @@ class _Formulas:
             raise ConvertError(f"{folder.path / 'config.json'}: {error}; compare with --tensors-only") from error
         self._folder = folder
         self._tensors = _Double(folder)
-        self.margin: float | None = None
+        self.margins: torch.Tensor | None = None
 
     def memory(self) -> int:
         largest = max((torch.Size(stored.shape).numel() for stored in self._folder.tensors.values()), default=0)
@@ -131,9 +137,13 @@ class _Formulas:
                 states, logits = self._function(self._folder.config, self._tensors, torch.tensor([list(tokens)]))
         except KeyError as error:
             raise ConvertError(f"{self._folder.path} lacks {error}, which the reference needs") from error
-        self.margin = min(margins, default=None) if self.margin is None else self.margin
+        self.margins = _smallest(margins) if self.margins is None else self.margins
         layers = self._folder.config.get("num_hidden_layers", len(states))  # not those of multi-token prediction
         return [state[0] for state in states[:layers]], logits[0]
+
+
+def _smallest(margins: list[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack(margins).amin(0) if margins else None
 
 
 class _Double(Mapping[str, torch.Tensor]):

@@ -22,12 +22,14 @@ from torch import Tensor
 Config = dict[str, Any]
 Tensors = Mapping[str, Tensor]
 Outputs = tuple[list[Tensor], Tensor]
-_margins: list[float] | None = None
+_margins: list[Tensor] | None = None
 
 
 @contextlib.contextmanager
-def choice_margins() -> Iterator[list[float]]:
-    """Collects by how much the last expert chosen beat the next, of every choice: rounding turns over small ones."""
+def choice_margins() -> Iterator[list[Tensor]]:
+    """Collects by how much the last expert chosen beat the next, for every token ``[t]``: rounding turns over small
+    ones.
+    """
     global _margins
     before, _margins = _margins, []
     try:
@@ -100,7 +102,7 @@ def note_margin(scores: Tensor, chosen: int) -> None:
     """For ``choice_margins``, of scores of which the best so many are chosen."""
     if _margins is not None and chosen < scores.shape[-1]:
         best = scores.detach().topk(chosen + 1, -1).values
-        _margins.append(float((best[..., -2] - best[..., -1]).min()))
+        _margins.append((best[..., -2] - best[..., -1]).flatten())
 
 
 def gated_mlp(x: Tensor, p: Tensors, names: str) -> Tensor:

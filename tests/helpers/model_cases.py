@@ -54,7 +54,7 @@ def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) 
         rounded = reference(config, tensors, tokens, weight, packed, torch.float32, mask, factor)["grads"]
         held = {name: grad for name, grad in results["grads"].items() if grad is not None}  # others: never chosen
         noise = max(1.0 if rounded[name] is None else _difference(rounded[name], grad) for name, grad in held.items())
-        if min(margins, default=1.0) > MARGIN and (best is None or noise < best["noise"]):
+        if min((float(x.min()) for x in margins), default=1.0) > MARGIN and (best is None or noise < best["noise"]):
             best = results | dict(tokens=tokens, noise=noise)
         if best is not None and (best["noise"] < LITTLE or number >= 8 and best["noise"] < NOISE):
             break

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_megatron.convert import card, import_checkpoint, model, reference, verifying
 from lightning_megatron.convert.table import differences
+from lightning_megatron.convert.verifying import _judged
 from lightning_megatron.models.family import family_of
 from tests.helpers import random_models
 from tests.helpers.model_cases import draw_case, write_minimax
@@ -173,7 +174,7 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     assert len(kinds) == config.get("num_hidden_layers", config.get("decoder_layers")) and "lightning" in kinds
     assert ("softmax" in kinds) == (name != "tnl")
     assert all(0 < row["difference"] < 1e-5 for row in [*card["layers"], card["logits"]])
-    assert (card["expert_margin"] or 0) > 0 if name in ("latent", "half") else card["expert_margin"] is None
+    assert (card["expert_margin"] or 0) > 0 if name in ("latent", "half", "minimax") else card["expert_margin"] is None
     assert card["greedy"]["agree"] and card["greedy"]["megatron"] == card["greedy"]["reference"]
     assert len(card["greedy"]["megatron"].split()) == 5
     assert card["reference"].startswith("transformers" if name == "minimax" else "formulas")
@@ -264,14 +265,26 @@ def test_formulas_of_minimax_against_transformers() -> None:
 
 
 def test_experts_that_rounding_chooses() -> None:
-    """A failure names the reason it may have."""
-    layers = [{"layer": 3, "kind": "lightning", "difference": 0.1}]
-    tensors = dict(different=0, compared=9)
-    report = dict(tensors=tensors, layers=layers, tolerance=1e-5, other_function=[], expert_margin=3e-7)
-    assert card.verdict(report).endswith(
-        "an expert was chosen by 3.0e-07, which rounding turns over: try another --prompt"
-    )
-    assert "expert" not in card.verdict(report | dict(expert_margin=1e-3))
+    """Tokens before a close choice are judged, if what differs comes behind it."""
+    theirs, margins = torch.ones(20, 4), torch.ones(20)
+    ours = theirs.clone()
+    judged = lambda: _judged([(theirs, theirs), (ours, theirs)], margins, 1e-5)
+    margins[9] = 1e-7
+    assert judged() == 20, "nothing differs"
+    ours[12:, 1] += 1
+    assert judged() == 9
+    margins[9], margins[13] = 1, 1e-7
+    assert judged() == 20, "what differs before a close choice has another reason"
+    margins[12] = 1e-7
+    assert judged() == 12
+    assert _judged([(ours, theirs)], None, 1e-5) == 20
+    ours[0, 0] = torch.nan
+    assert judged() == 20, "NaN differs"
+    report = dict(
+        tensors=dict(different=0, compared=9), layers=[], tolerance=1e-5, other_function=[], within=dict(tokens=False),
+        tokens=dict(judged=3),
+    )  # fmt: skip
+    assert card.verdict(report).startswith("only the first 3 tokens can be judged")
 
 
 def test_differences() -> None:
