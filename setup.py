@@ -15,7 +15,7 @@ if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symb
 
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
-CONVERT = ["safetensors>=0.5", "tqdm"]
+CONVERT = [TRAIN[0], "safetensors>=0.5", "tqdm"]
 TEST = [*DEMO, *CONVERT, "mypy", "pytest", "pytest-xdist", "ruff", "transformers"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 

@@ -195,6 +195,8 @@ REFUSALS = [
         ["--micro-batch-size 1", "not 4"],
     ),
     ("--attention-backend local", ["--transformer-impl local"]),
+    ("--save there", ["--save there needs --save-interval N", "leave --save out"]),
+    ("--save there --save-interval 0", ["--save-interval N", "not 0"]),
     ("--transformer-impl transformer_engine", ["TransformerEngine", "--transformer-impl local"]),
     ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such/dir", ["--tokenizer-model /no/such/dir"]),
     ("--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model", ["missing.model"]),

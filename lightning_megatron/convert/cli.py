@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import os
 import re
 import shlex
@@ -137,11 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if args.command == "verify":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch looks for GPUs; both models run on the CPU
-    try:
-        import safetensors  # noqa: F401
-    except ModuleNotFoundError:
-        print("lightning-convert: error: pip install 'lightning-megatron[convert]' first", file=sys.stderr)
-        return 1
+    for package in ("safetensors", "tqdm", "megatron.training"):
+        if not _found(package):
+            print(
+                f"lightning-convert: error: {package} is not installed: pip install 'lightning-megatron[convert]'",
+                file=sys.stderr,
+            )
+            return 1
     from .comparing import roundtrip
 
     _keep_memory()
@@ -186,6 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning-convert: stopped{more}", file=sys.stderr)
         return 130
     return 0
+
+
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that this is a part of
+        return False
 
 
 def _keep_memory() -> None:

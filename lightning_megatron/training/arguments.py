@@ -350,6 +350,11 @@ def refuse(args: Namespace) -> None:
                     f"{flag_of(name)} 1, not {getattr(args, name)}: use 1, and more microbatches or a "
                     "longer --seq-length"
                 )
+    if args.save is not None and (args.save_interval or 0) < 1:
+        raise ValueError(
+            f"--save {args.save} needs --save-interval N, the iterations from one checkpoint to the next, not "
+            f"{args.save_interval}: give it ({args.train_iters} saves once, at the end), or leave --save out"
+        )
     if args.attention_backend is not None and args.attention_backend.name == "local":
         raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
     for name in ("transformers", "jinja2") if args.sft else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,14 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = tensors | {"model.layers.0.attn.slope_rate": tensors["model.layers.0.attn.slope_rate"] + 1}
     write_model(tmp_path / "other", CONFIG, changed)
     assert main(["roundtrip", str(tmp_path / "other"), "--work", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("package", ["safetensors", "megatron.training"])
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["roundtrip", "."]) == 1
+    said = capsys.readouterr().err
+    assert f"{package} is not installed: pip install 'lightning-megatron[convert]'" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
