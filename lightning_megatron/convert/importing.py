@@ -86,7 +86,9 @@ def import_checkpoint(
 
 
 def _check_prediction(units: Sequence[Unit], folder: Folder) -> None:
-    """Say what to do where all tensors of multi-token prediction are missing: they may lie in a file of their own."""
+    """Say what to do where all tensors of multi-token prediction are missing, as they may lie in a file of their own,
+    and where there are more than config.json says.
+    """
     pieces = {unit: [piece.key.startswith("mtp.") for piece in unit.megatron] for unit in units}
     names = [named.name for unit, ahead in pieces.items() if ahead and all(ahead) for named in unit.hf]
     if names and not folder.tensors.keys() & set(names):
@@ -94,6 +96,14 @@ def _check_prediction(units: Sequence[Unit], folder: Folder) -> None:
             f"{folder.path / 'config.json'} has multi-token prediction layers (num_nextn_predict_layers), but none of "
             f"their {len(names)} tensors is there, such as {names[-1]}: download the file with them, too (of Ling 2.6 "
             "flash model-mtp-layer.safetensors); or write 0 into that field to go on without"
+        )
+    known = {named.name for unit in units for named in unit.hf}
+    unknown = sorted(name for name in folder.tensors if name.endswith(".eh_proj.weight") and name not in known)
+    if unknown:
+        raise ConvertError(
+            f"{folder.path} has {unknown[0]}, of one multi-token prediction layer more than num_nextn_predict_layers "
+            f"of {folder.path / 'config.json'} says ({folder.config.get('num_nextn_predict_layers', 0)}): correct that "
+            "field, or move the file with the layer's tensors away"
         )
 
 

@@ -117,6 +117,11 @@ def test_multi_token_prediction_in_its_own_file(released, tmp_path):
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     ahead = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"model.layers.{layers}.")}
     assert len(ahead) > 60
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(num_nextn_predict_layers=0)))
+    with pytest.raises(ConvertError, match=rf"has model.layers.{layers}.eh_proj.weight, .* says \(0\): correct"):
+        import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ConvertError, match="none of their .* such as model.layers.8.eh_proj.weight: download .*write 0"
