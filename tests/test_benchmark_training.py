@@ -100,10 +100,11 @@ def test_operations_by_megatron(name):
     model, length = training_models.MODELS[name], 4096
     args = SimpleNamespace(
         hidden_size=model.hidden, num_attention_heads=model.heads, kv_channels=model.hidden // model.heads,
-        group_query_attention=False, attention_output_gate=False,
+        group_query_attention=True, num_query_groups=model.kv_heads, attention_output_gate=False,
     )  # fmt: skip
+    options = LightningOptions(num_kv_heads=model.kv_heads)
     rest = 6 * model.hidden * (3 * model.layers * model.ffn + model.vocabulary)
-    lightning = megatron_flops.lightning_layer_flops(args, LightningOptions(), 1) - 6 * model.hidden * 64
+    lightning = megatron_flops.lightning_layer_flops(args, options, 1) - 6 * model.hidden * 64
     softmax = megatron_flops.softmax_layer_flops(args, 1, length)
     assert model.flops("lightning", length) - rest == model.layers * lightning
     assert model.flops("softmax", length) - rest == model.layers * softmax

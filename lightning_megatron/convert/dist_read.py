@@ -8,6 +8,7 @@ The args of the training are an object in it, "common_state"; Megatron before 0.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -248,10 +249,16 @@ def _reason(error: Exception) -> str:
 def _load_safely(content: bytes) -> Any:
     """Unpickle plain values and Namespaces; Megatron's own classes only where the args hold some."""
     try:
-        with torch.serialization.safe_globals([Namespace, SimpleNamespace, PosixPath, io.BytesIO]):
+        with _allowing([Namespace, SimpleNamespace, PosixPath, io.BytesIO]):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         from megatron.core.safe_globals import SAFE_GLOBALS
 
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with _allowing(SAFE_GLOBALS):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _allowing(classes: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """torch's own context forgets, when it ends, also those that Megatron allowed for the whole process."""
+    before = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([item for item in classes if item not in before])

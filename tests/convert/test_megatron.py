@@ -115,7 +115,10 @@ def test_export_of_what_megatron_saved(tmp_path: Path, legacy: bool) -> None:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         torch.save(common, folder / "common.pt")
     said: list[str] = []
+    allowed = torch.serialization.get_safe_globals()
+    assert Namespace in allowed, "by Megatron, for its own loader"
     export_checkpoint(tmp_path / "saved", tmp_path / "out", part_bytes=5000, say=said.append)
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
     from safetensors.torch import load_file
 
     found = load_file(tmp_path / "out/model.safetensors")
