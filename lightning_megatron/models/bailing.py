@@ -17,7 +17,7 @@ from argparse import Namespace
 
 from ..config import expert_pattern, lightning_pattern
 from .family import COMMON, Config, Fields, Flags, pattern
-from .units import Keys, Part, Piece, Unit, grouped, joined, layer_norms, padded, same, whole
+from .units import Keys, Part, Piece, Unit, grouped, joined, layer_norms, same, vocabulary, whole
 
 NAME = "bailing"
 LATENT = "BailingMoeV2_5ForCausalLM"
@@ -190,13 +190,7 @@ def config(args: Namespace) -> Config:
 def units(args: Namespace, config: Config) -> list[Unit]:
     """See ``family.Family``."""
     keys, hidden = Keys(args.num_layers), args.hidden_size
-    vocabulary, rows = config["vocab_size"], args.padded_vocab_size
-    found = [
-        padded("model.word_embeddings.weight", whole("embedding.word_embeddings.weight", rows, hidden), vocabulary),
-        same("model.norm.weight", whole("decoder.final_layernorm.weight", hidden)),
-    ]
-    if args.untie_embeddings_and_output_weights:
-        found.append(padded("lm_head.weight", whole("output_layer.weight", rows, hidden), vocabulary))
+    found = vocabulary(args, "model.word_embeddings.weight", config["vocab_size"])
     experts = expert_pattern(args.moe_layer_freq, args.num_layers, args.num_experts)
     for layer, lightning in enumerate(lightning_pattern(args.linear_attention_freq, args.num_layers)):
         found += _layer(args, keys, layer, f"model.layers.{layer}.", lightning, experts[layer])

@@ -13,7 +13,7 @@ import torch
 
 from ..config import RESIDUAL_FACTORS, lightning_pattern
 from .family import COMMON, Config, Fields, Flags, pattern
-from .units import Keys, Named, Part, Unit, grouped, joined, layer_norms, padded, same, whole
+from .units import Keys, Named, Part, Unit, grouped, joined, layer_norms, same, vocabulary
 
 NAME = "minimax"
 _NORM_EPS = 1e-6  # of the output norm, whatever the config's
@@ -125,13 +125,7 @@ def config(args: Namespace) -> Config:
 def units(args: Namespace, config: Config) -> list[Unit]:
     """See ``family.Family``. Names are those that transformers saves and reads."""
     keys, hidden = Keys(args.num_layers), args.hidden_size
-    vocabulary, rows = config["vocab_size"], args.padded_vocab_size
-    found = [
-        padded("model.embed_tokens.weight", whole("embedding.word_embeddings.weight", rows, hidden), vocabulary),
-        same("model.norm.weight", whole("decoder.final_layernorm.weight", hidden)),
-    ]
-    if args.untie_embeddings_and_output_weights:
-        found.append(padded("lm_head.weight", whole("output_layer.weight", rows, hidden), vocabulary))
+    found = vocabulary(args, "model.embed_tokens.weight", config["vocab_size"])
     for layer, lightning in enumerate(lightning_pattern(args.linear_attention_freq, args.num_layers)):
         names = f"model.layers.{layer}."
         found += (_lightning if lightning else _softmax)(args, keys, layer, names + "self_attn.")

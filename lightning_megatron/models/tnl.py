@@ -11,7 +11,7 @@ import math
 from argparse import Namespace
 
 from .family import COMMON, Config, Fields, Flags, pattern
-from .units import Keys, Part, Unit, grouped, joined, padded, same, whole
+from .units import Keys, Part, Unit, grouped, joined, same, vocabulary
 
 NAME = "tnl"
 _NORM_EPS = 1e-6  # of OpenNLPLab's SimpleRMSNorm
@@ -79,10 +79,7 @@ def units(args: Namespace, config: Config) -> list[Unit]:
     stacked = args.linear_attention_freq is None and not args.lightning_lrpe_layers
     keys, hidden, inner = Keys(args.num_layers, stacked), args.hidden_size, args.ffn_hidden_size
     heads, d = args.num_attention_heads, args.kv_channels
-    vocabulary, rows = config["vocab_size"], args.padded_vocab_size
-    found = [padded("model.embed_tokens.weight", whole("embedding.word_embeddings.weight", rows, hidden), vocabulary)]
-    if args.untie_embeddings_and_output_weights:
-        found.append(padded("lm_head.weight", whole("output_layer.weight", rows, hidden), vocabulary))
+    found = vocabulary(args, "model.embed_tokens.weight", config["vocab_size"], final_norm=None)
     for layer in range(args.num_layers):
         mixer, mlp = f"model.layers.{layer}.token_mixer.", f"model.layers.{layer}.channel_mixer."
         qkv = keys.layer(layer, "self_attention.linear_qkv.weight", heads * 4 * d, hidden)

@@ -6,6 +6,7 @@ that a model of any size is converted in little memory.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,6 +104,17 @@ def padded(name: str, piece: Piece, rows: int) -> Unit:
         return [torch.cat([x[0], x[0].new_zeros(more, *piece.shape[1:])]) if more else x[0]]
 
     return Unit((Named(name, shape),), (piece,), pad, lambda x: [x[0][:rows]])
+
+
+def vocabulary(args: Namespace, embedding: str, size: int, final_norm: str | None = "model.norm.weight") -> list[Unit]:
+    """Embedding, last norm, and the output layer where it has a weight of its own, of ``size`` tokens."""
+    rows, hidden = args.padded_vocab_size, args.hidden_size
+    found = [padded(embedding, whole("embedding.word_embeddings.weight", rows, hidden), size)]
+    if final_norm:
+        found.append(same(final_norm, whole("decoder.final_layernorm.weight", hidden)))
+    if args.untie_embeddings_and_output_weights:
+        found.append(padded("lm_head.weight", whole("output_layer.weight", rows, hidden), size))
+    return found
 
 
 def layer_norms(keys: Keys, layer: int, names: str, hidden: int, *, before_qkv: bool, dense: bool) -> list[Unit]:
