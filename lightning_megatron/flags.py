@@ -1,7 +1,7 @@
 """Megatron's flags that lightning layers cannot honour, in tables: refused, or named in a line of the log.
 
 They hold in both ways of starting, lightning_megatron.pretrain and pretrain_gpt.py --spec: runtime.py reads them. What
-matters to the own entry point alone is in training/arguments.py.
+matters to the own entry point alone is in training/refusals.py.
 """
 
 from __future__ import annotations

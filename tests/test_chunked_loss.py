@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_megatron.spec import make_spec
-from lightning_megatron.training.arguments import refuse
 from lightning_megatron.training.loss import chunked_loss
+from lightning_megatron.training.refusals import refuse
 from tests import layers
 from tests.helpers.arguments import parse_flags
 from tests.helpers.models import gpt

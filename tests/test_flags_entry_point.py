@@ -12,7 +12,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from lightning_megatron import pretrain
 from lightning_megatron.config import LightningOptions, lightning_pattern, resolve_shape
 from lightning_megatron.training.arguments import args_defaults, has_validation_data, notes, options_from_args
-from lightning_megatron.training.arguments import refuse as refuse_flags
+from lightning_megatron.training.refusals import refuse as refuse_flags
 from tests.helpers.arguments import MODEL, parse_flags, pretend_without
 
 

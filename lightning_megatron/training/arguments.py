@@ -1,4 +1,4 @@
-"""Command line of the own entry point: our flags, defaults that fit what is installed, and refusals."""
+"""Command line of the own entry point: our flags, and defaults that fit what is installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import re
-import socket
 import sys
 import types
 import typing
@@ -14,20 +13,20 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..compat import importable, version
-from ..config import LINEAR_HEADS, LightningOptions
-from ..flags import flag_of, refuse_parts, shown
+from ..config import LightningOptions
+from ..flags import flag_of
 from ..record import FREE_OPTIONS, ROWS, options_from_args, saved_function
 from ..runtime import loader_layout
 from .released import add_model_arguments
 
-__all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use", "refuse"]
+__all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use"]
 
 _TE = "transformer_engine.pytorch"
 _PREFIX = "lightning_"
 
 # Megatron's switches for kernels of optional packages: all default to on, and each has only one direction. Per row:
 # attribute, its value with the kernel, the flag we add for it, Megatron's flag against it, the module it needs.
-_KERNELS = (
+KERNELS = (
     ("apply_rope_fusion", True, "--rope-fusion", "--no-rope-fusion", _TE),
     (
         "no_persist_layer_norm",
@@ -52,46 +51,12 @@ _KERNELS = (
     ),
 )
 
-_UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec lightning_spec"
-
-# Flags of Megatron that select another model, another loss or another input than this entry point builds; flags.py has
-# those that matter with --spec, too.
-_REFUSED = {
-    "spec": "this entry point builds the lightning spec itself: leave the flag out and use the --lightning-* flags, or "
-    f"run {_UPSTREAM}",
-    "hybrid_layer_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
-    "hybrid_override_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
-    "hybrid_context_parallel": "its scheduler of samples is not wired here: leave it out (layers take its groups)",
-    "fim_data": f"it is not supported here: run {_UPSTREAM}",
-    "logits_load_dir": f"it is not supported here: run {_UPSTREAM}",
-    "linear_num_key_heads": LINEAR_HEADS,
-    "linear_num_value_heads": LINEAR_HEADS,
-    "linear_conv_kernel_dim": "lightning layers have no convolution: leave it out",
-    "perform_rl_step": "this entry point only pretrains and fine-tunes: leave it out",
-}
-
-_WHOLE_WEIGHT = "chunks read the output layer's weight where it may be sharded: use --use-distributed-optimizer"
-# ... and those that use the output layer otherwise than --lightning-loss-chunk does.
-_REFUSED_WITH_LOSS_CHUNK = {
-    "mtp_num_layers": "its layers take the logits of all tokens: leave out one of the two (--mtp-num-layers 0, where a "
-    "model or a checkpoint brings it)",
-    "fp8_output_proj": "chunks are multiplied in the dtype of the parameters: leave out one of the two",
-    "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
-    "use_megatron_fsdp": _WHOLE_WEIGHT,
-    "use_torch_fsdp2": _WHOLE_WEIGHT,
-}
-
-
 # Megatron's flags for the head dims of linear layers, as other names of ours: 128 is honoured, though it is the
 # default of Megatron's config, which keeps that default.
 _ALIASES = {
     "linear_key_head_dim": "lightning_key_head_dim",
     "linear_value_head_dim": "lightning_value_head_dim",
 }
-_FILES = (
-    "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
-    "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
-)  # fmt: skip
 _EVAL_ITERS = 100  # Megatron's default
 # Flags that are refused if given, but have defaults in Megatron.
 _UNSET = ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
@@ -121,7 +86,7 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         if field.default is not None:
             text += " (default: %(default)s)"
         group.add_argument(flag, dest=_PREFIX + field.name, default=field.default, help=text, **action)
-    for attribute, on, flag, against, module in _KERNELS:
+    for attribute, on, flag, against, module in KERNELS:
         text = f"opposite of {against}, which is the default unless {module} imports"
         group.add_argument(flag, dest=attribute, action="store_const", const=on, help=text)
     add_model_arguments(parser, group)
@@ -159,7 +124,7 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
         "checkpoints)",
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=None)  # args_defaults decides
-    defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in _KERNELS}
+    defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in KERNELS}
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
     # None, so that a given value can be told from Megatron's default; args_defaults and _ALIASES have what follows.
     defaults |= dict.fromkeys(("eval_iters", *_UNSET))
@@ -260,16 +225,6 @@ def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.
         )
 
 
-def refuse_small_vocabulary(args: Namespace, tokens: int) -> None:
-    """Refuse an embedding with fewer rows than the tokenizer has tokens, which ends in an index error on the GPU."""
-    if args.padded_vocab_size is not None and args.padded_vocab_size < tokens:
-        came = "the checkpoint, by --use-checkpoint-args" if args.use_checkpoint_args else "the command line"
-        raise ValueError(
-            f"--padded-vocab-size {args.padded_vocab_size} (of {came}) is below the {tokens} tokens of the tokenizer: "
-            "give another tokenizer or --vocab-size, or at least that many"
-        )
-
-
 def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     """Defaults for Megatron's ``args_defaults``: values that are None unless the user gives them."""
     defaults: dict[str, typing.Any] = {}
@@ -312,121 +267,6 @@ def notes(raw: Namespace) -> list[str]:
     if raw.eval_iters is None and not has_validation_data(raw):
         lines.append("no validation data, so nothing is evaluated (--eval-iters 0); give --valid-data-path, or --split")
     return lines
-
-
-def refuse(args: Namespace) -> None:
-    """Refuse parsed arguments that cannot work here, before Megatron acts on them.
-
-    Raises:
-        ValueError: naming the flag, its value and the remedy.
-    """
-    refuse_parts(args)
-    _refuse_any(args, _REFUSED, "is refused")
-    layout = loader_layout(args)
-    if args.cp_layout not in (None, "auto", layout):
-        raise ValueError(
-            f"--lightning-cp-layout {args.cp_layout} is refused: Megatron's data loader cuts sequences as {layout}, so "
-            "leave the flag out"
-        )
-    if args.loss_chunk is not None:
-        if args.loss_chunk < 1:
-            raise ValueError(
-                f"--lightning-loss-chunk {args.loss_chunk} must be 1 token or more: use some thousand, or leave it out"
-            )
-        _refuse_any(args, _REFUSED_WITH_LOSS_CHUNK, f"is refused with --lightning-loss-chunk {args.loss_chunk}")
-        if getattr(args, "gtp_weight_remat_size", 1) > 1:  # known once Megatron has validated the arguments
-            raise ValueError(
-                f"--tensor-parallel-num-weight-shards {args.tensor_parallel_num_weight_shards} is refused with "
-                f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
-                f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
-            )
-    packed = "sft" if args.sft else "dataloader_inter_document_masking"
-    if getattr(args, packed) and args.pipeline_model_parallel_size > 1:
-        # Packing makes one sample of a microbatch, but Megatron's pipeline expects the unpacked shape to arrive.
-        for name in ("micro_batch_size", "eval_micro_batch_size"):
-            if (getattr(args, name) or 1) > 1:
-                raise ValueError(
-                    f"{flag_of(packed)} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} needs "
-                    f"{flag_of(name)} 1, not {getattr(args, name)}: use 1, and more microbatches or a "
-                    "longer --seq-length"
-                )
-    if args.save is not None and (args.save_interval or 0) < 1:
-        raise ValueError(
-            f"--save {args.save} needs --save-interval N, the iterations from one checkpoint to the next, not "
-            f"{args.save_interval}: give it ({args.train_iters} saves once, at the end), or leave --save out"
-        )
-    if args.attention_backend is not None and args.attention_backend.name == "local":
-        raise ValueError("--attention-backend local works only with --spec local: use --transformer-impl local")
-    for name in ("transformers", "jinja2") if args.sft else ():
-        if not importable(name):
-            raise ValueError(
-                f"--sft writes conversations with the package {name}, which does not import: pip install {name}"
-            )
-    _refuse_missing_kernels(args)
-    _refuse_missing_files(args)
-    if args.eval_iters and not has_validation_data(args):
-        raise ValueError(
-            f"--eval-iters {args.eval_iters}, but no validation data: give --valid-data-path, or a --split with a "
-            "second part, or leave --eval-iters out"
-        )
-
-
-def _refuse_any(args: Namespace, table: dict[str, str], refused: str) -> None:
-    for attribute, remedy in table.items():
-        value = getattr(args, attribute, None)
-        if value not in (None, False):
-            raise ValueError(f"{flag_of(attribute)}{shown(value)} {refused}: {remedy}")
-
-
-def _refuse_missing_kernels(args: Namespace) -> None:
-    for attribute, on, flag, against, module in _KERNELS:
-        if getattr(args, attribute) is on and not importable(module):
-            raise ValueError(
-                f"{flag} needs {module}, which does not import: install it, or use {against} (the default without it)"
-            )
-
-
-def _refuse_missing_files(args: Namespace) -> None:
-    here = f"(rank {args.rank}, host {socket.gethostname()}; every node needs the same path)"
-    for attribute in _FILES:
-        value = getattr(args, attribute)
-        if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
-            raise ValueError(f"{flag_of(attribute)} {value}: no such file or directory {here}")
-    sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    for prefix in (item for source in sources for item in source or ()):
-        is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
-        if not is_weight and not _may_exist(prefix if args.sft else prefix + ".idx"):
-            raise ValueError(
-                f"data {prefix}: "
-                + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx")
-                + f" {here}"
-            )
-    if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
-        raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
-    if not args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
-        refuse_missing_tokenizer(args)
-
-
-def refuse_missing_tokenizer(args: Namespace) -> None:
-    """Refuse a run without a tokenizer, which Megatron finds out in a traceback."""
-    kind = args.tokenizer_type or args_defaults(args).get("tokenizer_type")
-    if kind is None:
-        raise ValueError("no tokenizer: give --tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH")
-    if kind == "NullTokenizer" and args.vocab_size is None:
-        if args.use_checkpoint_args:
-            raise ValueError(
-                "no tokenizer: the checkpoint was made without one, as lightning-convert import does: give "
-                "--tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH; or --vocab-size for mock data"
-            )
-        raise ValueError("NullTokenizer (the default with --mock-data) needs --vocab-size")
-
-
-def _may_exist(path: str, tokenizer_type: str | bool | None = None) -> bool:
-    """False only if ``path`` is surely wrong: URLs and names on the Hugging Face hub are left to their readers."""
-    hub_name = tokenizer_type in ("HuggingFaceTokenizer", "SFTTokenizer") and re.fullmatch(
-        r"\w[\w.-]*(/[\w.-]+)?", path
-    )
-    return "://" in path or bool(hub_name) or Path(path).exists()
 
 
 def parts_in_use(args: Namespace, norm: str) -> str:

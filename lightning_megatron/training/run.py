@@ -46,15 +46,13 @@ from .arguments import (
     notes,
     options_from_args,
     parts_in_use,
-    refuse,
     refuse_dropped,
-    refuse_missing_tokenizer,
-    refuse_small_vocabulary,
     tokenizer_defaults,
 )
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
+from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary
 from .released import LIST
 
 logger = logging.getLogger("lightning_megatron")
