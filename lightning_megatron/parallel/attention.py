@@ -100,7 +100,10 @@ def lightning_attn(
         initial_state=initial_state is not None, output_final_state=output_final_state,
         gradients=learns,
     )  # fmt: skip
-    exchange = choose(exchange, layout, group, q.device, computing)
+    rows = cu_seqlens.numel() - 1 if layout == "zigzag-documents" and cu_seqlens is not None else q.shape[0]
+    exchange = choose(
+        exchange, layout, group, q.device, computing, state_bytes=4 * rows * q.shape[2] * q.shape[3] * v.shape[3]
+    )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     log_decay = log_decay.detach().contiguous()
     states = initial_state is not None or output_final_state

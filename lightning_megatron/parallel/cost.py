@@ -1,4 +1,4 @@
-"""What an exchange costs, by its steps and bytes: "auto" takes the cheapest, tests/benchmarks/simulate.py predicts steps.
+"""What an exchange costs, by its steps and bytes: of exchanges over any ranks "auto" takes the cheapest.
 
 Microseconds that one exchange in one direction takes, with P ranks, n chunks a rank, N = n P, states of S bytes and B
 the bandwidth of the slowest link a message takes:
@@ -9,10 +9,14 @@ the bandwidth of the slowest link a message takes:
     ring          N (u + S w) + messages S / B
     pipelined     steps (u + S / K (w + 1 / B))             K blocks; P - 1 + K steps for each way through the ranks
 
-and for direct and all-gather what reading the states of all ranks takes. The constants of a ``Machine`` are fitted to
-tests/benchmarks/results/context_parallel.json, by ``fit`` in tests/benchmarks/simulate.py; a test holds them equal.
-Those of the network between nodes are assumed. Which kernels make the local states is the same for every exchange and
-not counted.
+and for direct and all-gather what reading the states of more than two ranks takes. An all-gather's ring enters every
+node over the adapters of all its GPUs. Of the messages of ring and pipelined, only those that cross nodes take that
+network; a scan has some in every round. Which kernels make the local states is the same for every exchange and not
+counted.
+
+The constants of a ``Machine`` are fitted to tests/benchmarks/results/context_parallel.json, by tests/benchmarks/
+simulate_fit.py; a test holds them equal. With more than two ranks nothing was measured, and constants of the network
+between nodes are assumed.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from dataclasses import dataclass
 from . import ring
 
 MIB = 2**20
-BETWEEN_NODES = ("all-gather", "scan")  # what "auto" chooses from where "direct" is impossible
+ANYWHERE = ("all-gather", "scan", "ring", "pipelined")  # "direct" is for the GPUs of a node
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def exchange_us(
         return _gather(m, (ranks - 1) * own, slower) + hops + _read(m, (ranks - 2) * own)
     latency = m.network if far else 0.0
     if exchange == "scan":
-        rounds = 1 + len(ring._distances(chunks * ranks))
+        rounds = 1 + len(ring.distances(chunks * ranks))
         sent = state_bytes if ranks == 2 else own  # the other chunk's goes to a chunk of the same rank
         return rounds * (m.scan_round + latency + sent / per_us + own / MIB * m.scan_per_mib)
     # Along the chain of chunks most messages stay in a node
@@ -112,4 +116,4 @@ def _read(machine: Machine, size: float) -> float:
 
 def cheapest(ranks: int, per_node: int, chunks: int, state_bytes: float, machine: Machine = H100) -> str:
     """What "auto" is where ``direct`` is impossible."""
-    return min(BETWEEN_NODES, key=lambda x: exchange_us(x, ranks, per_node, chunks, state_bytes, machine))
+    return min(ANYWHERE, key=lambda x: exchange_us(x, ranks, per_node, chunks, state_bytes, machine))

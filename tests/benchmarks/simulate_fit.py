@@ -1,14 +1,14 @@
 """What tests.benchmarks.simulate takes from measurements: constants fitted to rows of results/*.json.
 
-Rows for fitting and rows for validation are apart; ``is_fitted`` and ``FITTED_*`` say which is which, tests/test_simulate.py
-holds predictions against the others.
+Rows for fitting and for validation are apart; tests/test_simulate.py holds predictions against the latter.
 
-| constants | fitted to | validated against |
-|---|---|---|
-| operator | context_parallel.json "one GPU", 2048 and 32768 tokens | the same, 8192; speed.json "lightning" |
-| exchanges | context_parallel.json "states alone", and "..., zigzag" with 2048 and 32768 tokens | the other layouts and lengths |
-| steps of one GPU | training.json, seven rows of 0.4B and 3B (FITTED_STEPS) | the other rows, all of 1B; long.json |
-| what two GPUs add | training.json, 0.4B without flags (FITTED_PAIRS) | 0.4B over two GPUs with flags, and 1M |
+- operator: fitted to context_parallel.json "one GPU" with 2048 and 32768 tokens; validated against 8192, and speed.json
+- exchanges: fitted to context_parallel.json "states alone", and "..., zigzag" with 2048 and 32768 tokens; validated
+  against contiguous and against 8192
+- steps of one GPU: fitted to seven rows of 0.4B and 3B of training.json (FITTED_STEPS); validated against the others,
+  with all of 1B, and long.json
+- what two GPUs add: fitted to 0.4B of training.json without flags (FITTED_PAIRS); validated against 0.4B over two GPUs
+  with flags, and against 1M tokens
 """
 
 from __future__ import annotations
@@ -106,16 +106,12 @@ def exchange_rows() -> list[dict]:
     found = []
     for x in rows("context_parallel"):
         exchange, _, layout = x["scheme"].partition(", ")
-        if exchange in ("direct", *ring_and_gather()):
+        if exchange in ("direct", *cost.ANYWHERE):
             chunks = 1 if layout == "contiguous" else 2
             found.append(
                 x | dict(exchange=exchange, chunks=chunks, fitted=chunks == 2 and x["tokens"] in FITTED_TOKENS)
             )
     return found
-
-
-def ring_and_gather() -> tuple[str, ...]:
-    return ("all-gather", "ring", "pipelined", "scan")
 
 
 @functools.cache
@@ -139,7 +135,7 @@ def exchanges() -> tuple[Machine, Local]:
         mib, name, n = size / MIB, x["exchange"], x["chunks"]
         free = dataclasses.replace(machine, direct=0, scan_round=0, scan_per_mib=0, ring_step=0, ring_per_mib=0)
         known = cost.exchange_us(name, P, per_node, n, size, free)
-        rounds, steps = 1 + len(ring._distances(n * P)), n * (P - 1 + ring.BLOCKS)
+        rounds, steps = 1 + len(ring.distances(n * P)), n * (P - 1 + ring.BLOCKS)
         fixed = {
             "direct": [1, 0, 0, 0, 0],
             "all-gather": [0, 0, 0, 0, 0],
@@ -182,7 +178,11 @@ def one_gpu(name: str = "training") -> list[dict]:
     """Rows of lightning steps of one GPU, with ``fitted``."""
     found = []
     for x in rows(name):
-        if x.get("attention") == "lightning" and "error" not in x and all(x[f"{y}_parallel"] == 1 for y in ("tensor", "context", "data")):
+        if (
+            x.get("attention") == "lightning"
+            and "error" not in x
+            and all(x[f"{y}_parallel"] == 1 for y in ("tensor", "context", "data"))
+        ):
             key = x["model"], x["recompute"], x["length"], x["loss_chunk"]
             found.append(x | dict(fitted=name == "training" and not x["extra"] and key in FITTED_STEPS))
     return found
