@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,18 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         simulate.main(["--exchange", "direct", "--gpus", "16"])
     assert "--exchange direct is for the GPUs of one node: pass --gpus up to --per-node 8" in capsys.readouterr().err
+
+
+def test_documented_tables_are_what_it_prints(tmp_path, capsys):
+    simulate.main(["--json", str(tmp_path / "x.json")])
+    documented = (Path(__file__).parents[1] / "docs/parallelism.md").read_text().splitlines()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(printed) == 4 * 3 + 26 and set(printed) <= set(documented)
+    read = lambda path: json.loads(path.read_text())
+    new, committed = read(tmp_path / "x.json"), read(fit.RESULTS / "simulate.json")
+    assert new["machine"] == committed["machine"] and len(new["rows"]) == len(committed["rows"])
+    for a, b in zip(new["rows"], committed["rows"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 # ---- auto ------------------------------------------------------------------------------------------------------------

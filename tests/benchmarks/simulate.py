@@ -191,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
             print(show(found), flush=True)
             rows += found
     if args.json:
-        about = dict(machine=dataclasses.asdict(machine), two_gpus=fit.two_gpus(), assumed=list(assumed))
+        about = dict(machine=dataclasses.asdict(machine), two_gpus=round(fit.two_gpus(), 6), assumed=list(assumed))
+        rows = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in x.items()} for x in rows]
         args.json.write_text(json.dumps(dict(about, rows=rows), indent=1) + "\n")
 
 
