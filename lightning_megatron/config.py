@@ -84,8 +84,8 @@ class LightningOptions:
     )
     cp_exchange: str = _option(
         "auto",
-        "how context-parallel ranks pass states: auto takes direct within a node, else all-gather up to 16 ranks and "
-        "scan beyond",
+        "how context-parallel ranks pass states: auto takes direct within a node, else the cheapest for so many ranks, "
+        "ranks of a node and bytes",
         CP_EXCHANGES,
     )
     cp_keep_states: bool = _option(

@@ -50,7 +50,7 @@ def lightning_attn(
         tokens: of every rank, where contiguous chunks differ in length; the same on all ranks.
         exchange: ``"direct"`` (GPUs of one node write into each other's memory), ``"all-gather"``, ``"ring"``,
             ``"pipelined"``, ``"scan"`` (prefix sums by doubling), or ``"auto"``: direct where it is possible, else
-            all-gather up to 16 ranks, scan beyond.
+            the cheapest for so many ranks, ranks of a node and bytes of states (cost.py).
         initial_state: as of the operator, of the whole sequence (or of whole documents) and the same on all ranks.
         output_final_state: also return the final state of the whole sequence (of every whole document), on all ranks.
             Its gradient must then be the same on all ranks, and that of initial_state is.
@@ -100,7 +100,10 @@ def lightning_attn(
         initial_state=initial_state is not None, output_final_state=output_final_state,
         gradients=learns,
     )  # fmt: skip
-    exchange = choose(exchange, layout, group, q.device, computing)
+    rows = cu_seqlens.numel() - 1 if layout == "zigzag-documents" and cu_seqlens is not None else q.shape[0]
+    exchange = choose(
+        exchange, layout, group, q.device, computing, state_bytes=4 * rows * q.shape[2] * q.shape[3] * v.shape[3]
+    )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     log_decay = log_decay.detach().contiguous()
     states = initial_state is not None or output_final_state

@@ -38,14 +38,13 @@ def why_not(group: dist.ProcessGroup, device: torch.device) -> str:
 def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return "ranks have no NVIDIA GPUs"
-    node = BOOT.read_text().strip() if BOOT.exists() else ""
-    ranks = _all(group, (node, str(torch.cuda.get_device_properties(device).uuid), device.index))
-    if node == "" or len({node for node, _, _ in ranks}) > 1:
+    if set(nodes(group)) != {nodes(group)[0]} or nodes(group)[0] == "":
         return "ranks are not on one node"
-    if len({uuid for _, uuid, _ in ranks}) < len(ranks):
+    uuids = _all(group, str(torch.cuda.get_device_properties(device).uuid))
+    if len(set(uuids)) < len(uuids):
         return "ranks share a GPU"
     here = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    others = [uuid for rank, (_, uuid, _) in enumerate(ranks) if rank != group.rank()]
+    others = [uuid for rank, uuid in enumerate(uuids) if rank != group.rank()]
     if any(uuid not in here for uuid in others):
         mine = (
             "a rank does not see the GPUs of the others (CUDA_VISIBLE_DEVICES), so that it cannot ask whether it "
@@ -69,6 +68,19 @@ def _why_not_any(group: dist.ProcessGroup, device: torch.device) -> str:
             logger.warning("context-parallel group %s has peer access, but %s", group.group_name, mine)
         reasons = _all(group, mine)
     return next(filter(None, reasons), "")
+
+
+def nodes(group: dist.ProcessGroup) -> tuple[str, ...]:
+    """The node of each rank, "" where nothing tells it; ranks ask together, once."""
+    state = state_of(group)
+    if state.nodes is None:
+        state.nodes = tuple(_all(group, BOOT.read_text().strip() if BOOT.exists() else ""))
+    return state.nodes
+
+
+def ranks_of_a_node(group: dist.ProcessGroup) -> int:
+    """On average, rounded down; ranks that cannot tell their nodes count as one node."""
+    return len(nodes(group)) // len(set(nodes(group)))
 
 
 def _all(group: dist.ProcessGroup, mine) -> list:

@@ -15,19 +15,24 @@ import torch.distributed as dist
 
 from ..ops import backend as backends
 from ..ops.backend import Backend, Destination
-from . import direct, ring
+from . import cost, direct, ring
 from .factors import Factors, Pairs, left
 from .group import state_of
 from .plan import ParallelPlan
 
 EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
-GATHERED_RANKS = 16  # with more, all-gather sends more than it saves in latency
 
 Exchanged = tuple[torch.Tensor, torch.Tensor | None]  # what enters this rank's chunks, and what leaves the last chunk
 
 
-def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.device, backend: Backend) -> str:
-    """What "auto" is for these ranks, which ask together; whether "direct" is possible."""
+def choose(
+    exchange: str, layout: str, group: dist.ProcessGroup, device: torch.device, backend: Backend, state_bytes: int
+) -> str:
+    """What "auto" is for these ranks, which ask together; whether "direct" is possible.
+
+    Args:
+        state_bytes: of the states of one chunk, by which the cheapest exchange is found (cost.py).
+    """
     if exchange not in ("auto", "direct"):
         return exchange
     if layout == "zigzag-documents":
@@ -46,7 +51,8 @@ def choose(exchange: str, layout: str, group: dist.ProcessGroup, device: torch.d
             f"exchange='direct' needs GPUs that write into each other's memory, but {why_not}; use exchange='auto' or "
             "'all-gather'"
         )
-    return "all-gather" if group.size() <= GATHERED_RANKS else "scan"
+    chunks = 1 if layout == "contiguous" else 2
+    return cost.cheapest(group.size(), direct.ranks_of_a_node(group), chunks, state_bytes)
 
 
 def needed_pairs(plan: ParallelPlan, reverse: bool) -> dict[str, Pairs]:

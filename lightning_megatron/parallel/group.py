@@ -29,6 +29,7 @@ class GroupState:
         self.values = WeakTensorKeyDictionary()  # tensor -> text and digest of its values when all ranks had the same
         self.seen = Seen()
         self.why_not_direct: str | None = None  # None: not asked yet
+        self.nodes: tuple[str, ...] | None = None  # of the ranks; None: not asked yet
         self.buffers: dict[tuple[int, ...], Any] = {}  # symmetric buffers by the shape of messages
         self._constants: dict[Hashable, Any] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -1,6 +1,6 @@
 """Exchanges that pass states on from rank to rank: ``ring``, ``pipelined`` and ``scan``.
 
-The papers' schemes, and what others compare with. On all machines measured so far, all-gather is faster up to 16 ranks.
+The papers' schemes, and what others compare with. What each costs, and when "auto" takes it, is in cost.py.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def needed_pairs(plan: ParallelPlan, reverse: bool) -> dict[str, Pairs]:
     pairs = {"passing": tuple(passing)}
     if plan.exchange == "scan":
         N, entrances = plan.count, plan.entrances(reverse)
-        for through in (0, *_distances(N)):
+        for through in (0, *distances(N)):
             begins = [min(max(b + through if reverse else b - through, 0), N) for b in entrances]
             pairs[f"step {through}"] = tuple((min(p), max(p)) for p in zip(begins, entrances, strict=True))
         pairs["start"] = tuple((b, N) if reverse else (0, b) for b in entrances)
     return pairs
 
 
-def _distances(chunks: int) -> list[int]:
+def distances(chunks: int) -> list[int]:
     """1, 2, 4, ... as far as there are chunks so far apart whose states are not yet in the sum."""
     found = [1]
     while found[-1] < chunks - 1:
@@ -116,7 +116,7 @@ def _scan(plan, local, factors, start, need_end, reverse):
                 x += y
 
     add(local, 1, 0)
-    for distance in _distances(plan.count):
+    for distance in distances(plan.count):
         add(incoming, distance, distance)
     if start is not None:
         incoming += left(factors("start", reverse), start)
