@@ -240,7 +240,7 @@ def get_mtp_block_spec(
     loop it is found by itself (patches/mtp_spec.py).
 
     Args:
-        As of ``get_hybrid_block_spec``.
+        config, options, vp_stage, pp_rank, layout: as of ``get_hybrid_block_spec``.
 
     Returns:
         None where the stage has none of these layers.
