@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import ConvertError
+from .errors import ConvertError, refuse_remote
 
 _DESCRIPTION = (
     "Convert models between Hugging Face folders and Megatron's torch_dist checkpoints, on CPUs, in little memory."
@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         "The checkpoint loads at any tensor, pipeline, expert and context parallel size. Block-scaled fp8 weights "
         "become bf16, all other tensors keep their dtype. Config and tokenizer are kept in TARGET/huggingface.",
     )
-    to_megatron.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and *.safetensors")
-    to_megatron.add_argument("target", type=Path, metavar="TARGET", help="new folder, for --load of a training")
+    to_megatron.add_argument("source", type=_path, metavar="SOURCE", help="folder with config.json and *.safetensors")
+    to_megatron.add_argument("target", type=_path, metavar="TARGET", help="new folder, for --load of a training")
     to_megatron.add_argument("--overwrite", action="store_true", help="replace TARGET, once the new one is complete")
 
     to_hf = command(
@@ -71,12 +71,12 @@ def parser() -> argparse.ArgumentParser:
         "Megatron checkpoint to Hugging Face folder",
         "Tensors keep their dtype. The optimizer is left out.",
     )
-    to_hf.add_argument("source", type=Path, metavar="SOURCE", help="folder of --save of a training, or of an import")
-    to_hf.add_argument("target", type=Path, metavar="TARGET", help="new folder")
-    to_hf.add_argument("--step", type=int, metavar="N", help="iteration to export (default: the last one)")
+    to_hf.add_argument("source", type=_path, metavar="SOURCE", help="folder of --save of a training, or of an import")
+    to_hf.add_argument("target", type=_path, metavar="TARGET", help="new folder")
+    to_hf.add_argument("--step", type=_step, metavar="N", help="iteration to export (default: the last one)")
     to_hf.add_argument(
         "--like",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="Hugging Face folder to take tokenizer and further fields of config.json from (default: "
         "SOURCE/huggingface, which an import wrote)",
@@ -88,8 +88,10 @@ def parser() -> argparse.ArgumentParser:
         "import, export and compare every tensor bit for bit",
         "Needs space for twice the model; what it writes is removed.",
     )
-    there_and_back.add_argument("source", type=Path, metavar="SOURCE", help="folder with config.json and *.safetensors")
-    there_and_back.add_argument("--work", type=Path, metavar="FOLDER", help="where to write (default: beside SOURCE)")
+    there_and_back.add_argument(
+        "source", type=_path, metavar="SOURCE", help="folder with config.json and *.safetensors"
+    )
+    there_and_back.add_argument("--work", type=_path, metavar="FOLDER", help="where to write (default: beside SOURCE)")
 
     compared = command(
         "verify",
@@ -98,11 +100,11 @@ def parser() -> argparse.ArgumentParser:
         "layer, the logits and the greedy tokens are compared with those of an independent reference: transformers "
         "where it has the model, else formulas. On the CPU, in fp32; no code of a folder is executed.",
     )
-    compared.add_argument("source", type=Path, metavar="HF_FOLDER", help="folder with config.json and *.safetensors")
+    compared.add_argument("source", type=_path, metavar="HF_FOLDER", help="folder with config.json and *.safetensors")
     compared.add_argument(
-        "checkpoint", type=Path, metavar="MEGATRON_CHECKPOINT", help="folder of --save of a training, or of an import"
+        "checkpoint", type=_path, metavar="MEGATRON_CHECKPOINT", help="folder of --save of a training, or of an import"
     )
-    compared.add_argument("--step", type=int, metavar="N", help="iteration to compare (default: the last one)")
+    compared.add_argument("--step", type=_step, metavar="N", help="iteration to compare (default: the last one)")
     compared.add_argument("--prompt", metavar="TEXT", help="what both read (default: a text, or random token ids)")
     compared.add_argument(
         "--tokens", type=_positive, default=64, metavar="N", help="how many tokens both write (%(default)s)"
@@ -116,9 +118,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compared.add_argument("--tensors-only", action="store_true", help="run no model: for those that do not fit")
     compared.add_argument(
-        "--table", type=Path, metavar="FILE", help="JSON with a row for every tensor (default: NAME.tensors.json)"
+        "--table", type=_path, metavar="FILE", help="JSON with a row for every tensor (default: NAME.tensors.json)"
     )
-    compared.add_argument("--card", type=Path, metavar="FOLDER", help="write the card FOLDER/NAME.md and NAME.json")
+    compared.add_argument("--card", type=_path, metavar="FOLDER", help="write the card FOLDER/NAME.md and NAME.json")
     compared.add_argument("--name", help="of the model, for the card (default: that of HF_FOLDER)")
     compared.add_argument(
         "--revision", help="of the model, for the card (default: the commit that hf download noted, else a digest)"
@@ -211,17 +213,33 @@ def _keep_memory() -> None:
             mallopt(parameter, value)
 
 
+def _path(text: str) -> Path:
+    try:
+        refuse_remote(text)  # a Path has lost the second slash, and takes an empty text for this folder
+    except ConvertError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be the number of an iteration, as 500 of iter_0000500")
+    return int(text)
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, as 1e-5")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 
@@ -16,6 +17,21 @@ class UsageError(ConvertError):
     """A conversion that was asked for wrongly."""
 
     status = 2
+
+
+def refuse_remote(path: Path | str) -> None:
+    """Refuse a URL, which would be taken for a folder named ``s3:``.
+
+    Raises:
+        UsageError: it is one, or nothing at all.
+    """
+    if not str(path):
+        raise UsageError("a path is empty; an empty variable of the shell?")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
+        raise UsageError(
+            f"{path}: only local folders are taken: download a model first, for example with `hf download ORG/NAME "
+            "--local-dir FOLDER`, and upload what was written afterwards"
+        )
 
 
 def cannot(action: str, path: Path | str, error: OSError, tensor: str | None = None) -> ConvertError:

@@ -76,7 +76,7 @@ def export_checkpoint(
         "config": config,
     }
     plan |= {"part_bytes": part_bytes, "max_shard_bytes": max_shard_bytes, "tensors": fingerprint(outputs)}
-    with Partial(target, plan, say) as partial:
+    with Partial(target, plan, say, overwrite) as partial:
         _write_parts(checkpoint, partial, shards.Writer(partial.out, layout), parts, jobs, say)
         try:
             _write_rest(partial.out, layout, config, beside)

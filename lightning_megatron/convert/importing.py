@@ -66,7 +66,7 @@ def import_checkpoint(
     plan: dict[str, Any] = {"import": str(folder.path), "version": __version__, "state": folder.state(), "flags": flags}
     plan |= {"part_bytes": part_bytes}
     plan |= {"parts": fingerprint([task.unit.megatron for task in tasks], [task.gives for task in tasks])}
-    with Partial(target, plan, say) as partial:
+    with Partial(target, plan, say, overwrite) as partial:
         out = partial.out / "release"
         records = _write_parts(folder, out, partial, parts, jobs, say)
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from .errors import ConvertError, UsageError, cannot
+from .errors import ConvertError, UsageError, cannot, refuse_remote
 
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
@@ -33,8 +33,9 @@ def check_target(source: Path, target: Path, overwrite: bool, ours: Callable[[Pa
         ours: whether a folder is what this command writes, so that ``overwrite`` may replace it.
 
     Raises:
-        UsageError: the target is there already, or source and target hold each other.
+        UsageError: the target is there already, is not local, or source and target hold each other.
     """
+    refuse_remote(target)
     target, source = target.resolve(), source.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise UsageError(f"the target {target} and the source {source} hold each other; choose a target elsewhere")
@@ -83,13 +84,14 @@ class Partial:
         target: complete path of what will be there in the end, from ``check_target``.
         plan: plain values that decide the bytes of every part; parts of another plan are thrown away.
         say: told what the user should know.
+        overwrite: the target may be replaced.
 
     Raises:
         ConvertError: the folder cannot be made, another run holds it, or it is not of a conversion.
     """
 
-    def __init__(self, target: Path, plan: dict[str, Any], say: Callable[[str], None]) -> None:
-        self.target = target
+    def __init__(self, target: Path, plan: dict[str, Any], say: Callable[[str], None], overwrite: bool) -> None:
+        self.target, self.overwrite = target, overwrite
         self.path = target.with_name(target.name + ".partial")
         self.out, self._old, self._done = (self.path / name for name in ("out", "old", "done"))
         self._lock: IO[str] | None = None
@@ -163,14 +165,23 @@ class Partial:
             )
 
     def commit(self) -> None:
-        """Put the result in place of the target, which is replaced only now."""
+        """Put the result in place of the target, which is replaced only now.
+
+        Raises:
+            ConvertError: the disk does not take it; or somebody else has made the target since ``check_target``.
+        """
         try:
             for path in sorted(self.out.rglob("*"), reverse=True):
                 if path.is_dir():
                     sync(path)
             sync(self.out)
             shutil.rmtree(self._old, ignore_errors=True)
-            if self.target.exists() and any(self.target.iterdir()):
+            if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
+                if not self.overwrite:
+                    raise ConvertError(
+                        f"{self.target} has come from elsewhere while this run wrote {self.path}, which is complete: "
+                        "move one of them away, and run the same command again; or replace the target with --overwrite"
+                    )
                 self.target.rename(self._old)
             self.out.rename(self.target)
             sync(self.target.parent)

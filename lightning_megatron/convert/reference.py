@@ -173,7 +173,8 @@ def _head_norms(c: Config, p: Tensors, names: str, q: Tensor, k: Tensor) -> tupl
 
 
 def _half_rotated(c: Config, x: Tensor) -> Tensor:
-    return rotate(x, int(x.shape[-1] * _of(c, "partial_rotary_factor", 1.0)), _theta(c))
+    part = (c.get("rope_parameters") or {}).get("partial_rotary_factor") or _of(c, "partial_rotary_factor", 1.0)
+    return rotate(x, int(x.shape[-1] * part), _theta(c))
 
 
 def _lightning(c: Config, p: Tensors, names: str, n: Tensor, layer: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..config import expert_pattern, lightning_pattern
-from .family import COMMON, Config, Fields, Flags, pattern
+from .family import COMMON, Config, Fields, Flags, pattern, rotary
 from .units import Keys, Part, Piece, Unit, grouped, joined, layer_norms, padded, same, whole
 
 NAME = "bailing"
@@ -55,7 +55,6 @@ def flags(config: Config) -> Flags:
     for name in ("use_bias", "use_qkv_bias", "attention_bias", "norm_head", "use_sliding_window", "linear_attn_bias"):
         fields.only(name, False)
     fields.only("hidden_act", "silu")
-    fields.only("rope_scaling", None)
     fields.only("sliding_window", None, why="and every softmax layer here sees all tokens")
     fields.only("rope_traditional", False)
     dim = fields.get("head_dim", hidden // heads)
@@ -68,6 +67,7 @@ def flags(config: Config) -> Flags:
     group = fields.need("layer_group_size")
     whole_groups = layers // group * group
     softmax = [(layer + 1) % group == 0 or layer >= whole_groups for layer in range(layers)]
+    base, part = rotary(fields)
     normed, silu = fields.get("use_qk_norm", True), fields.get("linear_silu", fields.get("use_linear_silu", False))
     found: Flags = dict(
         num_layers=layers, hidden_size=hidden, num_attention_heads=heads, kv_channels=hidden // heads,
@@ -75,21 +75,22 @@ def flags(config: Config) -> Flags:
         max_position_embeddings=fields.get("max_position_embeddings", 131072), norm_epsilon=fields.need("rms_norm_eps"),
         linear_attention_freq=pattern(0 if full else 1 for full in softmax), **COMMON,
         untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", False),
-        position_embedding_type="rope", rotary_base=int(_theta(fields)), lightning_rope=True,
+        position_embedding_type="rope", rotary_base=base, lightning_rope=True,
         lightning_decay="bailing", lightning_feature_map="silu-qkv" if silu else "none",
         lightning_qk_norm=bool(normed), lightning_norm="group", lightning_norm_groups=fields.get("group_norm_size", 1),
     )  # fmt: skip
-    half = fields.get("partial_rotary_factor", 1.0)
+    if part is None and fields.get("rotary_dim", dim) != dim:
+        raise ValueError(
+            f"config.json: rotary_dim is {fields.get('rotary_dim')}, which Hugging Face's code of this family does not "
+            f"read, and vLLM does; write partial_rotary_factor, the part of head_dim {dim} that is rotated"
+        )
+    half = 1.0 if part is None else part
     found |= _latent(fields, half) if latent else _grouped(fields, half, normed)
-    if fields.get("num_experts") is not None:
+    if fields.get("num_experts", 0):
         found |= _experts(fields, layers)
     found |= _prediction(fields)
     fields.warn_of_others()
     return found
-
-
-def _theta(fields: Fields) -> float:
-    return (fields.get("rope_parameters") or {}).get("rope_theta") or fields.get("rope_theta", 10000)
 
 
 def _latent(fields: Fields, half: float) -> Flags:

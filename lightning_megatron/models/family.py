@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from .kinds import check_kind, check_kinds
 from .units import Unit
 
 logger = logging.getLogger("lightning_megatron")
@@ -67,11 +68,14 @@ def family_of(config: Config) -> Family:
     """The family of a config.json.
 
     Raises:
-        ValueError: none of them, or a model that is known not to be one of them.
+        ValueError: none of them, or a model that is known not to be one of them; or a value that a field cannot have.
     """
+    for name in ("model_type", "architectures"):
+        check_kind(name, config.get(name))
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     for family in families():
         if family.claims(config):
+            check_kinds(config)
             return family
     if kind in _KNOWN:
         raise ValueError(f"config.json: model_type {kind!r}: {_KNOWN[kind]}; it is not supported")
@@ -145,6 +149,39 @@ class Fields:
                 "the model computes, the conversion is wrong",
                 ", ".join(others),
             )
+
+
+def rotary(fields: Fields) -> tuple[int, float | None]:
+    """The base of the angles, and the part of the head dim that turns, None where no field says it.
+
+    ``rope_parameters`` is where transformers 5 keeps both; ``rope_scaling``, which was there before, has neither.
+
+    Raises:
+        ValueError: scaled angles, further entries, or two fields that contradict each other.
+    """
+    said: dict[str, dict[str, Any]] = {"rope_theta": {}, "partial_rotary_factor": {}}
+    for name in said:
+        said[name] = {name: fields.get(name)}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = {key: value for key, value in fields.get(name, {}).items() if value is not None}
+        kinds = [given.pop(key, "default") for key in ("rope_type", "type")]
+        check_kinds(given)
+        if name == "rope_parameters":
+            for key in said:
+                said[key][f"{name}.{key}"] = given.pop(key, None)
+        if kinds != ["default"] * 2 or given:
+            raise ValueError(
+                f"config.json: {name} is {fields.get(name)!r}: scaled rotary embeddings are not supported here, only "
+                "rope_type default"
+            )
+    found = {}
+    for name, values in said.items():
+        values = {where: value for where, value in values.items() if value is not None}
+        if len(set(values.values())) > 1:
+            both = " and ".join(f"{where} {value!r}" for where, value in values.items())
+            raise ValueError(f"config.json: {both} contradict each other; give one of them")
+        found[name] = next(iter(values.values()), None)
+    return int(found["rope_theta"] or 10000), found["partial_rotary_factor"]
 
 
 # Of every config.json: names, sizes of vocabularies' special tokens, generation, storage.

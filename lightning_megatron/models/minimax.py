@@ -12,12 +12,12 @@ from argparse import Namespace
 import torch
 
 from ..config import RESIDUAL_FACTORS, lightning_pattern
-from .family import COMMON, Config, Fields, Flags, pattern
+from .family import COMMON, Config, Fields, Flags, pattern, rotary
 from .units import Keys, Named, Part, Unit, grouped, joined, layer_norms, padded, same, whole
 
 NAME = "minimax"
 _NORM_EPS = 1e-6  # of the output norm, whatever the config's
-_FREE = ("block_size", "router_jitter_noise", "rope_scaling", "attn_type_list", "layer_types")
+_FREE = ("block_size", "router_jitter_noise", "attn_type_list", "layer_types")
 # factor -> its fields in transformers and in the original checkpoints
 _FACTORS = {
     "attn_alpha": ("linear_attn_alpha_factor", "layernorm_linear_attention_alpha"),
@@ -51,10 +51,13 @@ def flags(config: Config) -> Flags:
     if shared not in (0, [0]):
         raise ValueError(f"config.json: shared_intermediate_size is {shared!r}: shared experts are not supported here")
     fields.get("shared_moe_mode")
-    rope = fields.get("rope_parameters", {})
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json: rope_parameters {rope!r}: scaled rotary embeddings are not supported here")
+    base, part = rotary(fields)
     percent = fields.get("rotary_dim", dim) / dim  # transformers' own port turns all channels
+    if part not in (None, percent):
+        raise ValueError(
+            f"config.json: partial_rotary_factor is {part!r}, and rotary_dim {fields.get('rotary_dim')!r} says "
+            f"{percent:g} of head_dim {dim}; say it with rotary_dim alone"
+        )
     factors = {name: _factor(fields, *names) for name, names in _FACTORS.items()}
     found: Flags = dict(
         num_layers=layers, hidden_size=hidden, num_attention_heads=heads, kv_channels=dim,
@@ -63,7 +66,7 @@ def flags(config: Config) -> Flags:
         linear_attention_freq=pattern(int(lightning) for lightning in _lightning_layers(config, layers)), **COMMON,
         untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", False),
         group_query_attention=True, num_query_groups=fields.get("num_key_value_heads", heads),
-        position_embedding_type="rope", rotary_base=int(rope.get("rope_theta") or fields.get("rope_theta", 10000)),
+        position_embedding_type="rope", rotary_base=base,
         rotary_percent=percent, apply_residual_connection_post_layernorm=True,
         lightning_decay="minimax", lightning_feature_map="silu-qkv", lightning_scale=1.0, lightning_norm="all",
         lightning_norm_eps=_NORM_EPS, **{f"lightning_{name}": value for name, value in factors.items() if value != 1},
@@ -73,7 +76,6 @@ def flags(config: Config) -> Flags:
         moe_ffn_hidden_size=found["ffn_hidden_size"], moe_router_score_function="softmax", moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=config.get("router_aux_loss_coef", 0.001),
     )  # fmt: skip
-    fields.get("rope_theta")
     fields.warn_of_others()
     return found
 
@@ -84,8 +86,11 @@ def _factor(fields: Fields, ours: str, original: str) -> float:
 
 def _lightning_layers(config: Config, layers: int) -> list[bool]:
     types = config.get("layer_types")
-    if types is None and config.get("attn_type_list") is not None:
-        types = ["full_attention" if kind else "linear_attention" for kind in config["attn_type_list"]]
+    if config.get("attn_type_list") is not None:
+        first = ["full_attention" if kind else "linear_attention" for kind in config["attn_type_list"]]
+        if types not in (None, first):
+            raise ValueError("config.json: layer_types and attn_type_list contradict each other; give one of them")
+        types = first
     if types is None:
         raise ValueError(
             "config.json: neither layer_types nor attn_type_list is given, and the default of transformers, every "
@@ -158,7 +163,7 @@ def _decays(args: Namespace, config: Config, layer: int, names: str) -> Unit:
     They hold powers of the decay within a block, in the order of operations by which transformers rounds.
     """
     heads, block = args.num_attention_heads, config.get("block_size", 256)
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtype = _dtype(config)
     shapes = {
         "slope_rate": (heads, 1, 1),
         "query_decay": (heads, block, 1),
@@ -177,6 +182,14 @@ def _decays(args: Namespace, config: Config, layer: int, names: str) -> Unit:
 
     hf = tuple(Named(names + name, shape, optional=True) for name, shape in shapes.items())
     return Unit(hf, (), lambda x: [], make)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"config.json: dtype is {name!r}; it must be bfloat16, float16 or float32")
+    return dtype
 
 
 def _softmax(args: Namespace, keys: Keys, layer: int, names: str) -> list[Unit]:

@@ -7,7 +7,7 @@ import functools
 import io
 import math
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
@@ -19,10 +19,16 @@ from ..record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, function_record
 from .arguments import add_arguments, args_defaults
 
 
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Not an exit of the program: nobody typed these flags."""
+        raise ValueError(message)
+
+
 @functools.cache
 def parser() -> ArgumentParser:
     """Megatron's flags and ours."""
-    return add_arguments(add_megatron_arguments(ArgumentParser(prog="lightning_megatron", allow_abbrev=False)))
+    return add_arguments(add_megatron_arguments(_Parser(prog="lightning_megatron", allow_abbrev=False)))
 
 
 def defaults_of_model(name: str) -> tuple[dict[str, Any], str]:
@@ -40,7 +46,17 @@ def saved_args(words: list[str]) -> Namespace:
 
     Args:
         words: a command line, as ``command_line`` writes it; what it leaves out has Megatron's defaults.
+
+    Raises:
+        ValueError: Megatron has no such model.
     """
+    try:
+        return _saved_args(words)
+    except (AssertionError, TypeError, ZeroDivisionError) as error:  # its checks, and what it does before them
+        raise ValueError(f"Megatron refuses this model: {str(error) or repr(error)}\n  {' '.join(words)}") from error
+
+
+def _saved_args(words: list[str]) -> Namespace:
     more = "--micro-batch-size 1 --tokenizer-type NullTokenizer --eval-iters 0".split()
     if "--seq-length" not in words:
         more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]

@@ -143,10 +143,30 @@ def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     write_model(tmp_path / "hf")
     with (
-        Partial(tmp_path / "m", {}, print),
+        Partial(tmp_path / "m", {}, print, False),
         pytest.raises(ConvertError, match=r"another run writes .*m\.partial; wait for it"),
     ):
         import_checkpoint(tmp_path / "hf", tmp_path / "m")
+
+
+def test_a_target_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another run, or from a person: without --overwrite nothing is removed."""
+    tensors = write_model(tmp_path / "hf")
+    commit, thesis = Partial.commit, tmp_path / "m/thesis.tex"
+
+    def late(self: Partial) -> None:
+        thesis.parent.mkdir()
+        thesis.write_text("x")
+        commit(self)
+
+    with monkeypatch.context() as patch, pytest.raises(ConvertError, match="m has come from elsewhere while this run"):
+        patch.setattr(Partial, "commit", late)
+        import_checkpoint(tmp_path / "hf", tmp_path / "m")
+    assert thesis.read_text() == "x"
+    thesis.rename(tmp_path / "thesis.tex")
+    import_checkpoint(tmp_path / "hf", tmp_path / "m")
+    export_checkpoint(tmp_path / "m", tmp_path / "out")
+    assert_model(tmp_path / "out", tensors)
 
 
 def test_partial_folder_of_the_user(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from lightning_megatron.convert.model import model_of_config
 from lightning_megatron.models.family import command_line, family_of
 from lightning_megatron.models.presets import PRESETS, preset_config, preset_flags
 from lightning_megatron.training.models import family_of_args, parser, readable
@@ -83,6 +84,25 @@ REFUSALS = [
     ("bailing", dict(norm_topk_prob=False), "norm_topk_prob is False"),
     ("bailing", dict(num_experts_per_tok=2), "num_experts_per_tok 2 of topk_group 2 groups"),
     ("bailing", dict(hidden_size=None), "hidden_size is missing"),
+    ("bailing", dict(num_hidden_layers="5"), "num_hidden_layers is '5'; it must be a whole number from 1 to 10000"),
+    ("bailing", dict(num_hidden_layers=5.0), "num_hidden_layers is 5.0; it must be a whole number"),
+    ("bailing", dict(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000; it must be"),
+    ("bailing", dict(num_attention_heads=0), "num_attention_heads is 0; it must be"),
+    ("bailing", dict(num_attention_heads=True), "num_attention_heads is True; it must be"),
+    ("bailing", dict(layer_group_size=0), "layer_group_size is 0; it must be"),
+    ("bailing", dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan; it must be a number above 0"),
+    ("bailing", dict(routed_scaling_factor=10**400), "routed_scaling_factor is 10{59}...; it must be a number"),
+    ("bailing", dict(rope_theta=1e4 + 0.5), "rope_theta is 10000.5; it must be a whole number"),
+    ("bailing", dict(tie_word_embeddings="false"), "tie_word_embeddings is 'false'; it must be true or false"),
+    ("bailing", dict(model_type=["bailing_hybrid"]), r"model_type is \['bailing_hybrid'\]; it must be text"),
+    ("bailing", dict(architectures="X"), "architectures is 'X'; it must be a list of text"),
+    ("bailing", dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters is .*yarn.*scaled rotary embeddings"),
+    ("bailing", dict(rope_parameters=dict(rope_theta=1e4)), r"rope_theta \d+ and rope_parameters.rope_theta 10000"),
+    ("bailing", dict(partial_rotary_factor=None, rotary_dim=8), "rotary_dim is 8, which .* write partial_rotary"),
+    ("minimax", dict(rope_scaling=dict(type="linear", factor=4)), "rope_scaling is .*linear"),
+    ("minimax", dict(attn_type_list=[1] * 8), "layer_types and attn_type_list contradict each other"),
+    ("minimax", dict(attn_type_list=["0"] * 8), "attn_type_list is .* it must be a list of 0 and 1"),
+    ("minimax", dict(rope_parameters=dict(rope_theta=1e7, partial_rotary_factor=0.25)), "rotary_dim 8 says 0.5 of"),
     ("minimax", dict(sliding_window=512), "sliding_window is 512"),
     ("minimax", dict(layer_types=None), "neither layer_types nor attn_type_list is given"),
     ("minimax", dict(layer_types=["linear_attention"]), "layer_types has 1 entries for num_hidden_layers 8"),
@@ -103,6 +123,24 @@ def test_refusals(base, changes, message):
     config = preset_config(BASES[base]) | changes
     with pytest.raises(ValueError, match=f"^config.json: .*{message}"):
         family_of(config).flags(config)
+
+
+@pytest.mark.parametrize("base, changes, message", [
+    ("latent", dict(n_group=5), r"Megatron refuses this model: num_moe_experts \(16\) should be divisible by"),
+    ("minimax", dict(dtype="bf17"), "config.json: dtype is 'bf17'; it must be bfloat16, float16 or float32"),
+])  # fmt: skip
+def test_refusals_behind_the_flags(base, changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        model_of_config(preset_config(BASES[base]) | changes)
+
+
+def test_angles_as_transformers_5_writes_them():
+    config = preset_config(BASES["bailing"])
+    later = {name: value for name, value in config.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    later["rope_parameters"] = {name: config[name] for name in ("rope_theta", "partial_rotary_factor")}
+    later["rope_parameters"]["rope_type"] = "default"
+    later["rope_scaling"] = dict(rope_type="default")
+    assert family_of(later).flags(later) == family_of(config).flags(config)
 
 
 def test_unknown_fields_are_named(caplog):
