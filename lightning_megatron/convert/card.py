@@ -90,6 +90,10 @@ def verdict(report: Report) -> str:
     found = report["tensors"]
     if report["other_function"]:
         wrong.append("config.json describes another function than the checkpoint has")
+    if found["not_finite"]:
+        holes = found["not_finite"]
+        have = "1 tensor has" if len(holes) == 1 else f"{len(holes)} tensors have"
+        wrong.append(f"{have} NaN or infinity, the first {holes[0]}")
     if found["different"]:
         count = "1 tensor differs" if found["different"] == 1 else f"{found['different']} tensors differ"
         wrong.append(f"{count}, most of all {found['worst'][0]['name']}")

@@ -82,6 +82,7 @@ def export_checkpoint(
             _write_rest(partial.out, layout, config, beside)
         except OSError as error:
             raise cannot("write", partial.out, error) from error
+        partial.check_unchanged(checkpoint.folder, checkpoint.state)
         partial.commit()
     seconds, written = time.monotonic() - start, sum(task.nbytes for task in tasks)
     if checkpoint.optimizer:

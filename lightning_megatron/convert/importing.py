@@ -80,6 +80,7 @@ def import_checkpoint(
                 sync(path)
         except OSError as error:
             raise cannot("write", partial.out, error) from error
+        partial.check_unchanged(folder.path, folder.state)
         partial.commit()
     _report(say, folder, tasks, target, time.monotonic() - start)
     return flags

@@ -91,7 +91,7 @@ class Partial:
     """
 
     def __init__(self, target: Path, plan: dict[str, Any], say: Callable[[str], None], overwrite: bool) -> None:
-        self.target, self.overwrite = target, overwrite
+        self.target, self.overwrite, self._state = target, overwrite, plan.get("state")
         self.path = target.with_name(target.name + ".partial")
         self.out, self._old, self._done = (self.path / name for name in ("out", "old", "done"))
         self._lock: IO[str] | None = None
@@ -162,6 +162,25 @@ class Partial:
             raise ConvertError(
                 f"{self.path} needs {nbytes / 1e9:.3f} GB more, but its disk has {free / 1e9:.3f} GB free; free some "
                 "space, or choose another target"
+            )
+
+    def check_unchanged(self, source: Path, state: Callable[[], Any]) -> None:
+        """Refuse what was read while somebody wrote it: parts may be of two versions.
+
+        Args:
+            state: what ``plan["state"]`` of this run was made by.
+
+        Raises:
+            ConvertError: it gives something else now.
+        """
+        try:
+            same = state() == self._state
+        except OSError:
+            same = False
+        if not same:
+            raise ConvertError(
+                f"{source} has changed while it was read, so nothing is put in place; wait until it is complete, and "
+                "run the same command again"
             )
 
     def commit(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from ..models.units import Move, Named, Piece, Unit
 from .errors import ConvertError
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others are codes, of a quantization
 _LISTED = 200  # problems, of the first kind and all others
 
 
@@ -56,10 +57,17 @@ def plan_import(units: Sequence[Unit], found: Mapping[str, Found], where: str) -
         where: the folder and what it was compared with, for messages.
 
     Raises:
-        ConvertError: lists missing, unexpected and misshapen tensors, with both shapes.
+        ConvertError: lists missing, unexpected and misshapen tensors, with both shapes, and those of no float dtype.
     """
     expected = _by_name(units)
     problems = _differences({name: (named.shape, named.optional) for name, named in expected.items()}, found)
+    problems += [
+        ("wrong dtype", f"{name}  is {_name(found[name].dtype)}, expected float32, bfloat16, float16 or float64")
+        for unit in units
+        if unit.megatron
+        for name, *_ in unit.hf
+        if name in found and found[name].dtype not in _FLOATS
+    ]
     _refuse(problems, where)
     tasks = []
     for unit in units:
@@ -136,7 +144,7 @@ def _differences(
 
 def _refuse(problems: list[tuple[str, str]], where: str) -> None:
     if problems:
-        lines = [f"\n  {kind:<10}  {text}" for kind, text in problems[:_LISTED]]
+        lines = [f"\n  {kind:<11} {text}" for kind, text in problems[:_LISTED]]
         more = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
         raise ConvertError(f"{count} not fit: {where}{''.join(lines)}{more}")
@@ -146,8 +154,12 @@ def _same_dtype(unit: Unit, inputs: Iterable[tuple[str, Found]]) -> None:
     """A tensor joined of several has one dtype: refuse what would change a value."""
     dtypes = {name: what.dtype for name, what in inputs}
     if unit.megatron and len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+        listed = ", ".join(f"{name} is {_name(dtype)}" for name, dtype in dtypes.items())
         raise ConvertError(f"tensors that belong together must have one dtype: {listed}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _specs(

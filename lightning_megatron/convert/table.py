@@ -13,7 +13,7 @@ from .folder import Folder
 from .plan import Task
 from .work import Memory, Part, Progress, run_parts, split
 
-Row = dict[str, Any]  # name, shape, dtype, megatron, megatron_dtype, status, difference, relative
+Row = dict[str, Any]  # name, shape, dtype, megatron, megatron_dtype, status, difference, relative, finite
 _PART_BYTES = 64 << 20
 _WORST = 5
 
@@ -24,7 +24,8 @@ def compare_tensors(
     """A row for every tensor of the model, by name.
 
     ``status`` is "same" (all values, whatever the dtypes), "close" (differs by at most ``tolerance`` times the largest
-    value), "different", or "absent" for an optional tensor that the folder does not hold.
+    value), "different", or "absent" for an optional tensor that the folder does not hold; ``finite`` is whether
+    neither side has NaN or infinity.
 
     Args:
         tasks: of an export of the checkpoint.
@@ -58,12 +59,14 @@ def _rows(folder: Folder, checkpoint: Checkpoint, task: Task, tolerance: float) 
             "status": "absent",
             "difference": None,
             "relative": None,
+            "finite": bool(ours.isfinite().all()),
         }
         if named.name in folder.tensors:
             theirs = folder.read(named.name)
             difference, relative = differences(ours, theirs)
             status = "same" if difference == 0 else "close" if relative <= tolerance else "different"
             row |= {"dtype": _name(theirs.dtype), "status": status, "difference": difference, "relative": relative}
+            row["finite"] = row["finite"] and bool(theirs.isfinite().all())
         rows.append(row)
     return rows
 
@@ -98,6 +101,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             {key: row[key] for key in ("name", "shape", "status", "difference", "relative")} for row in worst[:_WORST]
         ],
         "other_dtypes": other,
+        "not_finite": [row["name"] for row in rows if not row["finite"]],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .table import compare_tensors, differences, summary
 TOLERANCE = 1e-5
 TOKENS = 64
 _ENOUGH = 16  # tokens before a choice of experts that rounding may turn over
+_LISTED = 5  # tensors with NaN
 _SPARE = 1 << 30  # bytes beside the weights
 
 
@@ -116,7 +118,9 @@ def verify(
             folder, held, independent, kinds, Prompt(folder.path, prompt, _rows_of(folder), say), tokens, tolerance
         )
         _judge(report, say)
-    passed = not report["tensors"]["different"] and not flags and all(report.get("within", {}).values())
+    passed = not (report["tensors"]["different"] or report["tensors"]["not_finite"] or flags) and all(
+        report.get("within", {}).values()
+    )
     report["status"] = "passed" if passed else "failed"
     if table:
         _write(table, json.dumps(cards.plain(rows), indent=1))
@@ -215,10 +219,10 @@ def _run(
     wanted, wanted_logits = independent.outputs(every)
     judged = _judged(zip([*states, logits], [*wanted, wanted_logits], strict=True), independent.margins, tolerance)
     layers = [
-        {"layer": number, "kind": kind, "difference": differences(ours[:judged], theirs[:judged])[1]}
+        {"layer": number, "kind": kind, "difference": _apart(ours[:judged], theirs[:judged])[1]}
         for number, (kind, ours, theirs) in enumerate(zip(kinds, states, wanted, strict=True))
     ]
-    difference, relative = differences(logits[:judged], wanted_logits[:judged])
+    difference, relative = _apart(logits[:judged], wanted_logits[:judged])
     return {
         "tokens": {"prompt": prompt.source, "read": len(ids), "written": tokens, "judged": judged},
         "layers": layers,
@@ -226,6 +230,11 @@ def _run(
         "expert_margin": None if independent.margins is None else float(independent.margins.min()),
         "greedy": _greedy(independent, prompt, written, wanted_logits),
     }
+
+
+def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """See ``table.differences``. Outputs that are not finite agree with nothing, not even with each other."""
+    return differences(ours, theirs) if bool(theirs.isfinite().all()) else (math.nan, math.nan)
 
 
 def _judged(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], margins: torch.Tensor | None, tolerance: float) -> int:
@@ -333,6 +342,8 @@ def _judge(report: dict[str, Any], say: Callable[[str], None]) -> None:
 def _say_tensors(report: dict[str, Any], say: Callable[[str], None]) -> None:
     found = report["tensors"]
     say(cards.tensor_words(found))
+    for name in found["not_finite"][:_LISTED]:
+        say(f"  NaN or infinity in {name}")
     for row in found["worst"]:
         say(f"  {row['status']:<9}  {row['name']} {row['shape']}: {row['difference']:.3g}, {row['relative']:.1e} of it")
     for line in report["other_function"]:

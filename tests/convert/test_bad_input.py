@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint
 from lightning_megatron.convert.errors import UsageError
+from lightning_megatron.convert.partial import Partial
 from lightning_megatron.convert.plan import plan_export, plan_import
 from lightning_megatron.models.units import Piece, Unit, same, whole
 from tests.convert.helpers import assert_model
@@ -158,6 +159,36 @@ def test_one_dtype_for_what_is_joined(tmp_path: Path) -> None:
     tensors["model.layers.0.attn.k_proj.weight"] = tensors["model.layers.0.attn.k_proj.weight"].float()
     write_model(tmp_path / "hf", CONFIG, tensors)
     refuse(tmp_path / "hf", tmp_path / "m", "must have one dtype", "attn.k_proj.weight is float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8])
+def test_weights_are_floats(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What a quantization packs is no weight, even where the shape fits."""
+    tensors = tensors_of(CONFIG)
+    write_model(tmp_path / "hf", CONFIG, tensors | {NORM: tensors[NORM].to(dtype)})
+    said = f"wrong dtype {NORM}  is {str(dtype)[6:]}, expected float32, bfloat16, float16 or float64"
+    refuse(tmp_path / "hf", tmp_path / "m", "1 tensor does not fit: ", said)
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "m")
+    check = Partial.check_unchanged
+    for convert, source, file in (
+        (import_checkpoint, tmp_path / "hf", tmp_path / "hf" / FIRST),
+        (export_checkpoint, tmp_path / "m", next((tmp_path / "m/release").glob("*.distcp"))),
+    ):
+
+        def late(self: Partial, *given: object, file: Path = file) -> None:
+            os.utime(file)
+            check(self, *given)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch, pytest.raises(ConvertError, match="has changed while it was read"):
+            patch.setattr(Partial, "check_unchanged", late)
+            convert(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        convert(source, tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("source", ["inclusionAI/Ring", "https://huggingface.co/x", "s3://bucket/x", "config.json"])

@@ -69,6 +69,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(grouped / file)
     tensors[PERTURBED][7, 3] += 0.01
     save_file(tensors, place / "perturbed" / file, metadata={"format": "pt"})
+    shutil.copytree(grouped, place / "nan")
+    tensors[PERTURBED][7, 3] = torch.nan
+    save_file(tensors, place / "nan" / file, metadata={"format": "pt"})
+    import_checkpoint(place / "nan", place / "nan-megatron", **QUIET)
     shutil.copytree(grouped, place / "words")
     write_tokenizer(place / "words", 1000)
     # the same tensors, and another decay
@@ -136,6 +140,7 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
     given |= {
         "grouped": verify("grouped", "grouped-megatron", "--prompt", "w5 w17 w3", "--note", "Random.", "--name", "G"),
         "perturbed": verify("perturbed", "grouped-megatron", "--prompt", "w5 w17"),
+        "nan": verify("nan", "nan-megatron", "--prompt", "w5 w17"),
         "offset": verify("grouped", "offset-megatron", "--revision", "abc", "--name", "offset"),
         "only": verify("grouped", "offset-megatron", "--tensors-only", "--name", "only"),
         "swapped": [
@@ -205,6 +210,16 @@ def test_one_value_of_a_tensor(results: dict[str, tuple[int, str]], place: Path)
     assert wrong[0]["difference"] == pytest.approx(0.01, rel=1e-4)
     assert wrong[0]["dtype"] == wrong[0]["megatron_dtype"] == "float32" and len(wrong[0]["shape"]) == 2
     assert json.loads((place / "cards/perturbed.json").read_text())["status"] == "failed"
+
+
+def test_nan_agrees_with_nothing(results: dict[str, tuple[int, str]], place: Path) -> None:
+    """Both sides hold the same NaN, and both compute NaN from it: no reason to pass."""
+    status, said = results["nan"]
+    last = said.splitlines()[-1]
+    assert status == 1 and f"failed: 1 tensor has NaN or infinity, the first {PERTURBED}; from layer 1 (" in last, said
+    card = json.loads((place / "cards/nan.json").read_text())
+    assert card["tensors"]["not_finite"] == [PERTURBED] and card["tensors"]["different"] == 0
+    assert card["logits"]["difference"] == "nan"
 
 
 def test_another_function_with_the_same_tensors(results: dict[str, tuple[int, str]], place: Path) -> None:
@@ -281,8 +296,8 @@ def test_experts_that_rounding_chooses() -> None:
     ours[0, 0] = torch.nan
     assert judged() == 20, "NaN differs"
     report = dict(
-        tensors=dict(different=0, compared=9), layers=[], tolerance=1e-5, other_function=[], within=dict(tokens=False),
-        tokens=dict(judged=3),
+        tensors=dict(different=0, compared=9, not_finite=[]), layers=[], tolerance=1e-5, other_function=[],
+        within=dict(tokens=False), tokens=dict(judged=3),
     )  # fmt: skip
     assert card.verdict(report).startswith("only the first 3 tokens can be judged")
 
