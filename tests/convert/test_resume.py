@@ -187,9 +187,9 @@ def test_error_in_one_thread_stops_the_others(tmp_path: Path, monkeypatch: pytes
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("lightning_megatron.convert.folder.Folder.read", fail)
-    with pytest.raises(ConvertError, match="tensor model.embed_tokens.weight of .*: Input/output error"):
+    with pytest.raises(ConvertError, match="tensor .* of .*: Input/output error") as error:
         import_checkpoint(tmp_path / "hf", tmp_path / "m", part_bytes=1000, jobs=2)
-    assert len(read) <= 2
+    assert len(read) <= 2 and any(f"tensor {name} of " in str(error.value) for name in read)  # whichever comes first
 
 
 def test_an_empty_target_is_used(tmp_path: Path) -> None:
