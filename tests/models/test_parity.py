@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from lightning_megatron.parallel.interleave import interleave
 from tests import layers
 from tests.helpers import released
 from tests.helpers.context_parallel import tokens_of
@@ -44,12 +46,19 @@ def cases(tmp_path_factory) -> dict[bool, Path]:
 LAYOUTS = {
     "one": dict(),
     "tp2": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+    "tp2-chunks": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
     "cp2": dict(context_parallel_size=2),
     "ep2": dict(expert_model_parallel_size=2),
     "packed": dict(),
     "packed-tp2-cp2": dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
 }
+
+
+# 3 of the 16 rows of a rank, and a last chunk of one
+CHUNKS = (
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --lightning-recompute-chunk 12"
+)
 
 
 def run(case: Case, args, layout: dict) -> tuple[float, float]:
@@ -134,17 +143,19 @@ def check(rank: int, world: int, name: str, file: Path) -> list[str]:
         ("tp", "tensor_model"), ("pp", "pipeline_model"), ("cp", "context"),
     )}  # fmt: skip
     layers.start(**sizes, **({"ep": 2} if name == "ep2" else {}))
+    exchanges = mock.patch("lightning_megatron.layer.interleave", wraps=interleave).start()
     for case in torch.load(file):
         if name == "pp2" and case["config"].get("tie_word_embeddings"):
             continue  # the last stage's copy of the embedding is Megatron's business, and the first case has none
         if name == "ep2" and not {"num_experts", "num_local_experts"} & case["config"].keys():
             continue
-        args = released.args_of(case["config"], MEGATRON)
+        args = released.args_of(case["config"], f"{MEGATRON} {CHUNKS}" if name == "tp2-chunks" else MEGATRON)
         if name == "pp2":
             layout["decoder_first_pipeline_num_layers"] = args.num_layers // 2
         states, grads = run(case, args, layout)
         lines.append(f"{case['kind']} seed {case['seed']}: states {states:.1e}, gradients {grads:.1e}")
         assert states <= STATES and grads <= GRADS, f"{lines[-1]}\n{case['config']}"
+    assert bool(exchanges.call_count) == (name == "tp2-chunks"), "whole layers went through chunks"
     return lines
 
 
