@@ -198,7 +198,8 @@ def asked(rank: int, world: int, runs: list[Run]) -> list[str]:
     for run in runs:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(group), "size", lambda self, P=run.ranks: P)
-            state_of(group).nodes = tuple(str(r // run.per_node) for r in range(run.ranks))
+            patch.setattr(state_of(group), "nodes", tuple(str(r // run.per_node) for r in range(run.ranks)))
+            patch.setattr(state_of(group), "_constants", {})
             size = fit.state_bytes(MODELS[run.model].heads, run.batch)
             found.append(choose("auto", "zigzag", group, torch.device("cpu"), torch_backend, size))
     return found
