@@ -25,8 +25,7 @@ ALL = (*PATCHES, mtp_spec, packed_roll, packed_rope, recompute)
 def apply_all(options: LightningOptions) -> None:
     """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
-    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs
-    them.
+    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs them.
 
     Raises:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from . import reference
 from .errors import ConvertError
@@ -74,13 +75,7 @@ class _Transformers:
             layer.register_forward_hook(lambda module, inputs, output: states.append(output[0].clone()))
             for layer in model.model.layers
         ]
-        hooks += [
-            module.register_forward_hook(
-                lambda module, inputs, outputs: reference.note_margin(outputs[0].softmax(-1), module.top_k)
-            )
-            for module in model.modules()
-            if type(module).__name__ == "MiniMaxTopKRouter"
-        ]
+        hooks += note_margins_of(model)
         try:
             with torch.inference_mode(), reference.choice_margins() as margins:
                 logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
@@ -89,6 +84,19 @@ class _Transformers:
                 hook.remove()
         self.margins = _smallest(margins) if self.margins is None else self.margins
         return states, logits
+
+
+def note_margins_of(model: torch.nn.Module) -> list[RemovableHandle]:
+    """Let the routers of transformers' MiniMax report to ``reference.choice_margins``; the hooks."""
+    from transformers.models.minimax.modeling_minimax import MiniMaxTopKRouter
+
+    return [
+        module.register_forward_hook(
+            lambda module, inputs, outputs: reference.note_margin(outputs[0].softmax(-1), module.top_k)
+        )
+        for module in model.modules()
+        if isinstance(module, MiniMaxTopKRouter)
+    ]
 
 
 def _load(path: Path) -> Any:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_megatron.convert import reference as formulas
+from lightning_megatron.convert.independent import note_margins_of
 from lightning_megatron.models.family import family_of
 from tests.helpers import random_models
 from tests.helpers.released import args_of
@@ -53,7 +54,7 @@ def draw_case(kind: str, seed: int, *, packed: bool = False, tied: bool = True) 
             results = reference(config, tensors, tokens, weight, packed, torch.float64, mask, factor)
         rounded = reference(config, tensors, tokens, weight, packed, torch.float32, mask, factor)["grads"]
         held = {name: grad for name, grad in results["grads"].items() if grad is not None}  # others: never chosen
-        noise = max(1.0 if rounded[name] is None else _difference(rounded[name], grad) for name, grad in held.items())
+        noise = max(1.0 if rounded[name] is None else difference(rounded[name], grad) for name, grad in held.items())
         if min((float(x.min()) for x in margins), default=1.0) > MARGIN and (best is None or noise < best["noise"]):
             best = results | dict(tokens=tokens, noise=noise)
         if best is not None and (best["noise"] < LITTLE or number >= 8 and best["noise"] < NOISE):
@@ -87,19 +88,17 @@ def draw_bf16_case(config: dict[str, Any], seed: int, length: int = 200) -> Case
     tokens = torch.randint(0, config["vocab_size"], (2, length), generator=generator)
     weight = torch.randn(2, length, config["vocab_size"], generator=generator).bfloat16()
     reference = _minimax if config["model_type"].startswith("minimax") else _formulas
-    mask, factor = (
-        loss_mask((2, length), False, config.get("num_nextn_predict_layers", 0)),
-        args.mtp_loss_scaling_factor,
-    )
+    mask = loss_mask((2, length), False, config.get("num_nextn_predict_layers", 0))
+    factor = args.mtp_loss_scaling_factor
     exact, rough = (
         reference(config, tensors, tokens, weight, False, dtype, mask, factor)
         for dtype in (torch.float64, torch.bfloat16)
     )
     rounded = {
-        "states": max(map(_difference, rough["states"], exact["states"])),
-        "logits": _difference(rough["logits"], exact["logits"]),
+        "states": max(map(difference, rough["states"], exact["states"])),
+        "logits": difference(rough["logits"], exact["logits"]),
         "gradients": max(
-            _difference(rough["grads"][name], grad) for name, grad in exact["grads"].items() if grad is not None
+            difference(rough["grads"][name], grad) for name, grad in exact["grads"].items() if grad is not None
         ),
     }
     nothing = {name: torch.zeros_like(x) for name, x in tensors.items()}
@@ -111,10 +110,6 @@ def draw_bf16_case(config: dict[str, Any], seed: int, length: int = 200) -> Case
 def _documents(tokens: torch.Tensor, packed: bool) -> list[torch.Tensor]:
     bounds = DOCUMENTS if packed else [0, tokens.shape[1]]
     return [tokens[:, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
 def _formulas(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype, mask, factor) -> Case:
@@ -137,16 +132,11 @@ def _formulas(config, tensors: Tensors, tokens, weight, packed: bool, dtype: tor
 def _minimax(config, tensors: Tensors, tokens, weight, packed: bool, dtype: torch.dtype, *_) -> Case:
     """By transformers."""
     from transformers import MiniMaxForCausalLM
-    from transformers.models.minimax.modeling_minimax import MiniMaxTopKRouter
 
     with tempfile.TemporaryDirectory() as name:
         model = load_minimax(write_minimax(Path(name), config, tensors), MiniMaxForCausalLM).to(dtype)
     model.eval()
-    for module in model.modules():
-        if isinstance(module, MiniMaxTopKRouter):
-            module.register_forward_hook(
-                lambda module, inputs, outputs: formulas.note_margin(outputs[0].softmax(-1), module.top_k)
-            )
+    note_margins_of(model)
     states: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for layer, found in zip(model.model.layers, states, strict=True):
         layer.register_forward_hook(lambda module, inputs, output, found=found: found.append(output.detach()))
