@@ -247,6 +247,14 @@ def _show(value: Any, name: str) -> str:
 def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:
     """What Megatron says of it names a flag that does not help."""
     kind = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    with_flag = bool(getattr(saved, "use_distributed_optimizer", False)), bool(args.use_distributed_optimizer)
+    if with_flag[0] != with_flag[1]:
+        said = [f"{'with' if given else 'without'} --use-distributed-optimizer" for given in with_flag]
+        raise CheckpointError(
+            f"the optimizer's state in {load_dir} was saved {said[0]}, and this run is {said[1]}, which has another "
+            f"form. Go on {said[0]}; or without the optimizer's state: --no-load-optim --no-load-rng, or --finetune to "
+            "start at iteration 0"
+        )
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     before, now = (tuple(getattr(x, name, 1) for name in names) for x in (saved, args))
     if not args.use_distributed_optimizer or kind != "dp_reshardable" or before == now:

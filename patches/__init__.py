@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..config import LightningOptions
 from . import (
+    chained_optimizer,
     checkpoint_args,
     cross_entropy,
     dataset_helpers,
@@ -18,7 +19,7 @@ from . import (
     recompute,
 )
 
-PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, cross_entropy, flops)
+PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops)
 ALL = (*PATCHES, mtp_spec, packed_roll, packed_rope, recompute)
 
 
@@ -33,5 +34,6 @@ def apply_all(options: LightningOptions) -> None:
     dataset_helpers.apply()
     checkpoint_args.apply()
     distributed_optimizer.apply()
+    chained_optimizer.apply()
     cross_entropy.apply(options)
     flops.apply(options)

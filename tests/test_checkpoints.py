@@ -8,6 +8,7 @@ stopped.
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -297,6 +298,27 @@ def test_optimizer_of_one_layout_is_refused_in_another(tmp_path):
     for words in ("--dist-ckpt-optim-fully-reshardable", "--no-load-optim --no-load-rng", "--finetune"):
         assert words in log
     assert len(start("own", f"{SHARDED} {TP2} --no-load-optim --no-load-rng", load=tmp_path).losses) == 2
+
+
+EXPERTS = f"{HYBRID} --use-distributed-optimizer --num-experts 4 --moe-ffn-hidden-size 32 --ffn-hidden-size 64"
+EP2 = "--expert-model-parallel-size 2"
+
+
+@pytest.mark.parametrize("before, now", [(EP2, ""), ("", EP2)])
+def test_experts_move_to_another_expert_parallel_size(before, now, tmp_path):
+    """With EP 2 experts have an optimizer of their own. Gradients of the last step tell what the optimizer did."""
+    start("own", f"{EXPERTS} {before}", save=tmp_path)
+    moved, same = (start("own", f"{EXPERTS} {flags}", load=tmp_path) for flags in (now, before))
+    norms = [[float(norm) for norm in re.findall(r"grad norm: ([0-9.]+)", run.log)] for run in (moved, same)]
+    assert len(moved.losses) == len(norms[0]) == 2
+    assert moved.losses == pytest.approx(same.losses, abs=2e-5) and norms[0] == pytest.approx(norms[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("before, now", [("--use-distributed-optimizer", ""), ("", "--use-distributed-optimizer")])
+def test_distributed_optimizer_or_not(before, now, tmp_path):
+    start("own", f"{HYBRID} {before}", save=tmp_path)
+    log = refusal(start("own", f"{HYBRID} {now}", load=tmp_path, check=False))
+    assert "has another form. Go on with" in log and "--no-load-optim" in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize("flag, losses", [("override", 4), ("use-checkpoint", 4)])
