@@ -15,10 +15,13 @@ does not. Written for torch 2.11 and megatron-core 0.19. Paths in the comments a
 name a caller that needs the patch.
 """
 
+import collections
+import contextlib
 import functools
 import logging
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +29,7 @@ import torch.utils.data.dataloader
 from torch.utils._device import _device_constructors
 
 # What Megatron calls with device="cuda" or torch.cuda.current_device(). Others fail loudly: add them here.
-_FACTORIES = ("arange", "empty", "empty_like", "ones", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "tensor", "zeros", "zeros_like")
 
 
 @functools.cache
@@ -81,6 +84,18 @@ def _map_device() -> None:
     to = mapped(torch.Tensor.to)  # takes the device by position too
     torch.Tensor.to = lambda self, *args, **kwargs: to(self, *map(on_cpu, args), **kwargs)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # core/inference/contexts/dynamic_context.py:2415
+
+    generator = torch.Generator  # of core/inference/text_generation_controllers/text_generation_controller.py:251
+
+    class OnCpu(type):
+        def __call__(cls, device=None):
+            return generator(device=on_cpu(device))
+
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, generator)
+
+    torch.Generator = OnCpu("Generator", (), {})
 
     # Megatron's optimizers sort parameters by type(): "torch.cuda.FloatTensor" (core/optimizer/optimizer.py:1009).
     tensor_type = torch.Tensor.type
@@ -105,7 +120,35 @@ def _stub_cuda() -> None:
         def record_event(self, event=None):  # core/transformer/moe/token_dispatcher.py:946
             return SimpleNamespace(synchronize=lambda: None)
 
+        def wait_event(self, event):  # core/inference: what is copied to the host while the next step is prepared
+            pass
+
+        def synchronize(self):
+            pass
+
+    class Event:  # core/inference/text_generation_controllers/text_generation_controller.py:263
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def record(self, stream=None):
+            self.time = time.perf_counter()
+
+        def query(self):
+            return True
+
+        def synchronize(self):
+            pass
+
+        def wait(self, stream=None):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
     cuda = torch.cuda
+    cuda.Event = Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.memory_stats = lambda device=None: collections.defaultdict(int)  # core/inference/engines/dynamic_engine.py
     cuda.device_count = lambda: 1  # training/initialize.py:270 and :447 set up groups and seeds only if > 0
     cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)  # training/arguments.py:1414
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the same line asks for it where major < 10

@@ -13,8 +13,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
+from .caches import attend_requests, own_states
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
@@ -87,7 +89,7 @@ class LightningAttention(MegatronModule):
     ):
         super().__init__(config=config)
         _refuse_unknown("LightningAttention.__init__", unknown)
-        del cp_comm_type, pp_layer_offset  # schemes of softmax attention; layer_number is global already
+        del cp_comm_type  # a scheme of softmax attention
         self.options = options = options or LightningOptions()
         self.layout = layout
         if prepared_with(config) is None:
@@ -97,7 +99,7 @@ class LightningAttention(MegatronModule):
                 "a lightning layer is built without lightning_megatron.runtime.prepare(config, options): flags are not "
                 "checked, and Megatron is not patched (README, From Python)",
             )
-        self.layer_number = layer_number
+        self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = self.pg_collection.tp
         tp = self.tp_group.size()
@@ -171,6 +173,12 @@ class LightningAttention(MegatronModule):
         self._place_decay(self.linear_proj.weight.device)
         self._passed: Passed | None = None
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """``(H, K, V)`` of this rank's state of one sequence, which generation keeps."""
+        heads = self.shape.num_heads // self.tp_group.size()
+        return heads, self.shape.key_dim * (1 if self.lrpe is None else 2), self.shape.value_dim
+
     @contextlib.contextmanager
     def passing(self, state: torch.Tensor | None) -> Iterator[Passed]:
         """While it is open, ``forward`` begins with ``state`` and leaves the final one in what this yields."""
@@ -223,7 +231,9 @@ class LightningAttention(MegatronModule):
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
-        state, caching = self._cached_state(inference_context, packed_seq_params), inference_context is not None
+        dynamic = inference_context is not None and not inference_context.is_static_batching()
+        caching = inference_context is not None and not dynamic
+        state = self._cached_state(inference_context, packed_seq_params)
         passed = self._passed
         if passed is not None:
             state = passed.state
@@ -259,18 +269,18 @@ class LightningAttention(MegatronModule):
             nvtx_range_pop(suffix="lrpe")
 
         nvtx_range_push(suffix="lightning_attention")
-        o, state = lightning_attn(
-            *(x.transpose(0, 1) for x in (q, k, v)),
-            self.log_decay,
-            group=group,
-            layout=layout,
-            exchange=options.cp_exchange,
-            scale=self.scale,
-            initial_state=state,
-            output_final_state=caching or passed is not None,
-            cu_seqlens=cu_seqlens,
-            backend=options.backend,
-        )
+        if dynamic:
+            states = own_states(inference_context, self.layer_number - self._stage_offset(), self.state_shape)
+            o = attend_requests(
+                q, k, v, self.log_decay, states, inference_context, scale=self.scale, backend=options.backend
+            )
+        else:
+            o, state = lightning_attn(
+                *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
+                exchange=options.cp_exchange, scale=self.scale, initial_state=state,
+                output_final_state=caching or passed is not None, cu_seqlens=cu_seqlens, backend=options.backend,
+            )  # fmt: skip
+            o = o.transpose(0, 1)
         if caching:
             inference_context.key_value_memory_dict[self.layer_number] = (state,)
         if passed is not None:
@@ -279,7 +289,7 @@ class LightningAttention(MegatronModule):
 
         nvtx_range_push(suffix="output_norm_gate")
         finish = norm_gate if self.out_norm is None else self.out_norm
-        o = finish(o.transpose(0, 1), gate, kind=options.gate, backend=options.backend)
+        o = finish(o, gate, kind=options.gate, backend=options.backend)
         nvtx_range_pop(suffix="output_norm_gate")
         nvtx_range_push(suffix="linear_proj")
         output = self.linear_proj(o)
@@ -301,6 +311,14 @@ class LightningAttention(MegatronModule):
             return "zigzag"
         return self.layout
 
+    def _stage_offset(self) -> int:
+        """How many layers the pipeline stages before this one have."""
+        if self.pp_layer_offset is None:
+            self.pp_layer_offset = get_transformer_layer_offset(
+                self.config, vp_stage=None, pp_rank=self.pg_collection.pp.rank()
+            )
+        return self.pp_layer_offset
+
     def _cached_state(self, context, packed: PackedSeqParams | None) -> torch.Tensor | None:
         """The state after the tokens seen so far: fp32 ``[b, H, K, V]``, whatever their number."""
         if context is None:
@@ -310,12 +328,17 @@ class LightningAttention(MegatronModule):
                 f"lightning layers do not generate with context-parallel size {self.pg_collection.cp.size()}; load the "
                 "checkpoint with --context-parallel-size 1"
             )
-        if not context.is_static_batching() or packed is not None or context.batch_size_offset:
+        if packed is not None:
             raise ValueError(
-                "lightning layers generate with Megatron's StaticInferenceContext, one batch at a time from its first "
-                f"row; got {type(context).__name__} with batch_size_offset="
-                f"{getattr(context, 'batch_size_offset', None)}"
-                f"{' and packed sequences' if packed is not None else ''}"
+                "lightning layers generate from prompts of their own, not from packed sequences: leave "
+                "packed_seq_params out, or give no inference context"
+            )
+        if not context.is_static_batching():
+            return None
+        if context.batch_size_offset:
+            raise ValueError(
+                "lightning layers generate with Megatron's StaticInferenceContext one batch at a time from its first "
+                f"row; got batch_size_offset={context.batch_size_offset}"
             )
         if context.sequence_len_offset == 0:
             return None

@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _ya
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
+from .caches import token_index
 from .config import LightningOptions
 from .parallel import token_positions
 
@@ -56,7 +57,7 @@ def rotate(
         q, k: ``[s, b, H, K]`` and ``[s, b, Hkv, K]``, this rank's tokens.
         rotary_pos_emb: angles ``[length, 1, 1, dim]`` from GPTModel, or a pair of them for q and k.
         cu_seqlens: bounds of packed documents in the whole sequence.
-        inference_context: its ``sequence_len_offset`` tokens come before these.
+        inference_context: knows the positions of these tokens.
         cp_group: the usual context-parallel ranks.
         group, layout: the ranks that share this batch, and which tokens each holds.
 
@@ -98,8 +99,8 @@ def turn(
     ``mscale`` is the factor of YaRN, 1 without it; ``how`` goes to Megatron's function.
     """
     if inference_context is not None:
-        start = inference_context.sequence_len_offset
-        freqs = tuple(f[start : start + q.shape[0]] for f in freqs)
+        index = token_index(inference_context, q.shape[0])
+        freqs = tuple(f[index] for f in freqs)
     packed = cu_seqlens is not None
     if packed and group is not None and group.size() > 1:
         # Megatron's packed rope assumes each document is sharded separately: here every token gets its own angle
@@ -170,7 +171,8 @@ class LRPE(torch.nn.Module):
         if cu_seqlens is not None:
             positions = _in_documents(positions, cu_seqlens)
         if inference_context is not None:
-            positions = positions + inference_context.sequence_len_offset
+            index = token_index(inference_context, tokens)
+            positions = positions + index.start if isinstance(index, slice) else index
         # in fp32 at least: in bf16 neighbouring positions have the same angle
         wide = torch.promote_types(self.theta.dtype, torch.float32)
         angles = positions.to(wide)[:, None, None, None] * self.theta.to(wide)

@@ -12,6 +12,7 @@ from . import (
     cross_entropy,
     dataset_helpers,
     distributed_optimizer,
+    dynamic_inference,
     flops,
     mtp_spec,
     packed_roll,
@@ -20,7 +21,7 @@ from . import (
 )
 
 PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops)
-ALL = (*PATCHES, mtp_spec, packed_roll, packed_rope, recompute)
+ALL = (*PATCHES, dynamic_inference, mtp_spec, packed_roll, packed_rope, recompute)
 
 
 def apply_all(options: LightningOptions) -> None:
