@@ -6,6 +6,7 @@ is right if its logits at every position are those, and every token the largest 
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections import defaultdict
@@ -20,6 +21,8 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.moe.router import TopKRouter
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import prepare
@@ -37,6 +40,9 @@ CASES = {  # changes of the config, options
     "lrpe": (dict(), dict(lrpe_layers=2, gate="linear")),
     "K<V": (dict(), dict(key_head_dim=16, value_head_dim=32, norm="none")),
     "moe": (MOE, dict()),
+    "gqa": (dict(linear_attention_freq=2, num_query_groups=2), EVERYTHING),
+    "mla": (layers.LATENT, dict(rope=True, rotary_percent=0.5)),
+    "moe-gqa": (MOE | dict(linear_attention_freq=4, qk_layernorm=True, num_query_groups=2), EVERYTHING),
     "mtp": (dict(mtp_num_layers=1, linear_attention_freq=[1, 1, 1, 1]), dict()),
 }
 
@@ -117,17 +123,19 @@ class Run:
     """An engine around a model, and the logits of every position of every request.
 
     Args:
-        blocks: number of blocks of keys and values; None for enough.
+        blocks: number of blocks of keys and values, one of which Megatron keeps for padding; None for enough.
+        paused: as many of them as paused requests may hold together.
         inference: fields of InferenceConfig.
     """
 
-    def __init__(self, model, *, blocks: int | None = None, **inference):
+    def __init__(self, model, *, blocks: int | None = None, paused: int = 0, **inference):
         states = MambaInferenceStateConfig.from_model(model)
         how = dict(max_sequence_length=256, buffer_size_gb=0.25, max_requests=8, max_tokens=64, block_size_tokens=32)
         how |= dict(enable_chunked_prefill=True, materialize_only_last_token_logits=False)
         how |= dict(mamba_inference_state_config=states) | inference
         if blocks is not None:
-            how["buffer_size_gb"] = self._bytes(model.config, states, blocks, how) / 2**30
+            size = self._bytes(model.config, states, blocks + paused, how) / 2**30 / (blocks + paused)
+            how |= dict(buffer_size_gb=blocks * size, paused_buffer_size_gb=paused * size)
         self.model = model
         self.context = DynamicInferenceContext(model.config, InferenceConfig(**how))
         self.controller = TextGenerationController(GPTInferenceWrapper(model, self.context), Tokens())
@@ -142,9 +150,11 @@ class Run:
     @staticmethod
     def _bytes(config, states, blocks: int, how: dict) -> int:
         shape, kinds = states.ssm_states_shape, states.layer_type_list
-        state = 4 * shape[0] * shape[1] * shape[2] * kinds.count("M")
-        heads = config.num_query_groups or config.num_attention_heads
-        block = 8 * kinds.count("*") * how["block_size_tokens"] * heads * config.kv_channels
+        state = 4 * math.prod(shape) * kinds.count(Symbols.MAMBA)
+        numbers = 2 * config.kv_channels * (config.num_query_groups or config.num_attention_heads)
+        if getattr(config, "cache_mla_latents", False):
+            numbers = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        block = 4 * kinds.count(Symbols.ATTENTION) * how["block_size_tokens"] * numbers
         return how["max_requests"] * state + blocks * block + block // 2
 
     def _keep(self, module, inputs, logits) -> None:
@@ -176,33 +186,50 @@ class Run:
             self.step()
 
     @torch.no_grad()
-    def judge(self, tokens: dict[int, list[int]] | None = None) -> dict[str, float]:
+    def judge(self) -> dict[str, float]:
         """Largest difference of logits to a pass without caches, relative to the largest of the position; and numbers
-        of tokens that are not the largest logit, and of those whose logit is within 1e-5 of it (a tie).
+        of tokens that are not the largest logit, and of those whose logit is within 1e-5 of it (a tie). From where an
+        expert is chosen by less than that on, a request is not compared.
         """
         InferenceMode.unset_active()
-        worst, wrong, ties, positions = 0.0, 0, 0, 0
+        worst, wrong, ties, positions, left = 0.0, 0, 0, 0, 0
+        margins: list[torch.Tensor] = []
+        routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
+        hooks = [router.register_forward_hook(lambda m, inputs, _: margins.append(_margins(m, inputs[0]))) for router in routers]  # fmt: skip
         for number, prompt in self.prompts.items():
             new = self.tokens.get(number)
             if new is None:
                 continue  # it never began
             whole = prompt + new
+            margins.clear()
             want = self.model(torch.tensor([whole]), torch.arange(len(whole))[None], None)[0].float()
-            largest = want.abs().amax(-1)
+            largest, end = want.abs().amax(-1), len(whole) - 1
             got = self.logits[number]
-            assert set(got) >= set(range(len(whole) - 1)), f"request {number}: positions without logits"
-            rows = torch.stack([got[i] for i in range(len(whole) - 1)])
-            worst = max(worst, float(((rows - want[:-1]).abs().amax(-1) / largest[:-1]).max()))
+            assert set(got) >= set(range(end)), f"request {number}: positions without logits"
+            if margins and (close := (torch.stack(margins).amin(0) < 1e-5).nonzero()).numel():
+                left, end = left + max(end - int(close[0]), 0), min(end, int(close[0]))
+            rows = torch.stack([got[i] for i in range(end)]) if end else want[:0]
+            worst = max([worst, *((rows - want[:end]).abs().amax(-1) / largest[:end]).tolist()])
             positions += len(rows)
             for i, token in enumerate(new, start=len(prompt) - 1):
-                if token != int(want[i].argmax()):
+                if i < end and token != int(want[i].argmax()):
                     tie = want[i].max() - want[i, token] < 1e-5 * largest[i]
                     ties, wrong = ties + bool(tie), wrong + (not tie)
-        return dict(worst=worst, wrong=wrong, ties=ties, positions=positions, repeated=self.repeated)
+        for hook in hooks:
+            hook.remove()
+        repeated = 0.0 if left else self.repeated
+        return dict(worst=worst, wrong=wrong, ties=ties, positions=positions, left=left, repeated=repeated)
 
     def close(self) -> None:
         self.handle.remove()
         InferenceMode.unset_active()
+
+
+def _margins(router: TopKRouter, hidden: torch.Tensor) -> torch.Tensor:
+    """By how much the last expert of each token was chosen, relative to the largest logit; hidden ``[s, 1, h]``."""
+    logits = (hidden.float() @ router.weight.float().T).flatten(0, -2)
+    best = logits.topk(router.topk + 1, -1).values
+    return (best[:, -2] - best[:, -1]) / logits.abs().amax(-1)
 
 
 def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
