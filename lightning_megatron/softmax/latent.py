@@ -28,9 +28,9 @@ class LatentAttention(MLASelfAttention):
     kv_lora_rank + qk_pos_emb_head_dim numbers in place of heads (qk_head_dim + qk_pos_emb_head_dim + v_head_dim). With
     sequence parallelism each tensor-parallel rank exchanges its own tokens' c.
 
-    In the dynamic inference engine a token's norm(c) and r are all that is kept, by every tensor-parallel rank. A prompt
-    is read with keys and values expanded; a token that is decoded attends to the latents themselves, with W_h = [A_h |
-    B_h] absorbed by query and output (section 2.1.2),
+    The dynamic inference engine caches norm(c) and r of every token, on every tensor-parallel rank. Prompts are read
+    with expanded keys and values; decoding attends to the latents themselves, where query and output absorb W_h = [A_h
+    | B_h] (section 2.1.2),
 
         o_h = B_h^T softmax(scale (q_h A_h^T norm(c) + q_h^r r)) norm(c).
 
