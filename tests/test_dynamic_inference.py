@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.conftest import SEED
 from tests.helpers import dynamic
@@ -38,3 +39,50 @@ def test_logits_and_tokens(case):
 
 def generate_small(rank, world, case, seed):
     return generate(rank, world, case, ONE_BATCH, 64, seed, max_sequence_length=640, max_requests=4, max_tokens=128)
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = [1, 7, 90, 3, 64, 150]
+
+
+def on_ranks(rank: int, world: int, case: str, layout: dict, config: dict, seed: int, **inference):
+    """Tokens, and logits of the last stage: request -> [positions, vocabulary]."""
+    dynamic.start(**layout)
+    run = dynamic.Run(dynamic.build(case, **layout, **config), max_requests=4, **inference)
+    for number, prompt in enumerate(dynamic.prompts_of(LENGTHS, seed)):
+        run.add(number, prompt, 20)
+    run.finish()
+    return run.tokens, {number: torch.stack([x[i] for i in sorted(x)]) for number, x in run.logits.items()}
+
+
+def on_ranks_small(rank, world, case, layout, config, seed):
+    return on_ranks(rank, world, case, layout, config, seed)
+
+
+RANKS = {
+    "tp2": ("everything", dict(tp=2), dict()),
+    "tp2-sp": ("everything", dict(tp=2), dict(sequence_parallel=True)),
+    "tp2-gqa": ("gqa", dict(tp=2), dict()),
+    "tp2-gqa-sp": ("gqa", dict(tp=2), dict(sequence_parallel=True)),
+    "tp2-mla": ("mla", dict(tp=2), dict()),
+    "tp2-lrpe": ("lrpe", dict(tp=2), dict()),
+    "pp2": ("everything", dict(pp=2), dict()),
+    "pp2-lrpe": ("lrpe", dict(pp=2), dict()),  # states of another shape on each stage
+    "pp2-gqa": ("gqa", dict(pp=2), dict()),
+    "pp2-one-softmax": ("moe-gqa", dict(pp=2), dict()),  # all of its softmax layers are on the second stage
+    "ep2": ("moe", dict(ep=2), dict()),
+    "ep2-gqa": ("moe-gqa", dict(ep=2), dict()),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_change_no_token(name):
+    case, layout, config = RANKS[name]
+    ((want, logits),) = spawn(on_ranks_small, 1, case, {}, {}, SEED)
+    found = spawn(on_ranks_small, 2, case, layout, config, SEED)
+    for tokens, rows in found:
+        assert tokens == want
+        for number, x in rows.items():
+            assert ((x - logits[number]).abs().amax(-1) / logits[number].abs().amax(-1)).max() < LOGITS
+    assert found[-1][1].keys() == logits.keys()
