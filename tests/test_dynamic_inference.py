@@ -71,8 +71,8 @@ RANKS = {
     "pp2-lrpe": ("lrpe", dict(pp=2), dict()),  # states of another shape on each stage
     "pp2-gqa": ("gqa", dict(pp=2), dict()),
     "pp2-one-softmax": ("moe-gqa", dict(pp=2), dict()),  # all of its softmax layers are on the second stage
-    "ep2": ("moe", dict(ep=2), dict()),
-    "ep2-gqa": ("moe-gqa", dict(ep=2), dict()),
+    "ep2": ("moe", dict(ep=2), dict(inference_moe_token_dispatcher_type="nccl")),
+    "ep2-gqa": ("moe-gqa", dict(ep=2), dict(inference_moe_token_dispatcher_type="nccl")),
 }
 
 
