@@ -8,6 +8,9 @@ those that still read their prompts, whole or in part, with any number.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from .ops import lightning_attn
@@ -27,20 +30,34 @@ def own_states(context, layer_number: int, shape: tuple[int, int, int]) -> torch
         layer_number: on this pipeline stage, from 1.
         shape: ``(H, K, V)``, at most what the context was told (``patches.dynamic_inference``).
     """
-    _, states = context.mamba_states_cache(layer_number)
-    numbers = shape[0] * shape[1] * shape[2]
-    return states.flatten(1)[:, :numbers].unflatten(1, shape)
+    return _as_states(context.mamba_states_cache(layer_number)[1], shape)
+
+
+def kept_states(context, layer_number: int, shape: tuple[int, int, int]) -> torch.Tensor | None:
+    """Where a step leaves states within prompts, at ends of blocks, for prompts that begin with the same tokens.
+
+    As ``own_states``; None without prefix caching.
+    """
+    allocator = context.mamba_slot_allocator
+    if allocator is None:
+        return None
+    return _as_states(allocator.intermediate_ssm_out[context.layer_map[layer_number - 1]], shape)
+
+
+def _as_states(memory: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    return memory.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
 
 
 def attend_requests(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor, context, *,
-    scale: float, backend: str | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, states: torch.Tensor,
+    kept: torch.Tensor | None, context, *, scale: float, backend: str | None,
 ) -> torch.Tensor:  # fmt: skip
     """Lightning attention of every request's new tokens, from its state, which is brought up to date in place.
 
     Args:
         q, k, v: ``[tokens, 1, heads, dim]``, the tokens of a step one after another, padding last.
         states: ``[slots, H, K, V]`` of this layer.
+        kept: ``[n, H, K, V]`` where states within prompts go that Megatron asks for (``kept_states``).
 
     Returns:
         ``[tokens, 1, H, V]``; zeros for padding.
@@ -51,16 +68,60 @@ def attend_requests(
     if decoding:
         _decode(q[:decoding], k[:decoding], v[:decoding], log_decay, states, metadata.batch_indices_decode, o, scale)
     if dims.prefill_req_count and metadata.real_prefill_token_count:
-        bounds = metadata.cu_seqlens_list
-        tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
-        slots = metadata.batch_indices_prefill[: len(bounds) - 1].long()
-        new, final = lightning_attn(
-            *(x[tokens].transpose(0, 1) for x in (q, k, v)), log_decay, scale=scale, backend=backend,
-            initial_state=states[slots], output_final_state=True, cu_seqlens=metadata.cu_seqlens[: len(bounds)],
-        )  # fmt: skip
-        o[tokens] = new.transpose(0, 1)
-        states[slots] = final
+        slots = metadata.batch_indices_prefill[: len(metadata.cu_seqlens_list) - 1].long()
+        how = dict(scale=scale, backend=backend, output_final_state=True)
+        for part in _parts(context, q.device):
+            which = slots if part.requests is None else slots[part.requests]
+            new, final = lightning_attn(
+                *(x[part.tokens].transpose(0, 1) for x in (q, k, v)), log_decay, initial_state=states[which],
+                cu_seqlens=part.bounds, **how,
+            )  # fmt: skip
+            o[part.tokens] = new.transpose(0, 1)
+            states[which] = final
+            if part.keep:
+                kept[part.keep] = final[part.kept]
     return o
+
+
+class _Part(NamedTuple):
+    """Tokens of prompts that are read at once, of one or more requests."""
+
+    tokens: slice | torch.Tensor
+    bounds: torch.Tensor  # where each request's begin, and the end
+    requests: torch.Tensor | None  # which of those that read prompts; None for all
+    keep: list[int]  # where final states are kept ...
+    kept: list[int]  # ... of which of these requests
+
+
+def _parts(context, device: torch.device) -> list[_Part]:
+    """Usually one. A prompt whose states are kept for other prompts with the same begin is cut where Megatron says."""
+    metadata, decoding = context.mamba_metadata, context.padded_batch_dimensions.decode_req_count
+    bounds = metadata.cu_seqlens_list
+    if not metadata.intermediate_count:
+        tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
+        return [_Part(tokens, metadata.cu_seqlens[: len(bounds)], None, [], [])]
+    offsets, counts = (x.tolist() for x in context.mamba_slot_allocator.get_intermediate_cpu_data())
+    cuts, places, place = [], [], 0
+    for start, end, at, count in zip(bounds, bounds[1:], offsets, counts, strict=False):
+        cuts.append([start, *(start + x for x in at[:count]), end])
+        places.append(range(place, place + count))
+        place += count
+    parts = []
+    for number in range(max(map(len, cuts)) - 1):
+        requests = [i for i, cut in enumerate(cuts) if number < len(cut) - 1]
+        pieces = [cuts[i][number : number + 2] for i in requests]
+        lengths = torch.tensor([0, *(end - start for start, end in pieces)])
+        kept = [j for j, i in enumerate(requests) if number < len(places[i])]
+        parts.append(
+            _Part(
+                torch.cat([torch.arange(start, end) for start, end in pieces]).add(decoding).to(device),
+                lengths.cumsum(0, dtype=torch.int32).to(device),
+                torch.tensor(requests).to(device),
+                [places[requests[j]][number] for j in kept],
+                kept,
+            )
+        )
+    return parts
 
 
 def _decode(q, k, v, log_decay, states, slots, o, scale) -> None:

@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
-from .caches import attend_requests, own_states
+from .caches import attend_requests, kept_states, own_states
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
@@ -270,10 +270,11 @@ class LightningAttention(MegatronModule):
 
         nvtx_range_push(suffix="lightning_attention")
         if dynamic:
-            states = own_states(inference_context, self.layer_number - self._stage_offset(), self.state_shape)
+            own = inference_context, self.layer_number - self._stage_offset(), self.state_shape
             o = attend_requests(
-                q, k, v, self.log_decay, states, inference_context, scale=self.scale, backend=options.backend
-            )
+                q, k, v, self.log_decay, own_states(*own), kept_states(*own), inference_context, scale=self.scale,
+                backend=options.backend,
+            )  # fmt: skip
         else:
             o, state = lightning_attn(
                 *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
 from ..softmax import LatentAttention
 from ..softmax.paged import refuse_unserved
+from ..config import prepared_with, resolve_shape
 from ._replace import replace
 from .paged_attention import flash_attention_installed
 
@@ -44,10 +47,9 @@ def _from_model(original: Callable) -> Callable:
     def from_model(model, conv_states_dtype=None, ssm_states_dtype=None):  # always called on the class
         layers = getattr(get_attr_wrapped_model(model, "decoder"), "layers", ())
         shapes = [getattr(getattr(layer, "self_attention", None), "state_shape", None) for layer in layers]
-        if not any(shapes):
+        largest = max(filter(None, shapes), key=math.prod, default=None) or _shape_elsewhere(model)
+        if largest is None:
             return original(model, conv_states_dtype, ssm_states_dtype)
-        for layer in layers:
-            _refuse_softmax(layer)
         if ssm_states_dtype not in (None, torch.float32):
             raise ValueError(
                 f"ssm_states_dtype={ssm_states_dtype}: states of lightning layers are fp32, in which they sum all "
@@ -55,7 +57,6 @@ def _from_model(original: Callable) -> Callable:
             )
         from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-        largest = max((shape for shape in shapes if shape), key=lambda shape: shape[0] * shape[1] * shape[2])
         config = original.__self__(
             layer_type_list=[Symbols.MAMBA if shape else Symbols.ATTENTION for shape in shapes],
             conv_states_shape=(1, 0),
@@ -69,23 +70,14 @@ def _from_model(original: Callable) -> Callable:
     return from_model
 
 
-def _refuse_softmax(layer) -> None:
-    """Refuse a softmax layer that would fail in the middle of a step."""
-    from megatron.core.transformer.attention import Attention
-    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
-
-    attention = getattr(layer, "self_attention", None)
-    if not isinstance(attention, Attention):
-        return
-    latent = isinstance(attention, LatentAttention)
-    if isinstance(attention, MultiLatentAttention) and not latent:
-        raise ValueError(
-            f"layer {layer.layer_number} is Megatron's {type(attention).__name__}, which cannot run in the dynamic "
-            "engine of megatron-core 0.19 (its call of FlashMLA lacks an argument); load the checkpoint with "
-            "--transformer-impl local"
-        )
-    if latent or not flash_attention_installed():
-        refuse_unserved(attention.config, layer.layer_number)
+def _shape_elsewhere(model) -> tuple[int, int, int] | None:
+    """Of a state on other pipeline stages, where this one has no lightning layer; None if the model has none."""
+    config = get_attr_wrapped_model(model, "config")
+    prepared = prepared_with(config)
+    if prepared is None or config.pipeline_model_parallel_size == 1:
+        return None
+    shape = resolve_shape(config, prepared[0], config.tensor_model_parallel_size)
+    return shape.num_heads // config.tensor_model_parallel_size, shape.key_dim, shape.value_dim
 
 
 def _init(original: Callable) -> Callable:
@@ -96,47 +88,75 @@ def _init(original: Callable) -> Callable:
             return original(self, model_config, inference_config)
         from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-        if inference_config.num_speculative_tokens:
-            raise ValueError(
-                f"num_speculative_tokens={inference_config.num_speculative_tokens}: a lightning state cannot be taken "
-                "back to before a token that is rejected; use 0"
-            )
-        if inference_config.enable_prefix_caching:
-            raise ValueError(
-                "enable_prefix_caching: states of lightning layers at the ends of cached blocks are not kept; leave "
-                "it out"
-            )
+        _refuse(model_config, inference_config)
+        inference_config, states = copy.copy(inference_config), copy.copy(states)
+        inference_config.mamba_inference_state_config = states
         if inference_config.num_cuda_graphs and inference_config.use_cuda_graphs_for_non_decode_steps:
-            inference_config = copy.copy(inference_config)
             inference_config.use_cuda_graphs_for_non_decode_steps = False
-            log_single_rank(
-                logger,
-                logging.INFO,
-                "lightning: CUDA graphs serve the steps that only decode; prompts are read eagerly",
-            )
-        if model_config.multi_latent_attention and Symbols.ATTENTION in states.layer_type_list:
-            model_config, inference_config = copy.copy(model_config), copy.copy(inference_config)
-            model_config.cache_mla_latents = True
-            if inference_config.block_size_tokens != LATENT_BLOCK:
-                log_single_rank(
-                    logger, logging.INFO,
-                    f"lightning: latents are kept in blocks of {LATENT_BLOCK} tokens, not of "
-                    f"{inference_config.block_size_tokens}",
-                )  # fmt: skip
-                inference_config.block_size_tokens = LATENT_BLOCK
-        if Symbols.ATTENTION not in states.layer_type_list:
-            self.lightning_without_keys = True
-            inference_config, states = copy.copy(inference_config), copy.copy(states)
-            states.layer_type_list = [*states.layer_type_list, Symbols.ATTENTION]  # of blocks without bytes
-            inference_config.mamba_inference_state_config = states
-            inference_config.block_size_tokens = max(
+            _log("CUDA graphs serve the steps that only decode; prompts are read eagerly")
+        if model_config.mtp_num_layers:
+            _log(f"{model_config.mtp_num_layers} multi-token prediction layers are left out: they only help training")
+        # Every stage counts blocks and pauses requests by itself, so their sizes may not depend on a stage's layers
+        stages = _of_stages(states.layer_type_list, model_config, inference_config)
+        _refuse_uneven_states([stage.count(Symbols.MAMBA) for stage in stages], inference_config)
+        if not any(Symbols.ATTENTION in stage for stage in stages) and not inference_config.enable_prefix_caching:
+            inference_config.block_size_tokens = max(  # one block for each request
                 inference_config.block_size_tokens, inference_config.max_sequence_length
             )
+        if Symbols.ATTENTION not in states.layer_type_list:
+            self.lightning_without_keys = True
+            states.layer_type_list = [*states.layer_type_list, Symbols.ATTENTION]  # of blocks without bytes
             model_config = copy.copy(model_config)
             model_config.num_query_groups, model_config.kv_channels = model_config.tensor_model_parallel_size, 1
+        # Megatron asks for states at multiples of it only; any position would do, but it lists all chunks on the host
+        states.mamba_chunk_size = inference_config.block_size_tokens
         return original(self, model_config, inference_config)
 
     return __init__
+
+
+def _refuse(model_config, inference_config) -> None:
+    if inference_config.num_speculative_tokens:
+        raise ValueError(
+            f"num_speculative_tokens={inference_config.num_speculative_tokens}: a lightning state cannot be taken "
+            "back to before a token that is rejected; use 0"
+        )
+    if model_config.context_parallel_size > 1:
+        raise ValueError(
+            f"lightning layers do not generate with context-parallel size {model_config.context_parallel_size}; load "
+            "the checkpoint with --context-parallel-size 1"
+        )
+    if (virtual := model_config.virtual_pipeline_model_parallel_size) is not None:
+        raise ValueError(
+            f"Megatron's dynamic inference runs one model part on each pipeline stage, and virtual pipeline size "
+            f"{virtual} makes several; load the checkpoint without --num-layers-per-virtual-pipeline-stage"
+        )
+
+
+def _of_stages(kinds: list[str], model_config, inference_config) -> list[list[str]]:
+    """The kinds of layers on every pipeline stage."""
+    groups = inference_config.pg_collection
+    if groups is None and model_config.pipeline_model_parallel_size == 1:
+        return [kinds]
+    group = parallel_state.get_pipeline_model_parallel_group() if groups is None else groups.pp
+    stages: list = [None] * group.size()
+    torch.distributed.all_gather_object(stages, kinds, group=group)
+    return stages
+
+
+def _refuse_uneven_states(counts: list[int], inference_config) -> None:
+    ratio = inference_config.mamba_memory_ratio
+    if ratio is None or len(set(counts)) == 1 and all(counts):
+        return
+    if inference_config.max_requests is None or not all(counts):
+        raise ValueError(
+            f"mamba_memory_ratio={ratio} gives pipeline stages with {counts} lightning layers room for different "
+            "numbers of requests; leave it out, and give max_requests"
+        )
+
+
+def _log(message: str) -> None:
+    log_single_rank(logger, logging.INFO, f"lightning: {message}")
 
 
 def _allocate(original: Callable) -> Callable:

@@ -113,7 +113,9 @@ def play_some(rank: int, world: int, case: str, seeds: list[int], **changes):
         try:
             found, happened = play(model, trace)
         except Exception as error:
-            raise AssertionError(f"{case}, seed {seed}: {trace['inference']}, suspended at {trace['suspend']}") from error
+            raise AssertionError(
+                f"{case}, seed {seed}: {trace['inference']}, suspended at {trace['suspend']}"
+            ) from error
         assert found["worst"] < LOGITS and found["repeated"] < LOGITS and not found["wrong"], (case, seed, found, trace["inference"])  # fmt: skip
         total["worst"] = max(total["worst"], found["worst"])
         total.update({name: found[name] for name in ("ties", "positions", "left")})
