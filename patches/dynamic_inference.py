@@ -21,8 +21,8 @@ from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
 from ..softmax import LatentAttention
 from ..softmax.paged import refuse_unserved
+from . import paged_attention
 from ._replace import replace
-from .paged_attention import flash_attention_installed
 
 SYMBOLS = (
     "megatron.core.inference.config.MambaInferenceStateConfig.from_model",
@@ -84,7 +84,7 @@ def _refuse_softmax(layer) -> None:
             "engine of megatron-core 0.19 (its call of FlashMLA lacks an argument); load the checkpoint with "
             "--transformer-impl local"
         )
-    if latent or not flash_attention_installed():
+    if latent or not paged_attention.flash_attention_installed():
         refuse_unserved(attention.config, layer.layer_number)
 
 
@@ -112,7 +112,7 @@ def _init(original: Callable) -> Callable:
             log_single_rank(
                 logger,
                 logging.INFO,
-                "lightning: CUDA graphs serve the steps that only decode; prompts are read eagerly",
+                "lightning: CUDA graphs serve steps that only decode; prompts are read eagerly",
             )
         if model_config.multi_latent_attention and Symbols.ATTENTION in states.layer_type_list:
             model_config, inference_config = copy.copy(model_config), copy.copy(inference_config)
@@ -153,7 +153,10 @@ def _allocate(original: Callable) -> Callable:
 
 
 def apply() -> None:
-    """Apply the patches; a second call does nothing. Contexts of models without lightning layers stay as they are."""
+    """Apply the patches, and ``paged_attention``; a second call does nothing. Contexts of models without lightning
+    layers stay as they are.
+    """
     replace(SYMBOLS[0], MODEL, _from_model, "states of lightning layers are kept per request")
     replace(SYMBOLS[1], INIT, _init, "models without softmax layers are served")
     replace(SYMBOLS[2], ALLOCATE, _allocate, "models without softmax layers have no keys and values")
+    paged_attention.apply()
