@@ -84,7 +84,7 @@ def paged_decode_kernel(
 
     m_o = m_h[:, None] & (o_v < V)[None, :]
     if SPLITS == 1:
-        b_o = tl.where(b_l[:, None] > 0, b_o / b_l[:, None], 0.0)  # a row of padding has no keys
+        b_o /= tl.where(b_l > 0, b_l, 1.0)[:, None]  # a row of padding has no keys
         tl.store(o + row[:, None] * V + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
     else:
         tl.store(m + row, b_m, mask=m_h)
@@ -110,7 +110,7 @@ def combine_parts_kernel(
             w = tl.exp2(tl.load(m + i * SPLITS + s) - largest)
             total += w * b_l
             b_o += w * tl.load(part + (i * SPLITS + s) * V + o_v, mask=o_v < V, other=0.0)
-    b_o = tl.where(total > 0, b_o / total, 0.0)
+    b_o /= tl.where(total > 0, total, 1.0)
     tl.store(o + i * V + o_v, b_o.to(o.dtype.element_ty), mask=o_v < V)
 
 
