@@ -151,22 +151,11 @@ def _refuse_head_dims(shape: LightningShape) -> None:
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
-    from .patches import (
-        checkpoint_args,
-        dynamic_inference,
-        flops,
-        mtp_spec,
-        packed_roll,
-        packed_rope,
-        paged_attention,
-        recompute,
-    )
+    from .patches import checkpoint_args, dynamic_inference, flops, mtp_spec, packed_roll, packed_rope, recompute
 
     dynamic_inference.apply()
     mtp = bool(config.mtp_num_layers)
     softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
-    if softmax:
-        paged_attention.apply()
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
     if config.context_parallel_size > 1 and packed:
         if softmax and layout == "zigzag":

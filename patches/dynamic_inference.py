@@ -21,11 +21,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
+from ..config import prepared_with, resolve_shape
 from ..softmax import LatentAttention
 from ..softmax.paged import refuse_unserved
-from ..config import prepared_with, resolve_shape
+from . import paged_attention
 from ._replace import replace
-from .paged_attention import flash_attention_installed
 
 SYMBOLS = (
     "megatron.core.inference.config.MambaInferenceStateConfig.from_model",
@@ -50,6 +50,8 @@ def _from_model(original: Callable) -> Callable:
         largest = max(filter(None, shapes), key=math.prod, default=None) or _shape_elsewhere(model)
         if largest is None:
             return original(model, conv_states_dtype, ssm_states_dtype)
+        for layer in layers:
+            _refuse_softmax(layer)
         if ssm_states_dtype not in (None, torch.float32):
             raise ValueError(
                 f"ssm_states_dtype={ssm_states_dtype}: states of lightning layers are fp32, in which they sum all "
@@ -70,10 +72,29 @@ def _from_model(original: Callable) -> Callable:
     return from_model
 
 
+def _refuse_softmax(layer) -> None:
+    """Refuse a softmax layer that would fail in the middle of a step."""
+    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
+    attention = getattr(layer, "self_attention", None)
+    if not isinstance(attention, Attention):
+        return
+    latent = isinstance(attention, LatentAttention)
+    if isinstance(attention, MultiLatentAttention) and not latent:
+        raise ValueError(
+            f"layer {layer.layer_number} is Megatron's {type(attention).__name__}, which cannot run in the dynamic "
+            "engine of megatron-core 0.19 (its call of FlashMLA lacks an argument); load the checkpoint with "
+            "--transformer-impl local"
+        )
+    if latent or not paged_attention.flash_attention_installed():
+        refuse_unserved(attention.config, layer.layer_number)
+
+
 def _shape_elsewhere(model) -> tuple[int, int, int] | None:
     """Of a state on other pipeline stages, where this one has no lightning layer; None if the model has none."""
     config = get_attr_wrapped_model(model, "config")
-    prepared = prepared_with(config)
+    prepared = prepared_with(config)  # as only models with lightning layers are
     if prepared is None or config.pipeline_model_parallel_size == 1:
         return None
     shape = resolve_shape(config, prepared[0], config.tensor_model_parallel_size)
@@ -93,16 +114,25 @@ def _init(original: Callable) -> Callable:
         inference_config.mamba_inference_state_config = states
         if inference_config.num_cuda_graphs and inference_config.use_cuda_graphs_for_non_decode_steps:
             inference_config.use_cuda_graphs_for_non_decode_steps = False
-            _log("CUDA graphs serve the steps that only decode; prompts are read eagerly")
+            _log("CUDA graphs serve steps that only decode; prompts are read eagerly")
         if model_config.mtp_num_layers:
             _log(f"{model_config.mtp_num_layers} multi-token prediction layers are left out: they only help training")
         # Every stage counts blocks and pauses requests by itself, so their sizes may not depend on a stage's layers
         stages = _of_stages(states.layer_type_list, model_config, inference_config)
         _refuse_uneven_states([stage.count(Symbols.MAMBA) for stage in stages], inference_config)
-        if not any(Symbols.ATTENTION in stage for stage in stages) and not inference_config.enable_prefix_caching:
-            inference_config.block_size_tokens = max(  # one block for each request
-                inference_config.block_size_tokens, inference_config.max_sequence_length
-            )
+        if not any(Symbols.ATTENTION in stage for stage in stages):
+            if not inference_config.enable_prefix_caching:
+                inference_config.block_size_tokens = max(  # one block for each request
+                    inference_config.block_size_tokens, inference_config.max_sequence_length
+                )
+        elif model_config.multi_latent_attention:
+            model_config = copy.copy(model_config)
+            model_config.cache_mla_latents = True
+            if inference_config.block_size_tokens != LATENT_BLOCK:
+                _log(
+                    f"latents are kept in blocks of {LATENT_BLOCK} tokens, not of {inference_config.block_size_tokens}"
+                )
+                inference_config.block_size_tokens = LATENT_BLOCK
         if Symbols.ATTENTION not in states.layer_type_list:
             self.lightning_without_keys = True
             states.layer_type_list = [*states.layer_type_list, Symbols.ATTENTION]  # of blocks without bytes
@@ -173,7 +203,10 @@ def _allocate(original: Callable) -> Callable:
 
 
 def apply() -> None:
-    """Apply the patches; a second call does nothing. Contexts of models without lightning layers stay as they are."""
+    """Apply the patches, and ``paged_attention``; a second call does nothing. Contexts of models without lightning
+    layers stay as they are.
+    """
     replace(SYMBOLS[0], MODEL, _from_model, "states of lightning layers are kept per request")
     replace(SYMBOLS[1], INIT, _init, "models without softmax layers are served")
     replace(SYMBOLS[2], ALLOCATE, _allocate, "models without softmax layers have no keys and values")
+    paged_attention.apply()

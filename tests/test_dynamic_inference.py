@@ -41,6 +41,41 @@ def generate_small(rank, world, case, seed):
     return generate(rank, world, case, ONE_BATCH, 64, seed, max_sequence_length=640, max_requests=4, max_tokens=128)
 
 
+def share_prefixes(rank: int, world: int, case: str, seed: int, policy: str, chunk: int):
+    """Prompts that begin as earlier ones, one after another and at once."""
+    from megatron.core.inference.config import PrefixCachingEvictionPolicy
+
+    dynamic.start()
+    run = dynamic.Run(
+        dynamic.build(case), enable_prefix_caching=True, prefix_caching_mamba_gb=0.02, max_tokens=chunk,
+        prefix_caching_eviction_policy=PrefixCachingEvictionPolicy(policy),
+        block_size_tokens=64 if case == "mla" else 16,
+    )  # fmt: skip
+    a, b, c = dynamic.prompts_of([200, 70, 64], seed)
+    run.add(0, a, 30)
+    for _ in range(200 // chunk + 5):  # its prompt is read, and it still runs
+        run.step()
+    for number, prompt in enumerate((a, a[:150] + b, a[:64], a[:128], a[:65] + b, a + c, b + a), start=1):
+        run.add(number, prompt, 10)
+    run.finish()
+    skipped = run.engine._prefill_tokens_skipped
+    if policy == "lru":  # what nobody uses any more is kept
+        run.add(9, a + b, 10)
+        run.finish()
+        assert run.engine._prefill_tokens_skipped >= skipped + 128
+    return run.judge(), skipped
+
+
+@pytest.mark.parametrize("case, policy, chunk", [
+    ("lightning", "lru", 64), ("lrpe", "ref_zero", 256), ("gqa", "lru", 128), ("gqa", "ref_zero", 64), ("mla", "lru", 128),
+])  # fmt: skip
+def test_prefix_caching(case, policy, chunk):
+    """Tokens of a prompt that begins as another one are not computed again."""
+    ((found, skipped),) = spawn(share_prefixes, 1, case, SEED, policy, chunk)
+    assert_right(found)
+    assert skipped >= 64 * 4 and found["skipped"] >= skipped
+
+
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 LENGTHS = [1, 7, 90, 3, 64, 150]

@@ -116,9 +116,10 @@ def play_some(rank: int, world: int, case: str, seeds: list[int], **changes):
             raise AssertionError(
                 f"{case}, seed {seed}: {trace['inference']}, suspended at {trace['suspend']}"
             ) from error
-        assert found["worst"] < LOGITS and found["repeated"] < LOGITS and not found["wrong"], (case, seed, found, trace["inference"])  # fmt: skip
+        right = found["worst"] < LOGITS and found["repeated"] < LOGITS and not found["wrong"]
+        assert right, (case, seed, found, trace["inference"])
         total["worst"] = max(total["worst"], found["worst"])
-        total.update({name: found[name] for name in ("ties", "positions", "left")})
+        total.update({name: found[name] for name in ("ties", "positions", "left", "skipped")})
         seen.update(happened)
     return dict(total), dict(seen)
 

@@ -7,6 +7,7 @@ CUDA graph captured once is right for all later lengths. Bound by reading keys a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,7 +22,7 @@ SMALLEST_PART = 256  # keys of the longest request
 
 # Counts are not specialised: another number of requests or of parts' keys is not another kernel.
 @triton.jit(do_not_specialize=("table_st", "kv_heads"))
-def decode_kernel(
+def paged_decode_kernel(
     q, k, v, table, lengths, o, part, m, l,  # o contiguous; part, m and l [rows, SPLITS, ...], None with one part
     q_st, q_sh, k_sb, k_sp, k_sh, v_sb, v_sp, v_sh, table_st, kv_heads, scale,
     GROUP: tl.constexpr,  # query heads per head of k and v
@@ -35,8 +36,8 @@ def decode_kernel(
     tiles: tl.constexpr = (GROUP + BH - 1) // BH
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     i = tl.program_id(0)
+    i_t, i = i % tiles, i // tiles  # side by side: they read the same keys
     i_s, i = i % SPLITS, i // SPLITS
-    i_t, i = i % tiles, i // tiles
     i_g, i_r = i % kv_heads, (i // kv_heads).to(tl.int64)
     length = tl.load(lengths + i_r)
     keys = tl.cdiv(tl.cdiv(length, SPLITS), BN) * BN  # of a part
@@ -83,7 +84,7 @@ def decode_kernel(
 
     m_o = m_h[:, None] & (o_v < V)[None, :]
     if SPLITS == 1:
-        b_o = tl.where(b_l[:, None] > 0, b_o / b_l[:, None], 0.0)  # a row of padding has no keys
+        b_o /= tl.where(b_l > 0, b_l, 1.0)[:, None]  # a row of padding has no keys
         tl.store(o + row[:, None] * V + o_v[None, :], b_o.to(o.dtype.element_ty), mask=m_o)
     else:
         tl.store(m + row, b_m, mask=m_h)
@@ -93,7 +94,7 @@ def decode_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def combine_parts_kernel(
     part, m, l, o,
     V: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +110,29 @@ def combine_kernel(
             w = tl.exp2(tl.load(m + i * SPLITS + s) - largest)
             total += w * b_l
             b_o += w * tl.load(part + (i * SPLITS + s) * V + o_v, mask=o_v < V, other=0.0)
-    b_o = tl.where(total > 0, b_o / total, 0.0)
+    b_o /= tl.where(total > 0, total, 1.0)
     tl.store(o + i * V + o_v, b_o.to(o.dtype.element_ty), mask=o_v < V)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """KiB that a program may have."""
+    if device.type != "cuda":
+        return 227
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+def _tiles(group: int, K: int, V: int, itemsize: int, shared: int) -> dict[str, int]:
+    """BH, BN, stages and warps: queries and one or two tiles of keys and values must fit into ``shared`` KiB."""
+    wide = pad(V) > 256
+    keys = 2**15 if shared >= 96 else 2**14  # bytes of a tile
+    BN = max(16, min(64, keys // (itemsize * pad(min(K, V) if wide else K))))
+    most = 64
+    if max(pad(K), pad(V)) > 128:
+        most = 64 if shared >= 160 else 32 if shared >= 96 else 16
+        most = max(16, most * 2 // itemsize)
+    BH = min(pad(group), most)
+    return dict(BH=BH, BN=BN, stages=2 if itemsize == 4 else 3, warps=8 if wide or BH * pad(V) > 4096 else 4)
 
 
 def parts(programs: int, keys: int) -> int:
@@ -137,12 +159,8 @@ def decode(
     values = k if prefix else v
     q, table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, table))
     group = H // heads
-    BV, wide = pad(V), pad(V) > 256
-    BH = min(pad(group), 32 if wide else 64)
     K1 = V if prefix else K
-    itemsize = q.element_size()
-    BN = max(16, min(64, 2**15 // (itemsize * pad(K1))))  # 32 KB of keys: 64 of 256 channels in bf16, 16 of 512 in fp32
-    stages = 2 if itemsize == 4 or wide else 3
+    BH, BN, stages, warps = _tiles(group, K, V, q.element_size(), _shared_memory(q.device)).values()
     splits = parts(requests * heads * cdiv(group, BH), table.shape[1] * block)
     part = m = l = None
     if splits > 1:
@@ -150,16 +168,16 @@ def decode(
             o.new_empty(o[..., 0].numel(), splits, dtype=torch.float32) for _ in range(2)
         )  # fmt: skip
     launch(
-        decode_kernel, requests * heads * cdiv(group, BH) * splits, (q, k, values, table, lengths, o, part, m, l),
+        paged_decode_kernel, requests * heads * cdiv(group, BH) * splits, (q, k, values, table, lengths, o, part, m, l),
         (*q.stride()[:2], *k.stride()[:3], *values.stride()[:3], table.stride(0), heads, scale * math.log2(math.e)),
         (
-            group, block, K, K1, V, pad(K1), pad(K - K1) if K > K1 else 16, BV, BH, BN, splits, prefix,
+            group, block, K, K1, V, pad(K1), pad(K - K1) if K > K1 else 16, pad(V), BH, BN, splits, prefix,
             q.dtype == torch.float32, stages,
         ),
-        num_warps=8 if wide or BH * BV > 4096 else 4, num_stages=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         launch(
-            combine_kernel, o[..., 0].numel(), (part, m, l, o), (), (V, BV, splits, pad(splits)), num_warps=4
+            combine_parts_kernel, o[..., 0].numel(), (part, m, l, o), (), (V, pad(V), splits, pad(splits)), num_warps=4
         )  # fmt: skip
     return o
