@@ -1,10 +1,13 @@
 """States of lightning layers in Megatron's dynamic inference engine.
 
 Symbol:   megatron.core.inference.config.MambaInferenceStateConfig.from_model
-          megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext.{__init__, _allocate_memory_buffer}
+          megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext.{__init__, _allocate_memory_buffer,
+          _compute_prefix_match}
 Why:      the context keeps recurrent states per request, but only of Mamba layers in a HybridModel: a lightning layer
           would be taken for a softmax layer, with keys and values that it has not. A model without any softmax layer is
           refused (``NotImplementedError``): here it gets blocks of no bytes, by which requests are still counted.
+          With prefix caching, a chunk of a prompt that is not its first skips tokens whose keys are cached, and one of
+          a single token skips up to the end of any block: states then lack those tokens.
           Latents of multi-latent attention are kept where the layers are ours (``softmax.latent``), without a flag.
 Versions: megatron-core 0.19
 Can go:   when layers say which states they keep, and a context may have no keys and values.
@@ -31,11 +34,13 @@ SYMBOLS = (
     "megatron.core.inference.config.MambaInferenceStateConfig.from_model",
     "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext.__init__",
     "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext._allocate_memory_buffer",
+    "megatron.core.inference.contexts.dynamic_context.DynamicInferenceContext._compute_prefix_match",
 )
-MODEL, INIT, ALLOCATE = (
+MODEL, INIT, ALLOCATE, MATCH = (
     ("model", "conv_states_dtype", "ssm_states_dtype"),
     ("self", "model_config", "inference_config"),
     ("self",),
+    ("self", "req", "prefill_chunk_length", "record_mamba_match"),
 )
 LIGHTNING = "lightning_states"  # on a state config that this module made
 LATENT_BLOCK = 64  # tokens; Megatron keeps latents in no other blocks
@@ -202,6 +207,20 @@ def _allocate(original: Callable) -> Callable:
     return _allocate_memory_buffer
 
 
+def _match(original: Callable) -> Callable:
+    def _compute_prefix_match(self, req, prefill_chunk_length, record_mamba_match=False):
+        match = original(self, req, prefill_chunk_length, record_mamba_match)
+        *blocks, skipped, _ = match
+        if not getattr(self.config.mamba_inference_state_config, LIGHTNING, False) or not skipped:
+            return match
+        size = self.block_size_tokens
+        first = req.finished_chunk_token_count == 0  # later chunks go on from the state of the one before
+        skipped = self._find_mamba_match_count(req, 0, skipped // size) * size if first else 0
+        return (*blocks, skipped, prefill_chunk_length - skipped)
+
+    return _compute_prefix_match
+
+
 def apply() -> None:
     """Apply the patches, and ``paged_attention``; a second call does nothing. Contexts of models without lightning
     layers stay as they are.
@@ -209,4 +228,5 @@ def apply() -> None:
     replace(SYMBOLS[0], MODEL, _from_model, "states of lightning layers are kept per request")
     replace(SYMBOLS[1], INIT, _init, "models without softmax layers are served")
     replace(SYMBOLS[2], ALLOCATE, _allocate, "models without softmax layers have no keys and values")
+    replace(SYMBOLS[3], MATCH, _match, "tokens are skipped only where the state behind them is kept")
     paged_attention.apply()
