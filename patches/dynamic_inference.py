@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
 from ..config import prepared_with, resolve_shape
@@ -62,8 +63,6 @@ def _from_model(original: Callable) -> Callable:
                 f"ssm_states_dtype={ssm_states_dtype}: states of lightning layers are fp32, in which they sum all "
                 "tokens so far; leave it out"
             )
-        from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-
         config = original.__self__(
             layer_type_list=[Symbols.MAMBA if shape else Symbols.ATTENTION for shape in shapes],
             conv_states_shape=(1, 0),
@@ -112,8 +111,6 @@ def _init(original: Callable) -> Callable:
         self.lightning_without_keys = False
         if not getattr(states, LIGHTNING, False):
             return original(self, model_config, inference_config)
-        from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-
         _refuse(model_config, inference_config)
         inference_config, states = copy.copy(inference_config), copy.copy(states)
         inference_config.mamba_inference_state_config = states
@@ -142,12 +139,35 @@ def _init(original: Callable) -> Callable:
             self.lightning_without_keys = True
             states.layer_type_list = [*states.layer_type_list, Symbols.ATTENTION]  # of blocks without bytes
             model_config = copy.copy(model_config)
-            model_config.num_query_groups, model_config.kv_channels = model_config.tensor_model_parallel_size, 1
+            model_config.num_query_groups = model_config.tensor_model_parallel_size
+            model_config.kv_channels = _channels_of_blocks(model_config, inference_config)
         # Megatron asks for states at multiples of it only; any position would do, but it lists all chunks on the host
         states.mamba_chunk_size = inference_config.block_size_tokens
         return original(self, model_config, inference_config)
 
     return __init__
+
+
+def _channels_of_blocks(model_config, inference_config) -> int:
+    """How many channels the blocks without bytes pretend to have, so that their number stays in proportion.
+
+    Megatron fills with blocks what the states leave of the buffer, and lists them all on the host. Four times as many
+    as the requests need at once is enough for prefixes that outlive their requests.
+    """
+    states, ratio, requests = (
+        getattr(inference_config, name)
+        for name in ("mamba_inference_state_config", "mamba_memory_ratio", "max_requests")
+    )
+    if requests is None:  # then each block is counted with the states of a request
+        return 1
+    active = inference_config.buffer_size_gb * 2**30
+    if ratio is None:
+        total = active + (inference_config.paused_buffer_size_gb or 0) * 2**30
+        count = states.layer_type_list.count(Symbols.MAMBA)
+        ratio = requests * count * 4 * math.prod(states.ssm_states_shape) / total
+    size = inference_config.block_size_tokens
+    blocks = 4 * requests * math.ceil(inference_config.max_sequence_length / size) + 2
+    return max(1, int(active * (1 - ratio) / (blocks * 2 * size * model_config.params_dtype.itemsize)))
 
 
 def _refuse(model_config, inference_config) -> None:
@@ -160,6 +180,11 @@ def _refuse(model_config, inference_config) -> None:
         raise ValueError(
             f"lightning layers do not generate with context-parallel size {model_config.context_parallel_size}; load "
             "the checkpoint with --context-parallel-size 1"
+        )
+    if model_config.expert_model_parallel_size > 1 and model_config.moe_token_dispatcher_type == "allgather":
+        raise ValueError(
+            "--moe-token-dispatcher-type allgather needs as many tokens on every expert rank, and ranks that serve "
+            "other requests have not; use alltoall"
         )
     if (virtual := model_config.virtual_pipeline_model_parallel_size) is not None:
         raise ValueError(

@@ -47,6 +47,14 @@ def draw(rng: random.Random, case: str) -> dict:
         kv_cache_management_mode=rng.choice(("persist", "offload", "recompute")),
         async_sched_mode=rng.choice(("legacy", "legacy", "async")),
     )
+    if rng.random() < 0.3:
+        inference |= dict(enable_prefix_caching=True, prefix_caching_mamba_gb=0.02, block_size_tokens=32)
+        inference["prefix_caching_eviction_policy"] = rng.choice(("lru", "ref_zero"))
+        for later, request in enumerate(requests[1:], start=1):
+            if rng.random() < 0.7:
+                earlier = requests[rng.randrange(later)]["prompt"]
+                request["prompt"] = (earlier[: rng.randint(1, len(earlier))] + request["prompt"])[:LONGEST]
+        inference["max_sequence_length"] = max(len(r["prompt"]) + r["count"] for r in requests)
     if case in HYBRIDS:
         inference["block_size_tokens"] = size = 64 if case == "mla" else rng.choice((16, 32, 64))
         needed = math.ceil(inference["max_sequence_length"] / size)
@@ -62,10 +70,12 @@ def draw(rng: random.Random, case: str) -> dict:
 
 def play(model, trace: dict) -> tuple[dict, Counter]:
     """Through an engine of its own; the judge's findings, and what happened how often."""
-    from megatron.core.inference.config import KVCacheManagementMode
+    from megatron.core.inference.config import KVCacheManagementMode, PrefixCachingEvictionPolicy
 
     how = dict(trace["inference"])
     how["kv_cache_management_mode"] = KVCacheManagementMode(how["kv_cache_management_mode"])
+    if caching := how.get("enable_prefix_caching", False):
+        how["prefix_caching_eviction_policy"] = PrefixCachingEvictionPolicy(how["prefix_caching_eviction_policy"])
     run, seen, step = dynamic.Run(model, **how), Counter(), 0
     engine, context = run.engine, run.context
     waiting, cancel = list(trace["requests"]), {r["number"]: r["cancel"] for r in trace["requests"] if r["cancel"]}
@@ -94,9 +104,10 @@ def play(model, trace: dict) -> tuple[dict, Counter]:
     seen["evicted"] += engine.evicted_request_count
     seen["reused"] += len(run.tokens) > context.max_requests
     seen["steps"] += step
+    seen["prefix-caching"] += caching
     left = dynamic.slots(run)
     assert left.free == list(range(context.max_requests)) and set(left.of_requests) == {-1}, left
-    assert left.blocks == context.kv_block_allocator.total_count - 1, left
+    assert caching or left.blocks == context.kv_block_allocator.total_count - 1, left
     for request in trace["requests"]:
         tokens = run.tokens[request["number"]]
         assert len(tokens) == request["count"] or request["cancel"] or tokens[-1] == request["stop"], request["number"]

@@ -44,6 +44,7 @@ CASES = {  # changes of the config, options
     "gqa": (dict(linear_attention_freq=2, num_query_groups=2), EVERYTHING),
     "mla": (layers.LATENT, dict(rope=True, rotary_percent=0.5)),
     "moe-gqa": (MOE | dict(linear_attention_freq=4, qk_layernorm=True, num_query_groups=2), EVERYTHING),
+    "apart": (dict(linear_attention_freq=[1, 1, 0, 0], num_query_groups=2), EVERYTHING),
     "mtp": (dict(mtp_num_layers=1, linear_attention_freq=[1, 1, 1, 1]), dict()),
 }
 
@@ -97,7 +98,7 @@ def draw(model, config) -> None:
         if cut:
             shape[parameter.partition_dim] *= tp
         generator = torch.Generator().manual_seed(zlib.crc32(".".join(parts).encode()))
-        x = torch.randn(shape, generator=generator)
+        x = torch.randn(shape, generator=generator, device="cpu")
         if "theta" in name:
             x = x.abs() * 0.1
         elif "norm" in name:
@@ -164,7 +165,9 @@ class Run:
         if not module.post_process:
             return  # another pipeline stage has the logits
         owners = context.request_ids[context.token_to_request_idx[:n].long()].tolist()
-        for row, owner, place in zip(logits[0, :n].float(), owners, context.token_to_pos_ids[:n].tolist(), strict=True):
+        for row, owner, place in zip(
+            logits[0, :n].float().cpu(), owners, context.token_to_pos_ids[:n].tolist(), strict=True
+        ):
             before = self.logits[owner].get(place)
             if before is not None:
                 self.repeated = max(self.repeated, float((row - before).abs().max() / before.abs().max()))
@@ -181,6 +184,12 @@ class Run:
             assert request.status.name == "COMPLETED", (request.request_id, request.status, request.events)
             self.tokens[request.request_id] = list(request.generated_tokens)
         self.most_paused = max(self.most_paused, self.context.paused_request_count)
+
+    def reset(self) -> None:
+        """Whatever runs is forgotten."""
+        self.engine.reset()
+        for mine in (self.prompts, self.tokens, self.logits):
+            mine.clear()
 
     def finish(self, most: int = 100_000) -> None:
         while self.engine.has_unfinished_requests():
@@ -205,11 +214,12 @@ class Run:
                 continue  # it never began
             whole = prompt + new
             margins.clear()
-            want = self.model(torch.tensor([whole]), torch.arange(len(whole))[None], None)[0].float()
+            tokens, places = (x[None].to("cuda") for x in (torch.tensor(whole), torch.arange(len(whole))))
+            want = self.model(tokens, places, None)[0].float().cpu()
             largest, end = want.abs().amax(-1), len(whole) - 1
             got = self.logits[number]
             skipped += end - len(set(got) & set(range(end)))
-            if margins and (close := (torch.stack(margins).amin(0) < 1e-5).nonzero()).numel():
+            if margins and (close := (torch.stack(margins).cpu().amin(0) < 1e-5).nonzero()).numel():
                 left, end = left + max(end - int(close[0]), 0), min(end, int(close[0]))
             there = [i for i in range(end) if i in got]
             rows = torch.stack([got[i] for i in there]) if there else want[:0]
