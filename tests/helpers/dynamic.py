@@ -76,7 +76,7 @@ def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
     else:
         model = gpt(config, get_hybrid_block_spec(config, options))
     draw(model, config)
-    return model.eval()
+    return (model.bfloat16() if config.bf16 else model).eval()  # as Float16Module does
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ class Run:
             assert (most := most - 1) > 0, "the engine does not come to an end"
             self.step()
 
-    @torch.no_grad()
+    @torch.inference_mode()  # or Megatron would make a graph of this pass where engines have some
     def judge(self) -> dict[str, float]:
         """Largest difference of logits to a pass without caches, relative to the largest of the position; and numbers
         of tokens that are not the largest logit, and of those whose logit is within 1e-5 of it (a tie). From where an
