@@ -20,7 +20,7 @@ LAYERS = [
     {"softmax"},
     {"record"},
     {"resume"},
-    {"patches"},
+    {"patches", "inference"},
     {"mixer", "summary", "flags"},
     {"runtime", "layer"},
     {"spec"},

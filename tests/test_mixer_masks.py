@@ -65,7 +65,7 @@ def check(rank: int, world: int, seed: int) -> None:
     documents |= get_attention_mask(LENGTH)
     for mask in (*(padded(True, kind) for kind in KINDS), keys.flip(-1), documents):
         with pytest.raises(
-            ValueError, match="left-padded prompts .*equal length, pad them on the right, or generate for one"
+            ValueError, match="left-padded prompts .*equal length, or generate for one at a time"
         ):
             read(mask)
         mixer(x, mask)  # training: softmax layers do not read it either (runtime.refuse_args)

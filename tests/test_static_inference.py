@@ -1,0 +1,231 @@
+"""Megatron's static inference: any cut into steps, rows, beams and prompts of different length equal one forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.engines import StaticInferenceEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+
+from lightning_megatron.config import LightningOptions
+from lightning_megatron.ops.reference import recurrent_lightning_attn
+from lightning_megatron.spec import get_hybrid_block_spec
+from tests import layers
+from tests.helpers.models import gpt
+from tests.launch import spawn
+from tests.layers import Variant, latent_config, transformer_config
+
+VOCAB, LENGTH = 64, 24
+TOLERANCE = 1e-5  # of the largest logit, in fp32
+EVERYTHING = dict(rope=True, qk_norm=True, norm="all", num_kv_heads=2, decay="minimax")
+MODELS = {
+    "lightning": (transformer_config, {}, {}),
+    "lrpe": (transformer_config, {}, dict(lrpe_layers=1)),
+    "gqa": (transformer_config, dict(linear_attention_freq=2, num_query_groups=2), EVERYTHING),
+    "latent": (latent_config, {}, EVERYTHING),
+    "experts": (
+        transformer_config,
+        dict(linear_attention_freq=2, num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_load_balancing_type="none"),
+        dict(rope=True),
+    ),
+}
+
+
+def build(name: str, rng: torch.Generator, **changes):
+    """A model of MODELS with random weights, in evaluation mode."""
+    make, fields, options = MODELS[name]
+    config = make(**fields | changes)
+    model = gpt(config, get_hybrid_block_spec(config, LightningOptions(**options))).eval()
+    layers.set_parameters(model, layers.draw_parameters(model, 1, rng), 0, 1)
+    return model
+
+
+def read(model, context: StaticInferenceContext | None, tokens: torch.Tensor, mask=None) -> torch.Tensor:
+    """Logits [b, s, vocabulary] of the next tokens [b, s]."""
+    start = 0 if context is None else context.sequence_len_offset
+    positions = torch.arange(start, start + tokens.shape[1])[None].expand_as(tokens)
+    logits = model(tokens, positions, mask, inference_context=context)
+    if context is not None:
+        context.increment_sequence_len_offset(tokens.shape[1])
+    return logits
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error < TOLERANCE, error
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def check_steps(rank: int, world: int, name: str, seed: int) -> None:
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    model = build(name, rng)
+    tokens = torch.randint(VOCAB, (3, LENGTH), generator=rng)
+    want = read(model, None, tokens)
+    other = tokens.clone()
+    other[:, 9] = (other[:, 9] + 1) % VOCAB
+    assert (read(model, None, other) - want)[:, 9:].abs().max(0)[0].max(-1)[0].min() > 100 * TOLERANCE * want.abs().max()
+    for size in (3, 5):  # rows of the context
+        context = StaticInferenceContext(max_batch_size=size, max_sequence_length=LENGTH)
+        for cut in ([LENGTH], [7, 5, 1, 1, 4, 1, 5], [1] * LENGTH, [1, 2, LENGTH - 3]):
+            check(torch.cat([read(model, context, piece) for piece in tokens.split(cut, 1)], 1), want)
+            context.reset()  # the states of the batch before are still there
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_cut_into_steps_equals_the_whole(name, rng):
+    spawn(check_steps, 1, name, rng.initial_seed())
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def check_beams(rank: int, world: int, name: str, seed: int) -> None:
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    model = build(name, rng)
+    tokens = torch.randint(VOCAB, (4, LENGTH), generator=rng)
+    context = StaticInferenceContext(max_batch_size=4, max_sequence_length=LENGTH)
+    with pytest.raises(ValueError, match="should not swap"):  # Megatron's own: nothing to swap yet
+        context.swap_key_value_dict([0, 1, 2, 3])
+    read(model, context, tokens[:, :9])
+    histories = tokens[:, :9]
+    for start, end, beams in ((9, 10, [2, 0, 0, 3]), (10, 14, [1, 1, 3, 0]), (14, 15, [3, 2, 1, 0]), (15, 16, [1] * 4)):
+        context.swap_key_value_dict(torch.tensor(beams))
+        histories = torch.cat((histories[beams], tokens[:, start:end]), 1)
+        got = read(model, context, tokens[:, start:end])
+        alone = torch.cat([read(model, None, row[None])[:, start:] for row in histories])
+        check(got, alone)
+    assert len({tuple(row.tolist()) for row in histories}) == 4  # beams differ, or a wrong order would show nothing
+
+
+@pytest.mark.parametrize("name", ["lightning", "gqa", "latent"])
+def test_swapped_beams_equal_their_own_sequences(name, rng):
+    spawn(check_beams, 1, name, rng.initial_seed())
+
+
+@torch.inference_mode()
+def check_rows(rank: int, world: int, name: str, seed: int) -> None:
+    """Micro-batches of one batch, as pipeline stages read them, then fewer rows; and a beam swap over all of them."""
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    model = build(name, rng)
+    tokens = torch.randint(VOCAB, (5, LENGTH), generator=rng)
+    want = read(model, None, tokens)
+    context = StaticInferenceContext(max_batch_size=5, max_sequence_length=LENGTH)
+    beams, start = [0, 1, 2, 3, 4], 0
+    for length in (6, 1, 3, 1, 1):
+        for rows in ([0, 1], [2, 3], [4]):
+            context.batch_size_offset = rows[0]
+            context.sequence_len_offset = start  # read moves it, and every micro-batch begins where the last step ended
+            which = [beams[row] for row in rows]
+            check(read(model, context, tokens[which, start : start + length]), want[which, start : start + length])
+        start += length
+        order = [3, 1, 4, 0, 2]
+        beams = [beams[row] for row in order]
+        context.swap_key_value_dict(order)
+    context.reset_batch_size_offset()
+    check(read(model, context, tokens[beams[:3], start : start + 2]), want[beams[:3], start : start + 2])
+    with pytest.raises(ValueError, match="offset is 12, but the state of lightning layer 1 holds 14 tokens, and a state cannot go back"):
+        context.sequence_len_offset = start  # back over two tokens
+        read(model, context, tokens[beams[:3], start : start + 1])
+
+
+@pytest.mark.parametrize("name", ["lightning", "gqa"])
+def test_micro_batches_of_one_context(name, rng):
+    spawn(check_rows, 1, name, rng.initial_seed())
+
+
+def check_operator(rank: int, world: int, seed: int) -> None:
+    """The state that is left is the definition's, row by row, whatever the steps and micro-batches."""
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    variant = Variant(dict(feature_map="none", norm="none", gate="none"))
+    mixer = layers.build_mixer(variant).eval()
+    whole = layers.draw_parameters(mixer, 1, rng)
+    layers.set_parameters(mixer, whole, 0, 1)
+    x = torch.randn(LENGTH, 3, 64, generator=rng)
+    q, k, v = (x.double() @ whole["linear_qkv.weight"].T).unflatten(-1, (4, 48)).split(16, -1)
+    decay = layers.decay_of(variant.values, 4, variant.layer, 4)
+    o, _ = recurrent_lightning_attn(*(y.transpose(0, 1) for y in (q, k, v)), decay)
+    want = o.transpose(0, 1).flatten(2) @ whole["linear_proj.weight"].T
+    context = StaticInferenceContext(max_batch_size=4, max_sequence_length=LENGTH)
+    start = 0
+    for length in (5, 1, 8, 1, 1, 7, 1):
+        context.sequence_len_offset = start
+        for rows in (slice(0, 2), slice(2, 3)):
+            context.batch_size_offset = rows.start
+            with torch.no_grad():
+                check(mixer(x[start : start + length, rows], None, inference_context=context)[0].double(),
+                      want[start : start + length, rows])  # fmt: skip
+        start += length
+        _, state = recurrent_lightning_attn(*(y.transpose(0, 1)[:, :start] for y in (q, k, v)), decay)
+        states, known = context.key_value_memory_dict[variant.layer]
+        check(states[0, :3].double(), state)
+        assert not states[0, 3].any() and known.numel() == 0
+
+
+def test_states_are_those_of_the_definition(rng):
+    spawn(check_operator, 1, rng.initial_seed())
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+class Numbers(NullTokenizer):
+    """Megatron's tokenizer of numbers under the names that its generation calls."""
+
+    tokenize, detokenize, eod, bos, vocab_size = NullTokenizer.text_to_ids, NullTokenizer.ids_to_text, VOCAB, -1, VOCAB
+
+
+def engine_of(model, rows: int, **how) -> StaticInferenceEngine:
+    wrapped = GPTInferenceWrapper(model, StaticInferenceContext(max_batch_size=rows, max_sequence_length=64))
+    with warnings.catch_warnings(action="ignore"):
+        return StaticInferenceEngine(TextGenerationController(wrapped, Numbers(VOCAB)), legacy=True, **how)
+
+
+def check_engine(rank: int, world: int, name: str, seed: int) -> None:
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    model = build(name, rng)
+    prompts = [torch.randint(VOCAB, (length,), generator=rng).tolist() for length in (9, 4, 13, 4)]
+
+    @torch.inference_mode()
+    def alone(prompt: list[int], count: int) -> list[int]:
+        found = list(prompt)
+        for _ in range(count):
+            found.append(int(read(model, None, torch.tensor([found]))[0, -1].argmax()))
+        return found[len(prompt) :]
+
+    want = [alone(prompt, 12) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in want[:3]}) == 3 and len(set(want[0])) > 2
+    greedy = SamplingParams(num_tokens_to_generate=12, top_k=1, return_log_probs=True)
+    texts = [" ".join(map(str, prompt)) for prompt in prompts]
+    for rows in (4, 8, 3):  # all at once, with rows to spare, and with one prompt left for a batch of its own
+        engine = engine_of(model, rows)
+        assert InferenceMode.is_active()
+        requests = engine.generate(prompts=texts, sampling_params=greedy)
+        assert [request.generated_tokens.tolist() for request in requests] == want
+        InferenceMode.unset_active()
+    for request, prompt, tokens in zip(requests, prompts, want, strict=True):
+        with torch.inference_mode():
+            logs = read(model, None, torch.tensor([prompt + tokens]))[0].log_softmax(-1)
+        logs = logs[torch.arange(len(prompt + tokens) - 1), (prompt + tokens)[1:]]
+        check(torch.tensor(request.prompt_log_probs + request.generated_log_probs), logs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_engine_generates_for_prompts_of_different_length(name, rng):
+    spawn(check_engine, 1, name, rng.initial_seed())
