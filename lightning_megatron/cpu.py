@@ -6,9 +6,10 @@
 
 Megatron-core assumes CUDA and NCCL. enable() patches torch: the device "cuda" means the CPU, the CUDA random
 generator the CPU's, NCCL gloo, and the torch.cuda calls that only order or measure work do nothing.
-enable_pretrain() also patches the three places of pretrain() that insist on a GPU or lose time for one. Nothing
-else of Megatron changes, and no value does: a run proves the wiring (parallel groups, schedules, optimizers,
-checkpoints), nothing about kernels or NCCL. ``examples/cpu_shim.py`` runs a module or a script this way.
+enable_pretrain() also patches the three places of pretrain() that insist on a GPU or lose time for one, and
+enable_inference() the one of generation over pipeline stages. Nothing else of Megatron changes, and no value does: a
+run proves the wiring (parallel groups, schedules, optimizers, checkpoints), nothing about kernels or NCCL.
+``examples/cpu_shim.py`` runs a module or a script this way.
 
 Importing this module changes nothing. Only ``lightning-convert verify``, tests and examples call enable(); training
 does not. Written for torch 2.11 and megatron-core 0.19. Paths in the comments are relative to the megatron package and
@@ -19,6 +20,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
@@ -105,7 +107,21 @@ def _stub_cuda() -> None:
         def record_event(self, event=None):  # core/transformer/moe/token_dispatcher.py:946
             return SimpleNamespace(synchronize=lambda: None)
 
+    class Event:  # core/inference/text_generation_controllers/text_generation_controller.py:3537 times every step
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def record(self, stream=None):
+            self.time = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
     cuda = torch.cuda
+    cuda.Event = Event
     cuda.device_count = lambda: 1  # training/initialize.py:270 and :447 set up groups and seeds only if > 0
     cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)  # training/arguments.py:1414
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the same line asks for it where major < 10
@@ -122,6 +138,19 @@ def _map_rng() -> None:
         module.current_device = lambda: 0
         module._lazy_init = lambda: None
         module._lazy_call = lambda call, **kwargs: call()
+
+    # core/inference/text_generation_controllers/text_generation_controller.py:251 draws tokens with one of its own
+    plain = torch.Generator
+
+    class Kind(type):
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, plain)
+
+    class Generator(plain, metaclass=Kind):
+        def __new__(cls, device="cpu"):
+            return plain("cpu" if type(device) is int else device)
+
+    torch.Generator = Generator
 
     # CudaRNGStatesTracker.fork() warns when the CPU generator moves: here it is the forked one.
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
@@ -183,3 +212,12 @@ def enable_pretrain() -> None:
     # A checkpoint's first save spawns a helper process that imports the main module, and so Megatron: 5 s for
     # nothing. Without CUDA it can be forked.
     filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+
+
+@functools.cache
+def enable_inference() -> None:
+    """enable(), and let pipeline stages exchange what they generate. Imports megatron.core.inference."""
+    enable()
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None  # asserts that what it sends is on a GPU

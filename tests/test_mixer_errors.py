@@ -130,7 +130,7 @@ def check_layer_refusals(rank: int, world: int) -> None:
         (dict(inference_context=dynamic), "StaticInferenceContext; got DynamicInferenceContext"),
         (dict(inference_params=dynamic), "got DynamicInferenceContext"),
         (dict(inference_context=StaticInferenceContext(1, 32), packed_seq_params=thd), "and packed sequences"),
-        (dict(inference_context=moved), "rows 2 to 2 of a batch are more than .*max_batch_size=2; give it a larger one"),
+        (dict(inference_context=moved), "rows 2 to 2 of a batch are more than .*max_batch_size=2; give it a larger"),
     ):
         if arguments:
             arguments = dict(rotary_pos_emb=freqs) | arguments

@@ -15,6 +15,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
+from lightning_megatron import cpu
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.ops.reference import recurrent_lightning_attn
 from lightning_megatron.spec import get_hybrid_block_spec
@@ -75,7 +76,9 @@ def check_steps(rank: int, world: int, name: str, seed: int) -> None:
     want = read(model, None, tokens)
     other = tokens.clone()
     other[:, 9] = (other[:, 9] + 1) % VOCAB
-    assert (read(model, None, other) - want)[:, 9:].abs().max(0)[0].max(-1)[0].min() > 100 * TOLERANCE * want.abs().max()
+    assert (read(model, None, other) - want)[:, 9:].abs().max(0)[0].max(-1)[
+        0
+    ].min() > 100 * TOLERANCE * want.abs().max()
     for size in (3, 5):  # rows of the context
         context = StaticInferenceContext(max_batch_size=size, max_sequence_length=LENGTH)
         for cut in ([LENGTH], [7, 5, 1, 1, 4, 1, 5], [1] * LENGTH, [1, 2, LENGTH - 3]):
@@ -138,7 +141,9 @@ def check_rows(rank: int, world: int, name: str, seed: int) -> None:
         context.swap_key_value_dict(order)
     context.reset_batch_size_offset()
     check(read(model, context, tokens[beams[:3], start : start + 2]), want[beams[:3], start : start + 2])
-    with pytest.raises(ValueError, match="offset is 12, but the state of lightning layer 1 holds 14 tokens, and a state cannot go back"):
+    with pytest.raises(
+        ValueError, match="offset is 12, but the state of lightning layer 1 holds 14 tokens, and a state cannot go back"
+    ):
         context.sequence_len_offset = start  # back over two tokens
         read(model, context, tokens[beams[:3], start : start + 1])
 
@@ -184,10 +189,65 @@ def test_states_are_those_of_the_definition(rng):
 # ---- the engine ------------------------------------------------------------------------------------------------------
 
 
+def check_refusals(rank: int, world: int, seed: int) -> None:
+    layers.start()
+    mixer = layers.build_mixer(Variant(), linear_attention_freq=2).eval()
+    x = torch.randn(LENGTH, 3, 64, generator=torch.Generator().manual_seed(seed))
+    context = StaticInferenceContext(max_batch_size=4, max_sequence_length=LENGTH)
+
+    def step(start: int, end: int, rows: int = 2):
+        context.sequence_len_offset = start
+        return mixer(x[start:end, :rows], None, inference_context=context)[0]
+
+    def refused(message: str, *args) -> None:
+        with pytest.raises(ValueError, match=message):
+            step(*args)
+
+    refused("offset is 5, but the context holds no state of lightning layer 2; begin with the prompt", 5, 6)
+    step(0, 5)
+    refused("offset is 4, but the state .* holds 5 tokens, and a state cannot go back", 4, 6)
+    refused("offset is 6, but the state .* holds 5 tokens", 6, 7)
+    refused("3 rows go on after a prompt of 2: the others have no state", 5, 6, 3)
+    kept = dict(context.key_value_memory_dict)  # how a speculative block goes back
+    want = step(5, 8)
+    step(8, 9)
+    context.key_value_memory_dict = dict(kept)
+    assert torch.equal(step(5, 8), want)
+
+    config = mixer.config
+    for field, value, message in (
+        ("sequence_parallel", True, "do not generate with --sequence-parallel.*leave it out"),
+        ("transformer_impl", "transformer_engine", "3 tokens after 8 in one step: .*generate one token at a time, or"),
+    ):
+        mixer.config = dataclasses.replace(config)
+        setattr(mixer.config, field, value)
+        refused(message, 8, 11)
+    step(8, 9)  # one token with TransformerEngine
+    mixer.config = dataclasses.replace(config, linear_attention_freq=None)
+    mixer.config.transformer_impl = "transformer_engine"
+    step(9, 12)  # without softmax layers
+    mixer.config.cuda_graph_impl = "local"
+    step(12, 14)  # Megatron captures no prompt
+    context.enable_decode_mode()
+    refused("--cuda-graph-impl local captures steps .*use --cuda-graph-impl none", 14, 15)
+
+
+def test_steps_that_states_cannot_serve_are_refused(rng):
+    spawn(check_refusals, 1, rng.initial_seed())
+
+
 class Numbers(NullTokenizer):
     """Megatron's tokenizer of numbers under the names that its generation calls."""
 
-    tokenize, detokenize, eod, bos, vocab_size = NullTokenizer.text_to_ids, NullTokenizer.ids_to_text, VOCAB, -1, VOCAB
+    tokenize, detokenize = NullTokenizer.text_to_ids, NullTokenizer.ids_to_text
+    eod, bos, vocab_size = VOCAB - 1, -1, VOCAB
+
+
+def sampling(count: int, **how) -> SamplingParams:
+    """``count`` likeliest tokens; the padding token is one like any other."""
+    params = SamplingParams(num_tokens_to_generate=count, top_k=1, **how)
+    params.add_attributes({"no_early_termination": True})
+    return params
 
 
 def engine_of(model, rows: int, **how) -> StaticInferenceEngine:
@@ -200,7 +260,6 @@ def check_engine(rank: int, world: int, name: str, seed: int) -> None:
     layers.start()
     rng = torch.Generator().manual_seed(seed)
     model = build(name, rng)
-    prompts = [torch.randint(VOCAB, (length,), generator=rng).tolist() for length in (9, 4, 13, 4)]
 
     @torch.inference_mode()
     def alone(prompt: list[int], count: int) -> list[int]:
@@ -209,14 +268,18 @@ def check_engine(rank: int, world: int, name: str, seed: int) -> None:
             found.append(int(read(model, None, torch.tensor([found]))[0, -1].argmax()))
         return found[len(prompt) :]
 
-    want = [alone(prompt, 12) for prompt in prompts]
-    assert len({tuple(tokens) for tokens in want[:3]}) == 3 and len(set(want[0])) > 2
-    greedy = SamplingParams(num_tokens_to_generate=12, top_k=1, return_log_probs=True)
+    for _ in range(50):  # until the continuations differ, or a mistake would not show
+        prompts = [torch.randint(VOCAB, (length,), generator=rng).tolist() for length in (9, 4, 13, 4)]
+        want = [alone(prompt, 12) for prompt in prompts]
+        if len({tuple(tokens) for tokens in want}) == 4 and min(len(set(tokens)) for tokens in want) > 2:
+            break
+    else:
+        raise AssertionError("all continuations are alike")
     texts = [" ".join(map(str, prompt)) for prompt in prompts]
     for rows in (4, 8, 3):  # all at once, with rows to spare, and with one prompt left for a batch of its own
         engine = engine_of(model, rows)
         assert InferenceMode.is_active()
-        requests = engine.generate(prompts=texts, sampling_params=greedy)
+        requests = engine.generate(prompts=texts, sampling_params=sampling(12, return_log_probs=True))
         assert [request.generated_tokens.tolist() for request in requests] == want
         InferenceMode.unset_active()
     for request, prompt, tokens in zip(requests, prompts, want, strict=True):
@@ -224,8 +287,53 @@ def check_engine(rank: int, world: int, name: str, seed: int) -> None:
             logs = read(model, None, torch.tensor([prompt + tokens]))[0].log_softmax(-1)
         logs = logs[torch.arange(len(prompt + tokens) - 1), (prompt + tokens)[1:]]
         check(torch.tensor(request.prompt_log_probs + request.generated_log_probs), logs)
+    # all prompts whole, with a causal mask
+    scored = engine_of(model, 4).generate(prompts=texts, sampling_params=sampling(0, return_log_probs=True))
+    for request, again in zip(requests, scored, strict=True):
+        check(torch.tensor(again.prompt_log_probs), torch.tensor(request.prompt_log_probs))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_engine_generates_for_prompts_of_different_length(name, rng):
     spawn(check_engine, 1, name, rng.initial_seed())
+
+
+def check_engine_over_ranks(rank: int, world: int, name: str, sizes: dict, changes: dict, seed: int) -> None:
+    cpu.enable_inference()
+    layers.start(**sizes)
+    rng = torch.Generator().manual_seed(seed)
+    fields = dict(
+        tensor_model_parallel_size=sizes.get("tp", 1), pipeline_model_parallel_size=sizes.get("pp", 1),
+        expert_model_parallel_size=sizes.get("ep", 1), expert_tensor_parallel_size=sizes.get("etp"),
+        pipeline_dtype=torch.float32,
+    )  # fmt: skip
+    model = build(name, rng, **fields | changes)
+    prompts = [torch.randint(VOCAB, (length,), generator=rng).tolist() for length in (9, 4, 13)]
+    engine = engine_of(model, 4)
+    requests = engine.generate(
+        prompts=[" ".join(map(str, prompt)) for prompt in prompts],
+        sampling_params=sampling(6),
+    )
+    wrapped = engine.controller.inference_wrapped_model
+    for prompt, request in zip(prompts, requests, strict=True):
+        tokens = request.generated_tokens.tolist()
+        for i in range(6):  # every time from the first token on
+            wrapped.inference_context.reset()
+            known = torch.tensor([prompt + tokens[:i]])
+            positions = torch.arange(known.shape[1])[None]
+            logits = wrapped.run_one_forward_step(dict(tokens=known, position_ids=positions, attention_mask=None))
+            if logits is not None:  # on the last stage
+                assert int(logits[0, -1].argmax()) == tokens[i]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "changes"),
+    [
+        ("gqa", dict(tp=2), {}),
+        ("gqa", dict(pp=2), {}),
+        ("experts", dict(tp=2, ep=2, etp=1), dict(sequence_parallel=True)),  # Megatron's engine turns it off again
+    ],
+    ids=["tp2", "pp2", "tp2-ep2-sp"],
+)
+def test_engine_over_ranks(name, sizes, changes, rng):
+    spawn(check_engine_over_ranks, 2, name, sizes, changes, rng.initial_seed())

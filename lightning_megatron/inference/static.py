@@ -55,16 +55,16 @@ class StaticStates:
     def store(self, states: torch.Tensor) -> None:
         """Leave ``states``, fp32 ``[b, H, K, V]``, for the next step."""
         size = self._context.max_batch_size
-        rows, padded, parts = self._end, self._padded, [states]
+        rows, padded = self._end, self._padded
         if states.shape[0] != size:
             earlier = self._context.key_value_memory_dict.get(self._layer)
             others = states.new_zeros(size, *states.shape[1:])
             if earlier is not None and (self._before or self._start):  # of this batch
                 others = earlier[0][0]
                 rows, padded = max(rows, earlier[1].shape[2]), padded or bool(earlier[1].shape[4])
-            parts = [others[: self._start], states, others[self._end :]]
+            states = torch.cat((others[: self._start], states, others[self._end :]))
         known = states.new_empty(0, size, rows, self._after, int(padded))
-        self._context.key_value_memory_dict[self._layer] = (torch.cat(parts)[None], known)
+        self._context.key_value_memory_dict[self._layer] = (states[None], known)
 
     def _check_continued(self) -> None:
         """Refuse states that are not those of the tokens before this step."""
@@ -79,9 +79,9 @@ class StaticStates:
         # rows before these may have had this step already, as micro-batches of one batch
         if tokens != self._before and not (self._start and tokens == self._after):
             raise ValueError(
-                f"{offset}, but the state of lightning layer {self._layer} holds {tokens} tokens, and a state cannot go "
-                "back; to go back, begin again with the prompt, or copy context.key_value_memory_dict before the step "
-                "(as dict(...)) and restore it with the offset"
+                f"{offset}, but the state of lightning layer {self._layer} holds {tokens} tokens, and a state cannot "
+                "go back; to go back, begin again with the prompt, or copy context.key_value_memory_dict before the "
+                "step (as dict(...)) and restore it with the offset"
             )
         if self._end > rows:
             raise ValueError(

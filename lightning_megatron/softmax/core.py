@@ -76,8 +76,8 @@ def refuse_unsupported(config, layer_number: int) -> None:
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 
-    Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist. After a prompt,
-    where Megatron says no_mask, each of several new tokens sees the keys up to its own.
+    Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist. After a
+    prompt, where Megatron says no_mask, each of several new tokens sees the keys up to its own.
 
     ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN, unfused is plain torch;
     auto leaves it to torch, which takes cuDNN's on an H100. Packed documents take FlashAttention unless another one is
