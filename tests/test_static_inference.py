@@ -76,9 +76,8 @@ def check_steps(rank: int, world: int, name: str, seed: int) -> None:
     want = read(model, None, tokens)
     other = tokens.clone()
     other[:, 9] = (other[:, 9] + 1) % VOCAB
-    assert (read(model, None, other) - want)[:, 9:].abs().max(0)[0].max(-1)[
-        0
-    ].min() > 100 * TOLERANCE * want.abs().max()
+    changed = (read(model, None, other) - want)[:, 9:].abs().amax((0, 2))
+    assert changed.min() > 10 * TOLERANCE * want.abs().max()  # later tokens depend on it, or nothing would be compared
     for size in (3, 5):  # rows of the context
         context = StaticInferenceContext(max_batch_size=size, max_sequence_length=LENGTH)
         for cut in ([LENGTH], [7, 5, 1, 1, 4, 1, 5], [1] * LENGTH, [1, 2, LENGTH - 3]):
@@ -105,7 +104,7 @@ def check_beams(rank: int, world: int, name: str, seed: int) -> None:
         context.swap_key_value_dict([0, 1, 2, 3])
     read(model, context, tokens[:, :9])
     histories = tokens[:, :9]
-    for start, end, beams in ((9, 10, [2, 0, 0, 3]), (10, 14, [1, 1, 3, 0]), (14, 15, [3, 2, 1, 0]), (15, 16, [1] * 4)):
+    for start, end, beams in ((9, 10, [2, 0, 0, 3]), (10, 14, [1, 1, 3, 0]), (14, 15, [3, 2, 1, 0]), (15, 19, [1] * 4)):
         context.swap_key_value_dict(torch.tensor(beams))
         histories = torch.cat((histories[beams], tokens[:, start:end]), 1)
         got = read(model, context, tokens[:, start:end])

@@ -108,8 +108,8 @@ def _refuse_config(config, context, tokens: int, before: int) -> None:
             "--cuda-graph-impl local captures steps of Megatron's static inference, whose states of lightning layers "
             "have no fixed address; use --cuda-graph-impl none"
         )
-    hybrid = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
-    if hybrid and tokens > 1 and before and config.transformer_impl == "transformer_engine":
+    several = tokens > 1 and before > 0 and config.transformer_impl == "transformer_engine"
+    if several and not all(lightning_pattern(config.linear_attention_freq, config.num_layers)):
         raise ValueError(
             f"{tokens} tokens after {before} in one step: Megatron turns the mask of the softmax layers off after the "
             "first step, and with TransformerEngine the tokens would see each other's future; generate one token at a "
