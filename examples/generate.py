@@ -128,8 +128,7 @@ def cache_sizes(model: torch.nn.Module, context: StaticInferenceContext) -> dict
     sizes = {"lightning": 0, "softmax": 0}
     for layer in model.decoder.layers:
         if isinstance(layer.self_attention, LightningAttention):
-            (state,) = context.key_value_memory_dict[layer.layer_number]
-            sizes["lightning"] += state.nbytes
+            sizes["lightning"] += sum(x.nbytes for x in context.key_value_memory_dict[layer.layer_number])
         else:  # allocated for the maximum length; used up to the offset
             memory = context.key_value_memory_dict[layer.layer_number]
             sizes["softmax"] += sum(x[: context.sequence_len_offset].nbytes for x in memory)

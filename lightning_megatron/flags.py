@@ -52,6 +52,8 @@ REFUSED_ALWAYS = {
     "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
     "heterogeneous_layers_config_path": _OTHER_ATTENTION,
     "heterogeneous_layers_config_encoded_json": _OTHER_ATTENTION,
+    "flash_decode": "captures Megatron's static inference in CUDA graphs, where states of lightning layers have no "
+    "fixed address; leave it out",
     "reset_attention_mask": "has no effect on lightning layers and on causal softmax kernels, so documents would see "
     "each other; use --dataloader-inter-document-masking",
     "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "

@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _ya
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from .caches import token_index
+from .caches.dynamic import token_index
 from .config import LightningOptions
 from .parallel import token_positions
 

@@ -84,7 +84,9 @@ def _init(original: Callable) -> Callable:
             inference_config = copy.copy(inference_config)
             inference_config.use_cuda_graphs_for_non_decode_steps = False
             log_single_rank(
-                logger, logging.INFO, "lightning: CUDA graphs serve the steps that only decode; prompts are read eagerly"
+                logger,
+                logging.INFO,
+                "lightning: CUDA graphs serve steps that only decode; prompts are read eagerly",
             )
         if Symbols.ATTENTION not in states.layer_type_list:
             self.lightning_without_keys = True

@@ -185,6 +185,9 @@ REFUSED = {
         HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
         "--cache-mla-latents is for Megatron's dynamic inference.*leave it out",
     ),
+    "flash-decode": (
+        dict(flash_decode=True), {}, {}, "--flash-decode captures Megatron's static inference .*leave it out",
+    ),
     "latent-fusion": (
         HYBRID | LATENT | dict(mla_down_proj_fusion=True), {}, {},
         "--mla-down-proj-fusion acts in TransformerEngine's layers only.*use --transformer-impl transformer_engine",

@@ -1,0 +1,76 @@
+"""States of lightning layers in Megatron's dynamic inference context: one ``[H, K, V]`` for each request.
+
+Megatron keeps recurrent states of Mamba layers per request, in slots that it gives out, zeroes and takes back
+(``DynamicInferenceContext``, ``MambaMetadata``); a lightning state is such a state without a convolution
+(``patches.dynamic_inference``). In the batch of a step the requests that decode come first, with one token each, then
+those that still read their prompts, whole or in part, with any number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import lightning_attn
+
+
+def token_index(context, tokens: int) -> slice | torch.Tensor:
+    """Positions of this step's tokens in their requests, to index a table that holds every position."""
+    if context.is_static_batching():
+        return slice(context.sequence_len_offset, context.sequence_len_offset + tokens)
+    return context.gpu_view.token_to_pos_ids[:tokens]
+
+
+class RequestStates:
+    """The states of one layer in a DynamicInferenceContext, which a step reads and brings up to date in place.
+
+    Args:
+        context: Megatron's DynamicInferenceContext, with the batch of this step.
+        layer_number: on this pipeline stage, from 1.
+        shape: ``(H, K, V)`` of the layer's state, at most what the context was told (``patches.dynamic_inference``).
+    """
+
+    initial = None  # an attribute of StaticStates: here each request has its own
+
+    def __init__(self, context, layer_number: int, shape: tuple[int, int, int]):
+        self._context = context
+        _, states = context.mamba_states_cache(layer_number)
+        numbers = shape[0] * shape[1] * shape[2]
+        self._states = states.flatten(1)[:, :numbers].unflatten(1, shape)  # [slots, H, K, V], a view
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, *, scale: float,
+        backend: str | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Lightning attention of every request's new tokens ``[tokens, 1, heads, dim]``, padding last.
+
+        Returns:
+            ``[tokens, 1, H, V]``; zeros for padding.
+        """
+        dims, metadata = self._context.padded_batch_dimensions, self._context.mamba_metadata
+        decoding = dims.decode_req_count
+        o = q.new_zeros(*q.shape[:3], v.shape[3])
+        if decoding:
+            slots = metadata.batch_indices_decode
+            _decode(q[:decoding], k[:decoding], v[:decoding], log_decay, self._states, slots, o, scale)
+        if dims.prefill_req_count and metadata.real_prefill_token_count:
+            bounds = metadata.cu_seqlens_list
+            tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
+            slots = metadata.batch_indices_prefill[: len(bounds) - 1].long()
+            new, final = lightning_attn(
+                *(x[tokens].transpose(0, 1) for x in (q, k, v)), log_decay, scale=scale, backend=backend,
+                initial_state=self._states[slots], output_final_state=True,
+                cu_seqlens=metadata.cu_seqlens[: len(bounds)],
+            )  # fmt: skip
+            o[tokens] = new.transpose(0, 1)
+            self._states[slots] = final
+        return o
+
+
+def _decode(q, k, v, log_decay, states, slots, o, scale) -> None:
+    rows = (slots >= 0).nonzero().squeeze(1)
+    at = slots[rows]
+    group = q.shape[2] // k.shape[2]
+    kf, vf = (x[rows, 0].float().repeat_interleave(group, 1) for x in (k, v))
+    s = states[at] * log_decay.exp()[None, :, None, None] + kf[..., :, None] * vf[..., None, :]
+    states[at] = s
+    o[rows, 0] = (torch.einsum("rhk,rhkv->rhv", q[rows, 0].float(), s) * scale).to(o.dtype)
