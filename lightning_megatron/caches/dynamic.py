@@ -33,6 +33,12 @@ class RequestStates:
 
     def __init__(self, context, layer_number: int, shape: tuple[int, int, int]):
         self._context = context
+        if not context.is_hybrid_model:
+            raise ValueError(
+                f"this {type(context).__name__} keeps no states of lightning layers: call "
+                "lightning_megatron.patches.dynamic_inference.apply(), and build it with "
+                "InferenceConfig(mamba_inference_state_config=MambaInferenceStateConfig.from_model(model), ...)"
+            )
         _, states = context.mamba_states_cache(layer_number)
         numbers = shape[0] * shape[1] * shape[2]
         self._states = states.flatten(1)[:, :numbers].unflatten(1, shape)  # [slots, H, K, V], a view
