@@ -21,7 +21,17 @@ class _AsInTheSpec(MLASelfAttention):
     Megatron refuses a norm of the latent beside queries without one where only TransformerEngine has the layer that it
     would take for these; and with TransformerEngine it puts a second norm before such queries, which no released model
     has.
+
+    Megatron sums the gradient of what has q_layernorm in its name over tensor-parallel ranks, as these have other heads
+    (core/distributed/finalize_model_grads.py). Here the norm is that of a latent, of which every rank has the whole
+    gradient, but for sequence parallelism: it shall be averaged.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
+            for parameter in self.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
 
     def _resolve_qk_norm_config(self, submodules) -> dict:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
