@@ -397,6 +397,10 @@ LOGGED = {
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
         ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
     ),
+    "fp8-states": (
+        TE | FULL | dict(fp8="hybrid", context_parallel_size=2), {}, OWN,
+        ["--fp8-format hybrid recomputes by TransformerEngine's checkpoint", "exchange them between"],
+    ),
     "chunk-packed": (
         FULL, CHUNK, OWN | dict(dataloader_inter_document_masking=True), ["--lightning-recompute-chunk 64", "packed"],
     ),

@@ -89,7 +89,12 @@ CASES = {
         for name in ("ring-mini-linear-2.0", "ring-flash-linear-2.0", "ling-2.6-flash", "minimax-m1", "tnl-1b")
     },
 }
-FP8_CASES = {"lightning": Case(ALL, te=FP8), "hybrid": Case(HYBRID, te=FP8), "latent": Case(LATENT, te=FP8)}
+FP8_CASES = {
+    "lightning": Case(ALL, te=FP8),
+    "hybrid": Case(HYBRID, te=FP8),
+    "latent": Case(LATENT, te=FP8),
+    "recompute": Case(HYBRID, te=f"{FP8} {RECOMPUTE}"),
+}
 Results = dict[str, float]
 
 
