@@ -143,9 +143,7 @@ def check_step(impl, case, scale=None, between=True) -> dict[str, torch.Tensor]:
         assert (buffer.cpu()[rest] == 7).all(), "a row that no request has was touched"
         close("intermediate", buffer.cpu()[used], want[2][used], impl.wide)
         assert torch.equal(buffer.cpu()[used, -1], states.cpu()[used]), "the last of them is the state"
-        o_alone = lightning_step(
-            **case | {"states": case["states"].clone()}, scale=scale, backend=impl.backend
-        )
+        o_alone = lightning_step(**case | {"states": case["states"].clone()}, scale=scale, backend=impl.backend)
         assert torch.equal(o, o_alone), "the result depends on whether states between are wanted"
     return {"o": o, "states": states}
 
@@ -285,22 +283,24 @@ def test_decode(every_impl, rng, sizes, feature_map, gate):
     check_decode(every_impl, case, about, feature_map=feature_map, gate=gate, **options)
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of a head where there is a norm over it, of several programs where there is none."""
+    for name, size in (("WHOLE", 16 * 64), ("SEVERAL", 16 * 32), ("MIN_COLUMNS", 16), ("SPLIT", 16 * 64)):
+        monkeypatch.setattr(kernels, name, size)
+    kernels.step_tiles.cache_clear()
+    assert kernels.step_tiles(48, 32, whole=True)[:3] == (16, 32, 3)
+    assert kernels.step_tiles(48, 32, whole=False)[:3] == (64, 16, 1)
+    yield
+    kernels.step_tiles.cache_clear()
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("turned", [0, 2, 16, 48])
 @pytest.mark.parametrize("norms", [(), ("out_norm",), ("q_norm", "k_norm"), tuple(EPS)], ids="-".join)
-def test_norms_and_angles(triton_impl, rng, monkeypatch, norms, turned, interleaved):
-    """Several tiles of a head where there is a norm over it, of several programs where there is none."""
-    monkeypatch.setattr(kernels, "WHOLE", 16 * 32)
-    monkeypatch.setattr(kernels, "MIN_COLUMNS", 16)
-    monkeypatch.setattr(kernels, "SPLIT", 16 * 64)
-    kernels.step_tiles.cache_clear()
-    whole = "out_norm" in norms
-    assert kernels.step_tiles(48, 32, whole)[:3] == ((16, 32, 3) if whole else (64, 16, 1))
-    case, about = decode_case(
-        rng, triton_impl, (4, 2, 48, 32), gated=True, norms=norms, out_weight=True, turned=turned
-    )
+def test_norms_and_angles(triton_impl, rng, small_tiles, norms, turned, interleaved):
+    case, about = decode_case(rng, triton_impl, (4, 2, 48, 32), gated=True, norms=norms, out_weight=True, turned=turned)
     check_decode(triton_impl, case, about, gate="sigmoid", interleaved=interleaved)
-    kernels.step_tiles.cache_clear()
 
 
 def test_strides_of_the_projection(impl, rng):

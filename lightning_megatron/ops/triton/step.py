@@ -16,8 +16,10 @@ import triton.language as tl
 from .launch import cdiv, launch, pad
 
 MIN_COLUMNS = 32  # of a tile: whole lines of 128 bytes
-SPLIT, WHOLE = 4096, 16384  # elements of a tile, where columns are split over programs and where one takes all
-PER_THREAD = {SPLIT: 32, WHOLE: 64}  # of these elements; they live in registers
+# Elements of a tile: where columns are split over programs; where one program takes all of a head, at once at most, and
+# else one after another.
+SPLIT, WHOLE, SEVERAL = 4096, 16384, 8192
+PER_THREAD, MOST_PER_THREAD = 32, 64  # elements of small and of large tiles: they live in registers
 MAX_WARPS = 8
 
 
@@ -31,18 +33,26 @@ def _channels(x, c, m, SILU: tl.constexpr):
 
 
 @triton.jit
-def _query_or_key(
-    x, weight, cos, sin, o_k, eps, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
+def _select(x, y, c, m, first):
+    """Channels c of x in rows that are ``first`` and of y in the others, in fp32."""
+    return tl.load(x + c, mask=m & first, other=0.0).to(tl.float32) + tl.load(y + c, mask=m & ~first, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _query_and_key(
+    q, k, q_weight, k_weight, cos, sin, o_k, q_eps, k_eps, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
     TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Channels o_k of q or k: feature map, RMS norm over all K if there is a weight, rotation of the first TURNED."""
-    m_k = o_k < K
-    b_x = _channels(x, o_k, m_k, SILU)
-    if weight is not None:
-        o_all = tl.arange(0, PADDED)
-        b_all = _channels(x, o_all, o_all < K, SILU)
-        b_r = tl.rsqrt(tl.sum(b_all * b_all, axis=0) / K + eps)
-        b_x *= b_r * tl.load(weight + o_k, mask=m_k, other=0.0).to(tl.float32)
+    """Channels o_k of q and k: feature map, RMS norm over all K if there is a weight, rotation of the first TURNED.
+
+    As a tile of four rows: q, k, and of both the channels that the rotation mixes in. Of a single row, every thread
+    would compute all that its part of the state needs, with several times the registers.
+    """
+    row, o_k = tl.arange(0, 4)[:, None], o_k[None, :]
+    is_q, mixes = row % 2 == 0, row >= 2
+    c, m = o_k + 0 * row, (o_k < K) & (row < 2)
     if TURNED > 0:
         if INTERLEAVED:
             first = o_k % 2 == 0
@@ -50,14 +60,25 @@ def _query_or_key(
         else:
             first = o_k < TURNED // 2
             partner = tl.where(first, o_k + TURNED // 2, o_k - TURNED // 2)
-        m_t = o_k < TURNED
-        b_y = _channels(x, partner, m_t, SILU)
-        if weight is not None:
-            b_y *= b_r * tl.load(weight + partner, mask=m_t, other=0.0).to(tl.float32)
-        b_cos = tl.load(cos + o_k, mask=m_t, other=1.0).to(tl.float32)
-        b_sin = tl.load(sin + o_k, mask=m_t, other=0.0).to(tl.float32)
-        b_x = b_x * b_cos + tl.where(first, -b_y, b_y) * b_sin
-    return b_x
+        c, m = tl.where(mixes, partner, c), o_k < tl.where(mixes, TURNED, K)
+    b_x = _select(q, k, c, m, is_q)
+    if SILU:
+        b_x *= tl.sigmoid(b_x)
+    if q_weight is not None or k_weight is not None:
+        o_all = tl.arange(0, PADDED)[None, :]
+        b_all = _select(q, k, o_all + 0 * row, (o_all < K) & (row < 4), is_q)
+        if SILU:
+            b_all *= tl.sigmoid(b_all)
+        b_n = b_x * tl.rsqrt(tl.sum(b_all * b_all, axis=1)[:, None] / K + tl.where(is_q, q_eps, k_eps))
+        if q_weight is not None:
+            b_x = tl.where(is_q, b_n * tl.load(q_weight + c, mask=m & is_q, other=0.0).to(tl.float32), b_x)
+        if k_weight is not None:
+            b_x = tl.where(is_q, b_x, b_n * tl.load(k_weight + c, mask=m & ~is_q, other=0.0).to(tl.float32))
+    if TURNED > 0:
+        b_cos = tl.load(cos + o_k, mask=o_k < TURNED, other=1.0).to(tl.float32)
+        b_sin = tl.load(sin + o_k, mask=o_k < TURNED, other=0.0).to(tl.float32)
+        b_x *= tl.where(mixes, tl.where(first, -b_sin, b_sin), b_cos)
+    return tl.sum(tl.where(is_q, b_x, 0.0), axis=0), tl.sum(tl.where(is_q, 0.0, b_x), axis=0)
 
 
 @triton.jit
@@ -134,8 +155,9 @@ def step_kernel(
         b_s = _state(initial, o_k, o_v, m_kv, V)  # before all else: this takes longest
         b_decay = tl.exp(tl.load(log_decay + i_h))
         for _ in range(S):
-            b_q = _query_or_key(q, q_weight, cos, sin, o_k, q_eps, K, PADDED, SILU, TURNED, INTERLEAVED)
-            b_k = _query_or_key(k, k_weight, cos, sin, o_k, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED)
+            b_q, b_k = _query_and_key(
+                q, k, q_weight, k_weight, cos, sin, o_k, q_eps, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED
+            )
             b_v = _channels(v, o_v, m_v, SILU_V)
             b_s = b_decay * b_s + b_k[:, None] * b_v[None, :]
             b_o = tl.sum(b_q[:, None] * b_s, axis=0) * scale
@@ -157,8 +179,9 @@ def step_kernel(
             c = i_k * BK + o_k
             m_kv = (c < K)[:, None] & m_v[None, :]
             b_s = _state(initial, c, o_v, m_kv, V)
-            b_q = _query_or_key(q, q_weight, cos, sin, c, q_eps, K, PADDED, SILU, TURNED, INTERLEAVED)
-            b_k = _query_or_key(k, k_weight, cos, sin, c, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED)
+            b_q, b_k = _query_and_key(
+                q, k, q_weight, k_weight, cos, sin, c, q_eps, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED
+            )
             b_s = b_decay * b_s + b_k[:, None] * b_v[None, :]
             b_o += tl.sum(b_q[:, None] * b_s, axis=0)
             if final is not None:
@@ -181,12 +204,12 @@ def step_tiles(K: int, V: int, whole: bool) -> StepTiles:
     them, with fewer registers each.
     """
     BK, BV = pad(K), pad(V)
-    if whole:
-        BK = min(BK, WHOLE // BV)
-    else:
+    if whole and BK * BV > WHOLE:
+        BK = SEVERAL // BV
+    elif not whole:
         BV = min(BV, max(MIN_COLUMNS, SPLIT // BK))
     elements = BK * BV
-    per_thread = PER_THREAD[SPLIT if elements <= SPLIT else WHOLE]
+    per_thread = PER_THREAD if elements <= SPLIT else MOST_PER_THREAD
     return StepTiles(BK, BV, cdiv(K, BK), min(MAX_WARPS, max(1, elements // (32 * per_thread))))
 
 
