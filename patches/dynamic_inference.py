@@ -5,6 +5,7 @@ Symbol:   megatron.core.inference.config.MambaInferenceStateConfig.from_model
 Why:      the context keeps recurrent states per request, but only of Mamba layers in a HybridModel: a lightning layer
           would be taken for a softmax layer, with keys and values that it has not. A model without any softmax layer is
           refused (``NotImplementedError``): here it gets blocks of no bytes, by which requests are still counted.
+          Latents of multi-latent attention are kept where the layers are ours (``softmax.latent``), without a flag.
 Versions: megatron-core 0.19
 Can go:   when layers say which states they keep, and a context may have no keys and values.
 """
@@ -18,6 +19,9 @@ from collections.abc import Callable
 import torch
 from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
+from ..softmax import LatentAttention
+from ..softmax.paged import refuse_unserved
+from . import paged_attention
 from ._replace import replace
 
 SYMBOLS = (
@@ -31,6 +35,7 @@ MODEL, INIT, ALLOCATE = (
     ("self",),
 )
 LIGHTNING = "lightning_states"  # on a state config that this module made
+LATENT_BLOCK = 64  # tokens; Megatron keeps latents in no other blocks
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -41,6 +46,8 @@ def _from_model(original: Callable) -> Callable:
         shapes = [getattr(getattr(layer, "self_attention", None), "state_shape", None) for layer in layers]
         if not any(shapes):
             return original(model, conv_states_dtype, ssm_states_dtype)
+        for layer in layers:
+            _refuse_softmax(layer)
         if ssm_states_dtype not in (None, torch.float32):
             raise ValueError(
                 f"ssm_states_dtype={ssm_states_dtype}: states of lightning layers are fp32, in which they sum all "
@@ -60,6 +67,25 @@ def _from_model(original: Callable) -> Callable:
         return config
 
     return from_model
+
+
+def _refuse_softmax(layer) -> None:
+    """Refuse a softmax layer that would fail in the middle of a step."""
+    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
+    attention = getattr(layer, "self_attention", None)
+    if not isinstance(attention, Attention):
+        return
+    latent = isinstance(attention, LatentAttention)
+    if isinstance(attention, MultiLatentAttention) and not latent:
+        raise ValueError(
+            f"layer {layer.layer_number} is Megatron's {type(attention).__name__}, which cannot run in the dynamic "
+            "engine of megatron-core 0.19 (its call of FlashMLA lacks an argument); load the checkpoint with "
+            "--transformer-impl local"
+        )
+    if latent or not paged_attention.flash_attention_installed():
+        refuse_unserved(attention.config, layer.layer_number)
 
 
 def _init(original: Callable) -> Callable:
@@ -88,6 +114,16 @@ def _init(original: Callable) -> Callable:
                 logging.INFO,
                 "lightning: CUDA graphs serve steps that only decode; prompts are read eagerly",
             )
+        if model_config.multi_latent_attention and Symbols.ATTENTION in states.layer_type_list:
+            model_config, inference_config = copy.copy(model_config), copy.copy(inference_config)
+            model_config.cache_mla_latents = True
+            if inference_config.block_size_tokens != LATENT_BLOCK:
+                log_single_rank(
+                    logger, logging.INFO,
+                    f"lightning: latents are kept in blocks of {LATENT_BLOCK} tokens, not of "
+                    f"{inference_config.block_size_tokens}",
+                )  # fmt: skip
+                inference_config.block_size_tokens = LATENT_BLOCK
         if Symbols.ATTENTION not in states.layer_type_list:
             self.lightning_without_keys = True
             inference_config, states = copy.copy(inference_config), copy.copy(states)
@@ -117,7 +153,10 @@ def _allocate(original: Callable) -> Callable:
 
 
 def apply() -> None:
-    """Apply the patches; a second call does nothing. Contexts of models without lightning layers stay as they are."""
+    """Apply the patches, and ``paged_attention``; a second call does nothing. Contexts of models without lightning
+    layers stay as they are.
+    """
     replace(SYMBOLS[0], MODEL, _from_model, "states of lightning layers are kept per request")
     replace(SYMBOLS[1], INIT, _init, "models without softmax layers are served")
     replace(SYMBOLS[2], ALLOCATE, _allocate, "models without softmax layers have no keys and values")
+    paged_attention.apply()

@@ -43,7 +43,7 @@ ONLY = {
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
-    "patches": {"config", "compat", "ops", "packed", "parallel", "rope", "record", "resume", "offload"},
+    "patches": {"config", "compat", "ops", "packed", "parallel", "rope", "softmax", "record", "resume", "offload"},
     "layer": {"mixer", "parallel"},
     "offload": set(),
 }

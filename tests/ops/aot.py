@@ -27,6 +27,7 @@ from .launches import (
     record_derived,
     record_local_states,
     record_loss,
+    record_paged,
     record_pointwise,
 )
 
@@ -76,6 +77,20 @@ DECODE = [
     dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False),
     dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False, S=4),
     dict(dtype=torch.float32, R=64, K=256, V=256, fused=False, S=4),
+]
+
+
+# KiB of shared memory of a program: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
+# AMD Instinct MI300 ISA guide, "Local data share"
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# Decoding with softmax attention: grouped heads, the widest ones, and latents of 64 and of 16 heads (DeepSeek-V3).
+PAGED = [
+    dict(dtype=torch.bfloat16, H=32, Hkv=4, K=128, V=128),
+    dict(dtype=torch.bfloat16, H=128, Hkv=2, K=256, V=256),
+    dict(dtype=torch.float32, H=64, Hkv=8, K=128, V=128),
+    dict(dtype=torch.bfloat16, H=64, Hkv=1, K=576, V=512, prefix=True),
+    dict(dtype=torch.bfloat16, H=16, Hkv=1, K=576, V=512, prefix=True),
+    dict(dtype=torch.float32, H=64, Hkv=1, K=576, V=512, prefix=True),
 ]
 
 
@@ -152,6 +167,9 @@ def main(arguments: list[str]) -> None:
             report(gpu, torch.int32, f"T={_LONG}", launch)
         for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
             report(gpu, torch.bfloat16, "columns=32000", launch)
+        for config in PAGED[1:4:2] if "--few" in arguments else PAGED:
+            for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
+                report(gpu, config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch)
 
 
 def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:

@@ -14,7 +14,7 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import kernels, states, step, symmetric
+from lightning_megatron.ops.triton import kernels, paged, states, step, symmetric
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
@@ -25,6 +25,7 @@ DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
+PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
 MODULES = {
@@ -35,6 +36,7 @@ MODULES = {
     documents_kernels: DERIVED,
     kernels: ("walk_kernel", "gradients_kernel"),
     step: ("step_kernel",),
+    paged: PAGED,
 }
 
 
@@ -198,6 +200,26 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
             stack.enter_context(patch.object(loss_kernels, name, _Recorder(name, launches)))
         top, total, _ = loss_kernels.sums(logits, index)
         loss_kernels.gradient(logits, index, top, total)
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_paged(
+    *, dtype: torch.dtype, H: int, Hkv: int, K: int, V: int, prefix: bool = False, requests: int = 8, block: int = 64,
+    max_blocks: int = 512, shared: int = 227,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a step of decoding with softmax attention; with ``prefix`` values are the keys' first channels.
+    A program may have ``shared`` KiB of shared memory.
+    """
+    empty = functools.partial(torch.empty, device="meta")
+    q, k = empty(requests, H, K, dtype=dtype), empty(1000, block, Hkv, K, dtype=dtype)
+    v = V if prefix else empty(1000, block, Hkv, V, dtype=dtype)
+    table, lengths = (empty(*size, dtype=torch.int32) for size in ((requests, max_blocks), (requests,)))
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in PAGED:
+            stack.enter_context(patch.object(paged, name, _Recorder(name, launches)))
+        stack.enter_context(patch.object(paged, "_shared_memory", lambda device: shared))
+        paged.decode(q, k, v, table, lengths, 1.0)
     return [Launch(launch[0], *launch) for launch in launches]
 
 

@@ -11,13 +11,11 @@ import torch
 
 from lightning_megatron.ops.triton import attention as triton_backend
 
+from .aot import SHARED
 from .launches import DECODING, SEGMENTED, SINGLE, kernel, record, record_derived, record_local_states
 
 BF16 = torch.bfloat16
 KIB = 1024
-# shared memory of a program: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
-# AMD Instinct MI300 ISA guide, "Local data share"
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 
 @pytest.mark.parametrize("gpu", SHARED)
