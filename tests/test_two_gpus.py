@@ -21,7 +21,7 @@ from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, t
 from tests.helpers.model_cases import MEGATRON
 from tests.helpers.training import MODELS, RECOMPUTE, SIZE
 from tests.launch import Run, run_pretrain, spawn
-from tests.models.test_bf16 import CHANGES
+from tests.helpers.released import LARGER
 from tests.ops.cases import pick, randn
 
 pytestmark = [
@@ -209,7 +209,7 @@ def test_trains_as_one_gpu(layout, runs):
 def gradients_of_two(rank: int, world: int) -> dict[str, float]:
     """How much the gradients of weights that both tensor-parallel ranks hold differ between them, on TE's layers."""
     layers.start(tp=2)
-    config = preset_config("ling-2.6-flash@tiny") | CHANGES["ling-2.6-flash"] | dict(num_nextn_predict_layers=0)
+    config = preset_config("ling-2.6-flash@tiny") | LARGER["ling-2.6-flash"] | dict(num_nextn_predict_layers=0)
     args = released.args_of(config, f"--bf16 --transformer-impl transformer_engine {MEGATRON}")
     model = released.build(args, tensor_model_parallel_size=2).cuda()
     model = Float16Module(model.config, model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import lightning_attn
+from ..ops import lightning_attn, lightning_step
 
 
 def token_index(context, tokens: int) -> slice | torch.Tensor:
@@ -57,7 +57,8 @@ class RequestStates:
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         if decoding:
             slots = metadata.batch_indices_decode
-            _decode(q[:decoding], k[:decoding], v[:decoding], log_decay, self._states, slots, o, scale)
+            step = [x[:decoding] for x in (q, k, v)]
+            o[:decoding] = lightning_step(*step, log_decay, self._states, slots, scale=scale, backend=backend)
         if dims.prefill_req_count and metadata.real_prefill_token_count:
             bounds = metadata.cu_seqlens_list
             tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
@@ -70,13 +71,3 @@ class RequestStates:
             o[tokens] = new.transpose(0, 1)
             self._states[slots] = final
         return o
-
-
-def _decode(q, k, v, log_decay, states, slots, o, scale) -> None:
-    rows = (slots >= 0).nonzero().squeeze(1)
-    at = slots[rows]
-    group = q.shape[2] // k.shape[2]
-    kf, vf = (x[rows, 0].float().repeat_interleave(group, 1) for x in (k, v))
-    s = states[at] * log_decay.exp()[None, :, None, None] + kf[..., :, None] * vf[..., None, :]
-    states[at] = s
-    o[rows, 0] = (torch.einsum("rhk,rhkv->rhv", q[rows, 0].float(), s) * scale).to(o.dtype)

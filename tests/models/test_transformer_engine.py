@@ -26,7 +26,7 @@ from tests.helpers import released
 from tests.helpers.model_cases import MEGATRON, difference
 from tests.helpers.training import RECOMPUTE
 from tests.launch import spawn
-from tests.models.test_bf16 import CHANGES
+from tests.helpers.released import LARGER
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +48,7 @@ SIZES = "--kv-lora-rank 64 --qk-head-dim 64 --qk-pos-emb-head-dim 32 --v-head-di
 LATENTS = f"{ALL} --linear-attention-freq 2 --multi-latent-attention {SIZES}"
 NO_RANK = f"{LATENTS} --rope-type rope --lightning-rotary-percent 0.5"
 LATENT = f"{NO_RANK} --q-lora-rank 64"
-BAILING = CHANGES["ring-mini-linear-2.0"]
+BAILING = LARGER["ring-mini-linear-2.0"]
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
 
 
@@ -101,7 +101,7 @@ Results = dict[str, float]
 def args_of(case: Case, implementation: str, more: str) -> Namespace:
     flags = f"{case.flags} --transformer-impl {implementation} {more}"
     if case.model:
-        return released.args_of(preset_config(f"{case.model}@tiny") | CHANGES.get(case.model, BAILING), flags)
+        return released.args_of(preset_config(f"{case.model}@tiny") | LARGER.get(case.model, BAILING), flags)
     return saved_args(f"{SMALL} {flags}".split())
 
 
