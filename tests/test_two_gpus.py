@@ -19,9 +19,9 @@ from tests.conftest import SEED
 from tests.helpers import released
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
 from tests.helpers.model_cases import MEGATRON
+from tests.helpers.released import LARGER
 from tests.helpers.training import MODELS, RECOMPUTE, SIZE
 from tests.launch import Run, run_pretrain, spawn
-from tests.helpers.released import LARGER
 from tests.ops.cases import pick, randn
 
 pytestmark = [

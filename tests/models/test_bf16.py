@@ -12,6 +12,7 @@ from lightning_megatron.models.presets import preset_config
 from tests import layers
 from tests.helpers import released
 from tests.helpers.model_cases import MEGATRON, difference, draw_bf16_case
+from tests.helpers.released import LARGER
 from tests.launch import spawn
 
 # Of the reference's own error in bf16, which rounds as often as Megatron's layers or more often.

@@ -24,9 +24,9 @@ from tests import layers
 from tests.conftest import SEED
 from tests.helpers import released
 from tests.helpers.model_cases import MEGATRON, difference
+from tests.helpers.released import LARGER
 from tests.helpers.training import RECOMPUTE
 from tests.launch import spawn
-from tests.helpers.released import LARGER
 
 pytestmark = [
     pytest.mark.gpu,
