@@ -38,9 +38,12 @@ def check(rank: int, world: int, file: Path, device: str) -> list[str]:
     errors = {
         "states": max(difference(x.cpu().transpose(0, 1), case["states"][number]) for number, x in states.items()),
         "logits": difference(logits.detach().cpu()[..., :vocabulary], case["logits"]),
-        "gradients": max(difference(p.grad.cpu(), wanted[key]) for key, p in model.module.named_parameters()),
     }
+    each = {key: difference(p.grad.cpu(), wanted[key]) for key, p in model.module.named_parameters()}
+    worst = max(each, key=each.get)
+    errors["gradients"] = each[worst]
     lines = [f"{what}: {error:.1e}, reference in bf16 {case['rounded'][what]:.1e}" for what, error in errors.items()]
+    lines.append(f"the gradient of {worst}")
     for what, error in errors.items():
         assert error <= MORE * case["rounded"][what], "\n".join(lines)
     return lines
