@@ -1,0 +1,1 @@
+"""Trained models in use: loading, generation, perplexity. Commands: ``lightning-generate``, ``lightning-perplexity``."""
