@@ -15,23 +15,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
-from tests.helpers.generate import SCRIPT
+from tests.helpers.generate import EVERYTHING, NUMBERS, SCRIPT, SIZE, VOCAB
 from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
-SIZE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
-    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.3 "  # to vary tokens
-    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --train-iters 2 --save-interval 2 "
-    "--eval-iters 0 --num-workers 0 --log-interval 1 --mock-data"
-).split()
-VOCAB = 255  # the table has 256 rows
-NUMBERS = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}"
-EVERYTHING = (
-    "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
-    "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
-)
 MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
 CHECKPOINTS = {
     "everything": (1, EVERYTHING),
@@ -253,7 +241,9 @@ def assert_ends_with(run: Run, message: str) -> None:
 
 def test_unreadable_tracker_file(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("not a number")
-    assert_ends_with(generate(tmp_path, *ASK), "latest_checkpointed_iteration.txt says 'not a number': write the number of")
+    assert_ends_with(
+        generate(tmp_path, *ASK), "latest_checkpointed_iteration.txt says 'not a number': write the number of"
+    )
 
 
 def test_missing_checkpoint(tmp_path):
@@ -266,13 +256,19 @@ def test_incomplete_checkpoint(there, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     if there:
         (tmp_path / "iter_0000007").mkdir()
-    assert_ends_with(generate(tmp_path, *ASK), f"{tmp_path}/iter_0000007, which latest_checkpointed_iteration.txt names, is")
+    assert_ends_with(
+        generate(tmp_path, *ASK), f"{tmp_path}/iter_0000007, which latest_checkpointed_iteration.txt names, is"
+    )
 
 
 def test_tokenizer_that_reads_numbers(checkpoint):
     assert_ends_with(generate(checkpoint("bf16"), "--prompt", "abc"), "give numbers, such as --prompt '1 2 3'")
-    assert_ends_with(generate(checkpoint("bf16"), *ASK, "--tokenizer-model", "a.model"), "NullTokenizer, which has no model")
-    assert_ends_with(generate(checkpoint("bf16"), *ASK, "--chat"), "--chat: the training used NullTokenizer and no --sft")
+    assert_ends_with(
+        generate(checkpoint("bf16"), *ASK, "--tokenizer-model", "a.model"), "NullTokenizer, which has no model"
+    )
+    assert_ends_with(
+        generate(checkpoint("bf16"), *ASK, "--chat"), "--chat: the training used NullTokenizer and no --sft"
+    )
 
 
 def test_text_and_empty_prompt(tmp_path):

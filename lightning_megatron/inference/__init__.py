@@ -1,1 +1,1 @@
-"""Trained models in use: loading, generation, perplexity. Commands: ``lightning-generate``, ``lightning-perplexity``."""
+"""Trained models in use: loading, ``lightning-generate``, ``lightning-perplexity``."""

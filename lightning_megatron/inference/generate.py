@@ -69,10 +69,9 @@ def generate(
     for request, prompt in enumerate(prompts):
         reader = Reader(model, max_length=len(prompt) + sampling.tokens)
         first = reader.read(prompt)
-        states = reader.states() if sampling.samples > 1 else {}
+        after_prompt = reader.place()
         for sample in range(sampling.samples):
-            if sample:
-                reader.go_back(len(prompt), states)
+            reader.go_back(after_prompt)
             text, logits = Text(tokenizer, prompt, sampling.stop), first
             random = sampling.generator(request, sample, device)
             for count in range(1, sampling.tokens + 1):
@@ -134,7 +133,9 @@ def _run(options: Namespace, flags: list[str]) -> None:
     given = {name: getattr(options, name) for name in names}
     sampling = Sampling(**given, stop=tuple(options.stop), stop_at_eod=options.stop_at_eod or options.chat)
     if not (options.prompt or options.prompt_file or options.prompts_file):
-        raise UsageError("nothing to continue: give --prompt TEXT, --prompt-file FILE, --prompts-file FILE or --prompt -")
+        raise UsageError(
+            "nothing to continue: give --prompt TEXT, --prompt-file FILE, --prompts-file FILE or --prompt -"
+        )
     try:
         sampling.check()
         check_flags(flags, world_size())

@@ -85,7 +85,9 @@ def read_checkpoint(load: Path, step: int | None = None) -> Saved:
             raise LoadError(f"--load {load}: no {TRACKER} there; give the folder that --save of the training named")
         newest = tracker.read_text("utf-8", errors="replace").strip()
         if newest != "release" and not (newest.isascii() and newest.isdigit()):
-            raise LoadError(f"{tracker} says {newest[:40]!r}: write the number of the last complete iter_ folder into it")
+            raise LoadError(
+                f"{tracker} says {newest[:40]!r}: write the number of the last complete iter_ folder into it"
+            )
         folder = load / ("release" if newest == "release" else f"iter_{int(newest):07d}")
     else:
         folder = load / f"iter_{step:07d}"

@@ -44,15 +44,16 @@ class Reader:
         layers = self.model.decoder.layers
         return [layer.layer_number for layer in layers if isinstance(layer.self_attention, LightningAttention)]
 
-    def states(self) -> dict[int, tuple[torch.Tensor, ...]]:
-        """A copy of what lightning layers keep: with it, ``go_back`` returns to this place any number of times."""
-        memory = self.context.key_value_memory_dict
-        return {number: tuple(x.clone() for x in memory[number]) for number in self.lightning_layers()}
+    def place(self) -> tuple[int, dict[int, tuple[torch.Tensor, ...]]]:
+        """Where it is now: ``go_back`` returns to it any number of times."""
+        return self.context.sequence_len_offset, dict(self.context.key_value_memory_dict)
 
-    def go_back(self, offset: int, states: dict[int, tuple[torch.Tensor, ...]]) -> None:
-        """Forget the tokens after the first ``offset``. Keys and values of softmax layers are overwritten later."""
-        self.context.key_value_memory_dict.update({n: tuple(x.clone() for x in xs) for n, xs in states.items()})
-        self.context.sequence_len_offset = offset
+    def go_back(self, place: tuple[int, dict[int, tuple[torch.Tensor, ...]]]) -> None:
+        """Forget the tokens since ``place()``: no step writes into earlier states, and softmax layers read keys and
+        values up to the offset only.
+        """
+        self.context.sequence_len_offset, memory = place
+        self.context.key_value_memory_dict.update(memory)
 
     def cache_sizes(self) -> dict[str, int]:
         """Bytes that this rank keeps after the last token, by kind of layer."""

@@ -48,7 +48,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} must be above 0 and at most 1; leave it out to draw from all")
         if self.top_k is not None and self.top_p is not None:
-            raise ValueError(f"--top-k {self.top_k} and --top-p {self.top_p}: Megatron takes one of the two; leave one out")
+            raise ValueError(
+                f"--top-k {self.top_k} and --top-p {self.top_p}: Megatron takes one of the two; leave one out"
+            )
         if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
             given = f"--top-k {self.top_k}" if self.top_p is None else f"--top-p {self.top_p}"
             raise ValueError(

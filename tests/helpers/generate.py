@@ -9,6 +9,18 @@ import torch
 from tests.launch import ROOT
 
 SCRIPT = ROOT / "examples" / "generate.py"
+SIZE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
+    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.3 "  # to vary tokens
+    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --train-iters 2 --save-interval 2 "
+    "--eval-iters 0 --num-workers 0 --log-interval 1 --mock-data"
+).split()
+VOCAB = 255  # the table has 256 rows
+NUMBERS = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}"
+EVERYTHING = (
+    "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
+    "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
+)
 
 
 @torch.inference_mode()
