@@ -15,12 +15,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
-from tests.helpers.generate import EVERYTHING, NUMBERS, SCRIPT, SIZE, VOCAB
+from tests.helpers.generate import EVERYTHING, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
 from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
-MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
 CHECKPOINTS = {
     "everything": (1, EVERYTHING),
     "bf16": (1, f"{EVERYTHING} --bf16"),
@@ -55,18 +54,6 @@ ASK = ("--prompt", PROMPT)
 
 def generate(folder: Path, *flags: str) -> Run:
     return run_pretrain(["--load", folder, *flags], script=SCRIPT, check=False)
-
-
-class Numbers:
-    """A tokenizer of a vocabulary of ``vocab_size``."""
-
-    eod = -1
-
-    def __init__(self, vocab_size: int = VOCAB):
-        self.vocab_size = vocab_size
-
-    def detokenize(self, tokens: list[int]) -> str:
-        return " ".join(map(str, tokens))
 
 
 @torch.inference_mode()

@@ -97,7 +97,7 @@ class Largest(TorchDispatchMode):
 
 
 def jump(context, offset: int) -> None:
-    """As if ``offset`` tokens had been read. Where a layer keeps their number as a size of an empty tensor, there, too."""
+    """As if ``offset`` tokens had been read; also where a layer keeps their number as a size of an empty tensor."""
     context.sequence_len_offset = offset
     for number, (state, *known) in context.key_value_memory_dict.items():
         known = [x.new_empty(*x.shape[:3], offset, *x.shape[4:]) for x in known]

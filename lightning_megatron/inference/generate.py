@@ -298,6 +298,7 @@ class _Lines:
             "tokens": self.tokens,
             "finish": piece.finish,
             "prompt_tokens": len(self.prompts[piece.request]),
+            "generated_tokens": len(self.tokens),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(len(self.tokens) / seconds, 1),
             "cache_bytes": piece.cache,

@@ -21,6 +21,19 @@ EVERYTHING = (
     "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
     "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
 )
+MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
+
+
+class Numbers:
+    """A tokenizer of a vocabulary of ``vocab_size``."""
+
+    eod = -1
+
+    def __init__(self, vocab_size: int = VOCAB):
+        self.vocab_size = vocab_size
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
 
 
 @torch.inference_mode()
