@@ -97,7 +97,8 @@ def read_checkpoint(load: Path, step: int | None = None) -> Saved:
             f"--load {load}: {folder}, {named}is not there, or no complete checkpoint of Megatron's distributed format "
             "(--ckpt-format torch_dist); write the number of one that is into that file"
         )
-    args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    with warnings.catch_warnings(action="ignore"):  # that no other process reads it, too
+        args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
     if args is None:
         raise LoadError(f"--load {load}: {folder} holds no args of a training, so that its model is not known")
     if saved_function(args).options is None:
