@@ -300,6 +300,18 @@ def test_every_rank_ends(tmp_path):
     assert not run.ok and "no latest_checkpointed_iteration.txt there" in run.log
 
 
+def test_flags_that_do_not_fit_the_checkpoint(checkpoint):
+    """Ours are compared with what it says of itself, Megatron's with the shapes of its tensors."""
+    folder = checkpoint("hybrid")
+    run = generate(folder, "--prompt", PROMPT, "--lightning-decay", "alibi")
+    assert_ends_with(
+        run, f"lightning-generate: Megatron does not load {folder}: the checkpoint in {folder} was trained"
+    )
+    assert "minimax with offset 0" in run.log and "  | " not in run.log
+    run = generate(folder, "--prompt", PROMPT, "--hidden-size", "32")
+    assert_ends_with(run, "Global shape mismatch for loaded (torch.Size([64])) and expected ((32,))")
+
+
 def test_what_the_model_does_not_have(checkpoint):
     folder = checkpoint("learned")
     assert_ends_with(generate(folder), "nothing to continue: give --prompt TEXT, --prompt-file FILE")
