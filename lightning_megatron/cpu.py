@@ -11,9 +11,9 @@ enable_inference() the one of generation over pipeline stages. Nothing else of M
 run proves the wiring (parallel groups, schedules, optimizers, checkpoints), nothing about kernels or NCCL.
 ``examples/cpu_shim.py`` runs a module or a script this way.
 
-Importing this module changes nothing. Only ``lightning-convert verify``, tests and examples call enable(); training
-does not. Written for torch 2.11 and megatron-core 0.19. Paths in the comments are relative to the megatron package and
-name a caller that needs the patch.
+Importing this module changes nothing. ``lightning-convert verify``, the commands of ``inference`` where there is no
+GPU, tests and examples call enable(); training does not. Written for torch 2.11 and megatron-core 0.19. Paths in the
+comments are relative to the megatron package and name a caller that needs the patch.
 """
 
 import collections

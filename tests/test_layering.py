@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each knows what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- inference; each knows what it must."""
 
 import ast
 import subprocess
@@ -26,6 +26,7 @@ LAYERS = [
     {"runtime", "layer"},
     {"spec"},
     {"training"},
+    {"inference"},
     {"convert"},
     {"pretrain"},
 ]
@@ -39,7 +40,7 @@ ONLY = {
     "models": {"config"},
     "caches": {"config", "ops"},
     "cpu": set(),
-    "convert": {"models", "training", "cpu"},
+    "convert": {"models", "training", "inference", "cpu"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -157,6 +158,8 @@ def f():
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
         (".cpu", ["megatron"]),
+        (".inference.generate", ["torch", "megatron"]),
+        (".inference.perplexity", ["torch", "megatron"]),
         (".convert.cli", ["torch", "megatron"]),
         (".convert.comparing", ["megatron"]),
     ],
