@@ -8,7 +8,14 @@ import itertools
 import pytest
 import torch
 
-from lightning_megatron.ops import lightning_attn, lightning_decode, lightning_step, unfusable
+from lightning_megatron.ops import (
+    lightning_attn,
+    lightning_decode,
+    lightning_step,
+    norm_gate,
+    split_heads,
+    unfusable,
+)
 from lightning_megatron.ops.triton import step as kernels
 
 from ..tolerances import DECODING, SMALLEST, error
@@ -301,6 +308,22 @@ def small_tiles(monkeypatch):
 def test_norms_and_angles(triton_impl, rng, small_tiles, norms, turned, interleaved):
     case, about = decode_case(rng, triton_impl, (4, 2, 48, 32), gated=True, norms=norms, out_weight=True, turned=turned)
     check_decode(triton_impl, case, about, gate="sigmoid", interleaved=interleaved)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_equals_the_operations_after_each_other(triton_impl, rng, gate):
+    """As a layer would launch them one by one."""
+    case, about = decode_case(rng, triton_impl, (4, 2, 48, 32), gated=True, norms=tuple(EPS), out_weight=True, turned=0)
+    want_states, backend = case["states"].clone(), triton_impl.backend
+    q, g, k, v = split_heads(case["mixed"][:, None], case["group_dims"], feature_map="silu-qkv", backend=backend)
+    q, k = (torch.nn.functional.rms_norm(x, (48,), *case[name]) for x, name in ((q, "q_norm"), (k, "k_norm")))
+    o = lightning_step(q, k, v, case["log_decay"], want_states, case["slots"], backend=backend)
+    weight, eps = case["out_norm"]
+    want = norm_gate(o, g, weight, kind=gate, width=32, eps=eps, backend=backend)[:, 0]
+    got = check_decode(triton_impl, case, about, feature_map="silu-qkv", gate=gate)
+    for name, x in (("y", want), ("states", want_states)):
+        difference = (got[name].double() - x.double()).norm() / x.double().norm()
+        assert difference <= (1e-6 if triton_impl.dtype == torch.float32 else DECODING[triton_impl.dtype]), name
 
 
 def test_strides_of_the_projection(impl, rng):
