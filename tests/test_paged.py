@@ -360,6 +360,7 @@ def test_served_on_gpu(name, dtype, rng):
     "changes, message",
     [
         (dict(window_size=(8, 0)), "--window-size .8, 0.: softmax layer 2 cannot be served .* without flash-attn"),
+        (dict(multi_latent_attention=True, kv_lora_rank=640), "--kv-lora-rank 640 .* nor with flash-attn"),
         (dict(softmax_type="off-by-one"), "--softmax-type off-by-one: .* install flash-attn"),
         (dict(kv_channels=320), "--kv-channels 320"),
     ],
