@@ -161,11 +161,12 @@ def refuse_unserved(config, layer_number: int) -> None:
 
     window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     latent = config.multi_latent_attention
+    rank = config.kv_lora_rank if latent else 0
     for value, flag in (
         (window, f"--window-size {config.window_size}"),
         (config.softmax_type != "vanilla", f"--softmax-type {config.softmax_type}"),
         (not latent and config.kv_channels > MAX_HEAD_DIM, f"--kv-channels {config.kv_channels} (> {MAX_HEAD_DIM})"),
-        (latent and config.kv_lora_rank > MAX_LATENT, f"--kv-lora-rank {config.kv_lora_rank} (> {MAX_LATENT})"),
+        (rank > MAX_LATENT, f"--kv-lora-rank {rank} (> {MAX_LATENT})"),
     ):
         if value:
             raise ValueError(
