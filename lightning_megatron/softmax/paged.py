@@ -16,8 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 MAX_HEAD_DIM, MAX_LATENT = 256, 512  # of keys and values; of latents, without the rotated part
 
-# Gathered rows of the cache, [n, ...] -> keys [n, groups, d], values [n, groups, e]
-Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+REPEATED = 2**29  # numbers: of keys, repeated for the heads that share them, 1 GiB in bf16
 
 
 class Requests(NamedTuple):
@@ -138,17 +137,22 @@ def _varlen(q, k, v, tokens: list[int], lengths: list[int], scale: float) -> tor
     from torch.nn.attention.varlen import varlen_attn
 
     group, dim = q.shape[1] // k.shape[1], v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - dim))  # FlashAttention has one head dim
-    if group > 1:  # varlen_attn documents equal head counts only
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     bounds = [
         F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(q.device)
         for x in (tokens, lengths)
     ]
-    return varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), *bounds, max(tokens), max(lengths), scale=scale,
-        window_size=(-1, 0),
-    )[..., :dim]  # fmt: skip
+    outputs = []
+    heads = max(1, REPEATED // (len(k) * group * q.shape[-1]))  # of k and v at a time
+    for some_q, *some in zip(q.split(heads * group, 1), k.split(heads, 1), v.split(heads, 1), strict=True):
+        some[1] = F.pad(some[1], (0, q.shape[-1] - dim))  # FlashAttention has one head dim
+        if group > 1:  # varlen_attn documents equal head counts only
+            some = [x.repeat_interleave(group, dim=1) for x in some]
+        o = varlen_attn(
+            some_q.contiguous(), *(x.contiguous() for x in some), *bounds, max(tokens), max(lengths), scale=scale,
+            window_size=(-1, 0),
+        )  # fmt: skip
+        outputs.append(o[..., :dim])
+    return torch.cat(outputs, 1)
 
 
 def refuse_unserved(config, layer_number: int) -> None:
