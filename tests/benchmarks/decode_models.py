@@ -86,8 +86,8 @@ def build(name: str, attention: str, *, cuda_graph: bool, gpu: bool):
         spec = get_hybrid_block_spec(softmax_too, options)
         spec.layer_specs = spec.layer_specs[-1:] * config.num_layers
     built = GPTModel(
-        config, spec, vocab_size=model.vocabulary, max_sequence_length=BLOCK, position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        config, spec, vocab_size=model.vocabulary, max_sequence_length=BLOCK, share_embeddings_and_output_weights=False,
+        position_embedding_type="none" if attention == "lightning" else "rope",
     )  # fmt: skip
     return built.to(torch.cuda.current_device() if gpu else "cpu").eval()
 

@@ -2,8 +2,8 @@
 
 PLAN is JSON: ``model``, ``attention``, ``contexts`` (tokens), ``batches``, ``prompt`` (tokens of the prompt whose first
 token is timed, or 0), ``prefill`` (bool: one request of every context reads a prompt for real), ``memory`` (tokens of
-requests whose memory is measured), ``max_tokens`` (of a step), ``steps``, ``gpu``, ``deadline`` (of time.time()) and
-``rows``, the file that gets a line of JSON for every cell as soon as it is measured.
+requests whose memory is measured), ``max_tokens`` (of a step), ``steps``, ``gpu``, ``cuda_graph``, ``deadline`` (of
+time.time()) and ``rows``, the file that gets a line of JSON for every cell as soon as it is measured.
 
 How requests of N tokens are made: each reads a prompt of two tokens; then the engine's bookkeeping is told that it has
 N, blocks of keys and values (random numbers) are allocated for N, and with ``prefill`` its state is that of a request
@@ -13,6 +13,7 @@ that read N tokens.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import statistics
@@ -88,8 +89,7 @@ class Engine:
     """Megatron's dynamic engine with one model."""
 
     def __init__(self, plan: dict):
-        self.plan, self.gpu = plan, plan["gpu"]
-        self.cuda_graph = self.gpu
+        self.plan, self.gpu, self.cuda_graph = plan, plan["gpu"], plan["cuda_graph"]
         self.model = models.build(plan["model"], plan["attention"], cuda_graph=self.cuda_graph, gpu=self.gpu)
         self.traffic = models.Traffic.of(self.model, models.states_of(self.model))
         self.params = sum(p.numel() for p in self.model.parameters())
@@ -223,14 +223,18 @@ def first_token_row(engine: Engine, tokens: int) -> dict:
 
 
 def memory_row(engine: Engine, tokens: int) -> dict:
-    """Bytes that a context for requests of ``tokens`` tokens takes on the GPU, for each of four requests."""
-    need, requests = engine.traffic.request(tokens), 4
+    """Bytes on the GPU that a context for requests of ``tokens`` tokens takes for each of four, or for one."""
+    need = engine.traffic.request(tokens)
     row = dict(kind="memory", context=tokens, formula_bytes=need)
-    if (requests + 1) * need > engine.room() - engine.batch * engine.traffic.request(engine.longest):
+    left = engine.room() - engine.batch * engine.traffic.request(engine.longest)
+    requests = next((n for n in (4, 1) if n * need < 0.98 * left), 0)
+    if not requests:
         return row | dict(error="does not fit")
     engine.engine.reset()
+    gc.collect()  # a context refers to itself
     before = torch.cuda.memory_allocated() if engine.gpu else 0
     if engine.gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     context = models.context_of(engine.model, engine.traffic, tokens, requests, requests)
     buffers = [context.memory_buffer, context.gpu_view._buf]
