@@ -160,7 +160,7 @@ class Traffic:
 
     def request(self, context: int) -> int:
         """What a request of ``context`` tokens keeps, in whole blocks and with room for new tokens."""
-        return self.state + math.ceil((context + ROOM) / BLOCK) * BLOCK * self.kv
+        return self.state + blocks_of(context) * BLOCK * self.kv
 
 
 def states_of(model):
@@ -169,13 +169,19 @@ def states_of(model):
     return MambaInferenceStateConfig.from_model(model)
 
 
-def context_of(model, traffic: Traffic, longest: int, batch: int, max_tokens: int, *, cuda_graph: bool = False):
-    """A DynamicInferenceContext for ``batch`` requests of ``longest`` tokens each."""
+def blocks_of(context: int) -> int:
+    """Blocks of keys and values of a request of ``context`` tokens, with room for new ones."""
+    return math.ceil((context + ROOM) / BLOCK)
+
+
+def context_of(
+    model, traffic: Traffic, longest: int, batch: int, max_tokens: int, *, blocks: int, cuda_graph: bool = False
+):
+    """A DynamicInferenceContext for ``batch`` requests of at most ``longest`` tokens, which share ``blocks`` blocks."""
     from megatron.core.inference.config import InferenceConfig
     from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 
-    blocks = batch * math.ceil((longest + ROOM) / BLOCK) + 2  # one that no request uses, and one to spare
-    kv = blocks * BLOCK * traffic.kv
+    kv = (blocks + 2) * BLOCK * traffic.kv  # one that no request uses, and one to spare
     if not traffic.kv:  # blocks without bytes, which are counted as if they had: one of all tokens for each request
         kv = (batch + 3) * 2 * model.config.params_dtype.itemsize * max(BLOCK, longest + ROOM)
     config = InferenceConfig(

@@ -96,9 +96,12 @@ class Engine:
         self.longest = max(*plan["contexts"], plan["prompt"])
         self.batch = max([self.most(n) for n in plan["contexts"]] + [1])
         self._warm_up()
+        blocks = max([models.blocks_of(self.longest), *(self.most(n) * models.blocks_of(n) for n in plan["contexts"])])
         self.context = models.context_of(
-            self.model, self.traffic, self.longest, self.batch, plan["max_tokens"], cuda_graph=self.cuda_graph
-        )
+            self.model, self.traffic, self.longest, self.batch, plan["max_tokens"], blocks=blocks,
+            cuda_graph=self.cuda_graph,
+        )  # fmt: skip
+        self.taken = torch.cuda.memory_allocated() if self.gpu else 0
         if self.traffic.kv:
             for layers in self.context.memory_buffer:
                 for layer in layers:
@@ -226,7 +229,7 @@ def memory_row(engine: Engine, tokens: int) -> dict:
     """Bytes on the GPU that a context for requests of ``tokens`` tokens takes for each of four, or for one."""
     need = engine.traffic.request(tokens)
     row = dict(kind="memory", context=tokens, formula_bytes=need)
-    left = engine.room() - engine.batch * engine.traffic.request(engine.longest)
+    left = engine.room() - max(0, engine.taken - engine.traffic.weights)
     requests = next((n for n in (4, 1) if n * need < 0.98 * left), 0)
     if not requests:
         return row | dict(error="does not fit")
@@ -236,7 +239,8 @@ def memory_row(engine: Engine, tokens: int) -> dict:
     if engine.gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    context = models.context_of(engine.model, engine.traffic, tokens, requests, requests)
+    blocks = requests * models.blocks_of(tokens)
+    context = models.context_of(engine.model, engine.traffic, tokens, requests, requests, blocks=blocks)
     buffers = [context.memory_buffer, context.gpu_view._buf]
     if engine.traffic.state:
         buffers += [context.mamba_conv_states, context.mamba_ssm_states]
