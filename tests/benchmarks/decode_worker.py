@@ -41,6 +41,11 @@ def start(gpu: bool) -> None:
         cpu.enable()
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1)
+    initialize(gpu)
+
+
+def initialize(gpu: bool) -> None:
+    """Megatron's groups and random numbers, in the default group."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -187,6 +192,7 @@ def decode_row(engine: Engine, batch: int, context: int, states: torch.Tensor | 
     """Steps and forward of one cell; requests are there if ``how`` is "read"."""
     row = dict(kind="decode", batch=batch, context=context, requests=how)
     steps = engine.plan["steps"]
+    gc.collect()  # not while steps are measured
     if how == "aged":
         engine.use_graphs(True)
         engine.read(batch, 2)
