@@ -69,15 +69,17 @@ def build(name: str, attention: str, *, cuda_graph: bool, gpu: bool):
     from megatron.core.models.gpt import GPTModel
 
     from lightning_megatron.config import LightningOptions
+    from lightning_megatron.patches import dynamic_inference
     from lightning_megatron.runtime import prepare
     from lightning_megatron.spec import get_hybrid_block_spec
 
     model = MODELS[name]
     config = config_of(model, attention, cuda_graph=cuda_graph, gpu=gpu)
     options = LightningOptions()
-    # Of softmax and Mamba layers, too: prepare() patches what serves softmax layers without flash-attn.
+    dynamic_inference.apply()  # which serves softmax layers without flash-attn, too
     softmax_too = dataclasses.replace(config, linear_attention_freq=[1] + [0] * (config.num_layers - 1))
-    prepare(config if attention == "lightning" else softmax_too, options)
+    if attention == "lightning":
+        prepare(config, options)
     if attention == "mamba":
         return _mamba(config, softmax_too, options, MAMBA[name], model.vocabulary)
     if attention == "lightning":
