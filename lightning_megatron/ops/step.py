@@ -134,7 +134,8 @@ def lightning_decode(
         )  # fmt: skip
     from .triton import step as kernels
 
-    mixed, cos, sin = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (mixed, cos, sin))
+    mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
+    cos, sin = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     with torch.cuda.device_of(mixed):
         return kernels.decode(
             mixed, log_decay.contiguous(), states, slots.contiguous(), dims, pointwise.SILU[feature_map], scale,
@@ -180,7 +181,8 @@ def _step(q, k, v, log_decay, states, slots, scale, intermediate) -> torch.Tenso
     k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
     for s in range(S):
         state = decay * state + k[:, s, :, :, None] * v[:, s, :, None, :]
-        o[:, s] = torch.where(real[:, None, None], scale * (q[:, s, :, :, None] * state).sum(2), 0.0).to(o.dtype)
+        output = scale * (q[:, s, :, :, None] * state).sum(2)
+        o[:, s] = output.masked_fill(~real[:, None, None], 0.0).to(o.dtype)
         if intermediate is not None:
             intermediate[places, s] = torch.where(real.any(), state, intermediate[places, s])
     states[places] = torch.where(real.any(), state, before)
@@ -194,9 +196,10 @@ def _decode(
     q, k = (_head_norm(x, norm) for x, norm in ((q, q_norm), (k, k_norm)))
     if cos is not None:
         q, k = (_turn(x, cos, sin, interleaved) for x in (q, k))
-    o = _step(*(x.transpose(0, 1) for x in (q, k, v)), log_decay, states, slots, scale, None)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    gate = None if kind == "none" or gate is None else gate.transpose(0, 1)
+    o = _step(q, k, v, log_decay, states, slots, scale, None)
     weight, eps = out_norm or (None, 0.0)
-    gate = None if kind == "none" else gate.transpose(0, 1)
     return pointwise._norm_gate(o, gate, weight, kind, None if out_norm is None else dims[3], eps)[:, 0]
 
 
