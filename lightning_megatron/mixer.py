@@ -21,10 +21,10 @@ from .caches.static import StaticStates
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
-from .ops import norm_gate, split_heads
+from .ops import norm_gate, split_heads, unfusable
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import LRPE, own_angles, own_rotary_embedding, rotate
+from .rope import LRPE, own_angles, own_rotary_embedding, rotate, turns
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -160,6 +160,11 @@ class LightningAttention(MegatronModule):
             tp_group=self.tp_group,
             name=None if name is None else name + ".linear_proj",
         )
+        known = {type(x) for x in (self.q_norm, self.k_norm, self.out_norm)} <= {HeadNorm, OutputNorm, type(None)}
+        self._unfusable = "a norm of the caller's own" if not known else unfusable(
+            shape.group_dims, norm_width=shape.output_dim // shape.norm_groups if shape.norm_groups else None,
+            lrpe=self.lrpe is not None,
+        )  # fmt: skip
         self.rotary_pos_emb = own_rotary_embedding(config, options, shape.key_dim, self.pg_collection.cp)
         # Not a buffer: Megatron casts those to bf16 (Float16Module), and a decay in bf16 is another decay.
         self.log_decay = log_decay(
@@ -240,6 +245,9 @@ class LightningAttention(MegatronModule):
 
         nvtx_range_push(suffix="qkv")
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
+        if isinstance(cached, RequestStates) and cached.only_decodes and self._unfusable is None:
+            nvtx_range_pop(suffix="qkv")
+            return self.linear_proj(self._decode(cached, mixed, rotary_pos_emb, hidden_states))
         # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
         q, gate, k, v = split_heads(
             mixed, self.shape.group_dims, feature_map=options.feature_map, backend=options.backend
@@ -291,6 +299,26 @@ class LightningAttention(MegatronModule):
         output = self.linear_proj(o)
         nvtx_range_pop(suffix="linear_proj")
         return output
+
+    def _decode(self, cached: RequestStates, mixed: torch.Tensor, rotary_pos_emb, hidden_states) -> torch.Tensor:
+        """``[requests, 1, ...]`` between the projections: one token of each request, in one launch."""
+        options, norms, cos_sin = self.options, (self.q_norm, self.k_norm, self.out_norm), None
+        q_norm, k_norm, out_norm = (None if norm is None else (norm.weight, norm.eps) for norm in norms)
+        if options.rope:
+            if self.rotary_pos_emb is not None:
+                rotary_pos_emb = own_angles(
+                    self.rotary_pos_emb, hidden_states, self.config, None, cached.context, self.pg_collection.cp
+                )
+            cos_sin = turns(
+                rotary_pos_emb, self.shape.key_dim, config=self.config, layer_number=self.layer_number,
+                index=cached.positions,
+            )  # fmt: skip
+        cos, sin = cos_sin or (None, None)
+        return cached.decode(
+            mixed, self.log_decay, group_dims=self.shape.group_dims, feature_map=options.feature_map, scale=self.scale,
+            q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, interleaved=self.config.rotary_interleaved,
+            gate=options.gate, out_norm=out_norm, backend=options.backend,
+        )  # fmt: skip
 
     def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
         if packed is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import lightning_attn, lightning_step
+from ..ops import lightning_attn, lightning_decode, lightning_step
 
 
 def token_index(context, tokens: int) -> slice | torch.Tensor:
@@ -32,7 +32,7 @@ class RequestStates:
     initial = None  # an attribute of StaticStates: here each request has its own
 
     def __init__(self, context, layer_number: int, shape: tuple[int, int, int]):
-        self._context = context
+        self.context = context
         if not context.is_hybrid_model:
             raise ValueError(
                 f"this {type(context).__name__} keeps no states of lightning layers: call "
@@ -43,6 +43,24 @@ class RequestStates:
         numbers = shape[0] * shape[1] * shape[2]
         self._states = states.flatten(1)[:, :numbers].unflatten(1, shape)  # [slots, H, K, V], a view
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every request of this step has one new token."""
+        dims = self.context.padded_batch_dimensions
+        return dims.prefill_req_count == 0 and dims.decode_req_count == dims.token_count
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Of this step's tokens in their requests."""
+        return token_index(self.context, self.context.padded_batch_dimensions.token_count)
+
+    def decode(self, mixed: torch.Tensor, log_decay: torch.Tensor, **how) -> torch.Tensor:
+        """All between a layer's projections where the step ``only_decodes``: ``[tokens, 1, c]`` ->
+        ``[tokens, 1, H * V]``; ``how`` as of ``ops.lightning_decode``.
+        """
+        slots = self.context.mamba_metadata.batch_indices_decode
+        return lightning_decode(mixed[:, 0], log_decay, self._states, slots, **how)[:, None]
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, *, scale: float,
         backend: str | None,
@@ -52,7 +70,7 @@ class RequestStates:
         Returns:
             ``[tokens, 1, H, V]``; zeros for padding.
         """
-        dims, metadata = self._context.padded_batch_dimensions, self._context.mamba_metadata
+        dims, metadata = self.context.padded_batch_dimensions, self.context.mamba_metadata
         decoding = dims.decode_req_count
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         if decoding:
