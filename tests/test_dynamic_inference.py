@@ -11,7 +11,7 @@ from tests.conftest import SEED
 from tests.helpers import dynamic
 from tests.launch import spawn
 
-LOGITS = 1e-5  # fp32, relative to the largest of a position: what users are promised
+LOGITS = dynamic.NOISE
 ONE_BATCH = [1, 7, 500, 3, 64, 65, 129, 2]
 
 

@@ -130,7 +130,7 @@ def play_some(rank: int, world: int, case: str, seeds: list[int], **changes):
         right = found["worst"] < LOGITS and found["repeated"] < LOGITS and not found["wrong"]
         assert right, (case, seed, found, trace["inference"])
         total["worst"] = max(total["worst"], found["worst"])
-        total.update({name: found[name] for name in ("ties", "positions", "left", "skipped")})
+        total.update({name: found[name] for name in ("ties", "positions", "left", "skipped", "noisy")})
         seen.update(happened)
     return dict(total), dict(seen)
 

@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each knows what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- inference; each knows what it must."""
 
 import ast
 import subprocess
@@ -15,7 +15,8 @@ LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "unread"},
     {"models"},
     {"cpu"},
-    {"parallel", "rules", "caches"},
+    {"parallel", "rules"},
+    {"caches"},
     {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags", "latent_flags"},
     {"softmax"},
     {"record"},
@@ -25,6 +26,7 @@ LAYERS = [
     {"runtime", "layer"},
     {"spec"},
     {"training"},
+    {"inference"},
     {"convert"},
     {"pretrain"},
 ]
@@ -36,9 +38,9 @@ ONLY = {
     "memory_flags": {"rules"},
     "latent_flags": {"rules"},
     "models": {"config"},
-    "caches": {"ops"},
+    "caches": {"config", "ops"},
     "cpu": set(),
-    "convert": {"models", "training", "cpu"},
+    "convert": {"models", "training", "inference", "cpu"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -156,6 +158,8 @@ def f():
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
         (".cpu", ["megatron"]),
+        (".inference.generate", ["torch", "megatron"]),
+        (".inference.perplexity", ["torch", "megatron"]),
         (".convert.cli", ["torch", "megatron"]),
         (".convert.comparing", ["megatron"]),
     ],

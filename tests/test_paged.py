@@ -1,4 +1,4 @@
-"""Softmax layers in the dynamic engine: attention to blocks against its formula, and served models against themselves.
+"""Softmax attention to keys and values in blocks, as in the dynamic engine, against its formula.
 
 The reference attends in fp64 to keys and values that it lays into blocks itself.
 """
@@ -10,27 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
-from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
-from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
-from megatron.core.inference.utils import InferenceMode
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+import torch.nn.attention.varlen
 
-from lightning_megatron.config import LightningOptions
 from lightning_megatron.ops.triton import paged as kernels
-from lightning_megatron.runtime import prepare
+from lightning_megatron.softmax import paged
 from lightning_megatron.softmax.paged import attend, decode, refuse_unserved
-from lightning_megatron.spec import get_hybrid_block_spec
-from tests import layers
-from tests.launch import spawn
-from tests.layers import latent_config, transformer_config
-from tests.tolerances import LOGITS, TOLERANCES
+from tests.layers import transformer_config
+from tests.tolerances import TOLERANCES
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -139,6 +125,32 @@ def test_steps_of_any_kind(tokens, rng):
     assert error(got, blocks.expected(q, tokens, 0.3)) < TOLERANCES["torch", torch.float32]["o"]
 
 
+@pytest.mark.parametrize("repeated", [1, 2**29])
+def test_prompts_by_varlen_attn(repeated, rng, monkeypatch):
+    """What torch's FlashAttention is called with on a GPU, by a function that computes what its documentation says."""
+
+    def varlen_attn(q, k, v, bounds_q, bounds_k, max_q, max_k, *, scale, window_size):
+        assert window_size == (-1, 0) and q.shape[1:] == k.shape[1:] and k.shape == v.shape
+        assert max_q == bounds_q.diff().max() and max_k == bounds_k.diff().max()
+        assert len(q) == bounds_q[-1] and len(k) == bounds_k[-1] and bounds_q.dtype == bounds_k.dtype == torch.int32
+        o = torch.empty_like(q)
+        for a, b, c, d in zip(bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:], strict=True):
+            hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * scale
+            o[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[c:d])
+        return o
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(paged, "REPEATED", repeated)
+    case = Case(H=6, Hkv=3, K=32, V=24)
+    tokens, lengths = [5, 130, 64], [20, 192, 64]
+    blocks = Blocks(case, lengths, rng)
+    q = torch.randn(sum(tokens), case.H, case.K, generator=rng)
+    rows = [torch.cat(x).float() for x in (blocks.keys, blocks.values)]
+    got = paged._varlen(q, *rows, tokens, lengths, 0.3)
+    assert error(got, blocks.expected(q, tokens, 0.3)) < TOLERANCES["torch", torch.float32]["o"]
+
+
 def test_parts_do_not_depend_on_lengths(rng, monkeypatch):
     """Other lengths are other numbers on the device, not another launch: a captured CUDA graph stays right."""
     launches = []
@@ -219,140 +231,6 @@ def test_cuda_graph_serves_other_lengths(prefix, rng):
         assert error(got, want) < TOLERANCES["triton", torch.bfloat16]["o"]
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-VOCABULARY, BLOCK, CHUNK = 64, 32, 64
-PROMPTS = (1, 5, 31, 32, 33, 100, 64, 65, 7, 150, 2)  # more than MOST at a time; some end at a block's bound
-MOST, NEW = 4, 12
-EXPERTS = dict(
-    num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, moe_router_load_balancing_type="none",
-    moe_token_dispatcher_type="alltoall",
-)  # fmt: skip
-GROUPED = dict(num_query_groups=2, linear_attention_freq=2)
-YARN = dict(rope_type="yarn", rotary_scaling_factor=4.0, original_max_position_embeddings=32, mscale_all_dim=0.7)
-MODELS = {  # tensor-parallel size, config, model
-    "grouped": (1, GROUPED, {}),
-    "grouped, experts": (1, GROUPED | EXPERTS, {}),
-    "gate, norms, softmax first": (
-        1,
-        dict(num_query_groups=1, linear_attention_freq=[0, 1, 1, 0], attention_output_gate=True, qk_layernorm=True),
-        {},
-    ),
-    "part of the channels turns": (1, GROUPED | dict(no_rope_freq=[0, 0, 0, 1]), dict(rotary_percent=0.5)),
-    "scale": (1, GROUPED | dict(softmax_scale=0.5), {}),
-    "grouped, tp2": (2, GROUPED | dict(tensor_model_parallel_size=2), {}),
-    "latent": (1, dict(), {}),
-    "latent, experts": (1, EXPERTS, {}),
-    "latent, yarn, no latent of queries": (1, YARN | dict(q_lora_rank=None), {}),
-    "latent, tp2": (2, dict(tensor_model_parallel_size=2), {}),
-    "latent, tp2, sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), {}),
-}
-
-
-class Numbers:
-    """A tokenizer of numbers."""
-
-    vocab_size, eod, bos = VOCABULARY, VOCABULARY - 1, None
-
-    def tokenize(self, text: str) -> list[int]:
-        return [int(x) for x in text.split()]
-
-    def detokenize(self, tokens: list[int], **_) -> str:
-        return " ".join(map(str, tokens))
-
-
-def build(latent: bool, tp: int, changes: dict, model: dict, dtype=torch.float32):
-    layers.start(tp=tp)
-    make = latent_config if latent else transformer_config
-    config = make(**dict(params_dtype=dtype, init_method_std=0.2, bf16=dtype == torch.bfloat16) | changes)
-    options = LightningOptions()
-    prepare(config, options)
-    wanted = GPTModelConfig(
-        transformer=config, transformer_layer_spec=get_hybrid_block_spec(config, options), vocab_size=VOCABULARY,
-        seq_length=256, position_embedding_type="rope", **model,
-    )  # fmt: skip
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    return GPTModelBuilder(wanted).build_model(groups).eval().to("cuda" if torch.cuda.is_available() else "cpu"), config
-
-
-def serve(rank: int, world: int, latent: bool, changes: dict, model: dict, seed: int, dtype=torch.float32):
-    """Greedy tokens of all prompts from one engine.
-
-    Returns the kinds of steps that were seen, and the largest relative difference between the logits of a position in
-    the engine and in a forward of its request alone.
-    """
-    from lightning_megatron.patches import dynamic_inference
-
-    gpt, config = build(latent, world, changes, model, dtype)
-    dynamic_inference.apply()
-    context = DynamicInferenceContext(
-        config,
-        InferenceConfig(
-            max_sequence_length=256, buffer_size_gb=0.02, max_requests=MOST, max_tokens=CHUNK, block_size_tokens=BLOCK,
-            enable_chunked_prefill=True, materialize_only_last_token_logits=False,
-            mamba_inference_state_config=MambaInferenceStateConfig.from_model(gpt),
-        ),
-    )  # fmt: skip
-    wrapped = GPTInferenceWrapper(gpt, context)
-    controller = TextGenerationController(inference_wrapped_model=wrapped, tokenizer=Numbers())
-    engine = DynamicInferenceEngine(controller=controller, context=context)
-    seen, kinds = {}, set()
-
-    def note(module, args, logits):
-        n = context.active_token_count
-        requests = context.request_ids[context.paused_request_count + context.token_to_request_idx[:n].long()]
-        positions = context.token_to_pos_ids[:n]
-        rows = logits.flatten(0, -2)
-        seen.update(
-            {at: row for at, row in zip(zip(requests.tolist(), positions.tolist(), strict=True), rows, strict=False)}
-        )
-        kinds.add((context.num_decode_requests > 0, context.num_prefill_requests > 0))
-
-    rng = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(0, VOCABULARY - 1, (n,), generator=rng).tolist() for n in PROMPTS]
-    handle = gpt.register_forward_hook(note)
-    how = SamplingParams(num_tokens_to_generate=NEW, top_k=1, termination_id=-1)
-    with torch.inference_mode():
-        records = engine.generate([" ".join(map(str, p)) for p in prompts], how)
-        handle.remove()
-        InferenceMode.unset_active()
-        worst = 0.0
-        for record in records:
-            request = record.merge() if hasattr(record, "merge") else record
-            prompt, new = prompts[request.request_id], list(request.generated_tokens)
-            assert len(new) == NEW
-            tokens = torch.tensor([prompt + new[:-1]], device=gpt.decoder.layers[0].mlp.parameters().__next__().device)
-            missing = -tokens.shape[1] % world  # as sequence parallelism needs it; what follows changes nothing
-            padded = torch.nn.functional.pad(tokens, (0, missing))
-            positions = torch.arange(padded.shape[1], device=tokens.device)[None]
-            alone = gpt(padded, positions, None)[0, : tokens.shape[1]].float()
-            if world > 1:  # each rank has a part of the vocabulary; the engine gathers it
-                parts = [torch.empty_like(alone) for _ in range(world)]
-                torch.distributed.all_gather(parts, alone, group=parallel_state.get_tensor_model_parallel_group())
-                alone = torch.cat(parts, -1)
-            served = torch.stack([seen[request.request_id, i] for i in range(tokens.shape[1])]).float()
-            worst = max(worst, float(((served - alone).norm(dim=1) / alone.norm(dim=1)).max()))
-            assert alone[len(prompt) - 1 :, :VOCABULARY].argmax(-1).tolist() == new or dtype != torch.float32
-    return kinds, worst
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_served(name, rng):
-    tp, changes, model = MODELS[name]
-    for kinds, worst in spawn(serve, tp, name.startswith("latent"), changes, model, rng.initial_seed()):
-        assert kinds == {(False, True), (True, True), (True, False)}, "prompts alone, with decoding, and that alone"
-        assert worst < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["grouped", "latent"])
-@pytest.mark.gpu
-def test_served_on_gpu(name, dtype, rng):
-    tp, changes, model = MODELS[name]
-    ((_, worst),) = spawn(serve, tp, name == "latent", changes, model, rng.initial_seed(), dtype, gpus=True)
-    assert worst < LOGITS[dtype]
-
-
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +238,7 @@ def test_served_on_gpu(name, dtype, rng):
     "changes, message",
     [
         (dict(window_size=(8, 0)), "--window-size .8, 0.: softmax layer 2 cannot be served .* without flash-attn"),
+        (dict(multi_latent_attention=True, kv_lora_rank=640), "--kv-lora-rank 640 .* nor with flash-attn"),
         (dict(softmax_type="off-by-one"), "--softmax-type off-by-one: .* install flash-attn"),
         (dict(kv_channels=320), "--kv-channels 320"),
     ],
@@ -375,19 +254,3 @@ def test_windows_elsewhere_are_not_refused():
     refuse_unserved(
         SimpleNamespace(**vars(transformer_config()) | dict(window_size=(8, 0), window_attn_skip_freq=2)), 2
     )
-
-
-def refuse_megatrons_latents(rank: int, world: int) -> str:
-    from lightning_megatron.patches import dynamic_inference
-
-    gpt, _ = build(True, 1, {}, {})
-    dynamic_inference.apply()
-    gpt.decoder.layers[1].self_attention.__class__ = MLASelfAttention
-    with pytest.raises(ValueError) as refused:
-        MambaInferenceStateConfig.from_model(gpt)
-    return str(refused.value)
-
-
-def test_megatrons_latent_layers_are_refused():
-    (message,) = spawn(refuse_megatrons_latents, 1)
-    assert "layer 2 is Megatron's MLASelfAttention" in message and "--transformer-impl local" in message

@@ -1,4 +1,4 @@
-"""Multi-latent attention in softmax layers, without TransformerEngine and over context-parallel ranks."""
+"""Multi-latent attention in softmax layers: without TransformerEngine and over context-parallel ranks, and with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,46 @@ from ..rope import own_angles, turn
 from .paged import Requests, decode, read
 
 
-class LatentAttention(MLASelfAttention):
+class _AsInTheSpec(MLASelfAttention):
+    """Has the projections and norms of its spec.
+
+    Megatron refuses a norm of the latent beside queries without one where only TransformerEngine has the layer that it
+    would take for these; and with TransformerEngine it puts a second norm before such queries, which no released model
+    has.
+
+    Megatron sums the gradient of what has q_layernorm in its name over tensor-parallel ranks, as these have other heads
+    (core/distributed/finalize_model_grads.py). Here the norm is that of a latent, of which every rank has the whole
+    gradient, but for sequence parallelism: it shall be averaged.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
+            for parameter in self.q_layernorm.parameters():
+                parameter.average_gradients_across_tp_domain = True
+
+    def _resolve_qk_norm_config(self, submodules) -> dict:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+class TELatentAttention(_AsInTheSpec):
+    """Megatron's MLASelfAttention on TransformerEngine's layers, with function and checkpoints of LatentAttention.
+
+    Without sequence parallelism every tensor-parallel rank has the rotated part r, and its own heads use it: its
+    gradient is their sum, which Megatron leaves out, so that the ranks' copies of a weight would drift apart.
+    """
+
+    def _qkv_down_projection(self, hidden_states):
+        q_latent, kv = super()._qkv_down_projection(hidden_states)
+        tp = self.pg_collection.tp
+        if tp.size() > 1 and not self.config.sequence_parallel:
+            latent, rotated = kv.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+            kv = torch.cat((latent, copy_to_tensor_model_parallel_region(rotated, tp)), dim=-1)
+        return q_latent, kv
+
+
+class LatentAttention(_AsInTheSpec):
     """Megatron's MLASelfAttention with ``SDPACoreAttention`` as its core; weights and checkpoints are Megatron's.
 
     DeepSeek-V2, section 2.1. A token's latent c (``--kv-lora-rank``) and its rotated part r (``--qk-pos-emb-head-dim``)
@@ -42,13 +81,6 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, *args, layout: str = "zigzag", **kwargs):
         super().__init__(*args, **kwargs)
         self.layout = layout
-
-    def _resolve_qk_norm_config(self, submodules) -> dict:
-        """Projections and norms as the spec has them. Megatron refuses a norm of the latent beside queries without one,
-        because only TransformerEngine has the layer that it would take for these.
-        """
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
     def get_query_key_value_tensors(
         self,

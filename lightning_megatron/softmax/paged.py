@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-MAX_HEAD_DIM = 256  # of keys and values that are no latents
+MAX_HEAD_DIM, MAX_LATENT = 256, 512  # of keys and values; of latents, without the rotated part
 
-# Gathered rows of the cache, [n, ...] -> keys [n, groups, d], values [n, groups, e]
-Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+REPEATED = 2**29  # numbers: of keys, repeated for the heads that share them, 1 GiB in bf16
 
 
 class Requests(NamedTuple):
@@ -109,7 +108,8 @@ def read(
     rows = _rows(block_table[first : first + len(tokens)], lengths, caches[0].shape[1])
     k, v = expand(*(cache.flatten(0, 1)[rows] for cache in caches))
     queries = slice(first, first + sum(tokens))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
+    dim = q.shape[-1]
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and v.shape[-1] <= dim <= MAX_HEAD_DIM:
         o[queries] = _varlen(q[queries], k, v, tokens, lengths, scale)
         return
     at, start = first, 0
@@ -137,21 +137,26 @@ def _varlen(q, k, v, tokens: list[int], lengths: list[int], scale: float) -> tor
     from torch.nn.attention.varlen import varlen_attn
 
     group, dim = q.shape[1] // k.shape[1], v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - dim)) if dim < q.shape[-1] else v  # FlashAttention has one head dim
-    if group > 1:  # varlen_attn documents equal head counts only
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     bounds = [
         F.pad(torch.tensor(x, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(q.device)
         for x in (tokens, lengths)
     ]
-    return varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), *bounds, max(tokens), max(lengths), scale=scale,
-        window_size=(-1, 0),
-    )[..., :dim]  # fmt: skip
+    outputs = []
+    heads = max(1, REPEATED // (len(k) * group * q.shape[-1]))  # of k and v at a time
+    for some_q, *some in zip(q.split(heads * group, 1), k.split(heads, 1), v.split(heads, 1), strict=True):
+        some[1] = F.pad(some[1], (0, q.shape[-1] - dim))  # FlashAttention has one head dim
+        if group > 1:  # varlen_attn documents equal head counts only
+            some = [x.repeat_interleave(group, dim=1) for x in some]
+        o = varlen_attn(
+            some_q.contiguous(), *(x.contiguous() for x in some), *bounds, max(tokens), max(lengths), scale=scale,
+            window_size=(-1, 0),
+        )  # fmt: skip
+        outputs.append(o[..., :dim])
+    return torch.cat(outputs, 1)
 
 
 def refuse_unserved(config, layer_number: int) -> None:
-    """Refuse what softmax layer ``layer_number`` (from 1) of the dynamic engine needs flash-attn for.
+    """Refuse what softmax layer ``layer_number`` (from 1) cannot do here; where flash-attn is, ask of latents only.
 
     Raises:
         ValueError: naming the flag and the remedy.
@@ -160,15 +165,18 @@ def refuse_unserved(config, layer_number: int) -> None:
 
     window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     latent = config.multi_latent_attention
+    rank = config.kv_lora_rank if latent else 0
     for value, flag in (
         (window, f"--window-size {config.window_size}"),
         (config.softmax_type != "vanilla", f"--softmax-type {config.softmax_type}"),
         (not latent and config.kv_channels > MAX_HEAD_DIM, f"--kv-channels {config.kv_channels} (> {MAX_HEAD_DIM})"),
+        (rank > MAX_LATENT, f"--kv-lora-rank {rank} (> {MAX_LATENT})"),
     ):
         if value:
             raise ValueError(
-                f"{flag}: softmax layer {layer_number} cannot be served by the dynamic engine without flash-attn; "
-                "install flash-attn >= 2.7.3, FlashAttention-3 or -4, or leave the flag out"
+                f"{flag}: softmax layer {layer_number} cannot be served by the dynamic engine"
+                + (", nor with flash-attn" if latent else " without flash-attn; install flash-attn >= 2.7.3, 3 or 4")
+                + "; use Megatron's static engine (examples/generate.py)"
             )
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         raise ValueError("softmax layers of the dynamic engine need triton on a GPU; pip install triton")

@@ -23,6 +23,7 @@ from .launches import (
     Launch,
     kernel,
     record,
+    record_decode,
     record_derived,
     record_local_states,
     record_loss,
@@ -67,6 +68,15 @@ FEW = {
 AROUND = [
     dict(dtype=torch.bfloat16, s=_LONG, K=128, V=128, width=128),
     dict(dtype=torch.bfloat16, s=_LONG, H=64, K=128, V=128, width=8192),
+]
+# Decoding: a head in one tile and in several, columns over programs, several tokens.
+DECODE = [
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=True),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=True, normed=False),
+    dict(dtype=torch.bfloat16, R=64, K=256, V=256, fused=True),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False, S=4),
+    dict(dtype=torch.float32, R=64, K=256, V=256, fused=False, S=4),
 ]
 
 
@@ -145,6 +155,9 @@ def main(arguments: list[str]) -> None:
         for config in AROUND:
             for launch in record_pointwise(**config):
                 report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+        for config in DECODE:
+            for launch in record_decode(**config):
+                report(gpu, config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch)
         for documents in (0, 4):
             for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
                 direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock

@@ -69,6 +69,12 @@ class _Recorder:
         return launch
 
 
+def _patch(stack: ExitStack, launches: list[tuple]) -> None:
+    for name in KERNELS:
+        owner = step if name == "step_kernel" else triton_backend
+        stack.enter_context(patch.object(owner, name, _Recorder(name, launches)))
+
+
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False,
@@ -81,8 +87,7 @@ def record(
     packed = _documents(B if by_row else 1, T, documents, by_row)
     launches: list[tuple] = []
     with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        _patch(stack, launches)
         stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
@@ -137,6 +142,30 @@ def record_pointwise(
     return [Launch(launch[0], *launch) for launch in launches]
 
 
+def record_decode(
+    *, dtype: torch.dtype, R: int, H: int = 32, Hkv: int | None = None, K: int, V: int, fused: bool, S: int = 1,
+    normed: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launch that decodes S tokens of R requests; ``fused`` with all that a layer does around it, or without."""
+    Hkv = Hkv or H
+    group, launches = H // Hkv, []
+    empty = functools.partial(torch.empty, device="meta")
+    log_decay, states, slots = empty(H), empty(R + 1, H, K, V), empty(R, dtype=torch.int64)
+    with patch.object(step, "step_kernel", _Recorder("step_kernel", launches)):
+        if fused:
+            dims = group * K, group * V, K, V
+            head, out = (empty(K, dtype=dtype), 1e-6), (empty(H * V, dtype=dtype), 1e-6)
+            angles, mixed = empty(R, K // 2), empty(R, Hkv * sum(dims), dtype=dtype)
+            step.decode(
+                mixed, log_decay, states, slots, dims, (True, True), 1.0, head, head, angles, angles, False, "sigmoid",
+                out if normed else None,
+            )  # fmt: skip
+        else:
+            q, k, v, o = (empty(R, S, h, d, dtype=dtype) for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
+            step.step(q, k, v, o, log_decay, slots, states, states, 1.0, empty(R + 1, S, H, K, V) if S > 1 else None)
+    return [Launch("decode" if fused else "step", *launch) for launch in launches]
+
+
 def record_local_states(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0
 ) -> list[Launch]:
@@ -146,8 +175,7 @@ def record_local_states(
     destination = Destination(buffers, 1, 10**12, (1, B, H, K, V), between)
     launches: list[tuple] = []
     with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        _patch(stack, launches)
         for module in (states, symmetric):
             for name in MODULES[module]:
                 stack.enter_context(patch.object(module, name, _Recorder(name, launches)))

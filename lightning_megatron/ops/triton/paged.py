@@ -96,7 +96,7 @@ def paged_decode_kernel(
 @triton.jit
 def combine_parts_kernel(
     part, m, l, o,
-    V: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """o of one request and head: parts weighted by exp2(m - largest)."""
     i = tl.program_id(0).to(tl.int64)
@@ -104,12 +104,14 @@ def combine_parts_kernel(
     largest = tl.max(tl.load(m + i * SPLITS + o_s, mask=o_s < SPLITS, other=float("-inf")), axis=0)
     total = 0.0
     b_o = tl.zeros([BV], dtype=tl.float32)
-    for s in tl.range(SPLITS):
-        b_l = tl.load(l + i * SPLITS + s)
-        if b_l > 0:  # the other parts have no keys, and were not written
-            w = tl.exp2(tl.load(m + i * SPLITS + s) - largest)
-            total += w * b_l
-            b_o += w * tl.load(part + (i * SPLITS + s) * V + o_v, mask=o_v < V, other=0.0)
+    for s in tl.range(0, SPLITS, BC):
+        at = i * SPLITS + s + tl.arange(0, BC)
+        b_l = tl.load(l + at, mask=s + tl.arange(0, BC) < SPLITS, other=0.0)
+        some = b_l > 0  # the other parts have no keys, and were not written
+        b_w = tl.where(some, tl.exp2(tl.load(m + at, mask=some, other=0.0) - largest), 0.0)
+        total += tl.sum(b_w * b_l, axis=0)
+        b_p = tl.load(part + at[:, None] * V + o_v[None, :], mask=some[:, None] & (o_v < V)[None, :], other=0.0)
+        b_o += tl.sum(b_w[:, None] * b_p, axis=0)
     b_o /= tl.where(total > 0, total, 1.0)
     tl.store(o + i * V + o_v, b_o.to(o.dtype.element_ty), mask=o_v < V)
 
@@ -178,6 +180,7 @@ def decode(
     )  # fmt: skip
     if splits > 1:
         launch(
-            combine_parts_kernel, o[..., 0].numel(), (part, m, l, o), (), (V, pad(V), splits, pad(splits)), num_warps=4
+            combine_parts_kernel, o[..., 0].numel(), (part, m, l, o), (),
+            (V, pad(V), splits, pad(splits), min(pad(splits), max(1, 4096 // pad(V)))), num_warps=4,
         )  # fmt: skip
     return o
