@@ -8,6 +8,9 @@ those that still read their prompts, whole or in part, with any number.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from ..ops import lightning_attn, lightning_decode, lightning_step
@@ -40,8 +43,10 @@ class RequestStates:
                 "InferenceConfig(mamba_inference_state_config=MambaInferenceStateConfig.from_model(model), ...)"
             )
         _, states = context.mamba_states_cache(layer_number)
-        numbers = shape[0] * shape[1] * shape[2]
-        self._states = states.flatten(1)[:, :numbers].unflatten(1, shape)  # [slots, H, K, V], a view
+        self._states, self._kept = _as_states(states, shape), None  # [slots, H, K, V], views
+        if context.mamba_slot_allocator is not None:  # prefix caching takes states within prompts, at ends of blocks
+            kept = context.mamba_slot_allocator.intermediate_ssm_out[context.layer_map[layer_number - 1]]
+            self._kept = _as_states(kept, shape)
 
     @property
     def only_decodes(self) -> bool:
@@ -78,14 +83,60 @@ class RequestStates:
             step = [x[:decoding] for x in (q, k, v)]
             o[:decoding] = lightning_step(*step, log_decay, self._states, slots, scale=scale, backend=backend)
         if dims.prefill_req_count and metadata.real_prefill_token_count:
-            bounds = metadata.cu_seqlens_list
-            tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
-            slots = metadata.batch_indices_prefill[: len(bounds) - 1].long()
-            new, final = lightning_attn(
-                *(x[tokens].transpose(0, 1) for x in (q, k, v)), log_decay, scale=scale, backend=backend,
-                initial_state=self._states[slots], output_final_state=True,
-                cu_seqlens=metadata.cu_seqlens[: len(bounds)],
-            )  # fmt: skip
-            o[tokens] = new.transpose(0, 1)
-            self._states[slots] = final
+            slots = metadata.batch_indices_prefill[: len(metadata.cu_seqlens_list) - 1].long()
+            for part in _parts(self.context, q.device):
+                which = slots if part.requests is None else slots[part.requests]
+                new, final = lightning_attn(
+                    *(x[part.tokens].transpose(0, 1) for x in (q, k, v)), log_decay, scale=scale, backend=backend,
+                    initial_state=self._states[which], output_final_state=True, cu_seqlens=part.bounds,
+                )  # fmt: skip
+                o[part.tokens] = new.transpose(0, 1)
+                self._states[which] = final
+                if part.keep:
+                    self._kept[part.keep] = final[part.kept]
         return o
+
+
+def _as_states(memory: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    return memory.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
+
+
+class _Part(NamedTuple):
+    """Tokens of prompts that are read at once, of one or more requests."""
+
+    tokens: slice | torch.Tensor
+    bounds: torch.Tensor  # where each request's begin, and the end
+    requests: torch.Tensor | None  # which of those that read prompts; None for all
+    keep: list[int]  # where final states are kept ...
+    kept: list[int]  # ... of which of these requests
+
+
+def _parts(context, device: torch.device) -> list[_Part]:
+    """Usually one. A prompt whose states are kept for other prompts with the same begin is cut where Megatron says."""
+    metadata, decoding = context.mamba_metadata, context.padded_batch_dimensions.decode_req_count
+    bounds = metadata.cu_seqlens_list
+    if not metadata.intermediate_count:
+        tokens = slice(decoding, decoding + metadata.real_prefill_token_count)
+        return [_Part(tokens, metadata.cu_seqlens[: len(bounds)], None, [], [])]
+    offsets, counts = (x.tolist() for x in context.mamba_slot_allocator.get_intermediate_cpu_data())
+    cuts, places, place = [], [], 0
+    for start, end, at, count in zip(bounds, bounds[1:], offsets, counts, strict=False):
+        cuts.append([start, *(start + x for x in at[:count]), end])
+        places.append(range(place, place + count))
+        place += count
+    parts = []
+    for number in range(max(map(len, cuts)) - 1):
+        requests = [i for i, cut in enumerate(cuts) if number < len(cut) - 1]
+        pieces = [cuts[i][number : number + 2] for i in requests]
+        lengths = torch.tensor([0, *(end - start for start, end in pieces)])
+        kept = [j for j, i in enumerate(requests) if number < len(places[i])]
+        parts.append(
+            _Part(
+                torch.cat([torch.arange(start, end) for start, end in pieces]).add(decoding).to(device),
+                lengths.cumsum(0, dtype=torch.int32).to(device),
+                torch.tensor(requests).to(device),
+                [places[requests[j]][number] for j in kept],
+                kept,
+            )
+        )
+    return parts
