@@ -42,10 +42,11 @@ class RequestStates:
                 "lightning_megatron.patches.dynamic_inference.apply(), and build it with "
                 "InferenceConfig(mamba_inference_state_config=MambaInferenceStateConfig.from_model(model), ...)"
             )
-        self._states = _as_states(context.mamba_states_cache(layer_number)[1], shape)  # [slots, H, K, V]
-        allocator = context.mamba_slot_allocator
-        if allocator is not None:  # where a step leaves states within prompts, for others that begin with these tokens
-            self._kept = _as_states(allocator.intermediate_ssm_out[context.layer_map[layer_number - 1]], shape)
+        _, states = context.mamba_states_cache(layer_number)
+        self._states, self._kept = _as_states(states, shape), None  # [slots, H, K, V], views
+        if context.mamba_slot_allocator is not None:  # prefix caching takes states within prompts, at ends of blocks
+            kept = context.mamba_slot_allocator.intermediate_ssm_out[context.layer_map[layer_number - 1]]
+            self._kept = _as_states(kept, shape)
 
     @property
     def only_decodes(self) -> bool:
@@ -97,7 +98,6 @@ class RequestStates:
 
 
 def _as_states(memory: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """A view ``[n, H, K, V]`` of states that may have been made for layers with larger ones."""
     return memory.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
 
 

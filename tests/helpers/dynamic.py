@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
+from lightning_megatron.patches import dynamic_inference
 from lightning_megatron.runtime import prepare
 from lightning_megatron.spec import get_hybrid_block_spec, get_mtp_block_spec
 from tests import layers
@@ -67,6 +68,7 @@ def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
     config = make(**config | layout | dict(pipeline_dtype=torch.float32 if pp > 1 else None) | changes)
     options = LightningOptions(**options)
     prepare(config, options)
+    dynamic_inference.apply()
     if config.mtp_num_layers:
         from megatron.core.models.gpt import GPTModel
 
