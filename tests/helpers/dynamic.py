@@ -227,10 +227,10 @@ class Run:
                 left, end = left + max(end - int(close[0]), 0), min(end, int(close[0]))
             there = [i for i in range(end) if i in got]
             rows = torch.stack([got[i] for i in there]) if there else want[:0]
-            error = _difference(rows, want[there])
+            error = difference(rows, want[there])
             if error >= NOISE and (exact := self._exact(tokens, places)) is not None:
                 # a token whose values almost cancel: the engine is as exact as the pass without caches, or it is not
-                mine, other = (_difference(x, exact[there]) for x in (rows, want[there]))
+                mine, other = (difference(x, exact[there]) for x in (rows, want[there]))
                 noisy, error = noisy + 1, 0.0 if mine < 4 * other < 4 * NOISE else error
             worst = max(worst, error)
             positions += len(rows)
@@ -275,7 +275,7 @@ def _margins(router: TopKRouter, hidden: torch.Tensor) -> torch.Tensor:
     return (best[:, -2] - best[:, -1]) / logits.abs().amax(-1)
 
 
-def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest of all positions, relative to the largest logit of the position."""
     return float(((got - want).abs().amax(-1) / want.abs().amax(-1)).max()) if len(got) else 0.0
 
