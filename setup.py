@@ -58,6 +58,8 @@ setup(
     entry_points={
         "console_scripts": [
             "lightning-convert = lightning_megatron.convert.cli:main",
+            "lightning-generate = lightning_megatron.inference.generate:main",
+            "lightning-perplexity = lightning_megatron.inference.perplexity:main",
             "lightning-pretrain = lightning_megatron.pretrain:main",
         ]
     },

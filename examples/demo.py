@@ -131,17 +131,6 @@ class Progress:
         return "  checkpoint saved" if "successfully saved checkpoint" in line else None
 
 
-class From:
-    """Hides what comes before a line."""
-
-    def __init__(self, start: str) -> None:
-        self.start, self.reached = start, False
-
-    def __call__(self, line: str) -> str | None:
-        self.reached = self.reached or line.startswith(self.start)
-        return line.rstrip("\n") if self.reached else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "demo_out", help="folder for the results (demo_out)")
@@ -199,7 +188,7 @@ def main() -> None:
     launcher = [python] if gpu else [python, "examples/cpu_shim.py"]
     generate = [*launcher, "examples/generate.py", "--load", str(checkpoint), "--prompt", options.prompt]
     generate += ["--tokenizer-model", str(data / "tokenizer.model"), "--tokens", "150"]
-    run("generation", generate, out / "generate.log", From(options.prompt.split("\n")[0]))
+    run("generation", generate, out / "generate.log", everything)
 
     train, valid = read_losses(log.read_text())
     loss, unigram = final_loss(train), json.loads((data / "stats.json").read_text())["unigram_entropy"]

@@ -137,22 +137,10 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")
     ask = [*alone, "examples/generate.py", "--load", str(tuned), "--chat", "--prompt", prompt]
     ask += ["--tokens", str(options.tokens), "--temperature", "0"]
-    yield Step("generation by Megatron", ask, After("  parts: "))
+    yield Step("generation by Megatron", ask)
     if json.loads((model / "config.json").read_text("utf-8"))["model_type"] == "minimax":
         ask = [python, "-c", ASK, str(exported), prompt, str(options.tokens)]
         yield Step("generation by transformers, from the exported folder", ask)
-
-
-class After:
-    """Hides a line that begins so, what comes before it, and warnings."""
-
-    def __init__(self, start: str) -> None:
-        self.start, self.reached = start, False
-
-    def __call__(self, line: str) -> str | None:
-        show = self.reached and not line.startswith("WARNING:")
-        self.reached = self.reached or line.startswith(self.start)
-        return line.rstrip("\n") if show else None
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

@@ -10,9 +10,9 @@ enable_pretrain() also patches the three places of pretrain() that insist on a G
 else of Megatron changes, and no value does: a run proves the wiring (parallel groups, schedules, optimizers,
 checkpoints), nothing about kernels or NCCL. ``examples/cpu_shim.py`` runs a module or a script this way.
 
-Importing this module changes nothing. Only ``lightning-convert verify``, tests and examples call enable(); training
-does not. Written for torch 2.11 and megatron-core 0.19. Paths in the comments are relative to the megatron package and
-name a caller that needs the patch.
+Importing this module changes nothing. ``lightning-convert verify``, the commands of ``inference`` where there is no
+GPU, tests and examples call enable(); training does not. Written for torch 2.11 and megatron-core 0.19. Paths in the
+comments are relative to the megatron package and name a caller that needs the patch.
 """
 
 import collections

@@ -17,21 +17,23 @@ CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """All flags of the own entry point, Megatron's included."""
+    """All flags of the own entry point, Megatron's included, and of the commands of inference."""
     import argparse
 
     from megatron.training.arguments import add_megatron_arguments
 
+    from lightning_megatron.inference import generate, perplexity
     from lightning_megatron.training.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    return {flag for action in parser._actions for flag in action.option_strings}
+    parsers = (parser, generate.parser(), perplexity.parser())
+    return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
 
 
 OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, and of the scripts in examples/
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
-    "--out", "--text", "--tokens", "--prompt", "--local-dir", "--like", "--card", "--table", "--tolerance",
-    "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp", "--chat",
+    "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance",
+    "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
 }  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def run_code(rank: int, world: int, text: str) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/inference.md"])
 def test_python_in_documents_runs(name: str) -> None:
     text = (ROOT / name).read_text("utf-8").replace("hidden_size=1024", "hidden_size=128")
     assert spawn(run_code, 1, text)[0] >= 1

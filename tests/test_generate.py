@@ -1,4 +1,4 @@
-"""examples/generate.py: caches change no token, checkpoints of any layout load, and errors end with a message."""
+"""lightning-generate: caches change no token, checkpoints of any layout load, and errors end with a message."""
 
 from __future__ import annotations
 
@@ -15,24 +15,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
-from tests.helpers.generate import SCRIPT, example
+from tests.helpers.generate import EVERYTHING, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
 from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
 
-SIZE = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128 "
-    "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.3 "  # to vary tokens
-    "--micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --lr-decay-style constant --train-iters 2 --save-interval 2 "
-    "--eval-iters 0 --num-workers 0 --log-interval 1 --mock-data"
-).split()
-VOCAB = 255  # the table has 256 rows
-NUMBERS = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}"
-EVERYTHING = (
-    "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
-    "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
-)
-MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
 CHECKPOINTS = {
     "everything": (1, EVERYTHING),
     "bf16": (1, f"{EVERYTHING} --bf16"),
@@ -62,6 +49,7 @@ GPT = (
     "--no-create-attention-mask-in-dataloader --eval-interval 100"
 )
 PROMPT = "7 1 200 33 33 5 90 18 2"
+ASK = ("--prompt", PROMPT)
 
 
 def generate(folder: Path, *flags: str) -> Run:
@@ -71,32 +59,37 @@ def generate(folder: Path, *flags: str) -> Run:
 @torch.inference_mode()
 def check_caches(rank: int, world: int, folder: Path, count: int) -> tuple[list[int], float]:
     """Greedy tokens, the same with and without caches; and the largest relative difference of logits."""
-    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
-    script = example()
-    model, args = script.load_model(folder)
-    prompt = [int(x) for x in PROMPT.split()]
+    from lightning_megatron.inference.generate import generate
+    from lightning_megatron.inference.loading import loaded_model, read_checkpoint
+    from lightning_megatron.inference.sampling import Sampling
 
-    def logits(tokens, context=None, start=0):
-        positions = torch.arange(start, start + len(tokens))[None]
-        return model(torch.tensor([tokens]), positions, None, inference_context=context)[0, -1].float()
+    saved = read_checkpoint(folder)
+    with loaded_model(saved, vocab_size=VOCAB) as model:
+        prompt = [int(x) for x in PROMPT.split()]
 
-    without = list(prompt)
-    for _ in range(count):
-        without.append(int(logits(without)[:VOCAB].argmax()))
-    how = dict(length=len(prompt) + count, vocab_size=VOCAB)
-    cached = [token for token, _ in script.generate(model, prompt, count, temperature=0, **how)]
-    few = [token for token, _ in script.generate(model, prompt, count, temperature=1e3, **how | dict(vocab_size=5))]
-    assert set(few) <= set(range(5)), "a row of the table that is no token was drawn"
+        def logits(tokens, context=None, start=0):
+            positions = torch.arange(start, start + len(tokens))[None]
+            return model(torch.tensor([tokens]), positions, None, inference_context=context)[0, -1].float()
 
-    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(without))
-    worst, start = 0.0, 0
-    for end in range(len(prompt), len(without)):
-        got, want = logits(without[start:end], context, start), logits(without[:end])
-        context.sequence_len_offset = start = end
-        worst = max(worst, float((got - want).norm() / want.norm()))
-    if not args.bf16:
-        assert cached == without[len(prompt) :]
-    return cached, worst
+        def tokens(vocab_size=VOCAB, **how):
+            pieces = generate(model, Numbers(vocab_size), [prompt], Sampling(tokens=count, **how))
+            return [piece.token for piece in pieces]
+
+        without = list(prompt)
+        for _ in range(count):
+            without.append(int(logits(without)[:VOCAB].argmax()))
+        cached = tokens(temperature=0)
+        assert set(tokens(5, temperature=1e3)) <= set(range(5)), "a row of the table that is no token was drawn"
+
+        context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(without))
+        worst, start = 0.0, 0
+        for end in range(len(prompt), len(without)):
+            got, want = logits(without[start:end], context, start), logits(without[:end])
+            context.sequence_len_offset = start = end
+            worst = max(worst, float((got - want).norm() / want.norm()))
+        if not saved.args.bf16:
+            assert cached == without[len(prompt) :]
+        return cached, worst
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +152,12 @@ def test_checkpoint_of_pretrain_gpt(tmp_path):
 
 def options_and_pattern(rank: int, world: int, folder: Path):
     """Of the model that is built."""
-    torch.distributed.destroy_process_group()  # of spawn; the script makes its own
-    model, _ = example().load_model(folder)
-    attention = [layer.self_attention for layer in model.decoder.layers]
-    lightning = [isinstance(module, LightningAttention) for module in attention]
-    return attention[0].options, lightning
+    from lightning_megatron.inference.loading import loaded_model, read_checkpoint
+
+    with loaded_model(read_checkpoint(folder), vocab_size=VOCAB) as model:
+        attention = [layer.self_attention for layer in model.decoder.layers]
+        lightning = [isinstance(module, LightningAttention) for module in attention]
+        return attention[0].options, lightning
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +194,9 @@ def test_older_checkpoint_needs_its_spec(checkpoint_of_a_spec, tmp_path):
     assert spawn(options_and_pattern, 1, tmp_path / "run") == [wanted]
     rewrite_args(tmp_path / "run", lambda args: setattr(args, "spec", ["module_that_is_gone", "my_spec"]))
     message = "the spec it was trained with, module_that_is_gone my_spec, cannot be used here"
-    assert_ends_with(generate(tmp_path / "run"), message)
+    assert_ends_with(generate(tmp_path / "run", *ASK), message)
     rewrite_args(tmp_path / "run", lambda args: setattr(args, "spec", None))
-    assert_ends_with(generate(tmp_path / "run"), "it was trained without lightning_megatron")
+    assert_ends_with(generate(tmp_path / "run", *ASK), "it was trained without lightning_megatron")
 
 
 def test_older_checkpoint_lacks_options(checkpoint, tmp_path):
@@ -232,22 +226,16 @@ def assert_ends_with(run: Run, message: str) -> None:
     assert not run.ok and message in run.log and "Traceback" not in run.log, run.log
 
 
-def test_one_process_only(tmp_path):
-    run = run_pretrain(["--load", tmp_path], 2, script=SCRIPT, check=False)
-    assert_ends_with(
-        run, "generate.py runs in one process, whatever layout the checkpoint has: start it without torchrun"
-    )
-    assert run.log.count("start it without torchrun") == 1
-
-
 def test_unreadable_tracker_file(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("not a number")
-    assert_ends_with(generate(tmp_path), "latest_checkpointed_iteration.txt says 'not a number': write the number of")
+    assert_ends_with(
+        generate(tmp_path, *ASK), "latest_checkpointed_iteration.txt says 'not a number': write the number of"
+    )
 
 
 def test_missing_checkpoint(tmp_path):
     message = "no latest_checkpointed_iteration.txt there; give the folder that --save of the training named"
-    assert_ends_with(generate(tmp_path), f"--load {tmp_path}: {message}")
+    assert_ends_with(generate(tmp_path, *ASK), f"--load {tmp_path}: {message}")
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -255,18 +243,19 @@ def test_incomplete_checkpoint(there, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     if there:
         (tmp_path / "iter_0000007").mkdir()
-    assert_ends_with(generate(tmp_path), f"{tmp_path}/iter_0000007, which latest_checkpointed_iteration.txt names, is")
+    assert_ends_with(
+        generate(tmp_path, *ASK), f"{tmp_path}/iter_0000007, which latest_checkpointed_iteration.txt names, is"
+    )
 
 
 def test_tokenizer_that_reads_numbers(checkpoint):
     assert_ends_with(generate(checkpoint("bf16"), "--prompt", "abc"), "give numbers, such as --prompt '1 2 3'")
-    assert_ends_with(generate(checkpoint("bf16"), "--tokenizer-model", "a.model"), "NullTokenizer, which has no model")
-    assert_ends_with(generate(checkpoint("bf16"), "--chat"), "--chat: the training used NullTokenizer and no --sft")
-
-
-@pytest.mark.parametrize("flags", [("--tokens", "0"), ("--temperature", "-1")])
-def test_senseless_numbers(flags, tmp_path):
-    assert_ends_with(generate(tmp_path, *flags), "must be at least 1 and --temperature")
+    assert_ends_with(
+        generate(checkpoint("bf16"), *ASK, "--tokenizer-model", "a.model"), "NullTokenizer, which has no model"
+    )
+    assert_ends_with(
+        generate(checkpoint("bf16"), *ASK, "--chat"), "--chat: the training used NullTokenizer and no --sft"
+    )
 
 
 def test_text_and_empty_prompt(tmp_path):
@@ -285,8 +274,8 @@ def test_text_and_empty_prompt(tmp_path):
     assert run.ok and "def forward(" in run.log and "5 generated" in run.log
     (tmp_path / "c.model").write_text("none")
     for wrong in ("c.model", "d.model"):
-        log = generate(tmp_path / "run", "--tokenizer-model", f"{tmp_path}/{wrong}").log
-        assert f"{wrong} cannot read --prompt" in log and "give --tokenizer-model" in log and "Traceback" not in log
+        log = generate(tmp_path / "run", *ASK, "--tokenizer-model", f"{tmp_path}/{wrong}").log
+        assert f"{wrong} cannot be used" in log and "give --tokenizer-model" in log and "Traceback" not in log
     assert_ends_with(
         generate(tmp_path / "run", *other, "--prompt", ""), "--prompt '' has no tokens; give some text to continue"
     )

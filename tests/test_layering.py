@@ -1,4 +1,4 @@
-"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- pretrain; each knows what it must."""
+"""Imports go one way: ops <- parallel <- mixer <- runtime <- spec <- training <- inference; each knows what it must."""
 
 import ast
 import subprocess
@@ -25,6 +25,7 @@ LAYERS = [
     {"runtime", "layer"},
     {"spec"},
     {"training"},
+    {"inference"},
     {"convert"},
     {"pretrain"},
 ]
@@ -38,7 +39,7 @@ ONLY = {
     "models": {"config"},
     "caches": {"ops"},
     "cpu": set(),
-    "convert": {"models", "training", "cpu"},
+    "convert": {"models", "training", "inference", "cpu"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record"},
@@ -156,6 +157,8 @@ def f():
         (".ops", ["megatron", "triton"]),
         (".decay", ["megatron"]),
         (".cpu", ["megatron"]),
+        (".inference.generate", ["torch", "megatron"]),
+        (".inference.perplexity", ["torch", "megatron"]),
         (".convert.cli", ["torch", "megatron"]),
         (".convert.comparing", ["megatron"]),
     ],

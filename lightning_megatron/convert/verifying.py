@@ -256,15 +256,16 @@ def _judged(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], margins: torch.T
 def _megatron(
     held: Checkpoint, ids: list[int], tokens: int, vocabulary: int
 ) -> tuple[list[int], list[torch.Tensor], torch.Tensor]:
-    from ..training import alone
+    from ..inference import loading
 
-    length, step = len(ids) + tokens, _step_of(held.folder)
     try:
-        with alone.loaded_model(held.folder.parent, vocab_size=vocabulary, length=length, step=step) as megatron:
-            written = alone.greedy(megatron, ids, tokens, vocabulary)
-            states, logits = alone.outputs(megatron, [*ids, *written])
+        saved = loading.read_checkpoint(held.folder.parent, _step_of(held.folder))
+        backend = ["--lightning-backend", "torch"]
+        with loading.loaded_model(saved, vocab_size=vocabulary, flags=backend, dtype=torch.float32) as megatron:
+            written = loading.greedy(megatron, ids, tokens, vocabulary)
+            states, logits = loading.outputs(megatron, [*ids, *written])
             del megatron
-    except RuntimeError as error:
+    except loading.LoadError as error:
         raise ConvertError(str(error)) from error
     gc.collect()  # modules refer to themselves; their memory is needed for the reference
     return written, states, logits[:, :vocabulary].clone()

@@ -1,0 +1,145 @@
+"""What ``lightning-generate`` and ``lightning-perplexity`` share: starting up, tokenizers, and how they end.
+
+This module stays light: ``start`` decides between GPU and CPU before anything of Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..compat import check_megatron
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, on rank 0, with exit status 2."""
+
+    def __init__(self, prog: str, text: str | None):
+        super().__init__(
+            prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            usage=f"{prog} --load FOLDER [options] [flags of Megatron, such as --tensor-model-parallel-size 2]",
+        )  # fmt: skip
+        self.add_argument("--load", type=Path, required=True, help="the folder that --save of the training named")
+        self.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to load (default: the last one)")
+        self.add_argument(
+            "--tokenizer-model", metavar="PATH", help="model or folder of the tokenizer (default: that of the training)"
+        )
+        self.add_argument(
+            "--tokenizer-type", metavar="TYPE", help="Megatron's name of the tokenizer (default: that of the training)"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        if rank() == 0:
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def rank() -> int:
+    """Of torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start(prog: str) -> None:
+    """Check megatron-core, and let it run on the CPU where there is no GPU.
+
+    Raises:
+        RuntimeError: a wrong megatron-core; the message names both versions.
+    """
+    check_megatron()
+    import torch
+
+    if not torch.cuda.is_available():
+        from .. import cpu
+
+        cpu.enable()
+        if rank() == 0:
+            print(f"[{prog}: no GPU, so it runs on the CPU]", file=sys.stderr, flush=True)
+
+
+def run_command(parser: Parser, work: Callable[[], None]) -> None:
+    """``work()``; what a user can mend ends it with a line and status 2 or 1, everything else with a traceback."""
+    try:
+        start(parser.prog)
+    except RuntimeError as error:
+        parser.error(str(error))
+    from .loading import LoadError
+
+    try:
+        work()
+    except LoadError as error:  # one rank may see other files than the others
+        where = f" (rank {rank()})" if rank() else ""
+        print(f"{parser.prog}: {error}{where}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except UsageError as error:
+        parser.error(str(error))
+    except BrokenPipeError:  # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the same on every rank."""
+
+
+def build_tokenizer(options: Namespace, saved: Namespace) -> Any:
+    """The tokenizer of the training, or with another model or type.
+
+    Args:
+        options: of ``Parser``.
+        saved: the args in the checkpoint.
+
+    Raises:
+        UsageError: it cannot be built, and what to give.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    args = copy.copy(saved)
+    brought = options.load / "huggingface"  # by lightning-convert import, whose args name no tokenizer
+    if options.tokenizer_type:
+        args.tokenizer_type = options.tokenizer_type
+    elif args.tokenizer_type == "NullTokenizer" and saved.vocab_size is None and brought.is_dir():
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(brought)
+    if options.tokenizer_model:
+        if args.tokenizer_type == "NullTokenizer":
+            raise UsageError(
+                "--tokenizer-model: the training used NullTokenizer, which has no model; leave it out, or give "
+                "--tokenizer-type, too"
+            )
+        args.tokenizer_model = options.tokenizer_model
+    try:
+        return build_tokenizer(args)
+    except Exception as error:  # of any tokenizer library
+        raise UsageError(
+            f"{args.tokenizer_type} {args.tokenizer_model or ''} cannot be used: {_first_line(error)}; give "
+            "--tokenizer-model"
+        ) from error
+
+
+def tokenize(tokenizer: Any, text: Any, name: str, kind: str) -> list[int]:
+    """Token ids of ``text``; ``name`` says which it is, ``kind`` which tokenizer.
+
+    Raises:
+        UsageError: it cannot be read, has no tokens, or tokens that the model does not have.
+    """
+    try:
+        tokens = [int(token) for token in tokenizer.tokenize(text)]
+    except Exception as error:
+        known = "numbers, such as --prompt '1 2 3'" if kind == "NullTokenizer" else "--tokenizer-model"
+        raise UsageError(f"{kind} cannot read {name}: {_first_line(error)}; give {known}") from error
+    wrong = next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise UsageError(f"{name} has token {wrong}, but the vocabulary ends at {tokenizer.vocab_size - 1}")
+    return tokens
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or traceback.format_exception_only(error)[-1]).strip().splitlines()[0]
