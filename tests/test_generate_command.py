@@ -6,7 +6,9 @@ import argparse
 import functools
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from tests.helpers.generate import EVERYTHING, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
-from tests.launch import Run, run_pretrain, spawn
+from tests.launch import ENV, ROOT, Run, run_pretrain, spawn
 
 PROMPT = "7 1 200 33 33 5 90 18 2"
 CHECKPOINTS = {
@@ -85,6 +87,19 @@ def test_one_rank_prints(checkpoint):
     (line,) = (x for x in run.log.splitlines() if x.startswith(PROMPT))
     assert line in alone.log.splitlines() and run.log.count("5 generated") == 1
     assert "lightning layers 6 KiB" in run.log and "lightning layers 12 KiB" in alone.log
+
+
+def test_started_by_torchrun_as_a_user_does(checkpoint):
+    """Without the shim: the command itself turns to the CPU. Rank 0 alone reads standard input."""
+    flags = ("--load", str(checkpoint("hybrid")), "--tokens", "5", "--temperature", "0", "--json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "lightning_megatron.inference.generate", *flags, "--prompt", "-", *TP2.split()]
+    run = subprocess.run(command, input=PROMPT, capture_output=True, text=True, cwd=ROOT, env=os.environ | ENV)
+    assert run.returncode == 0, run.stderr
+    assert "[lightning-generate: no GPU, so it runs on the CPU]" in run.stderr and "Warning" not in run.stderr
+    found = json.loads(run.stdout)
+    alone = generate(checkpoint("hybrid"), *flags[2:], "--prompt", PROMPT)
+    assert found["tokens"] == json.loads(alone.log.splitlines()[-1])["tokens"] and found["prompt"] == PROMPT
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -283,6 +298,18 @@ def test_every_rank_ends(tmp_path):
     assert run.seconds < 60
     run = generate(tmp_path, "--prompt-file", f"{tmp_path}/none", *TP2.split(), nproc=2)
     assert not run.ok and "no latest_checkpointed_iteration.txt there" in run.log
+
+
+def test_flags_that_do_not_fit_the_checkpoint(checkpoint):
+    """Ours are compared with what it says of itself, Megatron's with the shapes of its tensors."""
+    folder = checkpoint("hybrid")
+    run = generate(folder, "--prompt", PROMPT, "--lightning-decay", "alibi")
+    assert_ends_with(
+        run, f"lightning-generate: Megatron does not load {folder}: the checkpoint in {folder} was trained"
+    )
+    assert "minimax with offset 0" in run.log and "  | " not in run.log
+    run = generate(folder, "--prompt", PROMPT, "--hidden-size", "32")
+    assert_ends_with(run, "Global shape mismatch for loaded (torch.Size([64])) and expected ((32,))")
 
 
 def test_what_the_model_does_not_have(checkpoint):

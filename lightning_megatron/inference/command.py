@@ -10,6 +10,7 @@ import copy
 import os
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -47,20 +48,22 @@ def rank() -> int:
 
 
 def start(prog: str) -> None:
-    """Check megatron-core, and let it run on the CPU where there is no GPU.
+    """Let Megatron run on the CPU where there is no GPU, and check its version.
 
     Raises:
         RuntimeError: a wrong megatron-core; the message names both versions.
     """
-    check_megatron()
     import torch
 
-    if not torch.cuda.is_available():
+    # what is not installed is told by training
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    if not torch.cuda.is_available():  # before the check, which imports Megatron
         from .. import cpu
 
         cpu.enable()
         if rank() == 0:
             print(f"[{prog}: no GPU, so it runs on the CPU]", file=sys.stderr, flush=True)
+    check_megatron()
 
 
 def run_command(parser: Parser, work: Callable[[], None]) -> None:

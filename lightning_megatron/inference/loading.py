@@ -32,6 +32,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.training import global_vars
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.models.gpt import GPTModelBuilder
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .. import patches
 from ..record import saved_function
@@ -97,7 +98,8 @@ def read_checkpoint(load: Path, step: int | None = None) -> Saved:
             f"--load {load}: {folder}, {named}is not there, or no complete checkpoint of Megatron's distributed format "
             "(--ckpt-format torch_dist); write the number of one that is into that file"
         )
-    args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
+    with warnings.catch_warnings(action="ignore"):  # that no other process reads it, too
+        args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
     if args is None:
         raise LoadError(f"--load {load}: {folder} holds no args of a training, so that its model is not known")
     if saved_function(args).options is None:
@@ -199,10 +201,8 @@ def loaded_model(
             try:
                 with _quiet(log):
                     model = _load([*line, "--global-batch-size", str(dist.get_world_size()), *flags], saved)
-            except (Exception, SystemExit) as error:
-                end = "".join(f"\n  | {text}" for text in log.getvalue().splitlines()[-5:])
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                raise LoadError(f"Megatron does not load {saved.load}: {reason}{end}") from error
+            except (Exception, SystemExit, CheckpointException) as error:  # the last one is no Exception
+                raise LoadError(f"Megatron does not load {saved.load}: {_reason(error, log.getvalue())}") from error
             if saved.args.mtp_num_layers and dist.get_rank() == 0:
                 number = saved.args.mtp_num_layers
                 say(f"[{number} multi-token prediction layers are left out: they only help training]")
@@ -210,6 +210,14 @@ def loaded_model(
         finally:
             parallel_state.destroy_model_parallel()
             global_vars.unset_global_variables()
+
+
+def _reason(error: BaseException, log: str) -> str:
+    if isinstance(error, ValueError):  # says all that is needed
+        return str(error)
+    said = str(error).strip().splitlines() or [""]
+    end = "".join(f"\n  | {text}" for text in log.splitlines()[-5:])
+    return f"{type(error).__name__}: {said[-1] if isinstance(error, CheckpointException) else error}{end}"
 
 
 def say(line: str) -> None:
