@@ -1,7 +1,7 @@
 """HTTP of ``lightning-serve``: OpenAI's completions and chat completions, whole and as streams, over a ``Service``.
 
-Megatron's own endpoints are not used: they answer in plain text where something is wrong, pass on what makes the engine's
-loop raise, and so end it for all, know no streams, and let a request run on whose client has gone (docs/inference.md).
+Megatron's own endpoints are not used: they answer in plain text where something is wrong, pass on what makes the
+engine's loop raise, and so end it for all, know no streams, and let a request run on whose client has gone.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ class Reader:
         fields = _Fields(data, self.model)
         if self.chat is None:
             raise Refused(
-                "this model has no chat template: use /v1/completions, or serve a model that was trained with --sft, or "
-                "with a tokenizer that has a chat template (--tokenizer-type, --tokenizer-model)",
+                "this model has no chat template: use /v1/completions, or serve a model that was trained with --sft, "
+                "or with a tokenizer that has one (--tokenizer-type, --tokenizer-model)",
                 "messages", code="no_chat_template",
             )  # fmt: skip
         messages = _messages(fields.take("messages"))
@@ -123,8 +123,8 @@ class Reader:
         fields.finish(
             "/v1/chat/completions",
             {
-                "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "response_format": ({"type": "text"},),
-                "parallel_tool_calls": (True, False), "modalities": (["text"],), "store": (False,), "metadata": ({},),
+                "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "metadata": ({},),
+                "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
             },
         )  # fmt: skip
         try:

@@ -3,8 +3,8 @@
     lightning-serve --load CKPT --port 5000
     torchrun --nproc-per-node 2 -m lightning_megatron.inference.serve --load CKPT --tensor-model-parallel-size 2
 
-Requests share the steps of Megatron's dynamic inference engine: each that generates keeps a K x V state for every head of
-a lightning layer, and keys and values for softmax layers. SIGINT and SIGTERM end it.
+Requests share the steps of Megatron's dynamic inference engine: each that generates keeps a K x V state for every head
+of a lightning layer, and keys and values for softmax layers. SIGINT and SIGTERM end it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _run(options: Namespace, flags: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     saved = read_checkpoint(options.load, options.ckpt_step)
-    logging.getLogger("lightning_megatron").setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)  # Megatron tells each step of its start
     with process_group():
         place: list[socket.socket] = []
         on_first_rank(lambda: place.append(_listen(options.host, options.port)))
@@ -187,6 +187,7 @@ async def _serve(
         await serve(app, config, shutdown_trigger=end)
         for task in ends:
             task.cancel()
+        logging.getLogger().setLevel(logging.ERROR)  # the coordinator warns that the engine leaves
         if not told.is_set():
             print(f"lightning-serve: error: {service.error}; the server ends", file=sys.stderr, flush=True)
             sys.exit(1)
