@@ -123,8 +123,8 @@ class Reader:
         fields.finish(
             "/v1/chat/completions",
             {
-                "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "metadata": ({},),
-                "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
+                "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+                "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,), "metadata": ({},),
             },
         )  # fmt: skip
         try:

@@ -185,7 +185,11 @@ def build_engine(
         max_requests = max(1, wanted // tp) * tp
     if max_requests < 1 or max_requests % tp:
         raise ValueError(f"max_requests={max_requests} must be a multiple of the tensor-parallel size, {tp}")
-    max_tokens = max(max_requests, 4096 if gpu else 512) if max_tokens is None else max_tokens
+    rounded = DynamicInferenceContext.round_up_tokens
+    if max_tokens is None:
+        max_tokens = rounded(max(max_requests, 4096 if gpu else 512))
+    if max_tokens < 1 or max_tokens != rounded(max_tokens):  # Megatron pads a step to a multiple, and must have room
+        raise ValueError(f"max_tokens={max_tokens} must be a multiple of {rounded(1)}")
     if max_tokens < max_requests:
         raise ValueError(
             f"max_tokens={max_tokens} is less than max_requests={max_requests}, but each step has a token of every "

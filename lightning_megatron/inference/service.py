@@ -80,7 +80,8 @@ class Service:
             await asyncio.to_thread(engine.join, _PATIENCE)
         if coordinator.is_alive():
             self._client.shutdown_coordinator()
-            await asyncio.to_thread(coordinator.join, _PATIENCE)
+            # its last messages may be for an engine that is gone
+            await asyncio.to_thread(coordinator.join, _PATIENCE if self.error is None else 0.5)
         self._client.stop()
 
     @property
@@ -185,7 +186,8 @@ class Service:
 
     def _end(self, name: str, error: BaseException | None) -> None:
         if not self.ended.is_set():
-            self.error = error or Gone(f"the {name} ended")
+            told = "; its log is above" if isinstance(error, SystemExit) else f": {error}" if error else ""
+            self.error = Gone(f"the {name} ended{told}")
             self.ended.set()
         for queue in self._queues.values():
             queue.put_nowait(Gone(f"the {name} has ended"))
