@@ -93,23 +93,21 @@ class UsageError(ValueError):
     """What was asked for cannot be done; the same on every rank."""
 
 
-def build_tokenizer(options: Namespace, saved: Namespace) -> Any:
-    """The tokenizer of the training, or with another model or type.
+def tokenizer_args(options: Namespace, saved: Namespace) -> Namespace:
+    """The saved args with the tokenizer to use: that of the training, of the import, or what ``options`` names.
 
     Args:
         options: of ``Parser``.
         saved: the args in the checkpoint.
 
     Raises:
-        UsageError: it cannot be built, and what to give.
+        UsageError: ``--tokenizer-model`` for a type without a model.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
     args = copy.copy(saved)
     brought = options.load / "huggingface"  # by lightning-convert import, whose args name no tokenizer
     if options.tokenizer_type:
         args.tokenizer_type = options.tokenizer_type
-    elif args.tokenizer_type == "NullTokenizer" and saved.vocab_size is None and brought.is_dir():
+    elif args.tokenizer_type == "NullTokenizer" and _has_tokenizer(brought):
         args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(brought)
     if options.tokenizer_model:
         if args.tokenizer_type == "NullTokenizer":
@@ -118,6 +116,26 @@ def build_tokenizer(options: Namespace, saved: Namespace) -> Any:
                 "--tokenizer-type, too"
             )
         args.tokenizer_model = options.tokenizer_model
+    return args
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def build_tokenizer(args: Namespace) -> Any:
+    """Megatron's tokenizer of ``tokenizer_args``.
+
+    Raises:
+        UsageError: it cannot be built, and what to give.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        raise UsageError(
+            "the checkpoint names no tokenizer: give --tokenizer-type, such as HuggingFaceTokenizer, and "
+            "--tokenizer-model"
+        )
     try:
         return build_tokenizer(args)
     except Exception as error:  # of any tokenizer library
@@ -136,7 +154,7 @@ def tokenize(tokenizer: Any, text: Any, name: str, kind: str) -> list[int]:
     try:
         tokens = [int(token) for token in tokenizer.tokenize(text)]
     except Exception as error:
-        known = "numbers, such as --prompt '1 2 3'" if kind == "NullTokenizer" else "--tokenizer-model"
+        known = "numbers, such as 1 2 3, or --tokenizer-type" if kind == "NullTokenizer" else "--tokenizer-model"
         raise UsageError(f"{kind} cannot read {name}: {_first_line(error)}; give {known}") from error
     wrong = next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None)
     if wrong is not None:

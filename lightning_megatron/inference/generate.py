@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize
+from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize, tokenizer_args
 
 if TYPE_CHECKING:
     import torch
@@ -142,12 +142,13 @@ def _run(options: Namespace, flags: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     saved = read_checkpoint(options.load, options.ckpt_step)
-    kind = options.tokenizer_type or saved.args.tokenizer_type
+    args = tokenizer_args(options, saved.args)
+    kind = args.tokenizer_type
     if options.chat and kind != "SFTTokenizer":
         raise UsageError(f"--chat: the training used {kind} and no --sft, so that there is no chat template")
     with process_group():
         texts = on_first_rank(lambda: read_prompts(options))
-        tokenizer = build_tokenizer(options, saved.args)
+        tokenizer = build_tokenizer(args)
         prompts = [_tokens(tokenizer, text, name, kind, options.chat) for name, text in texts]
         try:
             sampling.check_vocabulary(tokenizer.vocab_size)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import lightning_pattern
-from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize
+from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize, tokenizer_args
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +205,8 @@ def _run(options: Namespace, flags: list[str]) -> None:
             f"{limit} or less"
         )
     with process_group():
-        tokenizer = build_tokenizer(options, saved.args)
-        kind = options.tokenizer_type or saved.args.tokenizer_type
+        args = tokenizer_args(options, saved.args)
+        tokenizer, kind = build_tokenizer(args), args.tokenizer_type
         tokens = tokens_of(options.text, tokenizer, kind)
         first = list(itertools.islice(tokens, 2))
         if len(first) < 2:
