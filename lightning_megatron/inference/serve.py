@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, UsageError, build_tokenizer, rank, run_command
+from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenizer_args
 
 if TYPE_CHECKING:
     from .asked import Reader
@@ -104,11 +104,12 @@ def _run(options: Namespace, flags: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     saved = read_checkpoint(options.load, options.ckpt_step)
+    args = tokenizer_args(options, saved.args)
     logging.getLogger().setLevel(logging.WARNING)  # Megatron tells each step of its start
     with process_group():
         place: list[socket.socket] = []
         on_first_rank(lambda: place.append(_listen(options.host, options.port)))
-        tokenizer = build_tokenizer(options, saved.args)
+        tokenizer = build_tokenizer(args)
         with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
             try:
                 engine = build_engine(
@@ -120,10 +121,9 @@ def _run(options: Namespace, flags: list[str]) -> None:
                 raise UsageError(
                     f"{error} (--max-requests, --max-sequence-length, --max-tokens, --buffer-gb)"
                 ) from error
-            kind = options.tokenizer_type or saved.args.tokenizer_type
             name = options.model_name or options.load.resolve().name
             if rank() == 0:
-                asyncio.run(_serve(engine, tokenizer, kind, name, place[0], options))
+                asyncio.run(_serve(engine, tokenizer, args.tokenizer_type, name, place[0], options))
             else:
                 from .service import follow
 
