@@ -59,12 +59,16 @@ class Service:
         self._keys = itertools.count()
         self._threads: list[threading.Thread] = []
         self._engine_loop: asyncio.AbstractEventLoop | None = None
+        self._registered = threading.Event()
 
     async def __aenter__(self) -> Service:
         self._loop = asyncio.get_running_loop()
         address = await self._start("coordinator", self._coordinate)
         self._engine.on_tokens = lambda news: self._loop.call_soon_threadsafe(self._deliver, news)
         await self._start("engine", functools.partial(self._run_engine, address))
+        # The coordinator takes its first message for the engine's, so that the client must come later.
+        if not await asyncio.to_thread(self._registered.wait, _PATIENCE):
+            raise Gone("the engine does not reach the coordinator")
         self._client = InferenceClient(address, deserialize=False)
         self._client.start(self._loop)
         return self
@@ -194,12 +198,11 @@ class Service:
 
     def _coordinate(self, ready: Callable[[Any], None]) -> None:
         here, there = multiprocessing.Pipe()
-        event = threading.Event()
         thread = threading.Thread(target=lambda: ready(here.recv()), daemon=True)  # it tells its address, then waits
         thread.start()
         context = self._engine.context
         DataParallelInferenceCoordinator.entrypoint(
-            pipe_connection=there, ready_event=event, data_parallel_size=1, tokenizer=self._tokenizer,
+            pipe_connection=there, ready_event=self._registered, data_parallel_size=1, tokenizer=self._tokenizer,
             max_requests=context.max_requests, block_size_tokens=context.block_size_tokens, hostname=HOST,
         )  # fmt: skip
 
