@@ -94,7 +94,7 @@ class Service:
         return len(self._queues)
 
     def held(self) -> dict[str, int]:
-        """What the engine holds: requests that generate, that wait, and slots of states that are free."""
+        """Requests that generate, that wait, that are either; slots of states that are free; steps so far."""
         context = self._engine.context
         free = getattr(context.mamba_metadata, "mamba_state_free_slot_count", context.max_requests)
         return {
@@ -102,6 +102,7 @@ class Service:
             "waiting": len(self._engine.waiting_request_ids),
             "known": len(self._engine.requests),
             "free_slots": int(free),
+            "steps": int(context.step_count),
         }
 
     def check_room(self, requests: int) -> None:
