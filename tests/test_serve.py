@@ -448,8 +448,9 @@ def test_clients_that_leave_free_their_slots(server, alone):
     assert free == {"status": "ok", "active": 0, "waiting": 0, "known": 0, "free_slots": SLOTS}
     assert asyncio.run(run()) == [text_of(tokens) for tokens, _ in alone[:8]]
     after = server.idle()
-    # 50 answers of 73 tokens on average in 4 slots are 900 steps
-    assert after.pop("steps") - begun < 450 and after == free
+    # 60 here; 560 where the answers that nobody waits for are completed
+    steps = after.pop("steps") - begun
+    assert steps < 250 and after == free
     assert server.memory() - before < 32 * 1024, "KiB"
 
 
