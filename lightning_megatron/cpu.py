@@ -6,9 +6,10 @@
 
 Megatron-core assumes CUDA and NCCL. enable() patches torch: the device "cuda" means the CPU, the CUDA random
 generator the CPU's, NCCL gloo, and the torch.cuda calls that only order or measure work do nothing.
-enable_pretrain() also patches the three places of pretrain() that insist on a GPU or lose time for one. Nothing
-else of Megatron changes, and no value does: a run proves the wiring (parallel groups, schedules, optimizers,
-checkpoints), nothing about kernels or NCCL. ``examples/cpu_shim.py`` runs a module or a script this way.
+enable_pretrain() also patches the three places of pretrain() that insist on a GPU or lose time for one, and
+enable_inference() the one of generation over pipeline stages. Nothing else of Megatron changes, and no value does: a
+run proves the wiring (parallel groups, schedules, optimizers, checkpoints), nothing about kernels or NCCL.
+``examples/cpu_shim.py`` runs a module or a script this way.
 
 Importing this module changes nothing. ``lightning-convert verify``, the commands of ``inference`` where there is no
 GPU, tests and examples call enable(); training does not. Written for torch 2.11 and megatron-core 0.19. Paths in the
@@ -86,17 +87,6 @@ def _map_device() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # core/inference/contexts/dynamic_context.py:2415
 
-    generator = torch.Generator  # of core/inference/text_generation_controllers/text_generation_controller.py:251
-
-    class OnCpu(type):
-        def __call__(cls, device=None):
-            return generator(device=on_cpu(device))
-
-        def __instancecheck__(cls, instance):
-            return isinstance(instance, generator)
-
-    torch.Generator = OnCpu("Generator", (), {})
-
     # Megatron's optimizers sort parameters by type(): "torch.cuda.FloatTensor" (core/optimizer/optimizer.py:1009).
     tensor_type = torch.Tensor.type
 
@@ -166,6 +156,19 @@ def _map_rng() -> None:
         module._lazy_init = lambda: None
         module._lazy_call = lambda call, **kwargs: call()
 
+    # core/inference/text_generation_controllers/text_generation_controller.py:251 draws tokens with one of its own
+    plain = torch.Generator
+
+    class Kind(type):
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, plain)
+
+    class Generator(plain, metaclass=Kind):
+        def __new__(cls, device="cpu"):
+            return plain("cpu" if type(device) is int else device)
+
+    torch.Generator = Generator
+
     # CudaRNGStatesTracker.fork() warns when the CPU generator moves: here it is the forked one.
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
@@ -226,3 +229,12 @@ def enable_pretrain() -> None:
     # A checkpoint's first save spawns a helper process that imports the main module, and so Megatron: 5 s for
     # nothing. Without CUDA it can be forked.
     filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+
+
+@functools.cache
+def enable_inference() -> None:
+    """enable(), and let pipeline stages exchange what they generate. Imports megatron.core.inference."""
+    enable()
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None  # asserts that what it sends is on a GPU

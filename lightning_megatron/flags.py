@@ -34,9 +34,6 @@ _NEEDS_TE = (
     "--transformer-impl transformer_engine"
 )
 
-_LOCAL_NORMS = "in the norms that --transformer-impl transformer_engine fuses; use --transformer-impl local"
-
-
 _TE_ALONE = (  # Megatron's local layers do not read them
     "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
     "te_precision_config_file",
@@ -52,6 +49,8 @@ REFUSED_ALWAYS = {
     "heterogeneous_block_specs": _OTHER_ATTENTION,  # of the config; the next one is the flag for it
     "heterogeneous_layers_config_path": _OTHER_ATTENTION,
     "heterogeneous_layers_config_encoded_json": _OTHER_ATTENTION,
+    "flash_decode": "captures Megatron's static inference in CUDA graphs, where states of lightning layers have no "
+    "fixed address; leave it out",
     "reset_attention_mask": "has no effect on lightning layers and on causal softmax kernels, so documents would see "
     "each other; use --dataloader-inter-document-masking",
     "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "
@@ -142,12 +141,6 @@ REFUSED = (
         "is for Megatron's dynamic inference, which lightning layers do not have; leave it out",
     ),
     Rule(
-        "mla_down_proj_fusion",
-        lambda run: run.local,
-        "acts in TransformerEngine's layers only, and --transformer-impl local would ignore it; use "
-        "--transformer-impl transformer_engine, or leave it out",
-    ),
-    Rule(
         "linear_conv_kernel_dim",
         lambda run: run.config.linear_conv_kernel_dim != 4,
         "belongs to gated delta net; lightning layers have no convolution, so leave it out",
@@ -161,19 +154,16 @@ REFUSED = (
         "attention does not take; use --transformer-impl local",
     ),
     Rule(
-        "apply_residual_connection_post_layernorm",
-        lambda run: not run.local,
-        f"is not possible {_LOCAL_NORMS}",
+        "fused_residual_rmsnorm",
+        lambda run: not run.local and run.own_norms,
+        "is an option of TransformerEngine's norms, and --apply-residual-connection-post-layernorm, "
+        "--lightning-embedding-scale and --no-lightning-layernorm-affine need other norms; leave it out",
     ),
     Rule(
-        "lightning_embedding_scale",
-        lambda run: run.options.embedding_scale != 1.0 and not run.local,
-        f"is not possible {_LOCAL_NORMS}",
-    ),
-    Rule(
-        "transformer_impl",
-        lambda run: not run.options.layernorm_affine and not run.local,
-        "gives every norm a weight; use --transformer-impl local, or leave out --no-lightning-layernorm-affine",
+        "fp32_residual_connection",
+        lambda run: not run.local and (run.config.bf16 or run.config.fp16),
+        "gives TransformerEngine's layers an input of another dtype than their weights, which ends them in a "
+        "TypeError; use --transformer-impl local",
     ),
     Rule(
         "layernorm_zero_centered_gamma",
@@ -193,8 +183,8 @@ REFUSED = (
     ),
     Rule(
         "lightning_bilinear_glu",
-        lambda run: not run.local,
-        "is not an option of TransformerEngine's MLPs; use --transformer-impl local",
+        lambda run: not run.local and run.get("use_te_activation_func"),
+        "has no activation, and --use-te-activation-func one of TransformerEngine's; leave that out",
     ),
     *(
         Rule(

@@ -44,6 +44,29 @@ REFUSED = (
         "needs TransformerEngine's layers; use --no-rope-fusion",
         "--rope-fusion",
     ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: run.local,
+        "acts in TransformerEngine's layers only, and --transformer-impl local would ignore it; use "
+        "--transformer-impl transformer_engine, or leave it out",
+    ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: not run.local and run.config.tensor_model_parallel_size > 1,
+        "with --tensor-model-parallel-size above 1 leaves the other ranks' heads out of the gradient of the rotated "
+        "part (Megatron 0.19); leave it out",
+    ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: not run.local and run.get("q_lora_rank") is None,
+        "joins the projections to two latents, and queries have none; give --q-lora-rank, or leave it out",
+    ),
+    Rule(
+        "mla_down_proj_fusion",
+        lambda run: not run.local and run.own_norms,
+        "begins with TransformerEngine's norm, and --apply-residual-connection-post-layernorm, "
+        "--lightning-embedding-scale and --no-lightning-layernorm-affine need another; leave it out",
+    ),
     Rule("qk_l2_norm", lambda run: run.latent, "is not an option of multi-latent attention; use --qk-layernorm"),
     Rule(
         "rope_type",

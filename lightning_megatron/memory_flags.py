@@ -75,6 +75,16 @@ WARNED = (
         lambda run: run.config.num_moe_experts is not None,
         "leaves layers with experts whole",
     ),
+    *(
+        Rule(
+            name,
+            lambda run: run.recomputes and run.config.context_parallel_size > 1 and run.options.cp_keep_states,
+            "recomputes by TransformerEngine's checkpoint, in which lightning layers keep no states of the first run: "
+            "they exchange them between context-parallel ranks again",
+            flag,
+        )
+        for name, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format"))
+    ),
     Rule(_CHUNK, lambda run: run.mtp, "leaves multi-token prediction layers whole"),
     Rule(
         "mlp_chunks_for_training",

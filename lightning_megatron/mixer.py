@@ -16,14 +16,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
-from .caches import attend_requests, own_states
+from .caches.dynamic import RequestStates
+from .caches.static import StaticStates
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
-from .ops import norm_gate, split_heads
+from .ops import norm_gate, split_heads, unfusable
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import LRPE, own_angles, own_rotary_embedding, rotate
+from .rope import LRPE, own_angles, own_rotary_embedding, rotate, turns
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -159,6 +160,11 @@ class LightningAttention(MegatronModule):
             tp_group=self.tp_group,
             name=None if name is None else name + ".linear_proj",
         )
+        known = {type(x) for x in (self.q_norm, self.k_norm, self.out_norm)} <= {HeadNorm, OutputNorm, type(None)}
+        self._unfusable = "a norm of the caller's own" if not known else unfusable(
+            shape.group_dims, norm_width=shape.output_dim // shape.norm_groups if shape.norm_groups else None,
+            lrpe=self.lrpe is not None,
+        )  # fmt: skip
         self.rotary_pos_emb = own_rotary_embedding(config, options, shape.key_dim, self.pg_collection.cp)
         # Not a buffer: Megatron casts those to bf16 (Float16Module), and a decay in bf16 is another decay.
         self.log_decay = log_decay(
@@ -223,7 +229,7 @@ class LightningAttention(MegatronModule):
         inference context, a mask that changes more is refused.
 
         Raises:
-            ValueError: left-padded prompts, or arguments that a lightning layer cannot honour.
+            ValueError: padding before later tokens, or arguments that a lightning layer cannot honour.
         """
         del sequence_len_offset
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
@@ -231,17 +237,17 @@ class LightningAttention(MegatronModule):
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
-        dynamic = inference_context is not None and not inference_context.is_static_batching()
-        caching = inference_context is not None and not dynamic
-        state = self._cached_state(inference_context, packed_seq_params)
+        cached = self._cached_states(inference_context, packed_seq_params, hidden_states, attention_mask)
+        state = None if cached is None else cached.initial
         passed = self._passed
         if passed is not None:
             state = passed.state
-        if caching and attention_mask is not None:
-            _refuse_left_padding(attention_mask, hidden_states.shape[0])
 
         nvtx_range_push(suffix="qkv")
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
+        if isinstance(cached, RequestStates) and cached.only_decodes and self._unfusable is None:
+            nvtx_range_pop(suffix="qkv")
+            return self.linear_proj(self._decode(cached, mixed, rotary_pos_emb, hidden_states))
         # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
         q, gate, k, v = split_heads(
             mixed, self.shape.group_dims, feature_map=options.feature_map, backend=options.backend
@@ -269,20 +275,18 @@ class LightningAttention(MegatronModule):
             nvtx_range_pop(suffix="lrpe")
 
         nvtx_range_push(suffix="lightning_attention")
-        if dynamic:
-            states = own_states(inference_context, self.layer_number - self._stage_offset(), self.state_shape)
-            o = attend_requests(
-                q, k, v, self.log_decay, states, inference_context, scale=self.scale, backend=options.backend
-            )
+        if isinstance(cached, RequestStates):
+            o = cached.attend(q, k, v, self.log_decay, scale=self.scale, backend=options.backend)
         else:
             o, state = lightning_attn(
                 *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
                 exchange=options.cp_exchange, scale=self.scale, initial_state=state,
-                output_final_state=caching or passed is not None, cu_seqlens=cu_seqlens, backend=options.backend,
+                output_final_state=cached is not None or passed is not None, cu_seqlens=cu_seqlens,
+                backend=options.backend,
             )  # fmt: skip
             o = o.transpose(0, 1)
-        if caching:
-            inference_context.key_value_memory_dict[self.layer_number] = (state,)
+            if cached is not None:
+                cached.store(state)
         if passed is not None:
             passed.state = state
         nvtx_range_pop(suffix="lightning_attention")
@@ -295,6 +299,26 @@ class LightningAttention(MegatronModule):
         output = self.linear_proj(o)
         nvtx_range_pop(suffix="linear_proj")
         return output
+
+    def _decode(self, cached: RequestStates, mixed: torch.Tensor, rotary_pos_emb, hidden_states) -> torch.Tensor:
+        """``[requests, 1, ...]`` between the projections: one token of each request, in one launch."""
+        options, norms, cos_sin = self.options, (self.q_norm, self.k_norm, self.out_norm), None
+        q_norm, k_norm, out_norm = (None if norm is None else (norm.weight, norm.eps) for norm in norms)
+        if options.rope:
+            if self.rotary_pos_emb is not None:
+                rotary_pos_emb = own_angles(
+                    self.rotary_pos_emb, hidden_states, self.config, None, cached.context, self.pg_collection.cp
+                )
+            cos_sin = turns(
+                rotary_pos_emb, self.shape.key_dim, config=self.config, layer_number=self.layer_number,
+                index=cached.positions,
+            )  # fmt: skip
+        cos, sin = cos_sin or (None, None)
+        return cached.decode(
+            mixed, self.log_decay, group_dims=self.shape.group_dims, feature_map=options.feature_map, scale=self.scale,
+            q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, interleaved=self.config.rotary_interleaved,
+            gate=options.gate, out_norm=out_norm, backend=options.backend,
+        )  # fmt: skip
 
     def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
         if packed is None:
@@ -319,8 +343,10 @@ class LightningAttention(MegatronModule):
             )
         return self.pp_layer_offset
 
-    def _cached_state(self, context, packed: PackedSeqParams | None) -> torch.Tensor | None:
-        """The state after the tokens seen so far: fp32 ``[b, H, K, V]``, whatever their number."""
+    def _cached_states(
+        self, context, packed: PackedSeqParams | None, hidden_states, mask
+    ) -> StaticStates | RequestStates | None:
+        """The states that a context of Megatron's inference keeps for these tokens; None without a context."""
         if context is None:
             return None
         if self.pg_collection.cp.size() > 1:
@@ -334,15 +360,9 @@ class LightningAttention(MegatronModule):
                 "packed_seq_params out, or give no inference context"
             )
         if not context.is_static_batching():
-            return None
-        if context.batch_size_offset:
-            raise ValueError(
-                "lightning layers generate with Megatron's StaticInferenceContext one batch at a time from its first "
-                f"row; got batch_size_offset={context.batch_size_offset}"
-            )
-        if context.sequence_len_offset == 0:
-            return None
-        return context.key_value_memory_dict[self.layer_number][0]
+            return RequestStates(context, self.layer_number - self._stage_offset(), self.state_shape)
+        tokens, rows, _ = hidden_states.shape
+        return StaticStates(context, self.layer_number, self.config, tokens=tokens, rows=rows, mask=mask)
 
     def backward_dw(self) -> None:
         """Weight gradients of the projections, where Megatron delays them."""
@@ -354,27 +374,6 @@ class LightningAttention(MegatronModule):
         from megatron.core.extensions.transformer_engine import set_save_original_input
 
         set_save_original_input(self.linear_qkv)
-
-
-def _refuse_left_padding(mask: torch.Tensor, tokens: int) -> None:
-    """Refuse a mask ``[..., tokens or 1, keys]``, true where a key is hidden, that hides a key from a later token.
-
-    The state sums all tokens so far. What follows a query, and padding after a prompt, is never in it.
-    """
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # its values cannot be read now, and were in the run before the capture
-    hidden, (queries, keys) = mask.bool(), mask.shape[-2:]
-    earlier = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries - 1)
-    # a key that is visible and earlier than its query, right after a hidden one
-    refused = (hidden[..., :-1] & ~hidden[..., 1:] & earlier[:, 1:]).any()
-    if queries == keys or queries < tokens:  # the first key hidden from all queries, in a row that is not empty
-        refused |= (hidden[..., 0].all(-1) & ~hidden.flatten(-2).all(-1)).any()
-    if refused:
-        raise ValueError(
-            f"attention_mask {list(mask.shape)} hides earlier tokens from later ones, as left-padded prompts need it, "
-            "but the state of a lightning layer holds every token before; give prompts of equal length, pad them on "
-            "the right, or generate for one at a time"
-        )
 
 
 def _refuse_unknown(where: str, arguments: dict[str, Any]) -> None:

@@ -136,6 +136,12 @@ def layer_norm_spec(config, options: LightningOptions, *, first: bool = False, f
     return ModuleSpec(module=norm, params=params) if issubclass(norm, TorchNorm) else norm
 
 
+def norm_name(config, options: LightningOptions) -> str:
+    """For the log: whose layer norms a model has."""
+    norm = layer_norm_spec(config, options)
+    return TorchNorm.__name__ if isinstance(norm, ModuleSpec) else norm.__name__
+
+
 def prediction_norms(config, options: LightningOptions) -> dict[str, Callable]:
     """The norms of a multi-token prediction layer beside those of its transformer layer, as Megatron's spec takes them:
     of embeddings, of states, and behind the layer.

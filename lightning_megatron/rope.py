@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _ya
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from .caches import token_index
+from .caches.dynamic import token_index
 from .config import LightningOptions
 from .parallel import token_positions
 
@@ -64,20 +64,40 @@ def rotate(
     Raises:
         ValueError: no angles, or more channels than K.
     """
-    if config.no_rope_freq and config.no_rope_freq[layer_number - 1]:
+    freqs = _angles(rotary_pos_emb, q.shape[-1], config, layer_number)
+    if freqs is None:
         return q, k
-    if rotary_pos_emb is None:
-        raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
-    freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-    if freqs[0].shape[-1] > q.shape[-1]:
-        raise ValueError(
-            f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
-            f"{q.shape[-1]}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
-        )
     return turn(
         q, k, freqs, config=config, mscale=_yarn_get_concentration_factor_from_config(config), cu_seqlens=cu_seqlens,
         inference_context=inference_context, cp_group=cp_group, group=group, layout=layout,
     )  # fmt: skip
+
+
+def _angles(rotary_pos_emb, channels: int, config, layer_number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A pair for q and k, of which a layer has ``channels``; None where the layer turns nothing."""
+    if config.no_rope_freq and config.no_rope_freq[layer_number - 1]:
+        return None
+    if rotary_pos_emb is None:
+        raise ValueError("lightning rope needs a rotary embedding from the model; pass --position-embedding-type rope")
+    freqs = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+    if freqs[0].shape[-1] > channels:
+        raise ValueError(
+            f"the rotary embedding turns {freqs[0].shape[-1]} channels, but q and k of this lightning layer have "
+            f"{channels}; use a smaller --rotary-percent, or a larger --lightning-key-head-dim"
+        )
+    return freqs
+
+
+def turns(
+    rotary_pos_emb, channels: int, *, config, layer_number: int, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Cosines and sines ``[tokens, n]`` of the angles by which ``rotate`` turns tokens at positions ``index``."""
+    freqs = _angles(rotary_pos_emb, channels, config, layer_number)
+    if freqs is None:
+        return None
+    angles, mscale = freqs[0][index].flatten(1), _yarn_get_concentration_factor_from_config(config)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if mscale == 1.0 else (cos * mscale, sin * mscale)
 
 
 def turn(

@@ -56,6 +56,12 @@ class Run(NamedTuple):
         return self.get("cuda_graph_impl") not in (None, "none")
 
     @property
+    def own_norms(self) -> bool:
+        """Whether layers have norms of this package even with TransformerEngine."""
+        other = self.options.embedding_scale != 1.0 or not self.options.layernorm_affine
+        return bool(self.config.apply_residual_connection_post_layernorm or other)
+
+    @property
     def rotates(self) -> bool:
         """Whether some layer turns q and k; without flags nobody knows, and lightning layers check it themselves."""
         if self.latent and self.softmax:

@@ -153,7 +153,6 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
     from .patches import checkpoint_args, dynamic_inference, flops, mtp_spec, packed_roll, packed_rope, recompute
 
-    dynamic_inference.apply()
     mtp = bool(config.mtp_num_layers)
     softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
@@ -171,5 +170,6 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
             offload=options.offload_activations,
         )
     if args is not None:
+        dynamic_inference.apply()  # else inference.engine does, or the program
         checkpoint_args.apply()
         flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -27,6 +27,7 @@ check_megatron()
 try:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
     from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -43,7 +44,7 @@ try:
     from .norm import head_norm_spec, layer_norm_spec, prediction_norms
     from .residual import scaled_residual
     from .runtime import prepare, refuse
-    from .softmax import LatentAttention, SDPACoreAttention
+    from .softmax import LatentAttention, SDPACoreAttention, TELatentAttention
 except ImportError as error:
     # Megatron catches ImportError from a --spec module and trains plain softmax attention without another word.
     raise RuntimeError(f"lightning_megatron.spec cannot be used, an import failed: {error}") from error
@@ -93,6 +94,7 @@ def get_hybrid_layer_specs(
 
     MLPs, experts and projections are those of Megatron's own spec for ``config.transformer_impl``. For "local", this
     package's norms and softmax core take the place of Megatron's: they support sequence parallelism and long sequences.
+    For "transformer_engine", norms that its fused layers cannot compute stand before its unfused ones.
 
     Args:
         config: Megatron's TransformerConfig.
@@ -131,32 +133,55 @@ def _layer_spec(
 ) -> ModuleSpec:
     """A layer with our parts in place of those of ``base``, Megatron's spec of it."""
     local, latent = config.transformer_impl == "local", config.multi_latent_attention
-    layer = dataclasses.replace(base.submodules)
-    if local:
-        layer.input_layernorm = layer_norm_spec(config, options, first=first)
-        layer.pre_mlp_layernorm = layer_norm_spec(config, options)
-        layer.sharded_state_dict_keys_map = _norm_keys(lightning or not latent, dense)
+    layer, projections = dataclasses.replace(base.submodules), base.submodules.self_attention.submodules
+    layer.sharded_state_dict_keys_map = {} if local else dict(layer.sharded_state_dict_keys_map)
+    before_qkv = lightning or not latent
+    # TransformerEngine's layers fuse their norms with what follows, and keep them where these are its own.
+    norm, mlp_norm = layer_norm_spec(config, options, first=first), layer_norm_spec(config, options)
+    if local or isinstance(norm, ModuleSpec):
+        layer.input_layernorm = norm
+        layer.sharded_state_dict_keys_map |= _norm_keys(before_qkv, False)
+        if not local and before_qkv:
+            projections = dataclasses.replace(projections, linear_qkv=_unfused())
+    if local or isinstance(mlp_norm, ModuleSpec):
+        layer.pre_mlp_layernorm = mlp_norm
+        layer.sharded_state_dict_keys_map |= _norm_keys(False, dense)
+        if not local and dense:
+            mlp = dataclasses.replace(layer.mlp.keywords["submodules"], linear_fc1=_unfused())
+            layer.mlp = functools.partial(layer.mlp, submodules=mlp)
     _set_residuals(layer, options, lightning)
     if options.bilinear_glu:
         layer.mlp = functools.partial(BilinearMLP.as_mlp_submodule, **layer.mlp.keywords)
-    projections = layer.self_attention.submodules
     if lightning:
         layer.self_attention = ModuleSpec(
             module=LightningAttention,
             params={"options": options, "layout": layout},
             submodules=LightningAttentionSubmodules(projections.linear_qkv, projections.linear_proj),
         )
-    elif local:
-        core = ModuleSpec(module=SDPACoreAttention, params={"per_document": layout == "zigzag-documents"})
-        replaced = dataclasses.replace(projections, core_attention=core)
-        if config.qk_layernorm and not config.qk_l2_norm:
+    else:
+        module, params = layer.self_attention.module, dict(layer.self_attention.params)
+        if local:
+            core = ModuleSpec(module=SDPACoreAttention, params={"per_document": layout == "zigzag-documents"})
+            projections = dataclasses.replace(projections, core_attention=core)
+        if config.qk_layernorm and not config.qk_l2_norm and (local or latent):
             names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
-            replaced = dataclasses.replace(replaced, **dict.fromkeys(names, head_norm_spec(config, options)))
-        layer.self_attention = dataclasses.replace(layer.self_attention, submodules=replaced)
-        if latent:
-            params = {**layer.self_attention.params, "layout": layout}
-            layer.self_attention = dataclasses.replace(layer.self_attention, module=LatentAttention, params=params)
+            projections = dataclasses.replace(projections, **dict.fromkeys(names, head_norm_spec(config, options)))
+            if not local:  # else it would be fused, under another name in checkpoints
+                up = dict.fromkeys(("linear_q_up_proj", "linear_kv_up_proj"), _unfused())
+                projections = dataclasses.replace(projections, **up)
+        if latent and local:
+            module, params["layout"] = LatentAttention, layout
+        elif module is MLASelfAttention:
+            module = TELatentAttention
+        layer.self_attention = ModuleSpec(module=module, params=params, submodules=projections)
     return dataclasses.replace(base, submodules=layer)
+
+
+def _unfused() -> type:
+    """TransformerEngine's layer without a norm in the place of one that begins with a norm."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
 
 
 def _norm_keys(before_qkv: bool, dense: bool) -> dict[str, str]:
@@ -258,9 +283,9 @@ def get_mtp_block_spec(
     dense = not expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)[-1]
     # Not in chunks (ChunkedLayer): the norm behind it is recomputed with it, and needs its values.
     layer = _layer_spec(config, options, layout, _megatron_specs(config)[-1], lightning=False, dense=dense)
-    local = config.transformer_impl == "local"
-    block = get_gpt_mtp_block_spec(config, layer, not local, vp_stage=vp_stage, pp_rank=pp_rank)
-    if block is not None and local:
+    use_te = config.transformer_impl == "transformer_engine"
+    block = get_gpt_mtp_block_spec(config, layer, use_te, vp_stage=vp_stage, pp_rank=pp_rank)
+    if block is not None:
         norms = prediction_norms(config, options)
         block.layer_specs = [
             dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **norms))
@@ -292,7 +317,7 @@ class LightningDispatchLayer(BaseTransformerLayer):
             pp_rank = groups.pp.rank() if groups is not None else None
             index += get_transformer_layer_offset(config, arguments.get("vp_stage"), pp_rank)
         layout = prepare(config, options)
-        if config.mtp_num_layers and config.transformer_impl == "local":
+        if config.mtp_num_layers:
             raise ValueError(
                 f"--mtp-num-layers {config.mtp_num_layers}: lightning_layer_spec cannot say what Megatron builds its "
                 "multi-token prediction layers of; use lightning_spec, or leave it out"

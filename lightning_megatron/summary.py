@@ -10,7 +10,7 @@ from . import __version__
 from .compat import version
 from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, resolve_shape
 from .decay import log_decay
-from .norm import layer_norm
+from .norm import norm_name
 
 
 def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def layer_map(config, options: LightningOptions) -> str:
     core = "TransformerEngine's core attention" if te else "torch's scaled_dot_product_attention"
     on = {True: "on", False: "off"}
     sizes = f"lightning {lightning_size:,}" + (f", softmax {softmax_size:,}" if softmax else "")
-    parts = f"{layer_norm(config).__name__} for layer norms" + (f", {core} for softmax layers" if softmax else "")
+    parts = f"{norm_name(config, options)} for layer norms" + (f", {core} for softmax layers" if softmax else "")
     versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton"))
     return "\n".join(
         (

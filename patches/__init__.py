@@ -17,11 +17,12 @@ from . import (
     mtp_spec,
     packed_roll,
     packed_rope,
+    paged_attention,
     recompute,
 )
 
 PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops)
-ALL = (*PATCHES, dynamic_inference, mtp_spec, packed_roll, packed_rope, recompute)
+ALL = (*PATCHES, dynamic_inference, mtp_spec, packed_roll, packed_rope, paged_attention, recompute)
 
 
 def apply_all(options: LightningOptions) -> None:

@@ -70,11 +70,20 @@ def latent_config(**changes) -> MLATransformerConfig:
     return MLATransformerConfig(**SIZES | PLAIN | LATENT | changes)
 
 
-def start(*, tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, ep: int = 1) -> None:
+def start(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+) -> None:
     """Megatron's process groups and random generators, in a process of `spawn`."""
     parallel_state.initialize_model_parallel(
-        tp, pp, virtual_pipeline_model_parallel_size=vpp, context_parallel_size=cp, expert_model_parallel_size=ep
-    )
+        tp, pp, virtual_pipeline_model_parallel_size=vpp, context_parallel_size=cp, expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )  # fmt: skip
     model_parallel_cuda_manual_seed(1234)
 
 

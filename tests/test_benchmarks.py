@@ -13,7 +13,7 @@ import torch
 
 from lightning_megatron.ops import lightning_attn
 
-from .benchmarks import attention, measure, peers, report
+from .benchmarks import attention, decode_ops, measure, peers, report
 from .benchmarks.measure import Shape
 
 # B,T,H,K,V,Hkv; MB (10^6 bytes) of the least traffic forward and backward. By hand: a tensor of 1,8192,32 heads of 128
@@ -320,3 +320,37 @@ def test_training_plot_has_a_panel_per_model_with_all_its_lines(tmp_path, monkey
     assert (other.get_color(), other.get_linestyle()) == (lightning.get_color(), lightning.get_linestyle())
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["lightning", "softmax", "nothing recomputed", "full recompute, loss chunks of 8K"]
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_decoding_operators(sweep, on_cpu, monkeypatch, tmp_path, capsys):
+    """On a CPU with tiny heads: all rows that need no other package compute the same, and land in table and file."""
+
+    def graph_ms(calls, repeats):
+        for call in calls:
+            call()
+        return 0.001
+
+    monkeypatch.setattr(measure, "graph_ms", graph_ms)
+    monkeypatch.setattr(decode_ops, "DIM", 16)
+    path = tmp_path / "new" / "decode_ops.json"
+    arguments = ["--heads", "2", "--requests", "1", "3", "--out", str(path), *(["--sweep"] if sweep else [])]
+    decode_ops.main(arguments)
+    rows = json.loads(path.read_text())["rows"]
+    ours = [x for x in rows if "skipped" not in x]
+    assert not [x for x in ours if "failed" in x] and capsys.readouterr().out.count("\n") == len(rows) + 3
+    if sweep:
+        assert len(rows) == 2 * sum(map(len, decode_ops.TILES.values()))
+        return
+    assert {x["impl"] for x in rows} == set(decode_ops.ROWS)
+    assert len(ours) >= 2 * 6 and all(0 < x["error"] < 2e-2 for x in ours)
+    (one,) = [x for x in ours if x["impl"] == "step" and x["R"] == 3]
+    # in a microsecond: 2 heads of 3 requests, 1 KiB each read and written, and 4 tensors of 32 bytes a head
+    assert one["gb_per_s"] == pytest.approx(6 * (2 * 1024 + 4 * 32) * 1e-3)
+
+
+def test_a_failing_peer_is_a_row(on_cpu, monkeypatch):
+    monkeypatch.setattr(decode_ops, "DIM", 16)
+    cases = decode_ops.make_cases(2, 2)
+    row = decode_ops.attempt("step", lambda: lambda c: decode_ops.step(c) + 1, cases, 3000.0, 1)
+    assert "computes something else" in row["failed"] and "FAILED" in decode_ops.line(row)

@@ -127,16 +127,20 @@ REFUSED = {
         HYBRID | LATENT | dict(rope_type="yarn"), dict(rope=True), dict(position_embedding_type="rope"),
         "--rope-type yarn with --multi-latent-attention .*use --rope-type rope",
     ),
-    "residual-te": (
-        dict(apply_residual_connection_post_layernorm=True, **TE), {}, {},
-        "--apply-residual-connection-post-layernorm is not possible in the norms .*use --transformer-impl local",
-    ),
-    "embedding-scale-te": (
-        TE, dict(embedding_scale=8.0), {}, "--lightning-embedding-scale 8.0 is not possible in the norms ",
-    ),
-    "affine-te": (
-        TE, dict(layernorm_affine=False), {},
-        "--transformer-impl transformer_engine gives every norm a weight.*leave out --no-lightning-layernorm-affine",
+    **{
+        f"fused-norm-te-{number}": (
+            TE | dict(fused_residual_rmsnorm=True) | config, options, {},
+            "--fused-residual-rmsnorm is an option of TransformerEngine's norms, and .* leave it out",
+        )
+        for number, (config, options) in enumerate((
+            (dict(apply_residual_connection_post_layernorm=True), {}),
+            ({}, dict(embedding_scale=8.0)),
+            ({}, dict(layernorm_affine=False)),
+        ))
+    },
+    "fp32-residual-te": (
+        TE | dict(fp32_residual_connection=True, bf16=True), {}, {},
+        "--fp32-residual-connection gives TransformerEngine's layers .*use --transformer-impl local",
     ),
     "affine-1p": (
         dict(layernorm_zero_centered_gamma=True), dict(layernorm_affine=False), {},
@@ -156,7 +160,8 @@ REFUSED = {
         "--lightning-bilinear-glu is not an option of experts; leave out --num-experts",
     ),
     "bilinear-te": (
-        SWIGLU | TE, dict(bilinear_glu=True), {}, "--lightning-bilinear-glu is not an option of Transformer",
+        SWIGLU | TE | dict(use_te_activation_func=True), dict(bilinear_glu=True), {},
+        "--lightning-bilinear-glu has no activation, and --use-te-activation-func",
     ),
     **{
         f"softmax-{factor}": (
@@ -185,9 +190,24 @@ REFUSED = {
         HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
         "--cache-mla-latents is for Megatron's dynamic inference.*leave it out",
     ),
+    "flash-decode": (
+        dict(flash_decode=True), {}, {}, "--flash-decode captures Megatron's static inference .*leave it out",
+    ),
     "latent-fusion": (
         HYBRID | LATENT | dict(mla_down_proj_fusion=True), {}, {},
         "--mla-down-proj-fusion acts in TransformerEngine's layers only.*use --transformer-impl transformer_engine",
+    ),
+    "latent-fusion-tp": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True, tensor_model_parallel_size=2), {}, {},
+        "--mla-down-proj-fusion with --tensor-model-parallel-size above 1 leaves .*leave it out",
+    ),
+    "latent-fusion-queries": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True, q_lora_rank=None), {}, {},
+        "--mla-down-proj-fusion joins .*give --q-lora-rank, or leave it out",
+    ),
+    "latent-fusion-norm": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True), dict(layernorm_affine=False), {},
+        "--mla-down-proj-fusion begins with TransformerEngine's norm.*leave it out",
     ),
     "latent-position": (
         HYBRID | LATENT, {}, dict(position_embedding_type="yarn"),
@@ -321,6 +341,11 @@ def test_refused_in_both_ways(name, without):
 
 ALLOWED = {
     "fp8-te": (TE | dict(fp8="hybrid"), {}, {}),
+    "norms-te": (
+        SWIGLU | TE | dict(apply_residual_connection_post_layernorm=True),
+        dict(embedding_scale=2.0, layernorm_affine=False, bilinear_glu=True), {},
+    ),
+    "latent-fusion-te": (HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True), {}, {}),
     "te-only-te": (
         TE | dict(tp_comm_overlap=True, use_te_activation_func=True), {}, dict(te_precision_config_file="some.yaml"),
     ),
@@ -374,6 +399,10 @@ LOGGED = {
     "chunk-cp": (
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
         ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
+    ),
+    "fp8-states": (
+        TE | FULL | dict(fp8="hybrid", context_parallel_size=2), {}, OWN,
+        ["--fp8-format hybrid recomputes by TransformerEngine's checkpoint", "exchange them between"],
     ),
     "chunk-packed": (
         FULL, CHUNK, OWN | dict(dataloader_inter_document_masking=True), ["--lightning-recompute-chunk 64", "packed"],

@@ -172,6 +172,32 @@ def test_context_parallelism_is_exact(rng, world, tp):
     print("largest relative errors of the ranks:", errors)
 
 
+def check_reduced(rank: int, world: int, changes: dict, seed: int) -> float:
+    """Against the formulas, after all that Megatron sums between backward and optimizer."""
+    rng = torch.Generator().manual_seed(seed)
+    layers.start(tp=world)
+    config = latent_config(tensor_model_parallel_size=world, **changes)
+    attention = build(config, "zigzag")
+    params = layers.draw_parameters(attention, world, rng)
+    layers.set_parameters(attention, params, rank, world)
+    x, weight = (torch.randn(T, 2, 64, generator=rng) for _ in range(2))
+    want = with_gradients(judge(config, allowed_pairs(None)), params, x.double(), weight.double())
+    if config.sequence_parallel:
+        x, weight = (layers.tokens_here(y, rank, world) for y in (x, weight))
+    model = layers.trainable(attention, config)
+    output, _ = model(x, None)
+    output.backward(weight)
+    got = layers.reduce_gradients(model)
+    wanted = {name: layers.slice_of(name, want[f"d {name}"], rank, world) for name in got}
+    return assert_close(got, wanted, LAYERS[torch.float32])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(sequence_parallel=True)], ids=str)
+def test_gradients_that_megatron_sums_over_tensor_parallel_ranks(rng, changes):
+    """Megatron sums what has q_layernorm in its name: right for norms of heads, and not for that of a latent."""
+    print("largest relative errors of the ranks:", spawn(check_reduced, 2, changes, rng.initial_seed()))
+
+
 def check_sent(rank: int, world: int, tp: int) -> None:
     """Of the latents: what each rank sends forward, in numbers, and sums backward."""
     layers.start(tp=tp, cp=world // tp)

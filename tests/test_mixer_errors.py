@@ -111,7 +111,7 @@ def check_layer_refusals(rank: int, world: int) -> None:
     bounds = torch.tensor([0, 32], dtype=torch.int32)
     thd = PackedSeqParams("thd", bounds, bounds)
     moved = StaticInferenceContext(2, 32)
-    moved.batch_size_offset = 1
+    moved.batch_size_offset = 2
     dynamic = DynamicInferenceContext.__new__(DynamicInferenceContext)  # its __init__ allocates the cache
     freqs = layers.rotary(variant, 32)
 
@@ -127,10 +127,10 @@ def check_layer_refusals(rank: int, world: int) -> None:
             dict(packed_seq_params=PackedSeqParams("bshd", bounds, bounds)),
             "qkv_format='bshd' .*lightning layers take 'thd'",
         ),
-        (dict(inference_context=dynamic), "StaticInferenceContext, .*got DynamicInferenceContext"),
+        (dict(inference_context=dynamic), "StaticInferenceContext; got DynamicInferenceContext"),
         (dict(inference_params=dynamic), "got DynamicInferenceContext"),
         (dict(inference_context=StaticInferenceContext(1, 32), packed_seq_params=thd), "and packed sequences"),
-        (dict(inference_context=moved), "from its first row; got StaticInferenceContext with batch_size_offset=1"),
+        (dict(inference_context=moved), "rows 2 to 2 of a batch are more than .*max_batch_size=2; give it a larger"),
     ):
         if arguments:
             arguments = dict(rotary_pos_emb=freqs) | arguments

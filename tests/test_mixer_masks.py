@@ -64,13 +64,38 @@ def check(rank: int, world: int, seed: int) -> None:
         documents[..., part, part] = False
     documents |= get_attention_mask(LENGTH)
     for mask in (*(padded(True, kind) for kind in KINDS), keys.flip(-1), documents):
-        with pytest.raises(
-            ValueError, match="left-padded prompts .*equal length, pad them on the right, or generate for one"
-        ):
+        with pytest.raises(ValueError, match="left-padded prompts .*equal length, or generate for one at a time"):
             read(mask)
         mixer(x, mask)  # training: softmax layers do not read it either (runtime.refuse_args)
     with pytest.raises(ValueError, match="left-padded"):  # one real token in the second piece only
         read(padded(True, "itself"), pieces=(4, 8))
+
+    def generate(mask, step, rows=2):
+        """A padded prompt, and one token."""
+        context = StaticInferenceContext(max_batch_size=2, max_sequence_length=LENGTH + 2)
+        mixer(x[:, :rows], mask, inference_context=context)
+        context.sequence_len_offset = LENGTH
+        return mixer(x[:1, :rows], step, inference_context=context)[0]
+
+    with torch.no_grad():
+        causal, unknown = torch.zeros(1, 1, 1, LENGTH + 1, dtype=torch.bool), "without a mask that still marks"
+        filler = get_attention_mask(LENGTH).repeat(2, 1, 1, 1)
+        filler[0] = True  # a row without any token holds nothing that matters
+        filled = generate(filler, None)
+        assert torch.equal(filled[:, 1:], generate(None, None)[:, 1:])
+        for mask in (*right, keys):
+            new = torch.cat((mask[..., -1:, :], torch.zeros(2, 1, 1, 1, dtype=torch.bool)), -1)
+            new[1, ..., :SHORT] = False
+            new[1, ..., SHORT:LENGTH] = True  # what a token after the padding would have to see
+            for step, message in ((None, unknown), (causal, unknown), (new, "hides earlier tokens")):
+                with pytest.raises(ValueError, match=message):
+                    generate(mask, step)
+            new[1] = True  # the second row has ended
+            assert torch.equal(generate(mask, new)[:, :1], generate(None, None)[:, :1])
+    gap = keys.clone()
+    gap[1, ..., -1] = False  # one mask for all queries, in which padding lies between tokens
+    with pytest.raises(ValueError, match="hides earlier tokens"):
+        read(gap)
 
 
 def test_masks_in_inference(rng):

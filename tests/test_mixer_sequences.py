@@ -88,7 +88,7 @@ def check_decoding(rank: int, world: int, variant: Variant, seed: int) -> None:
     def read(tokens):
         output, _ = mixer(tokens, None, inference_context=context, rotary_pos_emb=freqs)
         context.sequence_len_offset += len(tokens)
-        (state,) = context.key_value_memory_dict[variant.layer]
+        state = context.key_value_memory_dict[variant.layer][0][0]
         assert state.dtype == torch.float32 and state.shape == (
             2,
             4 // world,

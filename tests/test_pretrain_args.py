@@ -113,7 +113,8 @@ def test_defaults_with_everything_installed(parse, installed):
     refuse(args)
     assert args.transformer_impl == "transformer_engine"
     assert not args.no_persist_layer_norm
-    assert args.apply_rope_fusion and args.masked_softmax_fusion and args.gradient_accumulation_fusion
+    assert arguments.args_defaults(args)["apply_rope_fusion"]
+    assert args.masked_softmax_fusion and args.gradient_accumulation_fusion
     assert not args.create_attention_mask_in_dataloader
 
 
@@ -121,8 +122,27 @@ def test_defaults_with_transformer_engine_alone(parse, installed):
     installed("transformer_engine")
     args = parse()
     refuse(args)
-    assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
+    assert args.transformer_impl == "transformer_engine"
     assert not args.gradient_accumulation_fusion  # the output layer is Megatron's own, and that needs apex
+
+
+@pytest.mark.parametrize(
+    "flags, on",
+    [
+        ("", True),
+        ("--multi-latent-attention --rope-type yarn", True),
+        ("--multi-latent-attention", True),  # Megatron's default is yarn
+        ("--multi-latent-attention --rope-type rope", False),
+        ("--multi-latent-attention --rope-type yarn --no-rope-fusion", None),
+        ("--multi-latent-attention --rope-type rope --rope-fusion", None),
+    ],
+)
+def test_rope_fusion_is_off_where_megatron_has_no_kernel(parse, installed, flags, on):
+    """Megatron refuses the fusion for latents without YaRN, and is asked for it unless the user says so."""
+    installed("transformer_engine")
+    assert arguments.args_defaults(parse(flags)).get("apply_rope_fusion") is on
+    installed()
+    assert "apply_rope_fusion" not in arguments.args_defaults(parse("--multi-latent-attention --rope-type rope"))
 
 
 @pytest.mark.parametrize("attribute", KERNELS)
@@ -147,9 +167,10 @@ def test_user_overrides_other_defaults(parse, installed):
     ).create_attention_mask_in_dataloader
     reshardable = {"dist_ckpt_optim_fully_reshardable": False}
     wanted = {"eval_interval": sys.maxsize, "eval_iters": 100, "tokenizer_type": "NullTokenizer"} | reshardable
-    assert arguments.args_defaults(args) == wanted
+    rope = {"apply_rope_fusion": True}
+    assert arguments.args_defaults(args) == wanted | rope
     args = parse("--eval-interval 5 --eval-iters 7 --tokenizer-type HuggingFaceTokenizer")
-    assert arguments.args_defaults(args) == reshardable
+    assert arguments.args_defaults(args) == reshardable | rope
 
 
 @pytest.mark.parametrize(

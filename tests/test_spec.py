@@ -305,6 +305,7 @@ def megatron_args(monkeypatch):
     counted = []
     monkeypatch.setattr(patches.flops, "apply", counted.append)
     monkeypatch.setattr(patches.checkpoint_args, "apply", lambda: None)
+    monkeypatch.setattr(patches.dynamic_inference, "apply", lambda: None)
     return args, counted
 
 

@@ -8,11 +8,18 @@ import statistics
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
 from torch.utils.checkpoint import checkpoint
 
 from lightning_megatron import ops, parallel
+from lightning_megatron.compat import importable
+from lightning_megatron.models.presets import preset_config
+from tests import layers
 from tests.conftest import SEED
+from tests.helpers import released
 from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
+from tests.helpers.model_cases import MEGATRON
+from tests.helpers.released import LARGER
 from tests.helpers.training import MODELS, RECOMPUTE, SIZE
 from tests.launch import Run, run_pretrain, spawn
 from tests.ops.cases import pick, randn
@@ -124,8 +131,11 @@ def test_same_bits_twice(exchange, ranks):
 
 TRAIN = (
     "--micro-batch-size 1 --global-batch-size 8 --train-iters 20 --lr 2e-3 --lr-decay-style constant --bf16 "
-    "--log-interval 1 --eval-iters 0 --num-workers 0 --mock-data --linear-attention-freq 4"
+    "--log-interval 1 --eval-iters 0 --num-workers 0 --mock-data --linear-attention-freq 4 "
+    "--transformer-impl local --no-rope-fusion"
 ).split()
+# Checkpoints of local layers lack the empty states that TransformerEngine's norms look for.
+TE = "--transformer-impl transformer_engine --dist-ckpt-strictness log_all"
 RUNS = {  # the number of GPUs, and flags; names that begin with latent train another model
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
@@ -145,6 +155,13 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent train an
     "latent-one": (1, ""),
     "latent-cp2": (2, "--context-parallel-size 2"),
     "latent-tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "te-alone": (1, f"{TE} --rope-fusion"),
+    "te-tp2-sp": (2, f"{TE} --rope-fusion --tensor-model-parallel-size 2 --sequence-parallel"),
+    "te-cp2": (2, f"{TE} --rope-fusion --context-parallel-size 2"),
+    "te-cp2-recompute": (2, f"{TE} --rope-fusion --context-parallel-size 2 {RECOMPUTE}"),
+    "latent-te-tp2": (2, f"{TE} --tensor-model-parallel-size 2"),
+    "latent-te-tp2-sp": (2, f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "latent-te-cp2": (2, f"{TE} --context-parallel-size 2"),
 }
 
 
@@ -156,6 +173,7 @@ def runs(tmp_path_factory):
     @functools.cache
     def start(model: str) -> list[str]:
         folder, flags = tmp_path_factory.mktemp("initial"), [*SIZE, *TRAIN, *MODELS[model].split()]
+        flags += ["--v-head-dim", "16"] if model == "latent" else []  # 12 is no head dim of cuDNN
         save = f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng".split()
         run_pretrain([*flags, *save], gpus=True, env=env)
         return [*flags, *f"--load {folder} --finetune --no-load-optim --no-load-rng".split()]
@@ -169,9 +187,14 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("layout", [name for name in RUNS if not name.endswith("one")])
+@pytest.mark.parametrize("layout", [name for name in RUNS if name not in ("one", "latent-one")])
 def test_trains_as_one_gpu(layout, runs):
-    """bf16 rounds otherwise in each layout; a loss misses that of one GPU by less than 1% of what is learnt."""
+    """bf16 rounds otherwise in each layout; a loss misses that of one GPU by less than 1% of what is learnt, and 2%
+    with TransformerEngine, whose kernels are others, beside local layers on one GPU.
+    """
+    te = TE in RUNS[layout][1]
+    if te and not importable("transformer_engine.pytorch"):
+        pytest.skip("TransformerEngine does not import")
     got, want = runs(layout).losses, runs("latent-one" if layout.startswith("latent") else "one").losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]
@@ -180,7 +203,35 @@ def test_trains_as_one_gpu(layout, runs):
         f"largest {max(differences):.1e}"
     )
     assert len(want) == 20 and learnt > 0.3
-    assert max(differences) < 0.01 * learnt, f"{got} {want}"
+    assert max(differences) < (0.02 if te else 0.01) * learnt, f"{got} {want}"
+
+
+def gradients_of_two(rank: int, world: int) -> dict[str, float]:
+    """How much the gradients of weights that both tensor-parallel ranks hold differ between them, on TE's layers."""
+    layers.start(tp=2)
+    config = preset_config("ling-2.6-flash@tiny") | LARGER["ling-2.6-flash"] | dict(num_nextn_predict_layers=0)
+    args = released.args_of(config, f"--bf16 --transformer-impl transformer_engine {MEGATRON}")
+    model = released.build(args, tensor_model_parallel_size=2).cuda()
+    model = Float16Module(model.config, model)
+    tokens = torch.randint(0, args.padded_vocab_size, (2, 64), generator=torch.Generator().manual_seed(1)).cuda()
+    logits = model(tokens, torch.arange(64, device="cuda")[None], None)
+    (logits.float() * torch.randn(logits.shape, device="cuda")).sum().backward()
+    found = {}
+    for name, p in model.module.named_parameters():
+        if p.grad is not None and not getattr(p, "tensor_model_parallel", False):
+            both = [torch.empty_like(p.grad) for _ in range(2)]
+            dist.all_gather(both, p.grad.contiguous())
+            found[name] = float((both[0] - both[1]).norm() / both[0].norm().clamp(min=1e-12))
+    return found
+
+
+@pytest.mark.skipif(not importable("transformer_engine.pytorch"), reason="TransformerEngine does not import")
+def test_latent_weights_that_both_ranks_hold_have_one_gradient():
+    """Else they drift apart: without sequence parallelism Megatron sums none but those of norms of heads."""
+    (found, _) = spawn(gradients_of_two, 2, gpus=True, timeout=300)
+    latent = {name: error for name, error in found.items() if "down_proj" in name or "kv_layernorm" in name}
+    print(latent)
+    assert latent and all(error < 1e-2 for error in latent.values()), latent
 
 
 # ---- what may change unseen, and process groups ----------------------------------------------------------------------

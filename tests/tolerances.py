@@ -76,6 +76,10 @@ EXCHANGED = 9 * 8**0.5 * UNIT
 # tokens (gradients of weights): summed(4096) = 2.7e-6.
 POINTWISE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
+# Decoding, relative RMS of the worst request or state: fp32 inside, rounded once. The torch backend rounds after each
+# of the operations that make a layer, half a dozen times up to 2^-8 (2^-11), and an output norm passes that on.
+DECODING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+
 # Cross entropy, relative RMS of all tokens: fp32 inside, nothing is rounded to the dtype of the logits. The loss of a
 # token is log(sum of 100 exponentials) + largest - target: summed(100) = 4.2e-7 at most, and three roundings.
 LOSS = {torch.float64: 1e-12, torch.float32: 1.5e-6}

@@ -15,44 +15,10 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
     given = dict(q=q, k=k, v=v, log_decay=log_decay)
     given |= {} if initial_state is None else dict(initial_state=initial_state)
     given |= {} if cu_seqlens is None else dict(cu_seqlens=cu_seqlens)
-    for name, x in given.items():
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, but is a {type(x).__name__}; make it one on q's device")
-    for name, x, axes in (("q", q, "B,T,H,K"), ("k", k, "B,T,Hkv,K"), ("v", v, "B,T,Hkv,V")):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have the 4 dimensions [{axes}], but has shape {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
-                f"{x.device}"
-            )
-    if q.dtype not in (*_DTYPES, torch.float64):
-        raise ValueError(f"q has dtype {q.dtype}; lightning_attn computes bfloat16, float16 and float32")
+    check_tensors(**given)
+    check_heads(q, k, v, log_decay, scale)
     B, T, H, K = q.shape
-    Hkv, V = v.shape[2:]
-    if k.shape != (B, T, Hkv, K) or v.shape[:2] != (B, T):
-        raise ValueError(
-            f"shapes do not fit: q {list(q.shape)} is [B,T,H,K], so k must be [{B},{T},Hkv,{K}] and v [{B},{T},Hkv,V], "
-            f"but k is {list(k.shape)} and v is {list(v.shape)}"
-        )
-    if Hkv == 0 or H == 0 or H % Hkv:
-        raise ValueError(f"{H} query heads cannot share {Hkv} key/value heads: the second must divide the first")
-    for name, dim in (("K", K), ("V", V)):
-        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
-            raise ValueError(
-                f"head dim {name}={dim} is not supported: it must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} "
-                f"to {MAX_HEAD_DIM}; pad q and k (or v) with zeros, which changes nothing but the default scale"
-            )
-    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if log_decay.shape != (H,) or log_decay.dtype != state_dtype or log_decay.device != q.device:
-        raise ValueError(
-            f"log_decay must be [{H}] (one entry per query head), {state_dtype} on {q.device}, but is "
-            f"{list(log_decay.shape)}, {log_decay.dtype} on {log_decay.device}"
-        )
-    if log_decay.requires_grad:
-        raise ValueError("log_decay requires grad, but lightning attention has fixed decays; pass log_decay.detach()")
-    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) <= torch.finfo(state_dtype).max):
-        raise ValueError(f"scale={scale!r:.40} must be a finite number in fp32, or None for K ** -0.5 = {K**-0.5:.4g}")
+    V, state_dtype = v.shape[-1], state_dtype_of(q)
     sequences = B
     if cu_seqlens is not None:
         if B != 1:
@@ -79,6 +45,67 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
                 f"initial_state must be {state_dtype} on {q.device} (states are not kept in low precision), but is "
                 f"{initial_state.dtype} on {initial_state.device}"
             )
+
+
+def check_tensors(**given) -> None:
+    """All are tensors; the first says on which device they should be."""
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(
+                f"{name} must be a torch.Tensor, but is a {type(x).__name__}; make it one on {next(iter(given))}'s "
+                "device"
+            )
+
+
+def check_heads(q, k, v, log_decay, scale, rows: str = "B,T") -> None:
+    """q, k, v and what belongs to their heads; ``rows`` names their first two dimensions."""
+    for name, x, axes in (("q", q, "H,K"), ("k", k, "Hkv,K"), ("v", v, "Hkv,V")):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have the 4 dimensions [{rows},{axes}], but has shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"q, k and v must share dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
+                f"{x.device}"
+            )
+    if q.dtype not in (*_DTYPES, torch.float64):
+        raise ValueError(f"q has dtype {q.dtype}; the operator computes bfloat16, float16 and float32")
+    B, T, H, K = q.shape
+    Hkv, V = v.shape[2:]
+    if k.shape != (B, T, Hkv, K) or v.shape[:2] != (B, T):
+        raise ValueError(
+            f"shapes do not fit: q {list(q.shape)} is [{rows},H,K], so k must be [{B},{T},Hkv,{K}] and v "
+            f"[{B},{T},Hkv,V], but k is {list(k.shape)} and v is {list(v.shape)}"
+        )
+    check_sizes(H, Hkv, K, V)
+    check_decay_and_scale(log_decay, scale, H, K, q)
+
+
+def check_sizes(H: int, Hkv: int, K: int, V: int) -> None:
+    if Hkv == 0 or H == 0 or H % Hkv:
+        raise ValueError(f"{H} query heads cannot share {Hkv} key/value heads: the second must divide the first")
+    for name, dim in (("K", K), ("V", V)):
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+            raise ValueError(
+                f"head dim {name}={dim} is not supported: it must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} "
+                f"to {MAX_HEAD_DIM}; pad q and k (or v) with zeros, which changes nothing but the default scale"
+            )
+
+
+def state_dtype_of(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check_decay_and_scale(log_decay: torch.Tensor, scale, H: int, K: int, q: torch.Tensor) -> None:
+    state_dtype = state_dtype_of(q)
+    if log_decay.shape != (H,) or log_decay.dtype != state_dtype or log_decay.device != q.device:
+        raise ValueError(
+            f"log_decay must be [{H}] (one entry per query head), {state_dtype} on {q.device}, but is "
+            f"{list(log_decay.shape)}, {log_decay.dtype} on {log_decay.device}"
+        )
+    if log_decay.requires_grad:
+        raise ValueError("log_decay requires grad, but lightning attention has fixed decays; pass log_decay.detach()")
+    if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) <= torch.finfo(state_dtype).max):
+        raise ValueError(f"scale={scale!r:.40} must be a finite number in fp32, or None for K ** -0.5 = {K**-0.5:.4g}")
 
 
 class Seen:

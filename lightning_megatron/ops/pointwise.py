@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from . import torch_backend
 from .backend import choose
 
-_SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
-_GATES = ("sigmoid", "linear", "none")
+SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
+GATES = ("sigmoid", "linear", "none")
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
@@ -33,7 +33,7 @@ def split_heads(
         q ``[s, b, H, K]``, gate ``[s, b, Hkv, H / Hkv * V]`` or None, k ``[s, b, Hkv, K]``, v ``[s, b, Hkv, V]``. What
         is not activated is a view of mixed; only q without feature map is a copy where heads share k and v.
     """
-    silu = _SILU[feature_map]
+    silu = SILU[feature_map]
     assert mixed.shape[-1] % sum(dims) == 0 and dims[0] % dims[2] == 0, f"{list(mixed.shape)} is not groups of {dims}"
     if choose(backend, mixed) is torch_backend:
         return _split_heads(mixed, dims, silu)
@@ -63,7 +63,7 @@ def norm_gate(
     Returns:
         ``[s, b, H * V]`` in the dtype of o.
     """
-    assert kind in _GATES and (kind == "none" or gate is not None and gate.shape[2:].numel() == o.shape[2:].numel())
+    assert kind in GATES and (kind == "none" or gate is not None and gate.shape[2:].numel() == o.shape[2:].numel())
     if kind == "none":
         gate = None
     if gate is None and weight is None and width is None:

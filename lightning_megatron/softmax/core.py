@@ -76,7 +76,8 @@ def refuse_unsupported(config, layer_number: int) -> None:
 class SDPACoreAttention(MegatronModule):
     """Drop-in ``core_attention`` of Megatron's SelfAttention; flash kernels on a GPU, exact on a CPU.
 
-    Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist.
+    Causal layers ignore ``attention_mask``, as TransformerEngine does, so that no T x T mask need exist. After a
+    prompt, where Megatron says no_mask, each of several new tokens sees the keys up to its own.
 
     ``config.attention_backend`` chooses the kernel: flash is FlashAttention, fused is cuDNN, unfused is plain torch;
     auto leaves it to torch, which takes cuDNN's on an H100. Packed documents take FlashAttention unless another one is
@@ -173,19 +174,16 @@ class SDPACoreAttention(MegatronModule):
                 return self._packed(query, key, value, bounds, bounds, packed_seq_params.max_seqlen_q, dropout).flatten(
                     1
                 )
+            if mask_type == AttnMaskType.no_mask and 1 < query.shape[0] < key.shape[0]:
+                # several tokens after a prompt: Megatron turns the mask off, but they must not see each other's future
+                every = [(slice(0, query.shape[0]), slice(0, key.shape[0]))]
+                return self._one_by_one(query, key, value, every, dropout).flatten(2)
             mask = None
             if not causal and mask_type != AttnMaskType.no_mask and attention_mask is not None:
                 mask = ~attention_mask
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
             if causal and q.shape[2] != k.shape[2]:
                 raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
-            if (
-                mask_type == AttnMaskType.no_mask and 1 < q.shape[2] < k.shape[2]
-            ):  # what Megatron says while it generates
-                raise ValueError(
-                    f"{q.shape[2]} new tokens after {k.shape[2] - q.shape[2]} cached ones would see each other's "
-                    "future; generate one token at a time, or use TransformerEngine"
-                )
             o = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                 scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1],
@@ -242,7 +240,8 @@ class SDPACoreAttention(MegatronModule):
             if a != b and self.backend == AttnBackend.fused:
                 raise ValueError(
                     f"--attention-backend fused (cuDNN) does not attend from {a} tokens to the {b} up to their end, as "
-                    "packed documents and dropout need it over context-parallel ranks: use flash or auto"
+                    "several tokens after a prompt need it, and packed documents and dropout over context-parallel "
+                    "ranks: use flash or auto"
                 )
             o = F.scaled_dot_product_attention(
                 *(x.permute(1, 2, 0, 3) for x in (q[queries], k[keys], v[keys])), attn_mask=causal_lower_right(a, b),

@@ -125,6 +125,8 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
     )
     parser.set_defaults(dist_ckpt_optim_fully_reshardable=None)  # args_defaults decides
     defaults = {attribute: on if importable(module) else not on for attribute, on, _, _, module in KERNELS}
+    if defaults["apply_rope_fusion"]:
+        defaults["apply_rope_fusion"] = None  # args_defaults decides
     defaults["transformer_impl"] = "transformer_engine" if importable(_TE) else "local"
     # None, so that a given value can be told from Megatron's default; args_defaults and _ALIASES have what follows.
     defaults |= dict.fromkeys(("eval_iters", *_UNSET))
@@ -236,6 +238,9 @@ def args_defaults(args: Namespace) -> dict[str, typing.Any]:
         defaults["dist_ckpt_optim_fully_reshardable"] = (
             args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local"
         )
+    if args.apply_rope_fusion is None:  # of latents TransformerEngine has no kernel, and Megatron one for YaRN alone
+        plain = args.multi_latent_attention and args.rope_type == "rope"
+        defaults["apply_rope_fusion"] = importable(_TE) and not plain
     if args.eval_iters is None:
         defaults["eval_iters"] = _EVAL_ITERS if has_validation_data(args) else 0
     if args.tokenizer_type is None and args.mock_data:

@@ -33,7 +33,7 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from ..config import LightningOptions
-from ..norm import layer_norm
+from ..norm import norm_name
 from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
@@ -100,7 +100,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     refuse_model(config, options, loader_layout(args), args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = make_spec(options)
-    log_single_rank(logger, logging.INFO, parts_in_use(args, layer_norm(config).__name__))
+    log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))
     return pretrain_cfg_container_from_args(args, model), options
 
 

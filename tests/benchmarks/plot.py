@@ -4,6 +4,7 @@ speed.json     -> speed.png     percent of the least possible time, per shape
 length.json    -> length.png    time against length, log-log
 dims.json      -> dims.png      percent of the least possible time, per head dim
 training.json  -> training.png  tokens per GPU and second against length
+decode_models.json -> decode_models.png  tokens per second of decoding against context
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {row.name: row.colour for row in ROWS} | {"softmax": "#7f7f7f", "hybrid": "#ff7f0e"}
 OTHER_COLOURS = ("#8c564b", "#bcbd22", "#e377c2", "#1b4f72")
 OURS = ROWS[0].name
+PLOTTED_BATCHES = (16, 64)  # of decoding
 FEWEST = 3  # points of a line in the plot of training
 # Line style and marker of a way of training, the plainest first.
 WAYS = (
@@ -225,17 +227,47 @@ def draw_training(data: dict, path: Path) -> Path:
     return path
 
 
-DRAW = {"speed": draw_speed, "length": draw_length, "dims": draw_dims, "training": draw_training}
+def draw_decode_models(data: dict, path: Path) -> Path:
+    """Tokens per second of the engine's steps against context, a panel per batch, a line per model."""
+    rows = [x for x in data["rows"] if x.get("requests") == "aged"]
+    name = "graph_tokens_per_second" if any("graph_tokens_per_second" in x for x in rows) else "eager_tokens_per_second"
+    names, batches = _names(rows, "attention"), sorted({x["batch"] for x in rows})
+    batches = [b for b in batches if b in PLOTTED_BATCHES] or batches
+    figure, axes = plt.subplots(1, len(batches), figsize=(6 * len(batches), 4.8), squeeze=False, layout="constrained")
+    for axis, batch in zip(axes.flat, batches, strict=True):
+        shown = [x for x in rows if x["batch"] == batch]
+        for model in names:
+            points = [(x["context"], x[name]) for x in shown if x["attention"] == model and name in x]
+            if points:
+                _line(axis, points, model, _colour(model, names))
+        _lengths_axis(axis, [x["context"] for x in shown])
+        axis.set_xlabel("tokens in context")
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.set_title(f"batch {batch}")
+    axes[0, 0].set_ylabel("tokens per second")
+    steps = "CUDA graphs" if name.startswith("graph") else "eager"
+    figure.suptitle(f"Decoding speed against context, models of 1 billion parameters, {steps}; {_where(data)}")
+    return _save(figure, path, *_all_handles(axes.flat))
 
 
-def draw_all(results: Path) -> list[Path]:
+DRAW = {
+    "speed": draw_speed,
+    "length": draw_length,
+    "dims": draw_dims,
+    "training": draw_training,
+    "decode_models": draw_decode_models,
+}
+
+
+def draw_all(results: Path, names: Sequence[str] = tuple(DRAW)) -> list[Path]:
     """Draws what there is a file for; returns the images' paths."""
     drawn = []
     with plt.rc_context(STYLE):
-        for name, draw in DRAW.items():
+        for name in names:
             source = results / f"{name}.json"
             if source.exists():
-                drawn.append(draw(json.loads(source.read_text()), source.with_suffix(".png")))
+                drawn.append(DRAW[name](json.loads(source.read_text()), source.with_suffix(".png")))
     return drawn
 
 

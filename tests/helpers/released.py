@@ -21,6 +21,16 @@ from lightning_megatron.training.models import saved_args
 
 Tensors = dict[str, torch.Tensor]
 
+# Heads of 64, as the kernels see them in released models; transformers rotates all of a head. All experts are chosen:
+# rounding would choose others.
+_BAILING = dict(hidden_size=256, head_dim=64, num_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1)
+LARGER = {
+    "ring-mini-linear-2.0": _BAILING,
+    "ling-2.6-flash": _BAILING | dict(kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+    "minimax-m1": dict(hidden_size=256, head_dim=64, rotary_dim=64, num_local_experts=2, num_experts_per_tok=2),
+    "tnl-1b": dict(decoder_embed_dim=256, hidden_dim=256),
+}
+
 
 def args_of(config: dict[str, Any], more: str = "") -> Namespace:
     return saved_args([*command_line(family_of(config).flags(config)), *more.split()])

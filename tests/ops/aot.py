@@ -23,9 +23,11 @@ from .launches import (
     Launch,
     kernel,
     record,
+    record_decode,
     record_derived,
     record_local_states,
     record_loss,
+    record_paged,
     record_pointwise,
 )
 
@@ -66,6 +68,29 @@ FEW = {
 AROUND = [
     dict(dtype=torch.bfloat16, s=_LONG, K=128, V=128, width=128),
     dict(dtype=torch.bfloat16, s=_LONG, H=64, K=128, V=128, width=8192),
+]
+# Decoding: a head in one tile and in several, columns over programs, several tokens.
+DECODE = [
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=True),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=True, normed=False),
+    dict(dtype=torch.bfloat16, R=64, K=256, V=256, fused=True),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False),
+    dict(dtype=torch.bfloat16, R=64, K=128, V=128, fused=False, S=4),
+    dict(dtype=torch.float32, R=64, K=256, V=256, fused=False, S=4),
+]
+
+
+# KiB of shared memory of a program: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
+# AMD Instinct MI300 ISA guide, "Local data share"
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# Decoding with softmax attention: grouped heads, the widest ones, and latents of 64 and of 16 heads (DeepSeek-V3).
+PAGED = [
+    dict(dtype=torch.bfloat16, H=32, Hkv=4, K=128, V=128),
+    dict(dtype=torch.bfloat16, H=128, Hkv=2, K=256, V=256),
+    dict(dtype=torch.float32, H=64, Hkv=8, K=128, V=128),
+    dict(dtype=torch.bfloat16, H=64, Hkv=1, K=576, V=512, prefix=True),
+    dict(dtype=torch.bfloat16, H=16, Hkv=1, K=576, V=512, prefix=True),
+    dict(dtype=torch.float32, H=64, Hkv=1, K=576, V=512, prefix=True),
 ]
 
 
@@ -130,6 +155,9 @@ def main(arguments: list[str]) -> None:
         for config in AROUND:
             for launch in record_pointwise(**config):
                 report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+        for config in DECODE:
+            for launch in record_decode(**config):
+                report(gpu, config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch)
         for documents in (0, 4):
             for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
                 direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
@@ -139,6 +167,9 @@ def main(arguments: list[str]) -> None:
             report(gpu, torch.int32, f"T={_LONG}", launch)
         for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
             report(gpu, torch.bfloat16, "columns=32000", launch)
+        for config in PAGED[1:4:2] if "--few" in arguments else PAGED:
+            for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
+                report(gpu, config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch)
 
 
 def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import kernels, states, step, symmetric
+from lightning_megatron.ops.triton import kernels, paged, states, step, symmetric
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
@@ -24,6 +25,7 @@ DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
+PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
 MODULES = {
@@ -34,6 +36,7 @@ MODULES = {
     documents_kernels: DERIVED,
     kernels: ("walk_kernel", "gradients_kernel"),
     step: ("step_kernel",),
+    paged: PAGED,
 }
 
 
@@ -66,6 +69,12 @@ class _Recorder:
         return launch
 
 
+def _patch(stack: ExitStack, launches: list[tuple]) -> None:
+    for name in KERNELS:
+        owner = step if name == "step_kernel" else triton_backend
+        stack.enter_context(patch.object(owner, name, _Recorder(name, launches)))
+
+
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False,
@@ -78,8 +87,7 @@ def record(
     packed = _documents(B if by_row else 1, T, documents, by_row)
     launches: list[tuple] = []
     with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        _patch(stack, launches)
         stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
@@ -134,6 +142,30 @@ def record_pointwise(
     return [Launch(launch[0], *launch) for launch in launches]
 
 
+def record_decode(
+    *, dtype: torch.dtype, R: int, H: int = 32, Hkv: int | None = None, K: int, V: int, fused: bool, S: int = 1,
+    normed: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launch that decodes S tokens of R requests; ``fused`` with all that a layer does around it, or without."""
+    Hkv = Hkv or H
+    group, launches = H // Hkv, []
+    empty = functools.partial(torch.empty, device="meta")
+    log_decay, states, slots = empty(H), empty(R + 1, H, K, V), empty(R, dtype=torch.int64)
+    with patch.object(step, "step_kernel", _Recorder("step_kernel", launches)):
+        if fused:
+            dims = group * K, group * V, K, V
+            head, out = (empty(K, dtype=dtype), 1e-6), (empty(H * V, dtype=dtype), 1e-6)
+            angles, mixed = empty(R, K // 2), empty(R, Hkv * sum(dims), dtype=dtype)
+            step.decode(
+                mixed, log_decay, states, slots, dims, (True, True), 1.0, head, head, angles, angles, False, "sigmoid",
+                out if normed else None,
+            )  # fmt: skip
+        else:
+            q, k, v, o = (empty(R, S, h, d, dtype=dtype) for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
+            step.step(q, k, v, o, log_decay, slots, states, states, 1.0, empty(R + 1, S, H, K, V) if S > 1 else None)
+    return [Launch("decode" if fused else "step", *launch) for launch in launches]
+
+
 def record_local_states(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, K: int, V: int, documents: int = 0
 ) -> list[Launch]:
@@ -143,8 +175,7 @@ def record_local_states(
     destination = Destination(buffers, 1, 10**12, (1, B, H, K, V), between)
     launches: list[tuple] = []
     with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(patch.object(triton_backend, name, _Recorder(name, launches)))
+        _patch(stack, launches)
         for module in (states, symmetric):
             for name in MODULES[module]:
                 stack.enter_context(patch.object(module, name, _Recorder(name, launches)))
@@ -169,6 +200,26 @@ def record_loss(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
             stack.enter_context(patch.object(loss_kernels, name, _Recorder(name, launches)))
         top, total, _ = loss_kernels.sums(logits, index)
         loss_kernels.gradient(logits, index, top, total)
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_paged(
+    *, dtype: torch.dtype, H: int, Hkv: int, K: int, V: int, prefix: bool = False, requests: int = 8, block: int = 64,
+    max_blocks: int = 512, shared: int = 227,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a step of decoding with softmax attention; with ``prefix`` values are the keys' first channels.
+    A program may have ``shared`` KiB of shared memory.
+    """
+    empty = functools.partial(torch.empty, device="meta")
+    q, k = empty(requests, H, K, dtype=dtype), empty(1000, block, Hkv, K, dtype=dtype)
+    v = V if prefix else empty(1000, block, Hkv, V, dtype=dtype)
+    table, lengths = (empty(*size, dtype=torch.int32) for size in ((requests, max_blocks), (requests,)))
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in PAGED:
+            stack.enter_context(patch.object(paged, name, _Recorder(name, launches)))
+        stack.enter_context(patch.object(paged, "_shared_memory", lambda device: shared))
+        paged.decode(q, k, v, table, lengths, 1.0)
     return [Launch(launch[0], *launch) for launch in launches]
 
 

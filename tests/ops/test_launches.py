@@ -11,13 +11,11 @@ import torch
 
 from lightning_megatron.ops.triton import attention as triton_backend
 
-from .launches import DECODING, SEGMENTED, SINGLE, kernel, record, record_derived, record_local_states
+from .aot import SHARED
+from .launches import DECODING, SEGMENTED, SINGLE, kernel, record, record_decode, record_derived, record_local_states
 
 BF16 = torch.bfloat16
 KIB = 1024
-# shared memory of a program: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
-# AMD Instinct MI300 ISA guide, "Local data share"
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 
 @pytest.mark.parametrize("gpu", SHARED)
@@ -77,6 +75,18 @@ def test_no_recompiles():
     assert constants(3000, 2, 12) == constants(70001, 5, 7)
     assert constants(3000, 1, 12, documents=3) == constants(70001, 1, 7, documents=40)
     assert constants(20, 2, 12) == constants(1000, 1, 8)
+
+
+@pytest.mark.parametrize("options", [dict(fused=True), dict(fused=True, normed=False), dict(fused=False, S=4)], ids=str)
+def test_decoding(options):
+    """One launch, whose constants depend on neither requests nor heads, nor on the number of tokens; within limits."""
+    constants = []
+    for R, H, Hkv in ((1, 4, 4), (7, 8, 2), (65536, 128, 128)):
+        (launch,) = record_decode(dtype=BF16, R=R, H=H, K=256, V=256, **options | dict(Hkv=Hkv))
+        assert len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31
+        names = [name for name, kind in kernel(launch.kernel).fn.__annotations__.items() if "constexpr" in str(kind)]
+        constants.append({name: launch.arguments[name] for name in names} | launch.options)
+    assert constants[0] and constants == constants[:1] * 3
 
 
 LENGTHS = [*range(1, 5000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0, 1))]

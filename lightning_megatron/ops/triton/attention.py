@@ -13,7 +13,7 @@ from .documents import count_documents, decay_factors, find_documents, ids_and_b
 from .kernels import gradients_kernel, walk_kernel
 from .launch import cdiv, launch, pad
 from .states import combine, reduce_splits
-from .step import step_kernel
+from .step import step
 from .symmetric import buffer_words, receive
 
 __all__ = [
@@ -204,27 +204,13 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     if T == 0 or B == 0:
         return o, final, (None,), plan
     if T == 1 and not packed and split_states is None and pieces == 1:
-        _step(q, k, v, o, log_decay, scale, initial_state, final)
+        step(q, k, v, o, log_decay, None, initial_state, final, scale)
         return o, final, (None,), plan
     cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, pieces=pieces)
     if split_states is None:
         split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
     return o, final, (split_states,), plan
-
-
-def _step(q, k, v, o, log_decay, scale, initial_state, final) -> None:
-    B, _, H, K = q.shape
-    V = v.shape[-1]
-    tiles = Tiles(pad(K), min(pad(V), 32), 1, 4, 1)
-    launch(
-        step_kernel, cdiv(V, tiles.BV) * H * B,
-        (q, k, v, o, log_decay, initial_state, final),
-        (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), o.stride(0),
-         H // k.shape[2], H, scale),
-        (K, V, tiles.BK, tiles.BV, initial_state is not None, final is not None),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
 
 
 def local_states(

@@ -1,0 +1,1 @@
+"""States of lightning layers while Megatron generates."""

@@ -1,0 +1,263 @@
+"""Megatron's dynamic inference engine in a process of `spawn`: models, engines, what a run computed, and its judge.
+
+The judge is one forward pass without any cache over a request's prompt and the tokens that the engine added: the engine
+is right if its logits at every position are those, and every token the largest of them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference import communication_utils
+from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.moe.router import TopKRouter
+
+from lightning_megatron.config import LightningOptions
+from lightning_megatron.runtime import prepare
+from lightning_megatron.spec import get_hybrid_block_spec, get_mtp_block_spec
+from tests import layers
+from tests.conftest import _poisoned
+from tests.helpers.models import gpt
+
+VOCAB = 64  # of helpers.models.gpt
+EVERYTHING = dict(num_kv_heads=2, qk_norm=True, rope=True, norm="all", decay="minimax")
+MOE = dict(num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2, moe_router_load_balancing_type="none")
+CASES = {  # changes of the config, options
+    "lightning": (dict(), dict()),
+    "everything": (dict(), EVERYTHING),
+    "lrpe": (dict(), dict(lrpe_layers=2, gate="linear")),
+    "K<V": (dict(), dict(key_head_dim=16, value_head_dim=32, norm="none")),
+    "moe": (MOE, dict()),
+    "gqa": (dict(linear_attention_freq=2, num_query_groups=2), EVERYTHING),
+    "mla": (layers.LATENT, dict(rope=True, rotary_percent=0.5)),
+    "moe-gqa": (MOE | dict(linear_attention_freq=4, qk_layernorm=True, num_query_groups=2), EVERYTHING),
+    "apart": (dict(linear_attention_freq=[1, 1, 0, 0], num_query_groups=2), EVERYTHING),
+    "mtp": (dict(mtp_num_layers=1, linear_attention_freq=[1, 1, 1, 1]), dict()),
+}
+
+
+def start(**layout: int) -> None:
+    """Megatron's process groups; and memory that nobody wrote is NaN from here on."""
+    layers.start(**layout)
+    if not torch.cuda.is_available():
+        torch.empty = _poisoned(torch.empty)
+        communication_utils._is_cuda = lambda tensor: None  # asserts that what the last pipeline stage sends is
+
+
+def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
+    """A model of random weights, the same whatever the layout, in which logits differ a lot from token to token."""
+    config, options = CASES[case]
+    make = layers.latent_config if "q_lora_rank" in config else layers.transformer_config
+    layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+    config = make(**config | layout | dict(pipeline_dtype=torch.float32 if pp > 1 else None) | changes)
+    options = LightningOptions(**options)
+    prepare(config, options)
+    if config.mtp_num_layers:
+        from megatron.core.models.gpt import GPTModel
+
+        spec = get_hybrid_block_spec(config, options)
+        model = GPTModel(
+            config, spec, VOCAB, 32, position_embedding_type="rope",
+            mtp_block_spec=get_mtp_block_spec(config, options),
+        )  # fmt: skip
+    else:
+        model = gpt(config, get_hybrid_block_spec(config, options))
+    draw(model, config)
+    return (model.bfloat16() if config.bf16 else model).eval()  # as Float16Module does
+
+
+@torch.no_grad()
+def draw(model, config) -> None:
+    """Every parameter from its name in the whole model; a rank takes its slice."""
+    tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    ep_rank = parallel_state.get_expert_model_parallel_rank()
+    local = (config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    first = model.decoder.layers[0].layer_number - 1
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first)
+        if "local_experts" in parts:
+            at = parts.index("local_experts") + 1
+            parts[at] = str(int(parts[at]) + ep_rank * local)
+        shape = list(parameter.shape)
+        cut = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
+        if cut:
+            shape[parameter.partition_dim] *= tp
+        generator = torch.Generator().manual_seed(zlib.crc32(".".join(parts).encode()))
+        x = torch.randn(shape, generator=generator, device="cpu")
+        if "theta" in name:
+            x = x.abs() * 0.1
+        elif "norm" in name:
+            x = 1 + 0.3 * x
+        elif "word_embeddings" not in name and "output_layer" not in name:
+            x *= shape[-1] ** -0.5
+        if cut:
+            x = x.chunk(tp, parameter.partition_dim)[tp_rank]
+        parameter.copy_(x)
+
+
+class Tokens:
+    """A tokenizer of numbers."""
+
+    vocab_size, eod, bos = VOCAB, VOCAB - 1, None
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(x) for x in text.split()]
+
+    def detokenize(self, tokens, **how) -> str:
+        return " ".join(map(str, tokens))
+
+
+class Run:
+    """An engine around a model, and the logits of every position of every request.
+
+    Args:
+        blocks: number of blocks of keys and values, one of which Megatron keeps for padding; None for enough.
+        paused: as many of them as paused requests may hold together.
+        inference: fields of InferenceConfig.
+    """
+
+    def __init__(self, model, *, blocks: int | None = None, paused: int = 0, **inference):
+        states = MambaInferenceStateConfig.from_model(model)
+        how = dict(max_sequence_length=256, buffer_size_gb=0.25, max_requests=8, max_tokens=64, block_size_tokens=32)
+        how |= dict(enable_chunked_prefill=True, materialize_only_last_token_logits=False)
+        how |= dict(mamba_inference_state_config=states) | inference
+        if blocks is not None:
+            size = self._bytes(model.config, states, blocks + paused, how) / 2**30 / (blocks + paused)
+            how |= dict(buffer_size_gb=blocks * size, paused_buffer_size_gb=paused * size)
+        self.model = model
+        self.context = DynamicInferenceContext(model.config, InferenceConfig(**how))
+        self.controller = TextGenerationController(GPTInferenceWrapper(model, self.context), Tokens())
+        self.engine = DynamicInferenceEngine(self.controller, self.context)
+        self.prompts: dict[int, list[int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.logits: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.repeated = 0.0  # largest difference of logits that were computed more than once
+        self.most_paused = 0
+        self.handle = model.register_forward_hook(self._keep)
+
+    @staticmethod
+    def _bytes(config, states, blocks: int, how: dict) -> int:
+        shape, kinds = states.ssm_states_shape, states.layer_type_list
+        state = 4 * math.prod(shape) * kinds.count(Symbols.MAMBA)
+        numbers = 2 * config.kv_channels * (config.num_query_groups or config.num_attention_heads)
+        if getattr(config, "cache_mla_latents", False):
+            numbers = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        block = 4 * kinds.count(Symbols.ATTENTION) * how["block_size_tokens"] * numbers
+        return how["max_requests"] * state + blocks * block + block // 2
+
+    def _keep(self, module, inputs, logits) -> None:
+        context, n = self.context, self.context.active_token_count
+        if not module.post_process:
+            return  # another pipeline stage has the logits
+        owners = context.request_ids[context.token_to_request_idx[:n].long()].tolist()
+        for row, owner, place in zip(
+            logits[0, :n].float().cpu(), owners, context.token_to_pos_ids[:n].tolist(), strict=True
+        ):
+            before = self.logits[owner].get(place)
+            if before is not None:
+                self.repeated = max(self.repeated, float((row - before).abs().max() / before.abs().max()))
+            self.logits[owner][place] = row.clone()
+
+    def add(self, number: int, prompt: list[int], count: int, **how) -> None:
+        self.prompts[number] = prompt
+        params = SamplingParams(num_tokens_to_generate=count, top_k=1, **dict(termination_id=-1) | how)
+        self.engine.add_request(number, torch.tensor(prompt).tolist(), params)
+
+    def step(self) -> None:
+        for record in self.engine.step_modern()["finished_request_records"]:
+            request = record.merge()
+            assert request.status.name == "COMPLETED", (request.request_id, request.status, request.events)
+            self.tokens[request.request_id] = list(request.generated_tokens)
+        self.most_paused = max(self.most_paused, self.context.paused_request_count)
+
+    def reset(self) -> None:
+        """Whatever runs is forgotten."""
+        self.engine.reset()
+        for mine in (self.prompts, self.tokens, self.logits):
+            mine.clear()
+
+    def finish(self, most: int = 100_000) -> None:
+        while self.engine.has_unfinished_requests():
+            assert (most := most - 1) > 0, "the engine does not come to an end"
+            self.step()
+
+    @torch.inference_mode()  # or Megatron would make a graph of this pass where engines have some
+    def judge(self) -> dict[str, float]:
+        """Largest difference of logits to a pass without caches, relative to the largest of the position; and numbers
+        of tokens that are not the largest logit, and of those whose logit is within 1e-5 of it (a tie). From where an
+        expert is chosen by less than that on, a request is not compared.
+        """
+        InferenceMode.unset_active()
+        worst, wrong, ties, positions, left, skipped = 0.0, 0, 0, 0, 0, 0
+        margins: list[torch.Tensor] = []
+        routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
+        note = lambda router, inputs, outputs: margins.append(_margins(router, inputs[0]))
+        hooks = [router.register_forward_hook(note) for router in routers]
+        for number, prompt in self.prompts.items():
+            new = self.tokens.get(number)
+            if new is None:
+                continue  # it never began
+            whole = prompt + new
+            margins.clear()
+            tokens, places = (x[None].to("cuda") for x in (torch.tensor(whole), torch.arange(len(whole))))
+            want = self.model(tokens, places, None)[0].float().cpu()
+            largest, end = want.abs().amax(-1), len(whole) - 1
+            got = self.logits[number]
+            skipped += end - len(set(got) & set(range(end)))
+            if margins and (close := (torch.stack(margins).cpu().amin(0) < 1e-5).nonzero()).numel():
+                left, end = left + max(end - int(close[0]), 0), min(end, int(close[0]))
+            there = [i for i in range(end) if i in got]
+            rows = torch.stack([got[i] for i in there]) if there else want[:0]
+            worst = max([worst, *((rows - want[there]).abs().amax(-1) / largest[there]).tolist()])
+            positions += len(rows)
+            for i, token in enumerate(new, start=len(prompt) - 1):
+                if i < end and token != int(want[i].argmax()):
+                    tie = want[i].max() - want[i, token] < 1e-5 * largest[i]
+                    ties, wrong = ties + bool(tie), wrong + (not tie)
+        for hook in hooks:
+            hook.remove()
+        repeated = 0.0 if left else self.repeated
+        assert self.context.enable_prefix_caching or not skipped, f"{skipped} positions have no logits"
+        numbers = dict(wrong=wrong, ties=ties, positions=positions, left=left, skipped=skipped)
+        return dict(worst=worst, repeated=repeated) | numbers
+
+    def close(self) -> None:
+        self.handle.remove()
+        InferenceMode.unset_active()
+
+
+def _margins(router: TopKRouter, hidden: torch.Tensor) -> torch.Tensor:
+    """By how much the last expert of each token was chosen, relative to the largest logit; hidden ``[s, 1, h]``."""
+    logits = (hidden.float() @ router.weight.float().T).flatten(0, -2)
+    best = logits.topk(router.topk + 1, -1).values
+    return (best[:, -2] - best[:, -1]) / logits.abs().amax(-1)
+
+
+def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
+
+
+def slots(run: Run) -> SimpleNamespace:
+    """What the context says about its states when nothing runs."""
+    metadata = run.context.mamba_metadata
+    return SimpleNamespace(
+        free=sorted(metadata.mamba_state_free_slots[: metadata.mamba_state_free_slot_count].tolist()),
+        of_requests=metadata.request_to_mamba_state_idx.tolist(),
+        blocks=run.context.kv_block_allocator.total_avail,
+    )
