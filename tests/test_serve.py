@@ -79,7 +79,9 @@ class Server:
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while (found := re.search(r"at (http://127\.0\.0\.1:\d+)/v1", self.log.read_text())) is None:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(self.log.read_text())
             time.sleep(0.1)
         self.url = found[1]
 

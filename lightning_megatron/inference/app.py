@@ -19,11 +19,13 @@ from typing import Any
 
 from megatron.core.inference.sampling_params import SamplingParams
 from quart import Quart, Response, request
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 
 from .asked import Asked, Reader, Refused
 from .sampling import Text
 from .service import Full, Gone, Service
+
+_BODY_SECONDS = 60
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -231,12 +233,13 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
         tokenizer: of the model.
     """
     app = Quart("lightning_serve")
-    app.config["MAX_CONTENT_LENGTH"] = 2**20 + 64 * service.limit
+    app.config["MAX_CONTENT_LENGTH"] = None  # of Quart, which answers, and closes, while the client still sends
+    longest = 2**20 + 64 * service.limit
     began, reading = int(time.time()), asyncio.Lock()  # tokenizers are not used by two threads at once
 
     async def answer(read: Any) -> Response:
         service.check_room(1)
-        data = await request.get_data()
+        data = await _body(longest)
         async with reading:
             asked = await asyncio.to_thread(read, data)
         service.check_room(len(asked.prompts) * asked.n)
@@ -302,7 +305,7 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
         text = {
             404: f"there is no {request.path} here: see /v1/completions, /v1/chat/completions, /v1/models, /health",
             405: f"{request.path} does not take {request.method}",
-            413: f"the body is longer than {app.config['MAX_CONTENT_LENGTH']} bytes, more than any prompt that fits",
+            413: f"the body is longer than {longest} bytes, more than any prompt that fits",
         }.get(status, str(error.description or error.name))
         return await refused(Refused(text, status=status, code=error.name.lower().replace(" ", "_")))
 
@@ -312,6 +315,22 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
         return await refused(_failed())
 
     return app
+
+
+async def _body(longest: int) -> bytes:
+    """What the client sends; all of a longer body is read, and nothing of it kept."""
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in request.body:
+                size += len(part)
+                if size <= longest:
+                    parts.append(part)
+    except TimeoutError as error:
+        raise RequestTimeout(f"the body did not come within {_BODY_SECONDS} s") from error
+    if size > longest:
+        raise RequestEntityTooLarge()
+    return b"".join(parts)
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

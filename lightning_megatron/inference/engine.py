@@ -220,6 +220,8 @@ def build_engine(
         enable_chunked_prefill=True,
         num_cuda_graphs=cuda_graphs,
         mamba_inference_state_config=states,
+        # Without expert ranks to agree with, Megatron would make up to 20 empty steps after the last request.
+        **({"ep_consensus_interval": 1} if parallel_state.get_expert_model_parallel_world_size() == 1 else {}),
     )
     context = DynamicInferenceContext(model.config, config)
     wrapper = _Wrapper(model, context)
