@@ -16,7 +16,8 @@ if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symb
 TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
 CONVERT = [TRAIN[0], "safetensors>=0.5", "tqdm"]
-TEST = [*DEMO, *CONVERT, "mypy", "pytest", "pytest-xdist", "ruff", "transformers"]
+SERVE = [TRAIN[0], "hypercorn>=0.18", "msgpack", "pyzmq", "quart>=0.22"]
+TEST = [*DEMO, *CONVERT, *SERVE, "httpx", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "transformers"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(
@@ -51,6 +52,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "convert": CONVERT,
+        "serve": SERVE,
         "test": TEST,
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "pre-commit", "pre-commit-hooks"],
@@ -61,6 +63,7 @@ setup(
             "lightning-generate = lightning_megatron.inference.generate:main",
             "lightning-perplexity = lightning_megatron.inference.perplexity:main",
             "lightning-pretrain = lightning_megatron.pretrain:main",
+            "lightning-serve = lightning_megatron.inference.serve:main",
         ]
     },
 )

@@ -22,11 +22,11 @@ def flags() -> set[str]:
 
     from megatron.training.arguments import add_megatron_arguments
 
-    from lightning_megatron.inference import generate, perplexity
+    from lightning_megatron.inference import generate, perplexity, serve
     from lightning_megatron.training.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    parsers = (parser, generate.parser(), perplexity.parser())
+    parsers = (parser, generate.parser(), perplexity.parser(), serve.parser())
     return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
 
 

@@ -1,1 +1,1 @@
-"""Trained models in use: loading, ``lightning-generate``, ``lightning-perplexity``."""
+"""Trained models in use: loading, ``lightning-generate``, ``lightning-perplexity``, ``lightning-serve``."""
