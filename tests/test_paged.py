@@ -224,7 +224,7 @@ def test_cuda_graph_serves_other_lengths(prefix, rng):
     with torch.cuda.graph(graph):
         got = decode(q, *caches, table, seqused, scale=0.1)
     for _ in range(3):
-        other = Blocks(case, lengths := [*draw_lengths(case, rng)[::-1][2:], 0, 7], rng, torch.bfloat16, "cuda")
+        other = Blocks(case, lengths := [*draw_lengths(case, rng)[::-1][2:], 7, 0], rng, torch.bfloat16, "cuda")
         fill(other)
         graph.replay()
         want = other.expected(q, [min(n, 1) for n in lengths], 0.1)

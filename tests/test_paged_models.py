@@ -75,7 +75,8 @@ def build(latent: bool, tp: int, changes: dict, model: dict, dtype=torch.float32
         seq_length=256, position_embedding_type="rope", **model,
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return GPTModelBuilder(wanted).build_model(groups).eval().to("cuda" if torch.cuda.is_available() else "cpu"), config
+    gpt = GPTModelBuilder(wanted).build_model(groups).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return gpt.to(dtype), config  # as Float16Module does
 
 
 def serve(rank: int, world: int, latent: bool, changes: dict, model: dict, seed: int, dtype=torch.float32):
