@@ -78,13 +78,14 @@ def start(
     cp: int = 1,
     ep: int = 1,
     etp: int | None = None,
+    inference: bool = False,
 ) -> None:
-    """Megatron's process groups and random generators, in a process of `spawn`."""
+    """Megatron's process groups and random generators, of ``inference`` or of training, in a process of `spawn`."""
     parallel_state.initialize_model_parallel(
         tp, pp, virtual_pipeline_model_parallel_size=vpp, context_parallel_size=cp, expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
     )  # fmt: skip
-    model_parallel_cuda_manual_seed(1234)
+    model_parallel_cuda_manual_seed(1234, inference_rng_tracker=inference)
 
 
 def layout(tp: int, sp: bool) -> dict:

@@ -150,13 +150,13 @@ def test_served(name, rng):
         assert worst < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grouped", "latent"])
 @pytest.mark.gpu
-def test_served_on_gpu(name, dtype, rng):
+def test_served_on_gpu(name, rng):
+    """In fp32; test_dynamic_inference_gpu compares the error in bf16 with that of a pass without caches."""
     tp, changes, model = MODELS[name]
-    ((_, worst),) = spawn(serve, tp, name == "latent", changes, model, rng.initial_seed(), dtype, gpus=True)
-    assert worst < LOGITS[dtype]
+    ((_, worst),) = spawn(serve, tp, name == "latent", changes, model, rng.initial_seed(), gpus=True)
+    assert worst < LOGITS[torch.float32]
 
 
 def refuse_megatrons_latents(rank: int, world: int) -> str:

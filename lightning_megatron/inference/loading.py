@@ -241,7 +241,8 @@ def _load(flags: list[str], saved: Saved) -> torch.nn.Module:
             run.embedding_ranks, config, container.model.share_embeddings_and_output_weights
         ),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    # the tracker of inference, which draws nothing, is the one that CUDA graphs allow
+    tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=args.cuda_graph_impl != "none")
     config.perform_initialization = False  # every value is loaded
     model = GPTModelBuilder(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(torch.cuda.current_device())

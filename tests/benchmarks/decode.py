@@ -57,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "results")
+    add("--model", choices=("1B", "3B", "8B"), default="1B", help="the Mamba-2 hybrid has 1B only (default: 1B)")
     add("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     add("--contexts", nargs="+", type=parse_length, default=list(map(parse_length, CONTEXTS)), help=" ".join(CONTEXTS))
     add("--batches", nargs="+", type=int, default=BATCHES)
@@ -75,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def plans(options: argparse.Namespace) -> Iterator[dict]:
     """One process each, the most important first."""
     common = dict(
-        model="toy" if options.dry else "1B", batches=options.batches, max_tokens=options.max_tokens,
+        model="toy" if options.dry else options.model, batches=options.batches, max_tokens=options.max_tokens,
         steps=4 if options.dry else options.steps, gpu=not options.dry, cuda_graph=not options.dry, prompt=0,
         prefill=False, memory=[],
     )  # fmt: skip

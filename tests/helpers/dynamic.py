@@ -54,7 +54,7 @@ CASES = {  # changes of the config, options
 
 def start(**layout: int) -> None:
     """Megatron's process groups; and memory that nobody wrote is NaN from here on."""
-    layers.start(**layout)
+    layers.start(**layout, inference=True)
     if not torch.cuda.is_available():
         torch.empty = _poisoned(torch.empty)
         communication_utils._is_cuda = lambda tensor: None  # asserts that what the last pipeline stage sends is
