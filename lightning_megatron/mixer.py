@@ -338,9 +338,9 @@ class LightningAttention(MegatronModule):
     def _stage_offset(self) -> int:
         """How many layers the pipeline stages before this one have."""
         if self.pp_layer_offset is None:
-            self.pp_layer_offset = get_transformer_layer_offset(
-                self.config, vp_stage=None, pp_rank=self.pg_collection.pp.rank()
-            )
+            pp = getattr(self.pg_collection, "pp", None)  # None: a layer by itself
+            rank = 0 if pp is None else pp.rank()
+            self.pp_layer_offset = get_transformer_layer_offset(self.config, vp_stage=None, pp_rank=rank)
         return self.pp_layer_offset
 
     def _cached_states(

@@ -577,6 +577,7 @@ def test_prepare_logs_on_the_first_rank(monkeypatch, caplog, rank):
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(rank=rank, **OWN))
     monkeypatch.setattr(patches.flops, "apply", lambda options: None)
     monkeypatch.setattr(patches.checkpoint_args, "apply", lambda: None)
+    monkeypatch.setattr(patches.dynamic_inference, "apply", lambda: None)
     config = model(qk_layernorm=True, log_max_attention_logit=True)
     with caplog.at_level(logging.WARNING, logger="lightning_megatron"):
         prepare(config)

@@ -113,6 +113,7 @@ def check_layer_refusals(rank: int, world: int) -> None:
     moved = StaticInferenceContext(2, 32)
     moved.batch_size_offset = 2
     dynamic = DynamicInferenceContext.__new__(DynamicInferenceContext)  # its __init__ allocates the cache
+    dynamic.is_hybrid_model = False
     freqs = layers.rotary(variant, 32)
 
     for arguments, message in (
@@ -127,9 +128,9 @@ def check_layer_refusals(rank: int, world: int) -> None:
             dict(packed_seq_params=PackedSeqParams("bshd", bounds, bounds)),
             "qkv_format='bshd' .*lightning layers take 'thd'",
         ),
-        (dict(inference_context=dynamic), "StaticInferenceContext; got DynamicInferenceContext"),
-        (dict(inference_params=dynamic), "got DynamicInferenceContext"),
-        (dict(inference_context=StaticInferenceContext(1, 32), packed_seq_params=thd), "and packed sequences"),
+        (dict(inference_context=dynamic), "DynamicInferenceContext keeps no states of lightning layers: call .*apply"),
+        (dict(inference_params=dynamic), "DynamicInferenceContext keeps no states"),
+        (dict(inference_context=StaticInferenceContext(1, 32), packed_seq_params=thd), "not from packed sequences"),
         (dict(inference_context=moved), "rows 2 to 2 of a batch are more than .*max_batch_size=2; give it a larger"),
     ):
         if arguments:
