@@ -330,6 +330,7 @@ REFUSED = {  # path, body, status, param, part of the message
 def test_what_is_wrong_is_refused(server, client):
     with httpx.Client(base_url=server.url) as http:
         for name, (path, body, status, param, message) in REFUSED.items():
+            print(name)  # pytest shows the last one, should the server not answer
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = http.post(path, content=data)
             error = answer.json()["error"]
