@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import math
 import os
@@ -529,6 +531,22 @@ def test_broken_connections(server, client):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(data)
     assert client.completions.create(prompt="w1", max_tokens=1, **GREEDY).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", PLAIN])
+def test_an_answer_without_its_body_keeps_the_connection(server, path):
+    """A body that comes late, of a path or method that needs none, is no part of the next request."""
+    place = server.url.removeprefix("http://").split(":")
+    with contextlib.closing(http.client.HTTPConnection(place[0], int(place[1]), timeout=30)) as connection:
+        for late in (0.3, 0.0):
+            connection.putrequest("PUT", path)
+            connection.putheader("Content-Length", "5")
+            connection.endheaders()
+            time.sleep(late)
+            connection.send(b"12345")
+            answer = connection.getresponse()
+            assert answer.status in (404, 405) and json.loads(answer.read())["error"]
+        assert not answer.will_close
 
 
 # ---- starting and ending ---------------------------------------------------------------------------------------------

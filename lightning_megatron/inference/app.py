@@ -283,6 +283,13 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
         ended = service.ended.is_set()
         return _json({"status": "error" if ended else "ok", **service.held()}, 503 if ended else 200)
 
+    @app.after_request
+    async def read_to_the_end(response: Response) -> Response:
+        """A connection with an unread body is closed, and its client may have sent the next request on it."""
+        with contextlib.suppress(RequestTimeout, RequestEntityTooLarge):  # the answer is known
+            await _body(longest)
+        return response
+
     @app.errorhandler(Refused)
     async def refused(error: Refused) -> Response:
         response = _json(error.body, error.status)
