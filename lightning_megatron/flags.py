@@ -136,11 +136,6 @@ REFUSED = (
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
     ),
     Rule(
-        "cache_mla_latents",
-        lambda run: True,
-        "is for Megatron's dynamic inference, which lightning layers do not have; leave it out",
-    ),
-    Rule(
         "linear_conv_kernel_dim",
         lambda run: run.config.linear_conv_kernel_dim != 4,
         "belongs to gated delta net; lightning layers have no convolution, so leave it out",

@@ -67,6 +67,11 @@ REFUSED = (
         "begins with TransformerEngine's norm, and --apply-residual-connection-post-layernorm, "
         "--lightning-embedding-scale and --no-lightning-layernorm-affine need another; leave it out",
     ),
+    Rule(
+        "cache_mla_latents",
+        lambda run: True,
+        "is for Megatron's dynamic inference, where layers of this package keep latents without it; leave it out",
+    ),
     Rule("qk_l2_norm", lambda run: run.latent, "is not an option of multi-latent attention; use --qk-layernorm"),
     Rule(
         "rope_type",

@@ -88,7 +88,7 @@ def _angles(rotary_pos_emb, channels: int, config, layer_number: int) -> tuple[t
     return freqs
 
 
-def turns(
+def cos_sin(
     rotary_pos_emb, channels: int, *, config, layer_number: int, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Cosines and sines ``[tokens, n]`` of the angles by which ``rotate`` turns tokens at positions ``index``."""

@@ -607,8 +607,9 @@ def ask_two_ranks(url: str) -> list[str]:
     return [choice.text for choice in made.choices]
 
 
-def test_tensor_parallel_ranks_serve_as_one_and_end_together(checkpoint, alone):
-    more = ["--tensor-model-parallel-size", "2", "--max-requests", "4", "--max-tokens", "64"]
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_ranks_serve_as_one_and_end_together(checkpoint, alone, parallel):
+    more = [f"--{parallel}-model-parallel-size", "2", "--max-requests", "4", "--max-tokens", "64"]
     (status, (texts,)), other = spawn(served, 2, checkpoint, more, ask_two_ranks)
     assert texts == [text_of(tokens) for tokens, _ in alone[:6]]
     assert status == 0 and other == (0, [])

@@ -1,4 +1,4 @@
-"""What ``lightning-generate`` and ``lightning-perplexity`` share: starting up, tokenizers, and how they end.
+"""What the commands share: starting up, checks, tokenizers, and how they end.
 
 This module stays light: ``start`` decides between GPU and CPU before anything of Megatron is imported.
 """
@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +60,7 @@ def start(prog: str) -> None:
     if not torch.cuda.is_available():  # before the check, which imports Megatron
         from .. import cpu
 
-        cpu.enable()
+        cpu.enable_inference()
         if rank() == 0:
             print(f"[{prog}: no GPU, so it runs on the CPU]", file=sys.stderr, flush=True)
     check_megatron()
@@ -91,6 +91,37 @@ def run_command(parser: Parser, work: Callable[[], None]) -> None:
 
 class UsageError(ValueError):
     """What was asked for cannot be done; the same on every rank."""
+
+
+def check_layout(flags: Sequence[str]) -> None:
+    """Refuse Megatron's flags that no model is used with, or not with as many processes as were started.
+
+    Raises:
+        UsageError: as ``loading.check_flags`` says it.
+    """
+    from .loading import check_flags, world_size
+
+    try:
+        check_flags(flags, world_size())
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def on_first_rank(read: Any) -> Any:
+    """What ``read()`` returns on rank 0, on every rank; a ``UsageError`` of it is raised on every rank."""
+    import torch.distributed as dist
+
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = read()
+        except UsageError as error:
+            result[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise UsageError(result[1])
+    return result[0]
 
 
 def tokenizer_args(options: Namespace, saved: Namespace) -> Namespace:

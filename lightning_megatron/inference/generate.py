@@ -22,7 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize, tokenizer_args
+from .command import (
+    Parser,
+    UsageError,
+    build_tokenizer,
+    check_layout,
+    on_first_rank,
+    rank,
+    run_command,
+    tokenize,
+    tokenizer_args,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(options: Namespace, flags: list[str]) -> None:
-    from .loading import check_flags, loaded_model, process_group, read_checkpoint, world_size
+    from .loading import loaded_model, process_group, read_checkpoint
     from .sampling import Sampling
 
     names = ("tokens", "temperature", "top_k", "top_p", "seed", "samples")
@@ -138,9 +148,9 @@ def _run(options: Namespace, flags: list[str]) -> None:
         )
     try:
         sampling.check()
-        check_flags(flags, world_size())
     except ValueError as error:
         raise UsageError(str(error)) from error
+    check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
     args = tokenizer_args(options, saved.args)
     kind = args.tokenizer_type
@@ -160,23 +170,6 @@ def _run(options: Namespace, flags: list[str]) -> None:
             for piece in generate(model, tokenizer, prompts, sampling):
                 if rank() == 0:
                     show(piece)
-
-
-def on_first_rank(read: Any) -> Any:
-    """What ``read()`` returns on rank 0, on every rank; a ``UsageError`` of it is raised on every rank."""
-    import torch.distributed as dist
-
-    result: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            result[0] = read()
-        except UsageError as error:
-            result[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise UsageError(result[1])
-    return result[0]
 
 
 def read_prompts(options: Namespace) -> list[tuple[str, str]]:

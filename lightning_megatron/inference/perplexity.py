@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import lightning_pattern
-from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenize, tokenizer_args
+from .command import Parser, UsageError, build_tokenizer, check_layout, rank, run_command, tokenize, tokenizer_args
 
 if TYPE_CHECKING:
     import torch
@@ -187,16 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(options: Namespace, flags: list[str]) -> None:
-    from .loading import check_flags, loaded_model, process_group, read_checkpoint, world_size
+    from .loading import loaded_model, process_group, read_checkpoint
 
     for name in ("context", "chunk", "max_sequence_length"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1 token")
-    try:
-        check_flags(flags, world_size())
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
     limit = saved.args.max_position_embeddings
     if saved.args.position_embedding_type == "learned_absolute" and (options.context or limit + 1) > limit:

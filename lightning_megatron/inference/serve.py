@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .command import Parser, UsageError, build_tokenizer, rank, run_command, tokenizer_args
+from .command import Parser, UsageError, build_tokenizer, check_layout, on_first_rank, rank, run_command, tokenizer_args
 
 if TYPE_CHECKING:
     from .asked import Reader
@@ -92,17 +92,13 @@ def _run(options: Namespace, flags: list[str]) -> None:
     if options.max_waiting < 0:
         raise UsageError(f"--max-waiting {options.max_waiting} must be at least 0")
     from .engine import build_engine
-    from .generate import on_first_rank
-    from .loading import check_flags, loaded_model, process_group, read_checkpoint, world_size
+    from .loading import loaded_model, process_group, read_checkpoint, world_size
 
     if options.cuda_graphs:
         flags = [*flags, "--cuda-graph-impl", "local"]
     if os.environ.get("LOCAL_WORLD_SIZE", str(world_size())) != str(world_size()):
         raise UsageError("processes on several machines: ranks talk over loopback; start all of them on one")
-    try:
-        check_flags(flags, world_size())
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
     args = tokenizer_args(options, saved.args)
     logging.getLogger().setLevel(logging.WARNING)  # Megatron tells each step of its start

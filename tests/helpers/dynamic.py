@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference import communication_utils
 from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -25,6 +24,7 @@ from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.moe.router import TopKRouter
 
+from lightning_megatron import cpu
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.patches import dynamic_inference
@@ -57,7 +57,7 @@ def start(**layout: int) -> None:
     layers.start(**layout, inference=True)
     if not torch.cuda.is_available():
         torch.empty = _poisoned(torch.empty)
-        communication_utils._is_cuda = lambda tensor: None  # asserts that what the last pipeline stage sends is
+        cpu.enable_inference()
 
 
 def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
