@@ -38,12 +38,14 @@ NOISE = 1e-5  # of logits in fp32, relative to the largest of a position: what u
 VOCAB = 64  # of helpers.models.gpt
 EVERYTHING = dict(num_kv_heads=2, qk_norm=True, rope=True, norm="all", decay="minimax")
 MOE = dict(num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2, moe_router_load_balancing_type="none")
+PADDED = dict(moe_token_dispatcher_type="alltoall", moe_pad_experts_for_cuda_graph_inference=True)
 CASES = {  # changes of the config, options
     "lightning": (dict(), dict()),
     "everything": (dict(), EVERYTHING),
     "lrpe": (dict(), dict(lrpe_layers=2, gate="linear")),
     "K<V": (dict(), dict(key_head_dim=16, value_head_dim=32, norm="none")),
     "moe": (MOE, dict()),
+    "moe-padded": (MOE | PADDED, dict()),
     "gqa": (dict(linear_attention_freq=2, num_query_groups=2), EVERYTHING),
     "mla": (layers.LATENT, dict(rope=True, rotary_percent=0.5)),
     "moe-gqa": (MOE | dict(linear_attention_freq=4, qk_layernorm=True, num_query_groups=2), EVERYTHING),
