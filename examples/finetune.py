@@ -75,7 +75,8 @@ class Step:
 def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     """All steps; each is made when those before it have run."""
     out, bin = options.out, demo.short(Path(sys.executable).parent)
-    python, convert = str(bin / "python"), str(bin / "lightning-convert")
+    python = str(bin / "python")
+    convert = [python, "-m", "lightning_megatron.convert"]  # lightning-convert, where the package is not installed, too
     alone = [python] if gpus else [python, "examples/cpu_shim.py"]
     ranks = gpus or options.tp * options.cp
     launch = [str(bin / "torchrun"), "--standalone", "--nproc-per-node"]
@@ -100,7 +101,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
             command += "--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0".split()
             command += ["--num-workers", "0", "--save-interval", "1", "--save", str(untrained)]
             yield Step("a tiny Ring", command, demo.Progress(1), untrained / "latest_checkpointed_iteration.txt")
-            yield Step("a Hugging Face folder of it", [convert, "export", str(untrained), str(model)], done=model)
+            yield Step("a Hugging Face folder of it", [*convert, "export", str(untrained), str(model)], done=model)
             copy = ["cp", *(str(words / name) for name in sorted(os.listdir(words))), str(model)]
             yield Step("its tokenizer", copy, done=complete)
 
@@ -109,7 +110,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     yield Step("conversations that share sequences", [*pack, "--held-out", str(options.held_out)])
 
     imported, tuned, exported = out / "imported", out / "tuned", out / "exported"
-    yield Step("import", [convert, "import", str(model), str(imported)], done=imported)
+    yield Step("import", [*convert, "import", str(model), str(imported)], done=imported)
 
     last = tuned / "latest_checkpointed_iteration.txt"
     trained = last.is_file() and last.read_text().strip() == str(options.iterations)
@@ -131,7 +132,7 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     command += ["--bf16", "--use-distributed-optimizer"] if gpus else []
     yield Step("training", command + options.flags, demo.Progress(10), last if trained else None)
 
-    yield Step("export", [convert, "export", str(tuned), str(exported), "--like", str(model)], done=exported)
+    yield Step("export", [*convert, "export", str(tuned), str(exported), "--like", str(model)], done=exported)
 
     first = next(prepare_chat.read(data))
     prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")

@@ -24,7 +24,7 @@ from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads, unfusable
 from .packed import document_bounds, sharing_group
 from .parallel import lightning_attn
-from .rope import LRPE, cos_sin, own_angles, own_rotary_embedding, rotate
+from .rope import LRPE, angle_table, own_angles, own_rotary_embedding, rotate
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -302,22 +302,19 @@ class LightningAttention(MegatronModule):
 
     def _decode(self, cached: RequestStates, mixed: torch.Tensor, rotary_pos_emb, hidden_states) -> torch.Tensor:
         """``[requests, 1, ...]`` between the projections: one token of each request, in one launch."""
-        options, norms, turns = self.options, (self.q_norm, self.k_norm, self.out_norm), None
+        options, norms, table = self.options, (self.q_norm, self.k_norm, self.out_norm), None
         q_norm, k_norm, out_norm = (None if norm is None else (norm.weight, norm.eps) for norm in norms)
         if options.rope:
             if self.rotary_pos_emb is not None:
                 rotary_pos_emb = own_angles(
                     self.rotary_pos_emb, hidden_states, self.config, None, cached.context, self.pg_collection.cp
                 )
-            turns = cos_sin(
-                rotary_pos_emb, self.shape.key_dim, config=self.config, layer_number=self.layer_number,
-                index=cached.positions,
-            )  # fmt: skip
-        cos, sin = turns or (None, None)
+            table = angle_table(rotary_pos_emb, self.shape.key_dim, config=self.config, layer_number=self.layer_number)
+        angles, turn_scale = table or (None, 1.0)
         return cached.decode(
             mixed, self.log_decay, group_dims=self.shape.group_dims, feature_map=options.feature_map, scale=self.scale,
-            q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, interleaved=self.config.rotary_interleaved,
-            gate=options.gate, out_norm=out_norm, backend=options.backend,
+            q_norm=q_norm, k_norm=k_norm, angles=angles, turn_scale=turn_scale,
+            interleaved=self.config.rotary_interleaved, gate=options.gate, out_norm=out_norm, backend=options.backend,
         )  # fmt: skip
 
     def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:

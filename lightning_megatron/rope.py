@@ -88,16 +88,10 @@ def _angles(rotary_pos_emb, channels: int, config, layer_number: int) -> tuple[t
     return freqs
 
 
-def cos_sin(
-    rotary_pos_emb, channels: int, *, config, layer_number: int, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and sines ``[tokens, n]`` of the angles by which ``rotate`` turns tokens at positions ``index``."""
+def angle_table(rotary_pos_emb, channels: int, *, config, layer_number: int) -> tuple[torch.Tensor, float] | None:
+    """Angles ``[positions, n]`` by which ``rotate`` turns tokens, and the factor of YaRN; None if it turns nothing."""
     freqs = _angles(rotary_pos_emb, channels, config, layer_number)
-    if freqs is None:
-        return None
-    angles, mscale = freqs[0][index].flatten(1), _yarn_get_concentration_factor_from_config(config)
-    cos, sin = angles.cos(), angles.sin()
-    return (cos, sin) if mscale == 1.0 else (cos * mscale, sin * mscale)
+    return None if freqs is None else (freqs[0].flatten(1), _yarn_get_concentration_factor_from_config(config))
 
 
 def turn(

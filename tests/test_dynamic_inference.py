@@ -244,3 +244,16 @@ def mtp_lines(rank: int, world: int) -> list[str]:
 def test_mtp_layers_are_left_out():
     wanted = "lightning: 1 multi-token prediction layers are left out: they only help training"
     assert spawn(mtp_lines, 1) == [[wanted]]
+
+
+def graphs_of_experts(rank: int, world: int):
+    from lightning_megatron.inference.engine import build_engine
+
+    dynamic.start()
+    model = dynamic.build("moe", cuda_graph_impl="local")
+    with pytest.raises(ValueError, match="--moe-pad-experts-for-cuda-graph-inference"):
+        build_engine(model, dynamic.Tokens(), cuda_graphs=2)
+
+
+def test_graphs_of_experts_need_equal_numbers_of_tokens():
+    spawn(graphs_of_experts, 1)

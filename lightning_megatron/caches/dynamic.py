@@ -64,6 +64,8 @@ class RequestStates:
         ``[tokens, 1, H * V]``; ``how`` as of ``ops.lightning_decode``.
         """
         slots = self.context.mamba_metadata.batch_indices_decode
+        if how.get("angles") is not None:
+            how["positions"] = self.positions
         return lightning_decode(mixed[:, 0], log_decay, self._states, slots, **how)[:, None]
 
     def attend(

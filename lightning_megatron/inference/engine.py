@@ -30,6 +30,9 @@ KEY = "lightning_key"
 ABORT = "lightning_abort"
 """Keys of requests to end; what carries them is no request itself."""
 
+GRAPHED_EXPERTS = ("--moe-token-dispatcher-type", "alltoall", "--moe-pad-experts-for-cuda-graph-inference")
+"""Flags of a model with experts whose steps can be captured: every expert gets as many rows as a step has tokens."""
+
 GIB = 1024**3
 _SHARE = 0.8  # of the memory that is free once the model is loaded; the rest is for activations
 _CPU_GIB = 1.0  # for keys and values
@@ -161,7 +164,7 @@ def build_engine(
         buffer_gb: GiB for states, keys and values; by default what they need without softmax layers, else most of the
             memory that is free.
         max_tokens: of a step; a longer prompt is read in parts. 4096 by default, on a CPU 512.
-        cuda_graphs: how many sizes of steps to capture; none by default.
+        cuda_graphs: how many sizes of steps to capture; none by default. Experts need ``GRAPHED_EXPERTS``.
 
     Raises:
         ValueError: naming the value, what is allowed, and what to do.
@@ -169,6 +172,11 @@ def build_engine(
     gpu, tp = torch.cuda.is_available(), parallel_state.get_tensor_model_parallel_world_size()
     if cuda_graphs and model.config.cuda_graph_impl != "local":
         raise ValueError(f"cuda_graphs={cuda_graphs} needs a model that is loaded with --cuda-graph-impl local")
+    if cuda_graphs and model.config.num_moe_experts and not model.config.moe_pad_experts_for_cuda_graph_inference:
+        raise ValueError(
+            f"cuda_graphs={cuda_graphs} needs experts that get equally many tokens: load the model with "
+            + " ".join(GRAPHED_EXPERTS)
+        )
     length = model.max_sequence_length if max_sequence_length is None else max_sequence_length
     learned = model.max_sequence_length if model.position_embedding_type == "learned_absolute" else None
     if length < 2 or (learned is not None and length > learned):

@@ -86,8 +86,9 @@ def lightning_decode(
     scale: float | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
+    angles: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    turn_scale: float = 1.0,
     interleaved: bool = False,
     gate: str = "none",
     out_norm: Norm | None = None,
@@ -105,9 +106,10 @@ def lightning_decode(
         feature_map: as of ``split_heads``.
         q_norm: ``(weight [K], eps)`` of the RMS norm of each head's q after the feature map; None for no norm.
         k_norm: the same of k.
-        cos: ``[R, n]``, cosines of the angles by which the first n channels of q and k are turned, n even, each angle
-            at both channels that it turns, times YaRN's factor if there is one: ``cos(freqs)`` of Megatron's angles.
-        sin: ``[R, n]``, their sines, times the same factor.
+        angles: ``[P, n]`` fp32 (fp64 with fp64 inputs), of every position the angles by which the first n channels of q
+            and k are turned, n even, each angle at both channels that it turns, as Megatron's are.
+        positions: ``[R]`` int32 or int64, each request's row of angles.
+        turn_scale: factor on what is turned, YaRN's.
         interleaved: an angle turns channels 2 i and 2 i + 1, and not i and i + n / 2.
         gate: as ``kind`` of ``norm_gate``.
         out_norm: ``(weight [H * V] or None, eps)`` of the RMS norm of each head's output; None for no norm.
@@ -120,7 +122,19 @@ def lightning_decode(
         ValueError: as ``lightning_step``.
     """
     check_decode(
-        mixed, log_decay, states, slots, group_dims, feature_map, scale, q_norm, k_norm, cos, sin, gate, out_norm
+        mixed,
+        log_decay,
+        states,
+        slots,
+        group_dims,
+        feature_map,
+        scale,
+        q_norm,
+        k_norm,
+        angles,
+        positions,
+        gate,
+        out_norm,
     )
     computing = choose(backend, mixed)
     if not mixed.is_cuda:
@@ -129,17 +143,18 @@ def lightning_decode(
     scale, dims = group_dims[2] ** -0.5 if scale is None else float(scale), tuple(group_dims)
     if computing is torch_backend:
         return _decode(
-            mixed, log_decay, states, slots, dims, feature_map, scale, q_norm, k_norm, cos, sin, interleaved, gate,
-            out_norm,
+            mixed, log_decay, states, slots, dims, feature_map, scale, q_norm, k_norm, angles, positions, turn_scale,
+            interleaved, gate, out_norm,
         )  # fmt: skip
     from .triton import step as kernels
 
     mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
-    cos, sin = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
+    if angles is not None and angles.stride(-1) != 1:
+        angles = angles.contiguous()
     with torch.cuda.device_of(mixed):
         return kernels.decode(
             mixed, log_decay.contiguous(), states, slots.contiguous(), dims, pointwise.SILU[feature_map], scale,
-            q_norm, k_norm, cos, sin, interleaved, gate, out_norm,
+            q_norm, k_norm, angles, positions, turn_scale, interleaved, gate, out_norm,
         )  # fmt: skip
 
 
@@ -190,11 +205,13 @@ def _step(q, k, v, log_decay, states, slots, scale, intermediate) -> torch.Tenso
 
 
 def _decode(
-    mixed, log_decay, states, slots, dims, feature_map, scale, q_norm, k_norm, cos, sin, interleaved, kind, out_norm
-) -> torch.Tensor:
+    mixed, log_decay, states, slots, dims, feature_map, scale, q_norm, k_norm, angles, positions, turn_scale,
+    interleaved, kind, out_norm,
+) -> torch.Tensor:  # fmt: skip
     q, gate, k, v = pointwise._split_heads(mixed[None], dims, pointwise.SILU[feature_map])
     q, k = (_head_norm(x, norm) for x, norm in ((q, q_norm), (k, k_norm)))
-    if cos is not None:
+    if angles is not None:
+        cos, sin = (turn_scale * f(angles[positions]) for f in (torch.cos, torch.sin))
         q, k = (_turn(x, cos, sin, interleaved) for x in (q, k))
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     gate = None if kind == "none" or gate is None else gate.transpose(0, 1)

@@ -35,7 +35,7 @@ def check_step(q, k, v, log_decay, states, slots, scale, intermediate) -> None:
 
 
 def check_decode(
-    mixed, log_decay, states, slots, group_dims, feature_map, scale, q_norm, k_norm, cos, sin, gate, out_norm
+    mixed, log_decay, states, slots, group_dims, feature_map, scale, q_norm, k_norm, angles, positions, gate, out_norm
 ) -> None:
     checks.check_tensors(mixed=mixed, log_decay=log_decay, states=states, slots=slots)
     if mixed.dtype not in _DTYPES:
@@ -65,23 +65,32 @@ def check_decode(
     for name, norm, size in (("q_norm", q_norm, K), ("k_norm", k_norm, K), ("out_norm", out_norm, H * V)):
         if norm is not None:
             _check_norm(name, norm, size, mixed, optional=name == "out_norm")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin belong together: pass both, or none of them for no rotary embedding")
-    for name, x in () if cos is None else (("cos", cos), ("sin", sin)):
-        checks.check_tensors(mixed=mixed, **{name: x})
-        _check_angles(name, x, R, K, mixed)
-    if cos is not None and cos.shape != sin.shape:
-        raise ValueError(f"cos is {list(cos.shape)} and sin {list(sin.shape)}; both must have the same channels")
+    if (angles is None) != (positions is None):
+        raise ValueError("angles and positions belong together: pass both, or none of them for no rotary embedding")
+    if angles is not None:
+        checks.check_tensors(mixed=mixed, angles=angles, positions=positions)
+        _check_angles(angles, positions, R, K, mixed)
 
 
-def _check_angles(name: str, x: torch.Tensor, R: int, K: int, mixed: torch.Tensor) -> None:
-    if x.dim() != 2 or x.shape[0] != R or not 0 < x.shape[1] <= K or x.shape[1] % 2:
+def _check_angles(angles: torch.Tensor, positions: torch.Tensor, R: int, K: int, mixed: torch.Tensor) -> None:
+    if angles.dim() != 2 or not 0 < angles.shape[1] <= K or angles.shape[1] % 2:
         raise ValueError(
-            f"{name} must be [R, n] = [{R}, n], n even and at most K = {K}, but is {list(x.shape)}; gather the angles "
-            "of the rows' positions"
+            f"angles must be [P, n], of every position, n even and at most K = {K}, but is {list(angles.shape)}"
         )
-    if not x.is_floating_point() or x.device != mixed.device:
-        raise ValueError(f"{name} must be of floating point on {mixed.device}, but is {x.dtype} on {x.device}")
+    dtype = checks.state_dtype_of(mixed)
+    if angles.dtype != dtype or angles.device != mixed.device:
+        raise ValueError(
+            f"angles must be {dtype} on {mixed.device} (of large positions nothing else holds them), but is "
+            f"{angles.dtype} on {angles.device}"
+        )
+    integral = positions.dtype in (torch.int32, torch.int64)
+    if positions.shape != (R,) or not integral or positions.device != mixed.device:
+        raise ValueError(
+            f"positions must be [{R}] (one per request), int32 or int64 on {mixed.device}, but is "
+            f"{list(positions.shape)}, {positions.dtype} on {positions.device}"
+        )
+    if not positions.is_cuda and positions.numel() and not 0 <= positions.min() <= positions.max() < len(angles):
+        raise ValueError(f"positions {positions.tolist()} are not all rows of angles, which has {len(angles)}")
 
 
 def _check_norm(name: str, norm, size: int, mixed: torch.Tensor, optional: bool) -> None:

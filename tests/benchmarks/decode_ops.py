@@ -59,8 +59,8 @@ class Case:
     log_decay: torch.Tensor
     head_norm: torch.Tensor
     out_norm: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    angles: torch.Tensor  # [P, n]
+    positions: torch.Tensor
     w_in: torch.Tensor
     w_out: torch.Tensor
 
@@ -81,10 +81,10 @@ def make_cases(R: int, H: int, dtype: torch.dtype = torch.bfloat16) -> list[Case
         (randn(width, hidden) * hidden**-0.5, randn(hidden, hidden) * hidden**-0.5)
         for _ in range(min(count, measure.copies_beyond_cache(2 * (width + hidden) * hidden)))
     ]
-    angles = 10 * torch.randn(R, DIM // 4, device=device).repeat(1, 2)
+    angles = 10 * torch.randn(4 * R, DIM // 4, device=device).repeat(1, 2)
     shared = dict(
         states=states, log_decay=decay.log_decay("alibi", H, 0, 1).to(device), head_norm=1 + 0.1 * randn(DIM),
-        out_norm=1 + 0.1 * randn(hidden), cos=angles.cos(), sin=angles.sin(),
+        out_norm=1 + 0.1 * randn(hidden), angles=angles, positions=torch.randperm(4 * R, device=device)[:R],
     )  # fmt: skip
     return [
         Case(
@@ -116,23 +116,24 @@ def fused(c: Case, mixed: torch.Tensor | None = None, backend: str | None = None
     head = c.head_norm, EPS
     return ops.lightning_decode(
         c.mixed if mixed is None else mixed, c.log_decay, c.states, c.slots, group_dims=c.dims, q_norm=head,
-        k_norm=head, cos=c.cos, sin=c.sin, gate="sigmoid", out_norm=(c.out_norm, EPS), backend=backend,
+        k_norm=head, angles=c.angles, positions=c.positions, gate="sigmoid", out_norm=(c.out_norm, EPS),
+        backend=backend,
     )  # fmt: skip
 
 
 def unfused(c: Case, mixed: torch.Tensor | None = None) -> torch.Tensor:
     """As the layer does it while it trains."""
     q, gate, k, v = ops.split_heads((c.mixed if mixed is None else mixed)[None], c.dims)
-    q, k = (_turned(F.rms_norm(x, (DIM,), c.head_norm, EPS), c.cos, c.sin) for x in (q, k))
+    q, k = (_turned(F.rms_norm(x, (DIM,), c.head_norm, EPS), c.angles[c.positions]) for x in (q, k))
     o = ops.lightning_step(*(x.transpose(0, 1) for x in (q, k, v)), c.log_decay, c.states, c.slots)
     return ops.norm_gate(o.transpose(0, 1), gate, c.out_norm, kind="sigmoid", width=DIM, eps=EPS)[0]
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    n = cos.shape[-1]
+def _turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    n = angles.shape[-1]
     turned, rest = x[..., :n], x[..., n:]
     a, b = turned.chunk(2, -1)
-    cos, sin = (y[:, None].to(x.dtype) for y in (cos, sin))
+    cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
     return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, rest), -1)
 
 

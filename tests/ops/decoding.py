@@ -37,7 +37,9 @@ def walk(q, k, v, log_decay, states, slots, scale) -> tuple[torch.Tensor, torch.
     return o, states, between
 
 
-def layer(mixed, log_decay, states, slots, *, sizes, gated, feature_map, scale, weights, angles, interleaved, gate):
+def layer(
+    mixed, log_decay, states, slots, *, sizes, gated, feature_map, scale, weights, angles, turn_scale, interleaved, gate
+):  # fmt: skip
     """The result of a layer and its states, one head of one request after the other, in fp64."""
     H, Hkv, K, V = sizes
     group, results = H // Hkv, []
@@ -57,7 +59,7 @@ def layer(mixed, log_decay, states, slots, *, sizes, gated, feature_map, scale, 
         n, y = angles.shape[1], x.clone()
         for i in range(n // 2):
             a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + n // 2)
-            cos, sin = torch.cos(angles[r, a]), torch.sin(angles[r, a])
+            cos, sin = (turn_scale * f(angles[r, a]) for f in (torch.cos, torch.sin))
             y[a], y[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
         return y
 
@@ -156,26 +158,32 @@ def decode_case(rng, impl, sizes, *, gated, norms, out_weight, turned, R=4, N=6)
     if "out_norm" in norms:
         weights["out_norm"] = 1 + 0.3 * randn(rng, H * V) if out_weight else None
     weights = {name: None if x is None else x.to(**low) for name, x in weights.items()}
-    angles = None
-    if turned:
-        angles = (10 * randn(rng, R, turned // 2)).to(dtype=impl.wide, device=impl.device)
-    case = {name: case[name] for name in ("log_decay", "states", "slots")} | dict(
+    angles, case["positions"] = None, None
+    if turned:  # up to those of a million positions
+        size = 10 ** (6 * torch.rand(2 * R, 1, generator=rng, dtype=torch.float64))
+        angles = (size * randn(rng, 2 * R, turned // 2)).to(dtype=impl.wide, device=impl.device)
+        case["positions"] = torch.randint(2 * R, (R,), generator=rng).to(impl.device)
+    case = {name: case[name] for name in ("log_decay", "states", "slots", "positions")} | dict(
         mixed=randn(rng, R, Hkv * sum(group_dims)).to(**low), group_dims=group_dims, backend=impl.backend,
         **{name: (weight, EPS[name]) for name, weight in weights.items()},
     )  # fmt: skip
     return case, dict(weights=weights, angles=angles, gated=gated, sizes=sizes)
 
 
-def check_decode(impl, case, about, *, feature_map="silu", gate="none", interleaved=False, scale=None) -> dict:
+def check_decode(
+    impl, case, about, *, feature_map="silu", gate="none", interleaved=False, scale=None, turn_scale=1.0
+) -> dict:
     angles = about["angles"]
     if angles is not None:
         angles = angles.repeat_interleave(2, 1) if interleaved else torch.cat((angles, angles), 1)
-        case = case | dict(cos=angles.cos(), sin=angles.sin(), interleaved=interleaved)
+        case = case | dict(angles=angles, interleaved=interleaved, turn_scale=turn_scale)
+        angles = angles[case["positions"]]
     options = dict(feature_map=feature_map, gate=gate, scale=scale)
     states = case["states"].clone()
     y = lightning_decode(**case | options | {"states": states})
     weights = {name: None if x is None else wide(x)[0] for name, x in about["weights"].items()}
     judged = dict(weights=weights, angles=None if angles is None else wide(angles)[0], interleaved=interleaved)
+    judged["turn_scale"] = turn_scale
     want, want_states = layer(
         *wide(*(case[name] for name in ("mixed", "log_decay", "states", "slots"))),
         **options | {"scale": case["group_dims"][2] ** -0.5 if scale is None else scale}, **about | judged,

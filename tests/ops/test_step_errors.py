@@ -24,6 +24,10 @@ def decode_arguments(**changes) -> dict:
     return {name: x for name, x in good.items() if name not in "qkv"} | changes
 
 
+def turned(angles: torch.Tensor, positions: torch.Tensor | None = None) -> dict:
+    return dict(angles=angles, positions=torch.tensor([3, 0]) if positions is None else positions)
+
+
 WRONG_STEPS = {
     "q as a list": (dict(q=[1.0]), ["q must be a torch.Tensor", "list"]),
     "no slots": (dict(slots=None), ["slots must be a torch.Tensor", "NoneType"]),
@@ -68,12 +72,14 @@ WRONG_DECODES = {
     "q norm of no weight": (dict(q_norm=(None, 1e-6)), ["weight of q_norm", "NoneType"]),
     "norm of kv channels": (dict(k_norm=(torch.ones(32), 1e-6)), ["weight of k_norm", "[16]", "[32]"]),
     "out norm of a head": (dict(out_norm=(torch.ones(32), 1e-6)), ["weight of out_norm", "[128]", "[32]"]),
-    "cos alone": (dict(cos=zeros(2, 16)), ["cos and sin belong together"]),
-    "angles of all positions": (dict(cos=zeros(9, 16), sin=zeros(9, 16)), ["[2, n]", "[9, 16]"]),
-    "wide angles": (dict(cos=zeros(2, 18), sin=zeros(2, 18)), ["at most K = 16", "[2, 18]"]),
-    "odd angles": (dict(cos=zeros(2, 3), sin=zeros(2, 3)), ["n even", "[2, 3]"]),
-    "cos of integers": (dict(cos=zeros(2, 16).int(), sin=zeros(2, 16)), ["floating point", "torch.int32"]),
-    "other sin": (dict(cos=zeros(2, 16), sin=zeros(2, 8)), ["[2, 16]", "[2, 8]"]),
+    "angles alone": (dict(angles=zeros(9, 16)), ["angles and positions belong together"]),
+    "wide angles": (turned(zeros(9, 18)), ["at most K = 16", "[9, 18]"]),
+    "odd angles": (turned(zeros(9, 3)), ["n even", "[9, 3]"]),
+    "angles of integers": (turned(zeros(9, 16).int()), ["torch.float32", "torch.int32"]),
+    "angles in bf16": (turned(zeros(9, 16).bfloat16()), ["torch.float32", "torch.bfloat16"]),
+    "positions of all": (turned(zeros(9, 16), torch.arange(9)), ["[2]", "[9]"]),
+    "positions in fp32": (turned(zeros(9, 16), zeros(2)), ["int32 or int64", "torch.float32"]),
+    "positions beyond": (turned(zeros(9, 16), torch.tensor([3, 9])), ["[3, 9]", "has 9"]),
     "half states": (dict(states=zeros(5, 4, 16, 32).half()), ["torch.float16"]),
     "slot past states": (dict(slots=torch.tensor([0, 5])), ["slot 5"]),
     "a gradient": (dict(mixed=zeros(2, 288, requires_grad=True)), ["requires grad"]),
@@ -98,6 +104,6 @@ def test_good_calls():
     """What the wrong calls differ from is right."""
     assert lightning_step(**step_arguments()).shape == (2, 3, 4, 32)
     lightning_step(**step_arguments(intermediate=zeros(5, 4, 4, 16, 32)))
-    angles, out = dict(cos=zeros(2, 16), sin=zeros(2, 16)), (torch.ones(128), 1e-6)
+    angles, out = turned(zeros(9, 16)), (torch.ones(128), 1e-6)
     call = decode_arguments(q_norm=NORM, k_norm=NORM, out_norm=out, gate="linear", **angles)
     assert lightning_decode(**call).shape == (2, 128)

@@ -42,8 +42,8 @@ def _select(x, y, c, m, first):
 
 @triton.jit
 def _query_and_key(
-    q, k, q_weight, k_weight, cos, sin, o_k, q_eps, k_eps, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
-    TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    q, k, q_weight, k_weight, angles, o_k, q_eps, k_eps, turn_scale, K: tl.constexpr, PADDED: tl.constexpr,
+    SILU: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Channels o_k of q and k: feature map, RMS norm over all K if there is a weight, rotation of the first TURNED.
 
@@ -75,9 +75,10 @@ def _query_and_key(
         if k_weight is not None:
             b_x = tl.where(is_q, b_x, b_n * tl.load(k_weight + c, mask=m & ~is_q, other=0.0).to(tl.float32))
     if TURNED > 0:
-        b_cos = tl.load(cos + o_k, mask=o_k < TURNED, other=1.0).to(tl.float32)
-        b_sin = tl.load(sin + o_k, mask=o_k < TURNED, other=0.0).to(tl.float32)
-        b_x *= tl.where(mixes, tl.where(first, -b_sin, b_sin), b_cos)
+        b_a = tl.load(angles + o_k, mask=o_k < TURNED, other=0.0)
+        b_sin = tl.sin(b_a)
+        b_turn = turn_scale * tl.where(mixes, tl.where(first, -b_sin, b_sin), tl.cos(b_a))
+        b_x *= tl.where(o_k < TURNED, b_turn, tl.where(mixes, 0.0, 1.0))
     return tl.sum(tl.where(is_q, b_x, 0.0), axis=0), tl.sum(tl.where(is_q, 0.0, b_x), axis=0)
 
 
@@ -108,10 +109,10 @@ def _state(states, o_k, o_v, m_kv, V: tl.constexpr):
 def step_kernel(
     q, k, v, o,  # [R, S, heads, dim] with any strides but the last, which is 1; heads of q are strided by group, too
     log_decay, slots, initial, final, between,  # [H]; [R], None: row r; states [N, H, K, V]; [N, S, H, K, V], None
-    q_weight, k_weight, cos, sin, gate, out_weight,  # of a whole layer with S = 1, each may be None
+    q_weight, k_weight, angles, positions, gate, out_weight,  # of a whole layer with S = 1, each may be None
     q_sr, q_ss, q_sg, q_sh, k_sr, k_ss, k_sh, v_sr, v_ss, v_sh, o_sr, o_ss, o_sh,
-    initial_sn, final_sn, between_sn, between_ss, cos_sr, sin_sr, gate_sr, gate_sg,
-    S, N, H, group, scale, q_eps, k_eps, out_eps,
+    initial_sn, final_sn, between_sn, between_ss, angles_sp, gate_sr, gate_sg,
+    S, N, H, group, scale, q_eps, k_eps, out_eps, turn_scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     TILES: tl.constexpr, PADDED: tl.constexpr,  # tiles of BK rows that hold a state, more than one only with S = 1
     SILU: tl.constexpr, SILU_V: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -144,8 +145,7 @@ def step_kernel(
     k += i_r * k_sr + i_g * k_sh
     v += i_r * v_sr + i_g * v_sh
     if TURNED > 0:
-        cos += i_r * cos_sr
-        sin += i_r * sin_sr
+        angles += tl.load(positions + i_r).to(tl.int64) * angles_sp
     if gate is not None:
         gate += i_r * gate_sr + i_g * gate_sg + i_j * V
     if out_weight is not None:
@@ -156,7 +156,7 @@ def step_kernel(
         b_decay = tl.exp(tl.load(log_decay + i_h))
         for _ in range(S):
             b_q, b_k = _query_and_key(
-                q, k, q_weight, k_weight, cos, sin, o_k, q_eps, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED
+                q, k, q_weight, k_weight, angles, o_k, q_eps, k_eps, turn_scale, K, PADDED, SILU, TURNED, INTERLEAVED
             )
             b_v = _channels(v, o_v, m_v, SILU_V)
             b_s = b_decay * b_s + b_k[:, None] * b_v[None, :]
@@ -180,7 +180,7 @@ def step_kernel(
             m_kv = (c < K)[:, None] & m_v[None, :]
             b_s = _state(initial, c, o_v, m_kv, V)
             b_q, b_k = _query_and_key(
-                q, k, q_weight, k_weight, cos, sin, c, q_eps, k_eps, K, PADDED, SILU, TURNED, INTERLEAVED
+                q, k, q_weight, k_weight, angles, c, q_eps, k_eps, turn_scale, K, PADDED, SILU, TURNED, INTERLEAVED
             )
             b_s = b_decay * b_s + b_k[:, None] * b_v[None, :]
             b_o += tl.sum(b_q[:, None] * b_s, axis=0)
@@ -214,7 +214,8 @@ def step_tiles(K: int, V: int, whole: bool) -> StepTiles:
 
 def _launch(
     q, k, v, o, log_decay, slots, initial, final, between, scale, *, group: int, q_sg: int,
-    q_norm=None, k_norm=None, cos=None, sin=None, interleaved=False, gate=None, gate_sg=0, sigmoid=False,
+    q_norm=None, k_norm=None, angles=None, positions=None, turn_scale=1.0, interleaved=False, gate=None, gate_sg=0,
+    sigmoid=False,
     out_norm=None, silu=(False, False),
 ) -> None:  # fmt: skip
     """q ``[R, S, H or group, K]`` is strided by ``q_sg`` from one head of k to the next."""
@@ -226,13 +227,15 @@ def _launch(
     (q_weight, q_eps), (k_weight, k_eps), (out_weight, out_eps) = (x or (None, 0.0) for x in (q_norm, k_norm, out_norm))
     launch(
         step_kernel, cdiv(V, BV) * H * R,
-        (q, k, v, o, log_decay, slots, initial, final, between, q_weight, k_weight, cos, sin, gate, out_weight),
+        (q, k, v, o, log_decay, slots, initial, final, between, q_weight, k_weight, angles, positions, gate,
+         out_weight),
         (*q.stride()[:2], q_sg, q.stride(2), *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
          *(0 if x is None else x.stride(0) for x in (initial, final)),
          *((0, 0) if between is None else between.stride()[:2]),
-         *(0 if x is None else x.stride(0) for x in (cos, sin, gate)), gate_sg,
-         S, R if slots is None else final.shape[0], H, group, scale, float(q_eps), float(k_eps), float(out_eps)),
-        (K, V, BK, BV, tiles, pad(K), *silu, 0 if cos is None else cos.shape[1], interleaved,
+         *(0 if x is None else x.stride(0) for x in (angles, gate)), gate_sg,
+         S, R if slots is None else final.shape[0], H, group, scale, float(q_eps), float(k_eps), float(out_eps),
+         float(turn_scale)),
+        (K, V, BK, BV, tiles, pad(K), *silu, 0 if angles is None else angles.shape[1], interleaved,
          out_norm is not None, sigmoid),
         num_warps=num_warps, num_stages=1,
     )  # fmt: skip
@@ -247,8 +250,9 @@ def step(q, k, v, o, log_decay, slots, initial, final, scale, between=None) -> N
 
 
 def decode(
-    mixed, log_decay, states, slots, dims, silu, scale, q_norm, k_norm, cos, sin, interleaved, kind, out_norm
-) -> torch.Tensor:
+    mixed, log_decay, states, slots, dims, silu, scale, q_norm, k_norm, angles, positions, turn_scale, interleaved,
+    kind, out_norm,
+) -> torch.Tensor:  # fmt: skip
     """See ``lightning_decode``."""
     (columns, _, K, V), width = dims, sum(dims)
     R, heads, group = mixed.shape[0], mixed.shape[1] // width, columns // K
@@ -256,8 +260,8 @@ def decode(
     y = torch.empty(R, heads * group * V, device=mixed.device, dtype=mixed.dtype)
     _launch(
         q.unflatten(2, (group, K))[:, :1], k[:, None], v[:, None], y.view(R, 1, heads * group, V), log_decay, slots,
-        states, states, None, scale, group=group, q_sg=width, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin,
-        interleaved=interleaved, gate=None if kind == "none" else gate, gate_sg=width, sigmoid=kind == "sigmoid",
-        out_norm=out_norm, silu=silu,
+        states, states, None, scale, group=group, q_sg=width, q_norm=q_norm, k_norm=k_norm, angles=angles,
+        positions=positions, turn_scale=turn_scale, interleaved=interleaved, gate=None if kind == "none" else gate,
+        gate_sg=width, sigmoid=kind == "sigmoid", out_norm=out_norm, silu=silu,
     )  # fmt: skip
     return y
