@@ -250,7 +250,8 @@ def graphs_of_experts(rank: int, world: int):
     from lightning_megatron.inference.engine import build_engine
 
     dynamic.start()
-    model = dynamic.build("moe", cuda_graph_impl="local")
+    model = dynamic.build("moe")
+    model.config.cuda_graph_impl = "local"
     with pytest.raises(ValueError, match="--moe-pad-experts-for-cuda-graph-inference"):
         build_engine(model, dynamic.Tokens(), cuda_graphs=2)
 
