@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_megatron.inference.asked import Asked, Reader, Refused
+from lightning_megatron.inference.asked import Asked, Bodies, Refused
 from tests.helpers.generate import NUMBERS, SIZE
 from tests.launch import ENV, ROOT, run_pretrain, spawn
 
@@ -357,9 +357,9 @@ def test_what_changes_nothing_is_taken(client):
 
 
 def test_chat_without_a_template_says_what_to_do():
-    reader = Reader(NAME, VOCAB, LIMIT, lambda text: [1], lambda tokens: "", None)
+    bodies = Bodies(NAME, VOCAB, LIMIT, lambda text: [1], lambda tokens: "", None)
     with pytest.raises(Refused, match="no chat template: use /v1/completions, or serve .* --sft") as raised:
-        reader.conversation(b'{"messages": [{"role": "user", "content": "w1"}]}')
+        bodies.conversation(b'{"messages": [{"role": "user", "content": "w1"}]}')
     assert raised.value.status == 400 and raised.value.body["error"]["code"] == "no_chat_template"
 
 
@@ -395,13 +395,13 @@ def test_any_body_is_refused_or_is_safe():
         text.encode()
         return [5] * len(text)
 
-    reader = Reader("m", VOCAB, LIMIT, tokenize, str, lambda messages: [1, 2])
+    bodies = Bodies("m", VOCAB, LIMIT, tokenize, str, lambda messages: [1, 2])
     passed = 0
     for _ in range(20000):
         body = {name: draw.choice(values) for name in draw.sample(names, draw.randrange(1, 5))}
         body |= {"prompt": "w1", "messages": [{"role": "user", "content": "w1"}]} if draw.random() < 0.3 else {}
-        read = draw.choice([reader.completion, reader.conversation])
-        body.pop("messages" if read == reader.completion else "prompt", None)
+        read = draw.choice([bodies.completion, bodies.conversation])
+        body.pop("messages" if read == bodies.completion else "prompt", None)
         try:
             asked = read(json.dumps(body).encode())
         except Refused as error:

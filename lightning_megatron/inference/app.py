@@ -21,7 +21,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, RequestTimeout
 
-from .asked import Asked, Reader, Refused
+from .asked import Asked, Bodies, Refused
 from .sampling import Text
 from .service import Full, Gone, Service
 
@@ -224,12 +224,12 @@ def _event(value: dict[str, Any]) -> str:
 # ---- the app ---------------------------------------------------------------------------------------------------------
 
 
-def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
+def build_app(service: Service, bodies: Bodies, tokenizer: Any) -> Quart:
     """The web application.
 
     Args:
         service: within its ``async with``.
-        reader: of bodies, which may be called in another thread.
+        bodies: reads them; may be called in another thread.
         tokenizer: of the model.
     """
     app = Quart("lightning_serve")
@@ -245,7 +245,7 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
         service.check_room(len(asked.prompts) * asked.n)
         answers = Answers(service, tokenizer, asked)
         if asked.stream:
-            response = Response(_events(answers, reader.model), mimetype="text/event-stream")
+            response = Response(_events(answers, bodies.model), mimetype="text/event-stream")
             response.headers["Cache-Control"] = "no-cache"
             response.timeout = None  # of Quart, which would cut it off
             return response
@@ -253,17 +253,17 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
             async for _ in each:
                 pass
         choices = [_choice(x, asked, tokenizer) for x in answers.all]
-        return _json({**_head(asked, reader.model), "choices": choices, "usage": answers.usage()})
+        return _json({**_head(asked, bodies.model), "choices": choices, "usage": answers.usage()})
 
     @app.post("/v1/completions")
     async def completions() -> Response:
-        return await answer(reader.completion)
+        return await answer(bodies.completion)
 
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        return await answer(reader.conversation)
+        return await answer(bodies.conversation)
 
-    model = {"id": reader.model, "object": "model", "created": began, "owned_by": "lightning_megatron"}
+    model = {"id": bodies.model, "object": "model", "created": began, "owned_by": "lightning_megatron"}
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -271,9 +271,9 @@ def build_app(service: Service, reader: Reader, tokenizer: Any) -> Quart:
 
     @app.get("/v1/models/<path:name>")
     async def one_model(name: str) -> Response:
-        if name != reader.model:
+        if name != bodies.model:
             raise Refused(
-                f"there is no model {name!r}: this server has {reader.model!r}", "model", status=404,
+                f"there is no model {name!r}: this server has {bodies.model!r}", "model", status=404,
                 code="model_not_found",
             )  # fmt: skip
         return _json(model)

@@ -58,8 +58,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Turns text into tokens, and knows the limits."""
+class Bodies:
+    """Reads bodies of requests: turns text into tokens, and knows the limits."""
 
     model: str
     """The name that clients give."""

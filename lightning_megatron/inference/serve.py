@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .command import Parser, UsageError, build_tokenizer, check_layout, on_first_rank, rank, run_command, tokenizer_args
 
 if TYPE_CHECKING:
-    from .asked import Reader
+    from .asked import Bodies
     from .engine import Engine
 
 _PACKAGES = ("quart", "hypercorn", "zmq", "msgpack")
@@ -158,7 +158,7 @@ async def _serve(
             loop.remove_signal_handler(each)  # a second one does not wait
 
     async with service:
-        app = build_app(service, _reader(service, tokenizer, kind, name), tokenizer)
+        app = build_app(service, _bodies(service, tokenizer, kind, name), tokenizer)
         config = Config()
         host, port = place.getsockname()[:2]
         config.bind, config.graceful_timeout = [f"fd://{place.detach()}"], _GRACE
@@ -189,10 +189,10 @@ async def _serve(
             sys.exit(1)
 
 
-def _reader(service: Any, tokenizer: Any, kind: str, name: str) -> Reader:
-    from .asked import Reader
+def _bodies(service: Any, tokenizer: Any, kind: str, name: str) -> Bodies:
+    from .asked import Bodies
 
-    return Reader(
+    return Bodies(
         model=name,
         vocab_size=tokenizer.vocab_size,
         limit=service.limit,
