@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from . import fp8_flags as fp8
 from . import latent_flags as latent
 from . import memory_flags as memory
 from .compat import importable
@@ -215,6 +216,7 @@ REFUSED = (
         "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
         "pass --untie-embeddings-and-output-weights",
     ),
+    *fp8.REFUSED,
     *latent.REFUSED,
     *memory.REFUSED,
 )

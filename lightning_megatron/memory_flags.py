@@ -14,15 +14,16 @@ REFUSED = (
         for when, text in (
             (lambda run: not run.recomputes, f"acts on layers that are recomputed; add {_FULL}, or leave it out"),
             (
-                lambda run: run.get("fp8") or run.get("fp4"),
-                "does not go with --fp8-format and --fp4-format, whose layers TransformerEngine recomputes; leave out "
-                "one of the two",
-            ),
-            (
                 lambda run: run.graphs,
                 "does not go with CUDA graphs, in which nothing is recomputed; use --cuda-graph-impl none",
             ),
         )
+    ),
+    Rule(
+        _CHUNK,
+        lambda run: run.get("fp8") or run.get("fp4"),
+        "does not go with --fp8-format and --fp4-format, whose scales and kept values are of a whole layer; leave out "
+        "one of the two",
     ),
     Rule(
         _OFFLOAD,
@@ -74,16 +75,6 @@ WARNED = (
         _CHUNK,
         lambda run: run.config.num_moe_experts is not None,
         "leaves layers with experts whole",
-    ),
-    *(
-        Rule(
-            name,
-            lambda run: run.recomputes and run.config.context_parallel_size > 1 and run.options.cp_keep_states,
-            "recomputes by TransformerEngine's checkpoint, in which lightning layers keep no states of the first run: "
-            "they exchange them between context-parallel ranks again",
-            flag,
-        )
-        for name, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format"))
     ),
     Rule(_CHUNK, lambda run: run.mtp, "leaves multi-token prediction layers whole"),
     Rule(

@@ -351,6 +351,11 @@ class LightningAttention(MegatronModule):
                 f"lightning layers do not generate with context-parallel size {self.pg_collection.cp.size()}; load the "
                 "checkpoint with --context-parallel-size 1"
             )
+        if self.config.fp8 or self.config.fp4:
+            raise ValueError(
+                "lightning layers generate in bf16, as a token is fewer rows than a product in fp8 takes; load the "
+                "checkpoint without --fp8-format and --fp4-format"
+            )
         if packed is not None:
             raise ValueError(
                 "lightning layers generate from prompts of their own, not from packed sequences: leave "

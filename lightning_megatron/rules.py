@@ -1,4 +1,4 @@
-"""What a row of the tables in flags.py and memory_flags.py is, and what it sees of a run."""
+"""What a row of the tables of flags (flags.py and those that it joins) is, and what it sees of a run."""
 
 from __future__ import annotations
 
@@ -74,14 +74,16 @@ class Rule(NamedTuple):
 
     attribute: str  # of the config, or of the flags
     when: Callable[[Run], Any]
-    text: str  # goes on after flag and value: what happens, and the remedy
+    # goes on after flag and value: what happens, and the remedy; called where it depends on the run
+    text: str | Callable[[Run], Any]
     flag: str = ""  # where it is not --attribute
 
     def message(self, run: Run) -> str | None:
         value = run.get(self.attribute)
         if value in (None, False) or not self.when(run):
             return None
-        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + self.text
+        text = self.text if isinstance(self.text, str) else self.text(run)
+        return (self.flag or flag_of(self.attribute)) + shown(value) + " " + text
 
 
 def flag_of(attribute: str) -> str:

@@ -168,6 +168,7 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
             keep_states=options.recompute_chunk is not None
             or (config.context_parallel_size > 1 and options.cp_keep_states),
             offload=options.offload_activations,
+            quantized=bool(config.fp8 or config.fp4),
         )
     if args is not None:
         dynamic_inference.apply()  # else inference.engine does, or the program

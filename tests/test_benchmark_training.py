@@ -45,9 +45,30 @@ def test_commands_of_data_parallel_ranks(capsys):
     (line,) = commands(capsys, *argv)
     assert "--nproc-per-node=4 " in line and '"cells": [[65536, 1, 4], [1048576, 1, 2]]' in line
     assert line.endswith(
-        "--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --mock-data "
+        "--context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather --transformer-impl local --mock-data "
         "--tokenizer-type NullTokenizer --vocab-size 31999"
     )
+
+
+def test_commands_of_layers_and_further_flags(capsys):
+    """A run for each, local layers where nothing else is said."""
+    argv = "--attentions lightning --lengths 8K --layers te te-delayed te-tensorwise te-blockwise".split()
+    lines = commands(capsys, *argv, "--extra=--fp8-param-gather --x 1", "--extra=")
+    assert [line.endswith("--fp8-param-gather --x 1") for line in lines] == [True, False] * 4
+    assert all(line.count("--transformer-impl transformer_engine") == 1 for line in lines)
+    recipes = [line.split("--fp8-recipe ")[1].split()[0] if "--fp8-recipe" in line else None for line in lines[::2]]
+    assert recipes == [None, "delayed", "tensorwise", "blockwise"]
+    assert ["--fp8-format hybrid" in line for line in lines[::2]] == [False, True, True, False]
+    (line,) = commands(capsys, "--attentions", "lightning", "--lengths", "8K")
+    assert "--transformer-impl local --mock-data" in line and "--fp8" not in line
+
+
+def test_rows_of_other_layers_stand_beside_those_of_older_files():
+    old = row("lightning", 8192, 100_000)
+    rows = [old, row("lightning", 8192, 140_000, layers="te-delayed"), row("softmax", 8192, 50_000, layers="local")]
+    lines = training.table(rows).splitlines()
+    assert [line.split()[-1] for line in lines] == ["8K", "100,000", "2.00", "140,000", "50,000"]
+    assert lines[3].startswith("0.4B lightning, te-delayed ")
 
 
 def test_commands_of_single_cells(capsys):
@@ -63,7 +84,15 @@ def test_commands_of_single_cells(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", ["--steps 2", "--profile", "--data x", "--data x --tokenizer y --mock-data", "--profile --no-in-process"]
+    "argv",
+    [
+        "--steps 2",
+        "--profile",
+        "--profile --models toy --attentions softmax --lengths 64 --layers local te",
+        "--data x",
+        "--data x --tokenizer y --mock-data",
+        "--profile --no-in-process",
+    ],
 )
 def test_options_that_cannot_work(argv, capsys):
     with pytest.raises(SystemExit):

@@ -220,3 +220,41 @@ def check_patch(rank: int, world: int) -> None:
 def test_patch():
     """Megatron's checkpoint runs what exchange_once returns, with its other arguments as they are."""
     spawn(check_patch, 1)
+
+
+def check_te_patch(rank: int, world: int) -> None:
+    """With a function of TransformerEngine's signature in its place, which computes by torch's checkpoint."""
+    from megatron.core import recompute as megatron
+    from megatron.core.extensions import transformer_engine
+
+    def te_checkpoint(forward_func, distribute_saved_activations, get_rng_state_tracker, tp_group, *args, **kwargs):
+        assert (distribute_saved_activations, get_rng_state_tracker, tp_group) == (False, len, "tp")
+        return checkpoint(forward_func, *args, use_reentrant=True, **kwargs)
+
+    layers.start()
+    megatron.te_checkpoint = transformer_engine.te_checkpoint = te_checkpoint
+    patch.apply(keep_states=False, quantized=True)
+    assert megatron.te_checkpoint is te_checkpoint, "patched though nothing was asked for"
+    patch.apply(offload=True, quantized=True)
+    patch.apply(offload=True, quantized=True)
+    runs = []
+
+    def function(x, y):
+        runs.append((recompute._run.kept is not None, recompute._run.first))
+        return x * y, None
+
+    for module in (megatron, transformer_engine):
+        assert module.te_checkpoint.__wrapped__ is te_checkpoint
+        x = torch.tensor([2.0], requires_grad=True)
+        hidden = x
+        for _ in range(3):
+            hidden, _ = module.te_checkpoint(function, False, len, "tp", hidden, torch.tensor([3.0]))
+        hidden.backward()
+        assert x.grad == 27 and recompute._run.kept is None
+    assert runs == 2 * (3 * [(True, True)] + 3 * [(True, False)])
+    assert patch._offloader.sent == 2 * 2, "all inputs but the last go to the host"
+
+
+def test_patch_of_quantized_layers():
+    """TransformerEngine's checkpoint, too, exchanges states once, and its inputs go to the host."""
+    spawn(check_te_patch, 1)

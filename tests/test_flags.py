@@ -300,6 +300,47 @@ REFUSED = {
         "--lightning-offload-activations acts on layers that are recomputed; add --recompute-granularity full .*leave",
     ),
     "chunk-fp8": (TE | FULL | dict(fp8="hybrid"), CHUNK, {}, "--lightning-recompute-chunk 64 does not go with --fp8"),
+    "fp8-hidden": (
+        TE | dict(fp8="hybrid", hidden_size=72), {}, {},
+        "--fp8-format hybrid needs multiples of 16 in every matrix, and the hidden size has 72: change --hidden-size",
+    ),
+    "fp8-mlp-tp": (
+        TE | dict(fp8="hybrid", ffn_hidden_size=272, tensor_model_parallel_size=2), {}, {},
+        "the MLP has 136 on each of 2 tensor-parallel ranks: change --ffn-hidden-size",
+    ),
+    "fp8-expert": (
+        TE | dict(fp8="e4m3", num_moe_experts=4, moe_ffn_hidden_size=40), {}, {},
+        "an expert has 40: change --moe-ffn-hidden-size",
+    ),
+    "fp8-shared-expert": (
+        TE | dict(fp8="e4m3", num_moe_experts=4, moe_ffn_hidden_size=48, moe_shared_expert_intermediate_size=40), {},
+        {},
+        "the shared expert has 40: change --moe-shared",
+    ),
+    "fp8-softmax": (
+        HYBRID | TE | dict(fp8="hybrid", kv_channels=18, num_query_groups=2), dict(key_head_dim=16), {},
+        "the output projection of softmax layers has 72: change --kv-channels",
+    ),
+    "fp8-latent": (
+        HYBRID | LATENT | TE | dict(fp8="hybrid", q_lora_rank=16, kv_lora_rank=24), {}, {},
+        "the latents of k and v has 24: change --kv-lora-rank",
+    ),
+    "fp8-lightning-blocks-of-32": (
+        TE | dict(fp8="hybrid", fp8_recipe="mxfp8"), dict(num_kv_heads=1, value_head_dim=32, gate="none"), {},
+        "multiples of 32 in every matrix, and the fused projection of lightning layers has",
+    ),
+    "fp8-tokens": (
+        TE | dict(fp8="hybrid", context_parallel_size=2), {}, dict(micro_batch_size=1, seq_length=48),
+        "multiples of 16 tokens in a microbatch, and --micro-batch-size 1 with --seq-length 48 gives a rank 24: change",
+    ),
+    "fp8-tokens-of-evaluation": (
+        TE | dict(fp8="hybrid"), {}, dict(micro_batch_size=2, eval_micro_batch_size=1, seq_length=40),
+        "--eval-micro-batch-size 1 with --seq-length 40 gives a rank 40: change",
+    ),
+    "fp8-delayed-mlp-chunks": (
+        TE | dict(fp8="hybrid", fp8_recipe="delayed", mlp_chunks_for_training=2), {}, {},
+        "--mlp-chunks-for-training 2 calls an MLP several times .*use --fp8-recipe tensorwise",
+    ),
     "host-graphs": (
         FULL | dict(cuda_graph_impl="full_iteration"), HOST, {},
         "--lightning-offload-activations does not go with CUDA graphs.*use --cuda-graph-impl none",
@@ -340,7 +381,15 @@ def test_refused_in_both_ways(name, without):
 
 
 ALLOWED = {
-    "fp8-te": (TE | dict(fp8="hybrid"), {}, {}),
+    "fp8-te": (TE | dict(fp8="hybrid"), {}, dict(micro_batch_size=2, seq_length=40)),
+    "fp8-tensorwise-mlp-chunks": (
+        TE | dict(fp8="hybrid", fp8_recipe="tensorwise", mlp_chunks_for_training=2), {}, {},
+    ),
+    "fp8-host": (TE | FULL | dict(fp8="hybrid"), HOST, {}),
+    "fp8-hybrid": (HYBRID | TE | dict(fp8="hybrid", fp8_recipe="blockwise", num_query_groups=2), {}, {}),
+    "fp8-latent": (
+        HYBRID | LATENT | TE | dict(fp8="hybrid", q_lora_rank=32, kv_lora_rank=32, qk_pos_emb_head_dim=16), {}, {},
+    ),
     "norms-te": (
         SWIGLU | TE | dict(apply_residual_connection_post_layernorm=True),
         dict(embedding_scale=2.0, layernorm_affine=False, bilinear_glu=True), {},
@@ -399,10 +448,6 @@ LOGGED = {
     "chunk-cp": (
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
         ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
-    ),
-    "fp8-states": (
-        TE | FULL | dict(fp8="hybrid", context_parallel_size=2), {}, OWN,
-        ["--fp8-format hybrid recomputes by TransformerEngine's checkpoint", "exchange them between"],
     ),
     "chunk-packed": (
         FULL, CHUNK, OWN | dict(dataloader_inter_document_masking=True), ["--lightning-recompute-chunk 64", "packed"],

@@ -137,6 +137,10 @@ def check_layer_refusals(rank: int, world: int) -> None:
             arguments = dict(rotary_pos_emb=freqs) | arguments
         with pytest.raises(ValueError, match=message):
             mixer(x, None, **arguments)
+    mixer.config.fp8 = "hybrid"
+    with pytest.raises(ValueError, match="generate in bf16, .*load the checkpoint without --fp8-format"):
+        mixer(x, None, rotary_pos_emb=freqs, inference_context=StaticInferenceContext(1, 32))
+    mixer.config.fp8 = None
     output, _ = mixer(x, None, rotary_pos_emb=freqs, attention_bias=None, rotary_pos_cos=None, sequence_len_offset=None)
     assert torch.equal(output, mixer(x, None, rotary_pos_emb=(freqs, freqs))[0])  # one for q, one for k
     assert not torch.equal(output, mixer(x, None, rotary_pos_emb=(freqs, 2 * freqs))[0])

@@ -136,6 +136,7 @@ TRAIN = (
 ).split()
 # Checkpoints of local layers lack the empty states that TransformerEngine's norms look for.
 TE = "--transformer-impl transformer_engine --dist-ckpt-strictness log_all"
+FP8 = f"{TE} --rope-fusion --fp8-format hybrid --fp8-recipe delayed"
 RUNS = {  # the number of GPUs, and flags; names that begin with latent train another model
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
@@ -159,6 +160,10 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent train an
     "te-tp2-sp": (2, f"{TE} --rope-fusion --tensor-model-parallel-size 2 --sequence-parallel"),
     "te-cp2": (2, f"{TE} --rope-fusion --context-parallel-size 2"),
     "te-cp2-recompute": (2, f"{TE} --rope-fusion --context-parallel-size 2 {RECOMPUTE}"),
+    "fp8-te-one": (1, FP8),
+    "fp8-te-tp2-sp": (2, f"{FP8} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "fp8-te-cp2": (2, f"{FP8} --context-parallel-size 2"),
+    "fp8-te-cp2-recompute": (2, f"{FP8} --context-parallel-size 2 {RECOMPUTE}"),
     "latent-te-tp2": (2, f"{TE} --tensor-model-parallel-size 2"),
     "latent-te-tp2-sp": (2, f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"),
     "latent-te-cp2": (2, f"{TE} --context-parallel-size 2"),
@@ -187,15 +192,17 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("layout", [name for name in RUNS if name not in ("one", "latent-one")])
+@pytest.mark.parametrize("layout", [name for name in RUNS if not name.endswith("one") or name == "te-alone"])
 def test_trains_as_one_gpu(layout, runs):
     """bf16 rounds otherwise in each layout; a loss misses that of one GPU by less than 1% of what is learnt, and 2%
-    with TransformerEngine, whose kernels are others, beside local layers on one GPU.
+    with TransformerEngine, whose kernels are others, beside local layers on one GPU. In fp8, where ranks share scales,
+    by less than 5%, beside fp8 on one GPU.
     """
     te = TE in RUNS[layout][1]
     if te and not importable("transformer_engine.pytorch"):
         pytest.skip("TransformerEngine does not import")
-    got, want = runs(layout).losses, runs("latent-one" if layout.startswith("latent") else "one").losses
+    fp8, one = FP8 in RUNS[layout][1], "latent-one" if layout.startswith("latent") else "one"
+    got, want = runs(layout).losses, runs("fp8-te-one" if fp8 else one).losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]
     print(
@@ -203,7 +210,7 @@ def test_trains_as_one_gpu(layout, runs):
         f"largest {max(differences):.1e}"
     )
     assert len(want) == 20 and learnt > 0.3
-    assert max(differences) < (0.02 if te else 0.01) * learnt, f"{got} {want}"
+    assert max(differences) < (0.05 if fp8 else 0.02 if te else 0.01) * learnt, f"{got} {want}"
 
 
 def gradients_of_two(rank: int, world: int) -> dict[str, float]:

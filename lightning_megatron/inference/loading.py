@@ -231,6 +231,12 @@ def _load(flags: list[str], saved: Saved) -> torch.nn.Module:
         container, options = run.configure()
     finally:
         sys.argv = before
+    for name in ("fp8", "fp4"):
+        if (given := getattr(container.model.transformer, name)) is not None:
+            raise ValueError(
+                f"--{name}-format {given}: models generate in bf16, as a token is fewer rows than a product in {name} "
+                "takes; leave it out (a checkpoint of a training in fp8 has its weights in bf16, too)"
+            )
     if saved_function(saved.args).options is None:
         container.model.transformer_layer_spec = _spec_of(saved.args, saved.load)
     patches.apply_all(options)

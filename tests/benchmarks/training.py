@@ -6,6 +6,7 @@
     $run --models 0.4B --lengths 64K 1M --context-parallel 2 --loss-chunk 8K --recompute --append
     $run --models 0.4B --lengths 32K 512K --data-parallel 2 --loss-chunk 8K --recompute --append
     $run --models 0.4B --lengths 8K --attentions lightning --profile
+    $run --models 1B --lengths 8K 32K --attentions lightning --layers local te te-delayed te-tensorwise te-blockwise
     $run --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
 
 Prints tokens per GPU and second, and writes <out>/training.json. Every step has the same number of tokens at every
@@ -14,6 +15,8 @@ is one sequence. One process per model and attention trains at all lengths (trai
 pretrain() with lightning_megatron's model, optimizer, data and train_step); --no-in-process starts
 ``-m lightning_megatron.pretrain`` anew for every cell and reads Megatron's log. The first WARMUP steps at a length are
 dropped, the median of the others counts.
+
+Layers: Megatron's local ones, or TransformerEngine's, in bf16 or fp8 by one of its recipes (training_models.LAYERS).
 
 Attention: "lightning" in all layers; "softmax" in all layers, through torch's flash kernels, with rope; "hybrid", every
 eighth layer softmax. Lightning layers have an output gate: their models are larger (0.4B: 0.40 and 0.37 billion).
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -42,10 +46,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning_megatron.compat import version
 from tests.launch import excerpt
 
 from .report import output, when, write
-from .training_models import KEY, MODELS, PARALLEL, PEAK, WARMUP, batch, command, gpus, how, parse_length, show_length
+from .training_models import (
+    KEY,
+    LAYERS,
+    MODELS,
+    PARALLEL,
+    PEAK,
+    WARMUP,
+    batch,
+    command,
+    gpus,
+    how,
+    key_of,
+    parse_length,
+    show_length,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +97,8 @@ def from_log(log: str, length: int) -> dict:
 def cell(name: str, attention: str, length: int, options: argparse.Namespace) -> dict:
     """What tells a row from the others."""
     values = (name, attention, length, options.recompute or "none", *(getattr(options, key) for key in PARALLEL))
-    return dict(zip(KEY, (*values, options.cuda_graph, options.loss_chunk, options.extra), strict=True))
+    values = (*values, options.cuda_graph, options.loss_chunk, options.extra, options.layers)
+    return dict(zip(KEY, values, strict=True))
 
 
 def finish(raw: dict, name: str, attention: str, options: argparse.Namespace) -> dict:
@@ -152,7 +172,8 @@ def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[di
 
 def describe(row: dict) -> str:
     """One line for one cell, and its profile."""
-    start = f"{row['model']} {row['attention']:9s} {show_length(row['length']):>5s}  "
+    start = f"{row['model']} {row['attention']:9s} {row['layers']:13s} {show_length(row['length']):>5s}  "
+    start += f"{row['extra']}  " if row["extra"] else ""
     if "error" in row:
         return start + row["error"]
     text = start + (
@@ -176,8 +197,8 @@ def table(rows: list[dict]) -> str:
     lengths = sorted({row["length"] for row in rows})
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
-        key = tuple(row[name] for name in KEY if name != "length")
-        groups.setdefault(key, {})[row["length"]] = row
+        model, attention, length, *rest = key_of(row)
+        groups.setdefault((model, attention, *rest), {})[length] = row
 
     def line(name: str, cells: list[str]) -> str:
         return f"{name:46s}" + "".join(f"{cell:>9s}" for cell in cells)
@@ -212,6 +233,8 @@ def machine(cpu: bool) -> dict[str, str]:
     query = "CPU, none" if cpu else output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     card, _, driver = query.partition(", ")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "triton", "megatron-core")}
+    if (te := version("transformer-engine")) != "not installed":
+        versions["transformer-engine"] = te
     return {"card": card, "driver": driver, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""), **versions}
 
 
@@ -244,7 +267,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")
     add("--tokenizer", metavar="FILE", help="SentencePiece model")
-    add("--extra", default="", metavar="FLAGS", help="more flags for Megatron, in one argument: --extra='--x 1 --y'")
+    add(
+        "--layers",
+        dest="all_layers",
+        nargs="+",
+        choices=LAYERS,
+        default=["local"],
+        help="Megatron's, or TransformerEngine's: in bf16, or in fp8 by a recipe (default: local)",
+    )
+    add(
+        "--extra",
+        dest="all_extra",
+        action="append",
+        metavar="FLAGS",
+        help="more flags for Megatron, in one argument: --extra='--x 1 --y'; given again, another run with other flags",
+    )
     add("--in-process", action=argparse.BooleanOptionalAction, default=True, help="all lengths in one process")
     add("--profile", action="store_true", help="two more steps of one cell: kernels by time, launches, idle share")
     add("--out", type=Path, default=RESULTS, help="folder of training.json")
@@ -252,24 +289,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cpu", action="store_true", help="under examples/cpu_shim.py: proves the wiring")
     add("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args(argv)
+    options.all_extra = options.all_extra or [""]
+    options.layers, options.extra = options.all_layers[0], options.all_extra[0]  # of a run
     if options.steps <= WARMUP:
         parser.error(f"--steps {options.steps} leaves none after {WARMUP} of warm-up: give {WARMUP + 1} or more")
-    if options.profile and (not options.in_process or len(options.models + options.attentions + options.lengths) != 3):
-        parser.error("--profile is for one cell in process: give one model, one attention and one length")
+    if options.profile and (not options.in_process or len(runs(options)) != 1 or len(options.lengths) != 1):
+        parser.error("--profile is for one cell in process: give one model, attention, length and kind of layers")
     if bool(options.data) != bool(options.tokenizer) or (options.data and options.mock_data):
         parser.error("give --data PREFIX with --tokenizer FILE, or --mock-data")
     options.data, options.tokenizer = (x and str(Path(x).resolve()) for x in (options.data, options.tokenizer))
     return options
 
 
+def runs(options: argparse.Namespace) -> list[tuple[str, str, argparse.Namespace]]:
+    """Model, attention, and options with the layers and further flags of each run."""
+    each = itertools.product(options.models, options.attentions, options.all_layers, options.all_extra)
+    return [
+        (model, attention, argparse.Namespace(**vars(options) | dict(layers=layers, extra=extra)))
+        for model, attention, layers, extra in each
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    runs = [(model, attention) for model in options.models for attention in options.attentions]
     if options.dry_run:
-        for model, attention in runs:
+        for model, attention, chosen in runs(options):
             lengths = sorted(options.lengths)
             for group in [lengths] if options.in_process else [[length] for length in lengths]:
-                print(shlex.join(command(model, attention, group, options)))
+                print(shlex.join(command(model, attention, group, chosen)))
         return 0
     path, about, old = options.out / "training.json", machine(options.cpu), []
     commands = [shlex.join(["python", "-m", "tests.benchmarks.training", *(sys.argv[1:] if argv is None else argv)])]
@@ -279,15 +326,14 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(f"--append: {path} is of {before['environment']}, this is {about}: use another --out")
         old, commands = before["rows"], before["environment"]["commands"] + commands
     about |= when() | {"commands": commands}
-    key = lambda row: tuple(row[name] for name in KEY)
     rows: list[dict] = []
-    for model, attention in runs:
-        for row in sweep(model, attention, options):
+    for model, attention, chosen in runs(options):
+        for row in sweep(model, attention, chosen):
             print(describe(row), flush=True)
             rows.append(row)
-            new = set(map(key, rows))
-            write(path, about, "training", [row for row in old if key(row) not in new] + rows)
-    print("\n" + table([row for row in old if key(row) not in set(map(key, rows))] + rows))
+            new = set(map(key_of, rows))
+            write(path, about, "training", [row for row in old if key_of(row) not in new] + rows)
+    print("\n" + table([row for row in old if key_of(row) not in set(map(key_of, rows))] + rows))
     return any(row.get("error", NO_MEMORY) != NO_MEMORY for row in rows)
 
 

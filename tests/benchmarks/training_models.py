@@ -1,8 +1,8 @@
 """What tests.benchmarks.training trains: model shapes, their operations per token, batches, Megatron's flags, commands.
 
-MFU is of 989 TFLOP/s, an H100 SXM in bf16 without sparsity. Operations of a token, forward and backward, recomputation
-not counted, for P parameters in matrices (the output layer is one, the embedding is not), head dims K = V = h / H,
-length T:
+MFU is of 989 TFLOP/s, an H100 SXM in bf16 without sparsity, for layers in fp8 as well. Operations of a token, forward
+and backward, recomputation not counted, for P parameters in matrices (the output layer is one, the embedding is not),
+head dims K = V = h / H, length T:
 
     6 P  +  3 * 4 K V H for each lightning layer  +  3 * 2 T h for each softmax layer
 
@@ -80,12 +80,27 @@ def show_length(length: int) -> str:
 
 PARALLEL = {"tensor_parallel": "TP", "context_parallel": "CP", "data_parallel": "DP"}  # options that multiply the GPUs
 # What tells a row of the table from the others
-KEY = ("model", "attention", "length", "recompute", *PARALLEL, "cuda_graph", "loss_chunk", "extra")
+KEY = ("model", "attention", "length", "recompute", *PARALLEL, "cuda_graph", "loss_chunk", "extra", "layers")
+_TE = "--transformer-impl transformer_engine"
+LAYERS = {  # Megatron's flags for what computes projections, MLPs and norms, and in which precision
+    "local": "--transformer-impl local",
+    "te": _TE,
+    "te-delayed": f"{_TE} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 "
+    "--fp8-amax-compute-algo max",
+    "te-tensorwise": f"{_TE} --fp8-format hybrid --fp8-recipe tensorwise",
+    "te-blockwise": f"{_TE} --fp8-format e4m3 --fp8-recipe blockwise",
+}
+
+
+def key_of(row: dict) -> tuple:
+    """Rows of older files have local layers."""
+    return tuple(row.get(name, "local") if name == "layers" else row[name] for name in KEY)
 
 
 def how(row: dict) -> str:
     """How a row was trained, beyond model and attention."""
-    text = f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
+    text = f", {layers}" if (layers := row.get("layers", "local")) != "local" else ""
+    text += f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
     text += "".join(f", {short}{row[name]}" for name, short in PARALLEL.items() if row[name] > 1)
     text += ", CUDA graph" if row["cuda_graph"] else ""
     text += f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else ""
@@ -139,7 +154,7 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     if options.data:
         data = ["--data-path", options.data, "--split", "1,0,0", "--tokenizer-type", "SentencePieceTokenizer"]
         data += ["--tokenizer-model", options.tokenizer]
-    return text.split() + data + shlex.split(options.extra)
+    return text.split() + LAYERS[options.layers].split() + data + shlex.split(options.extra)
 
 
 def command(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
+import copy
 import gc
 import json
 import statistics
@@ -119,7 +119,8 @@ def softmax_spec(config, vp_stage: int | None = None):
 
     assert vp_stage is None and config.transformer.pipeline_model_parallel_size == 1
     layers = config.transformer.num_layers
-    hybrid = dataclasses.replace(config.transformer, linear_attention_freq=[1] + [0] * (layers - 1))
+    hybrid = copy.copy(config.transformer)
+    hybrid.linear_attention_freq = [1] + [0] * (layers - 1)
     layer = get_hybrid_layer_specs(hybrid)[-1]
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=layer_norm(config.transformer))
 

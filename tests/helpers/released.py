@@ -59,8 +59,8 @@ def to_megatron(config: dict[str, Any], args: Namespace, theirs: Tensors) -> Ten
     return found
 
 
-def build(args: Namespace, **layout: Any) -> torch.nn.Module:
-    """This rank's part of the model, in process groups that exist."""
+def build(args: Namespace, spec: Callable | None = None, **layout: Any) -> torch.nn.Module:
+    """This rank's part of the model, in process groups that exist; ``spec`` in place of that of the args."""
     tp = layout.get("tensor_model_parallel_size", 1)
     layout |= dict(expert_tensor_parallel_size=tp, tensor_parallel_num_weight_shards=tp)
     layout |= dict(expert_tensor_parallel_num_weight_shards=tp)
@@ -68,7 +68,7 @@ def build(args: Namespace, **layout: Any) -> torch.nn.Module:
         setattr(args, name, value)
     config = core_transformer_config_from_args(args)
     model = gpt_config_from_args(args, config=config)
-    model.transformer_layer_spec = make_spec(options_from_args(args))
+    model.transformer_layer_spec = spec or make_spec(options_from_args(args))
     pp = parallel_state
     return GPTModelBuilder(model).build_model(
         ProcessGroupCollection.use_mpu_process_groups(),

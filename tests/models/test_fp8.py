@@ -1,0 +1,195 @@
+"""50 steps of training on TransformerEngine's layers, in bf16 and fp8, on one GPU: losses beside those of local layers.
+
+Three models of one size, lightning, one softmax layer in four, and softmax, train on the same tokens of a random
+language from the same weights. Wanted:
+
+- Layers of TransformerEngine in bf16 are as far from fp32 as local layers in bf16, or as far as these are from
+  themselves when their first weights are rounded otherwise, times MORE.
+- fp8 leaves bf16 as far as it does in the softmax model with the same recipe, times FACTOR, beyond the noise of bf16.
+- Full recompute, recompute of MLPs, and inputs on the host change fp8's losses no more than a second equal run does: by
+  nothing where kernels have the same bits twice. Scales that are updated by a recomputation, too, would show here.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from lightning_megatron.compat import importable
+from lightning_megatron.patches import recompute
+from lightning_megatron.training.models import saved_args
+from tests import layers
+from tests.benchmarks.training_models import LAYERS
+from tests.benchmarks.training_run import softmax_spec
+from tests.conftest import SEED
+from tests.helpers import released
+from tests.helpers.copied import copy, draw
+from tests.helpers.training import RECOMPUTE
+from tests.launch import spawn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not importable("transformer_engine.pytorch"), reason="TransformerEngine does not import"),
+]
+
+STEPS, ROWS, LENGTH, VOCABULARY, CHOICES = 50, 4, 512, 512, 4
+MORE, FACTOR, FLOOR = 1.5, 2.0, 1e-3  # FLOOR is of a loss that begins with 6.8, and falls by more than 1
+MODEL = (
+    f"--num-layers 4 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 4 --seq-length {LENGTH} "
+    f"--max-position-embeddings {LENGTH} --vocab-size {VOCABULARY} --position-embedding-type rope --hidden-dropout 0 "
+    "--attention-dropout 0 --untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear"
+)
+MODELS = {"lightning": "--lightning-rope", "hybrid": "--lightning-rope --linear-attention-freq 4", "softmax": ""}
+RECIPES = ("te-delayed", "te-tensorwise", "te-blockwise")
+MLP = "--recompute-granularity selective --recompute-modules mlp"
+LOCAL = "local --no-rope-fusion"
+# name -> kind of layers (training_models.LAYERS) and more flags
+RUNS = {
+    "fp32": f"{LOCAL} --lightning-backend torch",
+    "local": f"{LOCAL} --bf16",
+    "rounded": f"{LOCAL} --bf16",  # from weights that are rounded otherwise
+    **{name: f"{name} --bf16" for name in ("te", *RECIPES)},
+}
+SAME = {  # name -> the run that it equals, and more flags
+    **{f"{name}-again": (name, "") for name in RECIPES},
+    **{f"{name}-full": (name, RECOMPUTE) for name in RECIPES},
+    **{f"{name}-mlp": (name, MLP) for name in RECIPES},
+    "te-delayed-host": ("te-delayed", f"{RECOMPUTE} --lightning-offload-activations"),
+    "te-tensorwise-layernorm": (
+        "te-tensorwise", "--recompute-granularity selective --recompute-modules layernorm mlp",
+    ),
+}  # fmt: skip
+ENDS = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 1"
+Losses = dict[str, list[float] | str]
+
+
+def language(rng: torch.Generator) -> list[torch.Tensor]:
+    """Tokens [rows, length + 1] of every step: each token is followed by one of a few, drawn at random."""
+    following = torch.randint(0, VOCABULARY, (VOCABULARY, CHOICES), generator=rng)
+    tokens = torch.randint(0, VOCABULARY, (STEPS * ROWS, 1), generator=rng)
+    for _ in range(LENGTH):
+        chosen = torch.randint(0, CHOICES, (STEPS * ROWS, 1), generator=rng)
+        tokens = torch.cat([tokens, following[tokens[:, -1:], chosen[:, :, None]].squeeze(-1)], dim=1)
+    return list(tokens.cuda().split(ROWS))
+
+
+def build(name: str, how: str) -> torch.nn.Module:
+    kind, *more = how.split()
+    args = saved_args(f"{MODEL} {MODELS[name]} {LAYERS[kind]} {' '.join(more)}".split())
+    model = released.build(args, softmax_spec if name == "softmax" else None).cuda()
+    return Float16Module(model.config, model) if args.bf16 else model
+
+
+def train(model: torch.nn.Module, batches: list[torch.Tensor], lr: float = 1e-3) -> list[float]:
+    """Losses of AdamW on fp32 copies of the weights, as Megatron's optimizers have them."""
+    module = getattr(model, "module", model)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    masters = [p.detach().float().clone() for p in weights]
+    optimizer = torch.optim.AdamW(masters, lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, foreach=True)
+    places, losses = torch.arange(LENGTH, device="cuda")[None], []
+    for batch in batches:
+        module.set_is_first_microbatch()  # weights have changed: quantize them again
+        logits = model(batch[:, :-1], places, None).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        for master, p in zip(masters, weights, strict=True):
+            master.grad = p.grad.float()
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
+        optimizer.step()
+        with torch.no_grad():
+            for master, p in zip(masters, weights, strict=True):
+                p.copy_(master)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def measure(rank: int, world: int, seed: int) -> dict[str, Losses]:
+    """All runs of all models in one process; of a run that fails, why."""
+    layers.start()
+    rng = torch.Generator().manual_seed(seed)
+    batches, found = language(rng), {}
+    for name in MODELS:
+        reference = build(name, RUNS["fp32"])
+        draw(reference, rng)
+        runs = RUNS if name == "softmax" else RUNS | {"te-tensorwise-ends": f"te-tensorwise --bf16 {ENDS}"}
+        if name != "softmax":
+            runs = runs | {key: f"{RUNS[same]} {more}" for key, (same, more) in SAME.items()}
+        losses = found[name] = {}
+        for key, how in runs.items():
+            try:
+                model = build(name, how)
+                copy(reference, getattr(model, "module", model))
+                if key == "rounded":  # to a neighbour in bf16, or not
+                    for p in model.parameters():
+                        p.data.mul_(1 + 2**-8 * (2 * torch.rand(p.shape, generator=rng) - 1).to(p.device))
+                losses[key] = train(model, batches)
+            except Exception:
+                losses[key] = traceback.format_exc()
+            model = recompute._offloader = None  # the patch outlives a model
+            torch.cuda.empty_cache()
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Losses]:
+    print(f"LIGHTNING_TEST_SEED={SEED}")
+    found = spawn(measure, 1, SEED % 2**30, gpus=True, timeout=500)[0]
+    for name, losses in found.items():
+        for key, values in losses.items():
+            if isinstance(values, list):
+                far = {b: distance(losses, key, b) for b in ("fp32", "te") if isinstance(losses[b], list)}
+                shown = ", ".join(f"from {b} {mean:.1e} mean {most:.1e} most" for b, (mean, most) in far.items())
+                print(f"{name} {key}: loss {values[0]:.3f} to {values[-1]:.3f}; {shown}")
+    return found
+
+
+def of(losses: Losses, name: str) -> torch.Tensor:
+    values = losses[name]
+    assert not isinstance(values, str), f"{name}: {values}"
+    return torch.tensor(values)
+
+
+def distance(losses: Losses, a: str, b: str) -> tuple[float, float]:
+    """Mean and largest difference of the losses of two runs."""
+    apart = (of(losses, a) - of(losses, b)).abs()
+    return float(apart.mean()), float(apart.max())
+
+
+def noise(losses: Losses) -> tuple[float, float]:
+    """Of bf16: from fp32, and from weights that are rounded otherwise; the larger of both."""
+    both = distance(losses, "local", "fp32"), distance(losses, "local", "rounded")
+    return max(mean for mean, _ in both), max(most for _, most in both)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_as_local_layers(name, trained):
+    losses = trained[name]
+    wanted, found = of(losses, "fp32"), distance(losses, "te", "fp32")
+    assert wanted.isfinite().all() and wanted[-1] < wanted[0] - 1, wanted
+    print(f"{name}: TransformerEngine {found}, noise {noise(losses)} (mean and most of {STEPS} losses)")
+    for apart, allowed in zip(found, noise(losses), strict=True):
+        assert 0 < apart <= MORE * allowed + FLOOR
+
+
+@pytest.mark.parametrize("recipe", (*RECIPES, "te-tensorwise-ends"))
+@pytest.mark.parametrize("name", ("lightning", "hybrid"))
+def test_fp8_costs_what_it_costs_softmax(name, recipe, trained):
+    losses, softmax = trained[name], trained["softmax"]
+    found, wanted = distance(losses, recipe, "te"), distance(softmax, recipe.removesuffix("-ends"), "te")
+    print(f"{name} {recipe}: {found}, softmax {wanted}, noise {noise(losses)} (mean and most of {STEPS} losses)")
+    for apart, allowed, bf16 in zip(found, wanted, noise(losses), strict=True):
+        assert 0 < apart <= FACTOR * allowed + bf16 + FLOOR
+
+
+@pytest.mark.parametrize("run", [x for x in SAME if not x.endswith("-again")])
+@pytest.mark.parametrize("name", ("lightning", "hybrid"))
+def test_fp8_recomputed_is_the_same(name, run, trained):
+    losses, (same, _) = trained[name], SAME[run]
+    again, found = distance(losses, f"{same}-again", same), distance(losses, run, same)
+    print(f"{name} {run}: {found}, a second run {again} (mean and most of {STEPS} losses)")
+    for apart, allowed in zip(found, again, strict=True):
+        assert apart <= 2 * allowed
