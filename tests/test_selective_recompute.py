@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -94,6 +95,13 @@ def test_states_are_exchanged_once(seed):
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
+def note(own: set[int], storages: dict[int, torch.UntypedStorage], x: torch.Tensor) -> torch.Tensor:
+    storage = x.untyped_storage()
+    if storage.data_ptr() not in own:
+        storages[storage._cdata] = storage
+    return x
+
+
 def kept(rank: int, world: int, seed: int) -> dict[str, int]:
     """Bytes that autograd keeps of one layer between forward and backward, by storage."""
     layers.start()
@@ -102,14 +110,8 @@ def kept(rank: int, world: int, seed: int) -> dict[str, int]:
         mixer = layers.build_mixer(Variant(dict(qk_norm=True, **options)), **fields)
         own = {p.untyped_storage().data_ptr() for p in mixer.parameters()}
         x = torch.randn(256, 1, 64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        storages = {}
-
-        def pack(y):
-            storage = y.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage._cdata] = storage
-            return y
-
+        storages: dict[int, torch.UntypedStorage] = {}
+        pack = functools.partial(note, own, storages)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
             output, _ = mixer(x)
         found[way] = sum(storage.nbytes() for storage in storages.values())
