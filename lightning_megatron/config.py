@@ -90,8 +90,13 @@ class LightningOptions:
     )
     cp_keep_states: bool = _option(
         True,
-        "with full recompute, keep the incoming states of the first forward, so that context-parallel ranks exchange "
-        "states once instead of twice",
+        "with recompute, keep the incoming states of the first forward, so that context-parallel ranks exchange states "
+        "once instead of twice",
+    )
+    recompute_qkv: bool = _option(
+        False,
+        "with selective recompute of core_attn, which in lightning layers is the operator with output norm and gate, "
+        "also compute q and k of the lightning layers again, from the fused projection on",
     )
     recompute_chunk: int | None = _option(
         None,

@@ -108,7 +108,7 @@ def _stub_cuda() -> None:
             pass
 
         def record_event(self, event=None):  # core/transformer/moe/token_dispatcher.py:946
-            return SimpleNamespace(synchronize=lambda: None)
+            return Event()
 
         def wait_event(self, event):  # core/inference: what is copied to the host while the next step is prepared
             pass

@@ -14,10 +14,9 @@ from . import latent_flags as latent
 from . import memory_flags as memory
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, projection_cut
-from .rules import ROTARY, Rule, Run, flag_of, selective, shown
+from .rules import ROTARY, TE, Rule, Run, flag_of, selective, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
-_TE = "transformer_engine.pytorch"
 _APEX_NORM = "apex.normalization.fused_layer_norm"
 
 
@@ -101,7 +100,7 @@ REFUSED = (
     ),
     Rule(
         "recompute_modules",
-        lambda run: selective(run, "layernorm", "moe_act") and not importable(_TE),
+        lambda run: selective(run, "layernorm", "moe_act") and not importable(TE),
         "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
         "or install it",
     ),
@@ -219,17 +218,12 @@ REFUSED = (
     *fp8.REFUSED,
     *latent.REFUSED,
     *memory.REFUSED,
+    *memory.GRAPHS,
 )
 
 WARNED = (
     *latent.WARNED,
     *memory.WARNED,
-    Rule(
-        "recompute_modules",
-        lambda run: selective(run, "core_attn"),
-        "recomputes nothing in lightning layers, which have no core_attn; use --recompute-granularity full, or "
-        "--recompute-modules mlp, to save memory there",
-    ),
     Rule(
         "optimizer",
         lambda run: _muon_cut(run) == "uncut",
@@ -345,7 +339,7 @@ def refuse_parts(asked) -> None:
         raise ValueError(
             f"--transformer-impl {implementation} is not supported by lightning specs; use local or transformer_engine"
         )
-    if implementation == "transformer_engine" and not importable(_TE):
+    if implementation == "transformer_engine" and not importable(TE):
         raise ValueError(
             "--transformer-impl transformer_engine needs TransformerEngine, but transformer_engine is not installed, "
             "or does not import; install transformer_engine[pytorch], or pass --transformer-impl local"

@@ -1,8 +1,9 @@
-"""Rows of the tables of flags for the options that save memory of full recompute: chunks, and inputs on the host."""
+"""Rows of the tables of flags for the options that save memory by recomputing: where it begins, chunks, the host."""
 
 from __future__ import annotations
 
-from .rules import Rule
+from .compat import importable
+from .rules import TE, Rule, selective
 
 _CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -24,6 +25,12 @@ REFUSED = (
         lambda run: run.get("fp8") or run.get("fp4"),
         "does not go with --fp8-format and --fp4-format, whose scales and kept values are of a whole layer; leave out "
         "one of the two",
+    ),
+    Rule(
+        "lightning_recompute_qkv",
+        lambda run: not selective(run, "core_attn"),
+        "begins the recomputation of core_attn at the fused projection; add --recompute-granularity selective "
+        "--recompute-modules core_attn, or leave it out",
     ),
     Rule(
         _OFFLOAD,
@@ -56,6 +63,21 @@ REFUSED = (
         _CHUNK,
         lambda run: run.config.context_parallel_size > 1 and not run.options.cp_keep_states,
         "keeps states for the recomputation; leave --no-lightning-cp-keep-states out",
+    ),
+)
+
+GRAPHS = (
+    Rule(
+        "cuda_graph_impl",
+        lambda run: run.graphs and run.packed,
+        "captures a batch of one shape, and packed documents (--sft, --dataloader-inter-document-masking) differ in "
+        "number from batch to batch; use --cuda-graph-impl none",
+    ),
+    Rule(
+        "cuda_graph_impl",
+        lambda run: run.get("cuda_graph_impl") == "transformer_engine" and not importable(TE),
+        "captures with TransformerEngine's functions, and it does not import: use local or full_iteration, or install "
+        "it",
     ),
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads, unfusable
-from .packed import document_bounds, sharing_group
-from .parallel import lightning_attn
+from .packed import layout_of, packed_bounds, sharing_group
+from .parallel import exchange_once, lightning_attn
 from .rope import LRPE, angle_table, own_angles, own_rotary_embedding, rotate
+from .selective import parameters_of, recomputed
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -178,6 +180,7 @@ class LightningAttention(MegatronModule):
         )
         self._place_decay(self.linear_proj.weight.device)
         self._passed: Passed | None = None
+        self._recomputes = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -235,32 +238,53 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
-        cu_seqlens = self._packed_bounds(packed_seq_params)
-        group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
+        cu_seqlens = packed_bounds(packed_seq_params)
+        group, layout = (
+            sharing_group(packed_seq_params, self.pg_collection.cp),
+            layout_of(packed_seq_params, self.layout),
+        )
         cached = self._cached_states(inference_context, packed_seq_params, hidden_states, attention_mask)
-        state = None if cached is None else cached.initial
-        passed = self._passed
-        if passed is not None:
-            state = passed.state
 
         nvtx_range_push(suffix="qkv")
         mixed, _ = self.linear_qkv(hidden_states)  # [s, b, local kv heads * sum(group_dims)]
+        nvtx_range_pop(suffix="qkv")
         if isinstance(cached, RequestStates) and cached.only_decodes and self._unfusable is None:
-            nvtx_range_pop(suffix="qkv")
             return self.linear_proj(self._decode(cached, mixed, rotary_pos_emb, hidden_states))
-        # q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
+        if options.rope and self.rotary_pos_emb is not None:
+            rotary_pos_emb = own_angles(
+                self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group
+            )
+        where = dict(cu_seqlens=cu_seqlens, group=group, layout=layout)
+        heads = partial(self._heads, rotary_pos_emb=rotary_pos_emb, inference_context=inference_context, **where)
+        attend = partial(self._attend, cached=cached, **where)
+        if not self._recomputes or not self.training or cached is not None:
+            return self._project(attend(*heads(mixed)))
+        parameters, inputs = parameters_of(self.out_norm), (mixed,)
+        if options.recompute_qkv:
+            parameters += parameters_of(self.q_norm, self.k_norm, self.lrpe)
+            function = lambda mixed: attend(*heads(mixed))
+        else:
+            function, inputs = attend, heads(mixed)
+        function = exchange_once(function) if options.cp_keep_states else function
+        return recomputed(function, parameters, self._project, *inputs)
+
+    def _heads(
+        self, mixed: torch.Tensor, *, rotary_pos_emb, inference_context, cu_seqlens, group, layout: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """From the fused projection to the operator: feature map, norms and angles.
+
+        q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
+        """
+        options = self.options
+        nvtx_range_push(suffix="split_heads")
         q, gate, k, v = split_heads(
             mixed, self.shape.group_dims, feature_map=options.feature_map, backend=options.backend
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        nvtx_range_pop(suffix="qkv")
+        nvtx_range_pop(suffix="split_heads")
         if options.rope:
             nvtx_range_push(suffix="rotary_pos_emb")
-            if self.rotary_pos_emb is not None:
-                rotary_pos_emb = own_angles(
-                    self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group
-                )
             q, k = rotate(
                 q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
@@ -273,28 +297,36 @@ class LightningAttention(MegatronModule):
                 group=self.pg_collection.cp if group is None else group,
             )  # fmt: skip
             nvtx_range_pop(suffix="lrpe")
+        return q, gate, k, v
 
+    def _attend(self, q, gate, k, v, *, cached, cu_seqlens, group, layout: str) -> torch.Tensor:
+        """Operator, output norm and gate: what ``_heads`` returns -> ``[s, b, H * V]``."""
+        options, passed = self.options, self._passed
         nvtx_range_push(suffix="lightning_attention")
         if isinstance(cached, RequestStates):
             o = cached.attend(q, k, v, self.log_decay, scale=self.scale, backend=options.backend)
         else:
+            state = None if cached is None else cached.initial
             o, state = lightning_attn(
                 *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
-                exchange=options.cp_exchange, scale=self.scale, initial_state=state,
+                exchange=options.cp_exchange, scale=self.scale, initial_state=state if passed is None else passed.state,
                 output_final_state=cached is not None or passed is not None, cu_seqlens=cu_seqlens,
                 backend=options.backend,
             )  # fmt: skip
             o = o.transpose(0, 1)
             if cached is not None:
                 cached.store(state)
-        if passed is not None:
-            passed.state = state
+            if passed is not None:
+                passed.state = state
         nvtx_range_pop(suffix="lightning_attention")
 
         nvtx_range_push(suffix="output_norm_gate")
         finish = norm_gate if self.out_norm is None else self.out_norm
         o = finish(o, gate, kind=options.gate, backend=options.backend)
         nvtx_range_pop(suffix="output_norm_gate")
+        return o
+
+    def _project(self, o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         nvtx_range_push(suffix="linear_proj")
         output = self.linear_proj(o)
         nvtx_range_pop(suffix="linear_proj")
@@ -316,21 +348,6 @@ class LightningAttention(MegatronModule):
             q_norm=q_norm, k_norm=k_norm, angles=angles, turn_scale=turn_scale,
             interleaved=self.config.rotary_interleaved, gate=options.gate, out_norm=out_norm, backend=options.backend,
         )  # fmt: skip
-
-    def _packed_bounds(self, packed: PackedSeqParams | None) -> torch.Tensor | None:
-        if packed is None:
-            return None
-        if packed.qkv_format != "thd":
-            raise ValueError(
-                f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'"
-            )
-        return document_bounds(packed)
-
-    def _layout(self, packed: PackedSeqParams | None) -> str:
-        """Which tokens a rank holds: Megatron cuts a batch of dynamic size, and one without documents, as a whole."""
-        if self.layout == "zigzag-documents" and (packed is None or packed.local_cp_size is not None):
-            return "zigzag"
-        return self.layout
 
     def _stage_offset(self) -> int:
         """How many layers the pipeline stages before this one have."""

@@ -12,6 +12,28 @@ def document_bounds(packed: PackedSeqParams) -> torch.Tensor:
     return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
 
+def packed_bounds(packed: PackedSeqParams | None) -> torch.Tensor | None:
+    """``document_bounds`` as lightning layers take it; None without packed documents.
+
+    Raises:
+        ValueError: documents that are not packed along the sequence.
+    """
+    if packed is None:
+        return None
+    if packed.qkv_format != "thd":
+        raise ValueError(
+            f"packed_seq_params.qkv_format={packed.qkv_format!r} is not supported; lightning layers take 'thd'"
+        )
+    return document_bounds(packed)
+
+
+def layout_of(packed: PackedSeqParams | None, layout: str) -> str:
+    """Which tokens a rank holds: Megatron cuts a batch of dynamic size, and one without documents, as a whole."""
+    if layout == "zigzag-documents" and (packed is None or packed.local_cp_size is not None):
+        return "zigzag"
+    return layout
+
+
 def sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks that share the sequence: the ``usual`` ones, but batches of dynamic size bring their own, or None for
     one rank.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from .config import LightningOptions
 
+TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
 
 

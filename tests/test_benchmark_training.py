@@ -84,15 +84,31 @@ def test_commands_of_single_cells(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "argv, flags",
     [
-        "--steps 2",
-        "--profile",
-        "--profile --models toy --attentions softmax --lengths 64 --layers local te",
-        "--data x",
-        "--data x --tokenizer y --mock-data",
-        "--profile --no-in-process",
+        ("--cuda-graph", "full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"),
+        ("--cuda-graph local", "local --cuda-graph-warmup-steps 1 --transformer-impl local --mock-data"),
+        ("--cuda-graph local:attn,mlp", "local --cuda-graph-warmup-steps 1 --cuda-graph-modules attn mlp --transformer-impl local --mock-data"),
     ],
+)
+def test_commands_of_graphs(argv, flags, capsys):
+    (line,) = commands(capsys, *"--attentions lightning --lengths 2K".split(), *argv.split())
+    assert f"--cuda-graph-impl {flags}" in line
+
+
+def test_commands_of_selective_recompute(capsys):
+    argv = "--attentions lightning --lengths 2K --recompute".split()
+    for modules, flags in (
+        ("core_attn,qkv,mlp", "core_attn mlp --lightning-recompute-qkv"),
+        ("core_attn", "core_attn"),
+    ):
+        (line,) = commands(capsys, *argv, modules)
+        assert f"--recompute-granularity selective --recompute-modules {flags} --transformer-impl local --mock-data" in line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--steps 2", "--data x", "--data x --tokenizer y --mock-data", "--profile --no-in-process"],
 )
 def test_options_that_cannot_work(argv, capsys):
     with pytest.raises(SystemExit):
@@ -159,6 +175,23 @@ def test_table():
         ["90,000", "no", "mem", "failed"],
     ]
     assert lines[4] == "0.4B lightning: (max - min) / mean from 2K up 2.0%"
+
+
+def test_table_of_memory_and_idle_time():
+    rows = [
+        row("lightning", 2048, 100, peak_gib=9.25, profile={"idle": 0.5}, recompute=how)
+        for how in ("none", "core_attn")
+    ]
+    rows.append(row("lightning", 2048, 150, peak_gib=9.25, cuda_graph="local:attn"))
+    assert [line.split() for line in training.table(rows).splitlines()[2:]] == [
+        ["peak", "GiB", "9.2"],
+        ["GPU", "idle", "50%"],
+        ["0.4B", "lightning,", "recompute", "core_attn", "100"],
+        ["peak", "GiB", "9.2"],
+        ["GPU", "idle", "50%"],
+        ["0.4B", "lightning,", "CUDA", "graph", "local:attn", "150"],
+        ["peak", "GiB", "9.2"],
+    ]
 
 
 def test_row_of_megatrons_log():

@@ -299,6 +299,25 @@ REFUSED = {
         dict(recompute_granularity="selective", recompute_modules=["mlp"]), HOST, {},
         "--lightning-offload-activations acts on layers that are recomputed; add --recompute-granularity full .*leave",
     ),
+    "qkv-alone": (
+        {}, dict(recompute_qkv=True), {},
+        "--lightning-recompute-qkv begins the recomputation of core_attn .*; add --recompute-granularity selective",
+    ),
+    "qkv-without-core": (
+        dict(recompute_granularity="selective", recompute_modules=["mlp"]), dict(recompute_qkv=True), {},
+        "--lightning-recompute-qkv begins .* --recompute-modules core_attn, or leave it out",
+    ),
+    "graphs-packed": (
+        dict(cuda_graph_impl="local"), {}, dict(dataloader_inter_document_masking=True),
+        "--cuda-graph-impl local captures a batch of one shape.*use --cuda-graph-impl none",
+    ),
+    "graphs-sft": (
+        dict(cuda_graph_impl="full_iteration"), {}, dict(sft=True), "--cuda-graph-impl full_iteration captures a batch",
+    ),
+    "graphs-te": (
+        dict(cuda_graph_impl="transformer_engine"), {}, {},
+        "--cuda-graph-impl transformer_engine captures with .* use local or full_iteration, or install it",
+    ),
     "chunk-fp8": (TE | FULL | dict(fp8="hybrid"), CHUNK, {}, "--lightning-recompute-chunk 64 does not go with --fp8"),
     "fp8-hidden": (
         TE | dict(fp8="hybrid", hidden_size=72), {}, {},
@@ -403,6 +422,10 @@ ALLOWED = {
     "muon-whole": (dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(muon_split_qkv=False)),
     "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
+    "selective-qkv": (
+        dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]), dict(recompute_qkv=True), {},
+    ),
+    "graphs": (dict(cuda_graph_impl="local"), {}, {}),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),
@@ -456,10 +479,6 @@ LOGGED = {
     "mlp-chunks": (
         FULL | dict(mlp_chunks_for_training=4), {}, OWN,
         ["--mlp-chunks-for-training 4 keeps what all chunks", "use --lightning-recompute-chunk"],
-    ),
-    "core-attn": (
-        dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN,
-        ["--recompute-modules core_attn recomputes nothing in lightning layers", "--recompute-granularity full"],
     ),
     "offload": (
         HYBRID | TE | dict(fine_grained_activation_offloading=True, offload_modules=["core_attn", "attn_norm"]),
@@ -559,6 +578,7 @@ def test_logged_in_one_line(name):
 QUIET = {
     "defaults": ({}, {}, OWN),
     "a-program-of-ones-own": ({}, {}, {}),
+    "core-attn": (dict(recompute_granularity="selective", recompute_modules=["core_attn"]), {}, OWN),
     "hybrid": (HYBRID | dict(qk_layernorm=True, attention_output_gate=True, num_query_groups=2), {}, OWN),
     "offload-of-mlps": (TE | dict(fine_grained_activation_offloading=True, offload_modules=["mlp_norm"]), {}, OWN),
     "offload-unused": (dict(offload_modules=["core_attn"]), {}, OWN),

@@ -17,7 +17,8 @@ LAYERS = [
     {"cpu"},
     {"parallel", "rules"},
     {"caches"},
-    {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags", "latent_flags", "fp8_flags"},
+    {"decay", "mlp", "norm", "residual", "rope", "offload", "selective"},
+    {"memory_flags", "latent_flags", "fp8_flags"},
     {"softmax"},
     {"record"},
     {"resume"},
@@ -35,7 +36,7 @@ ONLY = {
     "decay": {"config"},
     "flags": {"config", "compat", "unread", "rules", "memory_flags", "latent_flags", "fp8_flags"},
     "rules": {"config"},
-    "memory_flags": {"rules"},
+    "memory_flags": {"compat", "rules"},
     "latent_flags": {"rules"},
     "fp8_flags": {"config", "rules"},
     "models": {"config"},
@@ -48,6 +49,7 @@ ONLY = {
     "patches": {"config", "compat", "ops", "packed", "parallel", "rope", "softmax", "record", "resume", "offload"},
     "layer": {"mixer", "parallel"},
     "offload": set(),
+    "selective": set(),
 }
 # Distributions a part may import; the others torch and megatron.
 OUTSIDE = {

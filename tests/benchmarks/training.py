@@ -7,6 +7,7 @@
     $run --models 0.4B --lengths 32K 512K --data-parallel 2 --loss-chunk 8K --recompute --append
     $run --models 0.4B --lengths 8K --attentions lightning --profile
     $run --models 1B --lengths 8K 32K --attentions lightning --layers local te te-delayed te-tensorwise te-blockwise
+    $run --models 0.4B --lengths 2K 4K 8K --attentions lightning --cuda-graph local --profile --append
     $run --models toy --lengths 64 128 --tokens-per-step 512 --tokens-per-microbatch 128 --cpu
 
 Prints tokens per GPU and second, and writes <out>/training.json. Every step has the same number of tokens at every
@@ -170,8 +171,8 @@ def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[di
             break
 
 
-def describe(row: dict) -> str:
-    """One line for one cell, and its profile."""
+def describe(row: dict, profile: bool = True) -> str:
+    """One line for one cell, and its ``profile`` in whole."""
     start = f"{row['model']} {row['attention']:9s} {row['layers']:13s} {show_length(row['length']):>5s}  "
     start += f"{row['extra']}  " if row["extra"] else ""
     if "error" in row:
@@ -182,7 +183,10 @@ def describe(row: dict) -> str:
     )
     if "profile" in row:
         shown = row["profile"]
-        text += f"\n{shown['launches']:,.0f} launches a step, GPU idle {shown['idle']:.1%} of it\n"
+        text += f"\n{shown['launches']:,.0f} launches a step, GPU idle {shown['idle']:.1%} of it"
+        if not profile:
+            return text
+        text += "\n"
         text += "  ms/step  % step    calls  kernel"
         for x in shown["kernels"]:
             text += f"\n{x['ms']:9.2f} {x['percent']:7.1f} {x['calls']:8.0f}  {x['name'][:150]}"
@@ -193,7 +197,10 @@ def describe(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Tokens per GPU and second: a line per model and attention, a column per length; then spread and ratios."""
+    """Tokens per GPU and second: a line per model and attention, a column per length; then spread and ratios.
+
+    Where rows differ in what is recomputed, their memory is there, too; where they have a profile, how long GPUs idle.
+    """
     lengths = sorted({row["length"] for row in rows})
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
@@ -210,10 +217,16 @@ def table(rows: list[dict]) -> str:
             return "no mem" if row["error"] == NO_MEMORY else "failed"
         return f"{row['tokens_per_second']:,.0f}"
 
+    shares = {"peak GiB": lambda x: f"{x['peak_gib']:.1f}", "GPU idle": lambda x: f"{x['profile']['idle']:.0%}"}
+    shown = {"peak GiB": len({row["recompute"] for row in rows}) > 1, "GPU idle": True}
     out, below = [line("tokens/GPU/s", [show_length(length) for length in lengths])], []
     for (model, attention, *rest), found in groups.items():
         said = how(next(iter(found.values())))
         out.append(line(f"{model} {attention}{said}", [show(found.get(length)) for length in lengths]))
+        for name, said_of in shares.items():
+            held = {n: x for n, x in found.items() if ("peak_gib" if name == "peak GiB" else "profile") in x}
+            if held and shown[name]:
+                out.append(line(f"    {name}", [said_of(held[n]) if n in held else "-" for n in lengths]))
         if attention != "lightning":
             continue
         speeds = [x["tokens_per_second"] for n, x in found.items() if n >= 2048 and "error" not in x]
@@ -248,7 +261,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=5, help=f"at each length, the first {WARMUP} of which are dropped (%(default)s)")
     add("--tokens-per-step", type=int, default=262144)
     add("--tokens-per-microbatch", type=int, default=32768)
-    add("--recompute", nargs="?", const="full", help="all layers, or one of Megatron's --recompute-modules")
+    add(
+        "--recompute",
+        nargs="?",
+        const="full",
+        metavar="MODULES",
+        help="all layers; or Megatron's --recompute-modules joined by commas, with qkv for --lightning-recompute-qkv",
+    )
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs, with sequence parallelism")
     add(
         "--context-parallel",
@@ -261,8 +280,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss-chunk", type=parse_length, default=0, metavar="N", help="tokens of a GPU whose logits exist at a time")
     add(
         "--cuda-graph",
-        action="store_true",
-        help="a step as one graph, so that the host does not count; a process a length",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="IMPL[:MODULES]",
+        help="a step as one graph, so that the host does not count; or local or transformer_engine, a graph for each "
+        "layer, or for its modules, as in local:attn,mlp; a process a length",
     )
     add("--data", metavar="PREFIX", help="of Megatron's indexed dataset, with --tokenizer (default: mock data)")
     add("--mock-data", action="store_true", help="the default without --data")
@@ -283,7 +306,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="more flags for Megatron, in one argument: --extra='--x 1 --y'; given again, another run with other flags",
     )
     add("--in-process", action=argparse.BooleanOptionalAction, default=True, help="all lengths in one process")
-    add("--profile", action="store_true", help="two more steps of one cell: kernels by time, launches, idle share")
+    add("--profile", action="store_true", help="two more steps: launches and idle share; of one cell, kernels by time")
     add("--out", type=Path, default=RESULTS, help="folder of training.json")
     add("--append", action="store_true", help="keep the other rows of training.json; same machine only")
     add("--cpu", action="store_true", help="under examples/cpu_shim.py: proves the wiring")
@@ -293,8 +316,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.layers, options.extra = options.all_layers[0], options.all_extra[0]  # of a run
     if options.steps <= WARMUP:
         parser.error(f"--steps {options.steps} leaves none after {WARMUP} of warm-up: give {WARMUP + 1} or more")
-    if options.profile and (not options.in_process or len(runs(options)) != 1 or len(options.lengths) != 1):
-        parser.error("--profile is for one cell in process: give one model, attention, length and kind of layers")
+    if options.profile and not options.in_process:
+        parser.error("--profile looks into a process of ours: give it without --no-in-process")
     if bool(options.data) != bool(options.tokenizer) or (options.data and options.mock_data):
         parser.error("give --data PREFIX with --tokenizer FILE, or --mock-data")
     options.data, options.tokenizer = (x and str(Path(x).resolve()) for x in (options.data, options.tokenizer))
@@ -327,9 +350,10 @@ def main(argv: list[str] | None = None) -> int:
         old, commands = before["rows"], before["environment"]["commands"] + commands
     about |= when() | {"commands": commands}
     rows: list[dict] = []
-    for model, attention, chosen in runs(options):
+    chosen_runs = runs(options)
+    for model, attention, chosen in chosen_runs:
         for row in sweep(model, attention, chosen):
-            print(describe(row), flush=True)
+            print(describe(row, profile=len(chosen_runs) * len(options.lengths) == 1), flush=True)
             rows.append(row)
             new = set(map(key_of, rows))
             write(path, about, "training", [row for row in old if key_of(row) not in new] + rows)

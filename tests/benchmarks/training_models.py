@@ -102,9 +102,20 @@ def how(row: dict) -> str:
     text = f", {layers}" if (layers := row.get("layers", "local")) != "local" else ""
     text += f", recompute {row['recompute']}" if row["recompute"] != "none" else ""
     text += "".join(f", {short}{row[name]}" for name, short in PARALLEL.items() if row[name] > 1)
-    text += ", CUDA graph" if row["cuda_graph"] else ""
+    graph = row["cuda_graph"]  # True: of the whole step
+    text += ", CUDA graph" + ("" if graph is True else f" {graph}") if graph else ""
     text += f", loss of {show_length(row['loss_chunk'])}" if row["loss_chunk"] else ""
     return text + (f", {row['extra']}" if row["extra"] else "")
+
+
+def graph_flags(graph: str | bool) -> str:
+    """Megatron's flags for CUDA graphs: True for the whole step, or an implementation and what of layers it captures,
+    as in "local:attn"; without modules, whole layers.
+    """
+    impl, _, modules = (graph if isinstance(graph, str) else "full_iteration").partition(":")
+    text = f"--cuda-graph-impl {impl} --cuda-graph-warmup-steps 1"
+    text += f" --cuda-graph-modules {modules.replace(',', ' ')}" if modules else ""
+    return text + (" --no-check-for-nan-in-loss-and-grad" if impl == "full_iteration" else "")
 
 
 def batch(length: int, options: argparse.Namespace) -> tuple[int, int]:
@@ -136,8 +147,8 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
         text += f" --group-query-attention --num-query-groups {model.kv_heads}" if attention != "lightning" else ""
     if attention == "hybrid":
         text += f" --linear-attention-freq {min(HYBRID, model.layers)}"
-    if options.cuda_graph:  # captured in the second step, which WARMUP drops
-        text += " --cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"
+    if options.cuda_graph:  # captured in the first or second step, which WARMUP drops
+        text += " " + graph_flags(options.cuda_graph)
     if options.context_parallel > 1:
         text += f" --context-parallel-size {options.context_parallel}"
     if options.context_parallel * options.data_parallel > 1:
@@ -149,7 +160,10 @@ def flags(name: str, attention: str, lengths: list[int], options: argparse.Names
     if options.recompute == "full":
         text += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     elif options.recompute:
-        text += f" --recompute-granularity selective --recompute-modules {options.recompute}"
+        modules = options.recompute.split(",")
+        qkv = " --lightning-recompute-qkv" if "qkv" in modules else ""
+        modules = " ".join(name for name in modules if name != "qkv")
+        text += f" --recompute-granularity selective --recompute-modules {modules}{qkv}"
     data = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {model.vocabulary - 1}".split()
     if options.data:
         data = ["--data-path", options.data, "--split", "1,0,0", "--tokenizer-type", "SentencePieceTokenizer"]
