@@ -88,7 +88,10 @@ def test_commands_of_single_cells(capsys):
     [
         ("--cuda-graph", "full_iteration --cuda-graph-warmup-steps 1 --no-check-for-nan-in-loss-and-grad"),
         ("--cuda-graph local", "local --cuda-graph-warmup-steps 1 --transformer-impl local --mock-data"),
-        ("--cuda-graph local:attn,mlp", "local --cuda-graph-warmup-steps 1 --cuda-graph-modules attn mlp --transformer-impl local --mock-data"),
+        (
+            "--cuda-graph local:attn,mlp",
+            "local --cuda-graph-warmup-steps 1 --cuda-graph-modules attn mlp --transformer-impl local --mock-data",
+        ),
     ],
 )
 def test_commands_of_graphs(argv, flags, capsys):
@@ -103,7 +106,10 @@ def test_commands_of_selective_recompute(capsys):
         ("core_attn", "core_attn"),
     ):
         (line,) = commands(capsys, *argv, modules)
-        assert f"--recompute-granularity selective --recompute-modules {flags} --transformer-impl local --mock-data" in line
+        assert (
+            f"--recompute-granularity selective --recompute-modules {flags} --transformer-impl local --mock-data"
+            in line
+        )
 
 
 @pytest.mark.parametrize(
