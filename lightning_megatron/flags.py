@@ -217,6 +217,7 @@ REFUSED = (
     *latent.REFUSED,
     *memory.REFUSED,
     *memory.GRAPHS,
+    *memory.OPTIMIZERS,
 )
 
 WARNED = (
