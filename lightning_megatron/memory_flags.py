@@ -94,6 +94,11 @@ OPTIMIZERS = (
     ),
     Rule(
         "use_megatron_fsdp",
+        lambda run: run.get("save") and run.config.gated_linear_unit and not (run.config.bf16 or run.config.fp16),
+        "cannot save --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave --save out",
+    ),
+    Rule(
+        "use_megatron_fsdp",
         lambda run: not importable("einops"),
         "needs the package einops, and it does not import; pip install einops",
     ),

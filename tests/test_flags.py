@@ -285,6 +285,10 @@ REFUSED = {
     "offload-fp32": (
         {}, {}, dict(optimizer_cpu_offload=True), "--optimizer-cpu-offload ends Megatron .* in fp32 .*; use --bf16",
     ),
+    "fsdp-fp32": (
+        SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
+        "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),
@@ -395,6 +399,7 @@ ALLOWED = {
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]), dict(recompute_qkv=True), {},
     ),
     "graphs": (dict(cuda_graph_impl="local"), {}, {}),
+    "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
     "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
