@@ -219,6 +219,7 @@ REFUSED = (
     *latent.REFUSED,
     *memory.REFUSED,
     *memory.GRAPHS,
+    *memory.OPTIMIZERS,
 )
 
 WARNED = (

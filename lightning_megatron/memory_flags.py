@@ -1,4 +1,4 @@
-"""Rows of the tables of flags for the options that save memory by recomputing: where it begins, chunks, the host."""
+"""Rows of the tables of flags about memory, graphs and optimizers: recompute, inputs on the host, what is captured."""
 
 from __future__ import annotations
 
@@ -78,6 +78,30 @@ GRAPHS = (
         lambda run: run.get("cuda_graph_impl") == "transformer_engine" and not importable(TE),
         "captures with TransformerEngine's functions, and it does not import: use local or full_iteration, or install "
         "it",
+    ),
+)
+
+_MUON = ("muon", "dist_muon", "adaptive_muon")
+OPTIMIZERS = (
+    Rule(
+        "optimizer",
+        lambda run: run.get("optimizer") in _MUON and not importable("emerging_optimizers"),
+        "needs the package emerging-optimizers, and it does not import; pip install emerging-optimizers",
+    ),
+    Rule(
+        "optimizer_cpu_offload",
+        lambda run: not (run.config.bf16 or run.config.fp16),
+        "ends Megatron 0.19 in a ValueError in fp32 (can't optimize a non-leaf Tensor); use --bf16, or leave it out",
+    ),
+    Rule(
+        "use_megatron_fsdp",
+        lambda run: run.get("save") and run.config.gated_linear_unit and not (run.config.bf16 or run.config.fp16),
+        "cannot save --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave --save out",
+    ),
+    Rule(
+        "use_megatron_fsdp",
+        lambda run: not importable("einops"),
+        "needs the package einops, and it does not import; pip install einops",
     ),
 )
 

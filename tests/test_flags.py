@@ -282,6 +282,13 @@ REFUSED = {
         dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(optimizer="adaptive_muon"),
         "--optimizer adaptive_muon would cut",
     ),
+    "offload-fp32": (
+        {}, {}, dict(optimizer_cpu_offload=True), "--optimizer-cpu-offload ends Megatron .* in fp32 .*; use --bf16",
+    ),
+    "fsdp-fp32": (
+        SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
+        "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),
@@ -399,6 +406,21 @@ def test_refused_in_both_ways(name, without):
         refuse(model(**config), LightningOptions(**options), layout, Namespace(**args))
 
 
+@pytest.mark.parametrize(
+    "package, args",
+    [
+        ("emerging_optimizers", dict(optimizer="muon", muon_split_qkv=False)),
+        ("einops", dict(use_megatron_fsdp=True)),
+    ],
+)
+def test_packages_of_optimizers(package, args, without):
+    without()
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+    without(package)
+    with pytest.raises(ValueError, match="needs the package .*; pip install"):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+
+
 ALLOWED = {
     "fp8-te": (TE | dict(fp8="hybrid"), {}, dict(micro_batch_size=2, seq_length=40)),
     "fp8-tensorwise-mlp-chunks": (
@@ -426,6 +448,8 @@ ALLOWED = {
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]), dict(recompute_qkv=True), {},
     ),
     "graphs": (dict(cuda_graph_impl="local"), {}, {}),
+    "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
+    "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),

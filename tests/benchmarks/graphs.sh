@@ -14,7 +14,7 @@ workers=""
 $python -c "import xdist" 2> /dev/null && workers="-n 5"
 
 echo "== tests"
-timeout 200 $python -m pytest -q -p no:cacheprovider -m gpu $workers -rfEsP tests/test_cuda_graphs_gpu.py \
+timeout 220 $python -m pytest -q -p no:cacheprovider -m gpu $workers -rfEsP tests/test_cuda_graphs_gpu.py tests/test_sharded_training.py \
     > "$results/graphs-tests.txt" 2>&1
 grep -E "^graphs |^(FAILED|ERROR|SKIPPED)|^E  |passed|failed" "$results/graphs-tests.txt" | cut -c1-400 | head -80
 

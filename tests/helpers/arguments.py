@@ -6,6 +6,7 @@ import pytest
 from megatron.training import arguments as megatron_arguments
 
 from lightning_megatron import flags as tables
+from lightning_megatron import memory_flags
 from lightning_megatron.training import arguments, refusals
 from lightning_megatron.training.arguments import add_arguments
 
@@ -23,5 +24,5 @@ def parse_flags(monkeypatch: pytest.MonkeyPatch, flags: str = "", model: str = M
 
 def pretend_without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """No module whose name starts with one of ``names`` imports for the checks of flags, and all others do."""
-    for module in (arguments, refusals, tables):
+    for module in (arguments, refusals, tables, memory_flags):
         monkeypatch.setattr(module, "importable", lambda name: not name.startswith(names) if names else True)
