@@ -17,7 +17,7 @@ from .config import LightningOptions, lightning_pattern, projection_cut
 from .rules import ROTARY, TE, Rule, Run, flag_of, selective, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
 
-_APEX_NORM = "apex.normalization.fused_layer_norm"
+_APEX_NORM = "fused_layer_norm_cuda"
 
 
 def _name(function: Any) -> str:

@@ -68,6 +68,12 @@ REFUSED = (
 
 GRAPHS = (
     Rule(
+        "cuda_graph_modules",
+        lambda run: run.get("cuda_graph_impl") == "local" and "mlp" in run.graphed and "attn" not in run.graphed,
+        "ends in an AttributeError of Megatron's layers with --cuda-graph-impl local; give attn, or leave "
+        "--cuda-graph-modules out for whole layers",
+    ),
+    Rule(
         "cuda_graph_impl",
         lambda run: run.graphs and run.packed,
         "captures a batch of one shape, and packed documents (--sft, --dataloader-inter-document-masking) differ in "

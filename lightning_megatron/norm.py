@@ -107,12 +107,15 @@ class EmbeddingNorm(TorchNorm):
 
 
 def layer_norm(config) -> type:
-    """The norm of layers and of the block's end: TransformerEngine's, apex's (LayerNorm only), or torch's."""
+    """The norm of layers and of the block's end: TransformerEngine's, apex's (LayerNorm only), or torch's.
+
+    apex without its kernels still has the module that calls them: they tell whether it can.
+    """
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    if config.normalization == "LayerNorm" and importable("apex.normalization.fused_layer_norm"):
+    if config.normalization == "LayerNorm" and importable("fused_layer_norm_cuda"):
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
         return FusedLayerNorm

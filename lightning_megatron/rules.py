@@ -57,6 +57,11 @@ class Run(NamedTuple):
         return self.get("cuda_graph_impl") not in (None, "none")
 
     @property
+    def graphed(self) -> list[str]:
+        """Modules that CUDA graphs hold, as the flag names them; none for whole layers."""
+        return [getattr(module, "name", module) for module in self.get("cuda_graph_modules") or ()]
+
+    @property
     def own_norms(self) -> bool:
         """Whether layers have norms of this package even with TransformerEngine."""
         other = self.options.embedding_scale != 1.0 or not self.options.layernorm_affine

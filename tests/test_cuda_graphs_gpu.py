@@ -49,7 +49,7 @@ class Case:
 CASES = {
     "local": Case("local"),
     "local-attn": Case("local", ("attn",), options=EVERYTHING),
-    "local-mlp": Case("local", ("mlp",)),
+    "local-attn-mlp": Case("local", ("attn", "mlp")),
     "local-hybrid": Case("local", hybrid=True, options=EVERYTHING),
     "local-recompute": Case("local", options=EVERYTHING | dict(recompute_qkv=True), config=SELECTIVE),
     "full": Case("full_iteration", options=EVERYTHING),
@@ -95,7 +95,10 @@ def forward_step(iterator, model):
 def train(case: Case, impl: str, dtype: torch.dtype, length: int, seed: int, weights: dict | None):
     """Losses and gradients of all steps, with plain gradient descent; and the first weights."""
     capturing = impl == "full_iteration"
-    stream = get_shared_capture_stream() if capturing else None
+    # What gradients are added up on: on the default stream, TransformerEngine's graphs could not be captured.
+    stream = None
+    if torch.cuda.is_available():
+        stream = get_shared_capture_stream() if capturing else torch.cuda.Stream()
     with torch.cuda.stream(stream):  # as megatron.training builds it
         model = build(case, impl, dtype, length, weights)
     config, rng = model.config, torch.Generator().manual_seed(seed)

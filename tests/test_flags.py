@@ -314,6 +314,10 @@ REFUSED = {
         dict(recompute_granularity="selective", recompute_modules=["mlp"]), dict(recompute_qkv=True), {},
         "--lightning-recompute-qkv begins .* --recompute-modules core_attn, or leave it out",
     ),
+    "graphs-of-mlps": (
+        dict(cuda_graph_impl="local", cuda_graph_modules=["mlp"]), {}, {},
+        "--cuda-graph-modules mlp ends in an AttributeError of Megatron.*give attn, or leave",
+    ),
     "graphs-packed": (
         dict(cuda_graph_impl="local"), {}, dict(dataloader_inter_document_masking=True),
         "--cuda-graph-impl local captures a batch of one shape.*use --cuda-graph-impl none",
