@@ -35,8 +35,9 @@ def test_megatron_fsdp_saves_weights(tmp_path):
     """Without states of torch's Adam, which make a save hang; and not --swiglu in fp32."""
     flags = f"{FSDP} --no-save-optim --save {tmp_path} --save-interval 2 --exit-interval 2"
     first = train("freq2", "dp2", flags, env=CONNECTIONS)
-    again = train("freq2", "dp2", f"{FSDP} --no-load-optim --lr 0", load=tmp_path, fresh=False, env=CONNECTIONS)
-    assert again.losses[0] < first.losses[0] and first.losses[1] != again.losses[0]
+    again = train("freq2", "dp2", f"{FSDP} --no-load-optim", load=tmp_path, fresh=False, env=CONNECTIONS)
+    assert len(first.losses) == 2 and len(again.losses) == 3, "it goes on behind the two iterations that were saved"
+    assert again.losses[0] < first.losses[1]
 
 
 @muon
