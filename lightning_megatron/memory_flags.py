@@ -106,6 +106,14 @@ OPTIMIZERS = (
     ),
     Rule(
         "use_megatron_fsdp",
+        lambda run: (
+            run.get("save") and not run.get("no_save_optim") and not (importable(TE) or importable("apex.optimizers"))
+        ),
+        "hangs when it saves the states of torch's Adam, which a rank has only of parameters that it holds a part of "
+        "(Megatron 0.19); add --no-save-optim, or install TransformerEngine or apex for their Adam",
+    ),
+    Rule(
+        "use_megatron_fsdp",
         lambda run: not importable("einops"),
         "needs the package einops, and it does not import; pip install einops",
     ),

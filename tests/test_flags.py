@@ -289,6 +289,10 @@ REFUSED = {
         SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
         "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
     ),
+    "fsdp-saves-nothing": (
+        dict(gated_linear_unit=True, bf16=False), {}, dict(use_megatron_fsdp=True, save="x", no_save_optim=True),
+        "--use-megatron-fsdp cannot save --swiglu",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),
@@ -408,6 +412,16 @@ def test_refused_in_both_ways(name, without):
     layout = "zigzag-documents" if args.get("sft") else "zigzag"
     with pytest.raises(ValueError, match=message):
         refuse(model(**config), LightningOptions(**options), layout, Namespace(**args))
+
+
+def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
+    args = dict(use_megatron_fsdp=True, save="there")
+    without("apex")
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+    without("apex", "transformer_engine")
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args, no_save_optim=True))
+    with pytest.raises(ValueError, match="--use-megatron-fsdp hangs when it saves .* add --no-save-optim"):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
 
 
 @pytest.mark.parametrize(
