@@ -69,6 +69,7 @@ class LightningAttention(MegatronModule):
         options: what Megatron's config does not say (``lightning_megatron.config``).
         layout: which tokens a context-parallel rank holds, as the data loader cuts them (``parallel.lightning_attn``).
         pg_collection: process groups; tp and cp are used.
+        depth: its index from 0 and their number, for the decay, where MLPs are layers of their own, too (HybridModel).
 
     Raises:
         ValueError: sizes that do not divide, or arguments that a lightning layer cannot honour.
@@ -86,6 +87,7 @@ class LightningAttention(MegatronModule):
         name: str | None = None,
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
+        depth: tuple[int, int] | None = None,
         **unknown: Any,
     ):
         super().__init__(config=config)
@@ -101,6 +103,7 @@ class LightningAttention(MegatronModule):
                 "checked, and Megatron is not patched (README, From Python)",
             )
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
+        index, layers = depth or (layer_number - 1, config.num_layers)
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = self.pg_collection.tp
         tp = self.tp_group.size()
@@ -128,7 +131,7 @@ class LightningAttention(MegatronModule):
                 build_module(norm, shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype)
                 for norm in (submodules.q_norm, submodules.k_norm)
             )
-        if layer_number <= options.lrpe_layers:
+        if index < options.lrpe_layers:
             self.lrpe = build_module(
                 submodules.lrpe,
                 shape.num_heads // tp,
@@ -170,8 +173,8 @@ class LightningAttention(MegatronModule):
         self.log_decay = log_decay(
             options.decay,
             shape.num_heads,
-            layer_number - 1,
-            config.num_layers,
+            index,
+            layers,
             offset=options.decay_offset,
             tp_rank=self.tp_group.rank(),
             tp_size=tp,

@@ -99,6 +99,9 @@ class _Model:
     def experts(self) -> bool:
         return bool(self.known("num_moe_experts", None))
 
+    def hybrid_model(self) -> bool:
+        return bool(self.known("hybrid_layer_pattern", None))
+
     def lightning(self) -> bool:
         return self.options is not None
 
@@ -133,6 +136,11 @@ def _decay(model: _Model) -> list:
     )
     values = " ".join(f"{value:.5e}" for layer in every for value in layer)
     return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
+
+
+def _sublayers(model: _Model) -> str:
+    """Of HybridModel, without the bounds of pipeline stages."""
+    return model.get("hybrid_layer_pattern").replace("|", "")
 
 
 def _activation(model: _Model) -> str:
@@ -202,6 +210,7 @@ def _option(name: str, before: Any) -> Row:
 # fmt: off
 ROWS = (
     Row("layers", "--linear-attention-freq", read=lambda m: "".join("L" if x else "s" for x in m.pattern)),
+    Row("hybrid_layer_pattern", "--hybrid-layer-pattern", "hybrid_model", _sublayers),
     Row("decay", "--lightning-decay, --lightning-decay-offset", "lightning", _decay),
     Row("feature_map", "--lightning-feature-map", "lightning", lambda m: m.options.feature_map),
     Row("kv_heads", "--lightning-num-kv-heads", "lightning", lambda m: m.shape.num_kv_heads),

@@ -25,6 +25,8 @@ LAYERS = [
     {"mixer", "summary", "flags"},
     {"runtime", "layer"},
     {"spec"},
+    {"hybrid_model"},
+    {"run"},
     {"training"},
     {"inference"},
     {"convert"},

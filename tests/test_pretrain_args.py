@@ -211,7 +211,7 @@ REFUSALS = [
     ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
     ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
-    ("--hybrid-layer-pattern M*M", ["M*M"]),
+    ("--hybrid-override-pattern L-*-", ["--hybrid-layer-pattern"]),
     (
         "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4",
         ["--micro-batch-size 1", "not 4"],
