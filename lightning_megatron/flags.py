@@ -10,6 +10,7 @@ from argparse import Namespace
 from typing import Any
 
 from . import latent_flags as latent
+from . import log_flags as log
 from . import memory_flags as memory
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, projection_cut
@@ -217,6 +218,7 @@ REFUSED = (
     ),
     *latent.REFUSED,
     *memory.REFUSED,
+    *log.REFUSED,
 )
 
 WARNED = (

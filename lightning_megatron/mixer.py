@@ -20,6 +20,7 @@ from .caches.dynamic import RequestStates
 from .caches.static import StaticStates
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
+from .layer_log import StateSums
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads, unfusable
 from .packed import document_bounds, sharing_group
@@ -181,6 +182,7 @@ class LightningAttention(MegatronModule):
         )
         self._place_decay(self.linear_proj.weight.device)
         self._passed: Passed | None = None
+        self.state_sums = StateSums() if options.log_norms else None
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -242,7 +244,7 @@ class LightningAttention(MegatronModule):
         group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
         cached = self._cached_states(inference_context, packed_seq_params, hidden_states, attention_mask)
         state = None if cached is None else cached.initial
-        passed = self._passed
+        passed, sums = self._passed, self.state_sums if self.training and inference_context is None else None
         if passed is not None:
             state = passed.state
 
@@ -284,7 +286,7 @@ class LightningAttention(MegatronModule):
             o, state = lightning_attn(
                 *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
                 exchange=options.cp_exchange, scale=self.scale, initial_state=state,
-                output_final_state=cached is not None or passed is not None, cu_seqlens=cu_seqlens,
+                output_final_state=any(x is not None for x in (cached, passed, sums)), cu_seqlens=cu_seqlens,
                 backend=options.backend,
             )  # fmt: skip
             o = o.transpose(0, 1)
@@ -292,6 +294,8 @@ class LightningAttention(MegatronModule):
                 cached.store(state)
         if passed is not None:
             passed.state = state
+        if sums is not None:
+            sums.add(state)
         nvtx_range_pop(suffix="lightning_attention")
 
         nvtx_range_push(suffix="output_norm_gate")

@@ -16,6 +16,8 @@ from . import (
     dynamic_inference,
     flops,
     hybrid_symbol,
+    layer_log,
+    mfu,
     mtp_spec,
     packed_roll,
     packed_rope,
@@ -32,7 +34,18 @@ PATCHES = (
     flops,
     attention_variant,
 )
-ALL = (*PATCHES, dynamic_inference, hybrid_symbol, mtp_spec, packed_roll, packed_rope, paged_attention, recompute)
+ALL = (
+    *PATCHES,
+    dynamic_inference,
+    hybrid_symbol,
+    layer_log,
+    mfu,
+    mtp_spec,
+    packed_roll,
+    packed_rope,
+    paged_attention,
+    recompute,
+)
 
 
 def apply_all(options: LightningOptions) -> None:
