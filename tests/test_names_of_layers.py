@@ -114,15 +114,33 @@ def test_a_hybrid_resumes_as_what_it_was(losses, tmp_path):
     assert not run.ok and not run.losses and "--hybrid-layer-pattern: L-L-L-*-" in run.log
 
 
-def test_the_own_entry_point_names_them_too():
-    """On two pipeline stages, whose first values are others than on one."""
-    own = [x for x in FLAGS if x not in ("--no-rope-fusion", "--split", "90,10,0")]
-    own[own.index("--eval-iters") + 1] = "0"
-    stages = "--pipeline-model-parallel-size 2".split()
-    variant = run_pretrain([*own, *VARIANT, *stages], 2)
-    hybrid = run_pretrain([*own, "--hybrid-layer-pattern", "L-L-|L-*-", *stages], 2)
+OWN = [x for x in FLAGS if x not in ("--no-rope-fusion", "--split", "90,10,0")]
+OWN[OWN.index("--eval-iters") + 1] = "0"
+
+
+@pytest.mark.parametrize(
+    "pattern, flags, counts",
+    [
+        ("L-L-|L-*-", "--pipeline-model-parallel-size 2", "3 lightning (L), 1 softmax (*), 4 MLP (-)"),
+        (
+            "LEL-LE*-",
+            "--num-experts 4 --moe-layer-freq 2 --moe-router-topk 2 --moe-ffn-hidden-size 32 --context-parallel-size 2 "
+            "--dataloader-inter-document-masking --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 1",
+            "3 lightning (L), 1 softmax (*), 2 MLP (-), 2 experts (E)",
+        ),
+    ],
+    ids=["pp2", "cp2-experts-packed-recompute"],
+)
+def test_the_own_entry_point_names_them_too(pattern, flags, counts):
+    """On two pipeline stages first values are others than on one."""
+    variant = run_pretrain([*OWN, *VARIANT, *flags.split()], 2)
+    hybrid = run_pretrain([*OWN, "--hybrid-layer-pattern", pattern, *flags.split()], 2)
     assert len(hybrid.losses) == 4 and hybrid.losses == variant.losses
-    assert hybrid.log.count("3 lightning (L), 1 softmax (*), 4 MLP (-)") == 1
+    assert hybrid.log.count(counts) == 1
+
+
+def test_the_own_entry_point_refuses_wrong_names():
     for flags, message in (
         (["--experimental-attention-variant", "lightening"], "'lightening' (choose lightning, or leave the flag out)"),
         (["--hybrid-layer-pattern", "*-*-"], "has no lightning layer (L)"),
@@ -131,7 +149,7 @@ def test_the_own_entry_point_names_them_too():
             "--hybrid-layer-pattern L-L-L-*- is refused with --lightning-loss-chunk",
         ),
     ):
-        run = run_pretrain([*own, *flags], check=False)
+        run = run_pretrain([*OWN, *flags], check=False)
         assert not run.ok and message in run.log and "Traceback" not in run.log
 
 
