@@ -109,6 +109,14 @@ class LightningOptions:
         "with full recompute, keep the inputs of layers in pinned host memory between forward and backward: 2 bytes x "
         "hidden size x tokens x layers of a GPU",
     )
+    log_norms: bool = _option(
+        False,
+        "write norms of states and of gradients of every lightning layer to TensorBoard, each "
+        "--tensorboard-log-interval steps; with context parallelism it needs the final states, which take longer",
+    )
+    peak_tflops: float | None = _option(
+        None, "dense peak of a GPU, of which --log-throughput shows the share (MFU; default: bf16, by the card's name)"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -131,6 +139,8 @@ class LightningOptions:
                 f"lightning lrpe_layers={self.lrpe_layers} has angles for every head, and num_kv_heads="
                 f"{self.num_kv_heads} shares keys between heads; leave one of them out"
             )
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"lightning peak_tflops={self.peak_tflops} must be above 0, in TFLOP/s")
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise ValueError(f"lightning norm_eps={self.norm_eps} must be at least 0, or left out for --norm-epsilon")
         if self.rotary_percent is not None and not 0 < self.rotary_percent <= 1:

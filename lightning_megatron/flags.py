@@ -11,6 +11,7 @@ from typing import Any
 
 from . import fp8_flags as fp8
 from . import latent_flags as latent
+from . import log_flags as log
 from . import memory_flags as memory
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, projection_cut
@@ -220,6 +221,7 @@ REFUSED = (
     *memory.REFUSED,
     *memory.GRAPHS,
     *memory.OPTIMIZERS,
+    *log.REFUSED,
 )
 
 WARNED = (

@@ -21,6 +21,7 @@ from .caches.dynamic import RequestStates
 from .caches.static import StaticStates
 from .config import LightningOptions, prepared_with, resolve_shape
 from .decay import log_decay
+from .layer_log import StateSums
 from .norm import HeadNorm, OutputNorm
 from .ops import norm_gate, split_heads, unfusable
 from .packed import layout_of, packed_bounds, sharing_group
@@ -71,6 +72,7 @@ class LightningAttention(MegatronModule):
         options: what Megatron's config does not say (``lightning_megatron.config``).
         layout: which tokens a context-parallel rank holds, as the data loader cuts them (``parallel.lightning_attn``).
         pg_collection: process groups; tp and cp are used.
+        depth: its index from 0 and their number, for the decay, where MLPs are layers of their own, too (HybridModel).
 
     Raises:
         ValueError: sizes that do not divide, or arguments that a lightning layer cannot honour.
@@ -88,6 +90,7 @@ class LightningAttention(MegatronModule):
         name: str | None = None,
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
+        depth: tuple[int, int] | None = None,
         **unknown: Any,
     ):
         super().__init__(config=config)
@@ -103,6 +106,7 @@ class LightningAttention(MegatronModule):
                 "checked, and Megatron is not patched (README, From Python)",
             )
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
+        index, layers = depth or (layer_number - 1, config.num_layers)
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = self.pg_collection.tp
         tp = self.tp_group.size()
@@ -130,7 +134,7 @@ class LightningAttention(MegatronModule):
                 build_module(norm, shape.key_dim, tp_group=self.tp_group, eps=eps, dtype=config.params_dtype)
                 for norm in (submodules.q_norm, submodules.k_norm)
             )
-        if layer_number <= options.lrpe_layers:
+        if index < options.lrpe_layers:
             self.lrpe = build_module(
                 submodules.lrpe,
                 shape.num_heads // tp,
@@ -172,8 +176,8 @@ class LightningAttention(MegatronModule):
         self.log_decay = log_decay(
             options.decay,
             shape.num_heads,
-            layer_number - 1,
-            config.num_layers,
+            index,
+            layers,
             offset=options.decay_offset,
             tp_rank=self.tp_group.rank(),
             tp_size=tp,
@@ -181,6 +185,7 @@ class LightningAttention(MegatronModule):
         self._place_decay(self.linear_proj.weight.device)
         self._passed: Passed | None = None
         self._recomputes = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.state_sums = StateSums() if options.log_norms else None
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -302,6 +307,7 @@ class LightningAttention(MegatronModule):
     def _attend(self, q, gate, k, v, *, cached, cu_seqlens, group, layout: str) -> torch.Tensor:
         """Operator, output norm and gate: what ``_heads`` returns -> ``[s, b, H * V]``."""
         options, passed = self.options, self._passed
+        sums = self.state_sums if self.training and cached is None else None
         nvtx_range_push(suffix="lightning_attention")
         if isinstance(cached, RequestStates):
             o = cached.attend(q, k, v, self.log_decay, scale=self.scale, backend=options.backend)
@@ -310,7 +316,7 @@ class LightningAttention(MegatronModule):
             o, state = lightning_attn(
                 *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
                 exchange=options.cp_exchange, scale=self.scale, initial_state=state if passed is None else passed.state,
-                output_final_state=cached is not None or passed is not None, cu_seqlens=cu_seqlens,
+                output_final_state=any(x is not None for x in (cached, passed, sums)), cu_seqlens=cu_seqlens,
                 backend=options.backend,
             )  # fmt: skip
             o = o.transpose(0, 1)
@@ -318,6 +324,8 @@ class LightningAttention(MegatronModule):
                 cached.store(state)
             if passed is not None:
                 passed.state = state
+            if sums is not None:
+                sums.add(state)
         nvtx_range_pop(suffix="lightning_attention")
 
         nvtx_range_push(suffix="output_norm_gate")

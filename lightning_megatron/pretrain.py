@@ -30,7 +30,7 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from . import patches
+    from . import hybrid_model, patches
     from .resume import CheckpointError
     from .training import run
 
@@ -40,6 +40,8 @@ def main() -> None:
     except (ValueError, AssertionError, OSError) as error:  # OSError: a folder without a tokenizer, by transformers
         _give_up(error)
     patches.apply_all(options)
+    if container.model.builder.endswith("HybridModelBuilder"):
+        hybrid_model.apply()
     try:
         run.run(container, _PROGRAM_START, main_entry)
     except CheckpointError as error:  # on every rank: all read the same file

@@ -29,7 +29,8 @@ from .decay import log_decay
 FORMAT = 1
 ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = (  # other ways to the same numbers
-    "backend", "cp_exchange", "cp_keep_states", "recompute_qkv", "recompute_chunk", "offload_activations",
+    "backend", "cp_exchange", "cp_keep_states", "recompute_qkv", "recompute_chunk", "offload_activations", "log_norms",
+    "peak_tflops",
 )  # fmt: skip
 ROWS_OF_VOCABULARY = (
     "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)"
@@ -99,6 +100,9 @@ class _Model:
     def experts(self) -> bool:
         return bool(self.known("num_moe_experts", None))
 
+    def hybrid_model(self) -> bool:
+        return bool(self.known("hybrid_layer_pattern", None))
+
     def lightning(self) -> bool:
         return self.options is not None
 
@@ -133,6 +137,11 @@ def _decay(model: _Model) -> list:
     )
     values = " ".join(f"{value:.5e}" for layer in every for value in layer)
     return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
+
+
+def _sublayers(model: _Model) -> str:
+    """Of HybridModel, without the bounds of pipeline stages."""
+    return model.get("hybrid_layer_pattern").replace("|", "")
 
 
 def _activation(model: _Model) -> str:
@@ -202,6 +211,7 @@ def _option(name: str, before: Any) -> Row:
 # fmt: off
 ROWS = (
     Row("layers", "--linear-attention-freq", read=lambda m: "".join("L" if x else "s" for x in m.pattern)),
+    Row("hybrid_layer_pattern", "--hybrid-layer-pattern", "hybrid_model", _sublayers),
     Row("decay", "--lightning-decay, --lightning-decay-offset", "lightning", _decay),
     Row("feature_map", "--lightning-feature-map", "lightning", lambda m: m.options.feature_map),
     Row("kv_heads", "--lightning-num-kv-heads", "lightning", lambda m: m.shape.num_kv_heads),

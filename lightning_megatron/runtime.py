@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 
 import torch
+from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
 from .config import (
     LightningOptions,
@@ -23,7 +24,8 @@ from .config import (
 )
 from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
-from .parallel import LAYOUTS
+from .parallel import LAYOUTS, mark_by
+from .peak import peak_tflops
 from .record import ATTRIBUTE, function_record
 from .softmax.core import refuse_unsupported
 from .summary import layer_map
@@ -69,6 +71,11 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     if prepared_with(config) == given:
         return layout
     refuse(config, options, layout, args)
+    for name in ("log_norms", "peak_tflops"):
+        if args is None and getattr(options, name):
+            raise ValueError(
+                f"{name}={getattr(options, name)} is for Megatron's training loop, and none is running; leave it out"
+            )
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if first and getattr(args, "rank", 0) == 0:
         for line in warnings_of(config, options, layout, args):
@@ -76,6 +83,7 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     if args is not None:
         setattr(args, ATTRIBUTE, function_record(config, options, args))  # Megatron saves it with its args
     apply_patches(config, options, layout, args)
+    mark_by(nvtx_range_push, nvtx_range_pop)  # which do nothing until --profile --nvtx-ranges begins
     if first:
         print(layer_map(config, options), flush=True)
     mark_prepared(config, given)
@@ -149,9 +157,36 @@ def _refuse_head_dims(shape: LightningShape) -> None:
             )
 
 
+def _peak(config, options: LightningOptions) -> float | None:
+    """The peak that MFU is a share of, with a line in the log that says which, or that there is none."""
+    known = (config.bf16 or config.fp16) and torch.cuda.is_available()
+    card = torch.cuda.get_device_name() if known else ""
+    peak, of = options.peak_tflops or peak_tflops(card), "--lightning-peak-tflops"
+    if options.peak_tflops is None:
+        of = f"dense bf16 of {card}"
+    if peak is not None:
+        log_single_rank(logger, logging.INFO, f"lightning: MFU is the share of {peak:g} TFLOP/s ({of})")
+        return peak
+    why = f"the peak of {card!r} is not known here" if known else "only the peaks of GPUs in bf16 and fp16 are known"
+    log_single_rank(
+        logger, logging.WARNING, f"lightning: --log-throughput shows no MFU: {why}; give --lightning-peak-tflops"
+    )
+    return None
+
+
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
-    from .patches import checkpoint_args, dynamic_inference, flops, mtp_spec, packed_roll, packed_rope, recompute
+    from .patches import (
+        checkpoint_args,
+        dynamic_inference,
+        flops,
+        layer_log,
+        mfu,
+        mtp_spec,
+        packed_roll,
+        packed_rope,
+        recompute,
+    )
 
     mtp = bool(config.mtp_num_layers)
     softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
@@ -170,6 +205,12 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
             offload=options.offload_activations,
             quantized=bool(config.fp8 or config.fp4),
         )
+    if getattr(args, "log_throughput", False):
+        peak = _peak(config, options)
+        if peak is not None:
+            mfu.apply(peak)
+    if options.log_norms:
+        layer_log.apply()
     if args is not None:
         dynamic_inference.apply()  # else inference.engine does, or the program
         checkpoint_args.apply()

@@ -12,6 +12,11 @@ from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, resol
 from .decay import log_decay
 from .norm import norm_name
 
+_LETTERS = {
+    "L": "lightning", "*": "softmax", "+": "latent attention", "M": "Mamba", "G": "gated delta net", "-": "MLP",
+    "E": "experts",
+}  # fmt: skip
+
 
 def attention_parameters(config, options: LightningOptions) -> tuple[int, int]:
     """Parameters of the attention module of one lightning and of one softmax layer, over all tensor-parallel ranks."""
@@ -53,7 +58,12 @@ def layer_map(config, options: LightningOptions) -> str:
     """What will be trained, for the log: which layers are lightning, with which sizes, decays and parts."""
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
     shape = resolve_shape(config, options, config.tensor_model_parallel_size)
-    marks = "".join("L" if lightning else "s" for lightning in pattern)
+    letters = getattr(config, "hybrid_layer_pattern", None)  # of HybridModel, where MLPs are layers, too
+    marks = letters or "".join("L" if lightning else "s" for lightning in pattern)
+    counted = f"{sum(pattern)} lightning layers (L), {pattern.count(False)} softmax layers (s)"
+    if letters is not None:
+        counts = (f"{letters.count(x)} {name} ({x})" for x, name in _LETTERS.items() if x in letters)
+        counted = f"HybridModel of {len(letters)} layers: {', '.join(counts)}"
     rows = "\n".join(f"  {start:4d}  " + marks[start : start + 64] for start in range(0, len(marks), 64))
     decays = torch.cat(
         [
@@ -73,7 +83,7 @@ def layer_map(config, options: LightningOptions) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton"))
     return "\n".join(
         (
-            f"lightning_megatron {__version__}: {sum(pattern)} lightning layers (L), {softmax} softmax layers (s)",
+            f"lightning_megatron {__version__}: {counted}",
             rows,
             f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, "
             f"V {shape.value_dim}, scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..config import LightningOptions
 from . import (
+    attention_variant,
     chained_optimizer,
     checkpoint_args,
     cross_entropy,
@@ -14,6 +15,9 @@ from . import (
     distributed_optimizer,
     dynamic_inference,
     flops,
+    hybrid_symbol,
+    layer_log,
+    mfu,
     mtp_spec,
     packed_roll,
     packed_rope,
@@ -21,14 +25,34 @@ from . import (
     recompute,
 )
 
-PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops)
-ALL = (*PATCHES, dynamic_inference, mtp_spec, packed_roll, packed_rope, paged_attention, recompute)
+PATCHES = (
+    dataset_helpers,
+    checkpoint_args,
+    distributed_optimizer,
+    chained_optimizer,
+    cross_entropy,
+    flops,
+    attention_variant,
+)
+ALL = (
+    *PATCHES,
+    dynamic_inference,
+    hybrid_symbol,
+    layer_log,
+    mfu,
+    mtp_spec,
+    packed_roll,
+    packed_rope,
+    paged_attention,
+    recompute,
+)
 
 
 def apply_all(options: LightningOptions) -> None:
     """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
-    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs them.
+    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs them, and those that add
+    names to Megatron's flags to ``lightning_megatron.run``.
 
     Raises:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.
@@ -39,3 +63,4 @@ def apply_all(options: LightningOptions) -> None:
     chained_optimizer.apply()
     cross_entropy.apply(options)
     flops.apply(options)
+    attention_variant.apply()

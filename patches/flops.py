@@ -25,6 +25,7 @@ from typing import Any
 
 from ..config import LightningOptions, lightning_pattern, resolve_shape
 from ._replace import replace
+from .hybrid_symbol import LETTER
 
 SYMBOLS = ("megatron.training.training.num_floating_point_operations",)
 PARAMETERS = ("args", "batch_size", "seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")
@@ -76,7 +77,11 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
         total_real_tokens_in_batch: float | None = None,
     ) -> float:
         total = original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
-        pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
+        letters = getattr(args, "hybrid_layer_pattern", None)
+        if letters is not None:  # of HybridModel: the layers of MTP, behind /, are none of ours
+            pattern = [x == LETTER for x in letters.partition("/")[0] if x not in "-E|"]
+        else:
+            pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
         if not any(pattern):
             return total
         assert _options is not None
@@ -87,6 +92,8 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
             squared = batch_size * args.seq_length**2
         with_lrpe = sum(pattern[: _options.lrpe_layers])
         plain, lrpe = (lightning_layer_flops(args, _options, tokens, lrpe=lrpe) for lrpe in (False, True))
+        if letters is not None:  # of a letter that it does not know, Megatron counts nothing
+            return total + sum(pattern) * plain + with_lrpe * (lrpe - plain)
         softmax = (latent_layer_flops if args.multi_latent_attention else softmax_layer_flops)(args, tokens, squared)
         return total + sum(pattern) * (plain - softmax) + with_lrpe * (lrpe - plain)
 

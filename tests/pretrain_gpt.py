@@ -1,5 +1,7 @@
 """What Megatron-LM's pretrain_gpt.py does, without a Megatron-LM checkout and with nothing of lightning_megatron.
 
+With --hybrid-layer-pattern it is pretrain_hybrid.py, which differs in the builder of the model.
+
 It builds the model from the arguments, `--spec` among them, and trains it on mock data. Run it under
 examples/cpu_shim.py; pretrain_gpt.py itself is not in the megatron-core wheel.
 """
@@ -15,7 +17,11 @@ from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 
 megatron.core.datasets.utils.compile_helpers = lambda: None  # runs make; a checkout has the Makefile, the wheel has not
@@ -56,8 +62,9 @@ def datasets(samples, vp_stage=None):
 if __name__ == "__main__":
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
     datasets.is_distributed = True
+    model = (gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args)(args)
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model),
         datasets,
         ModelType.encoder_or_decoder,
         forward_step,

@@ -67,7 +67,7 @@ EVERY_OPTION = (
     LightningOptions(
         lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5,
         mlp_beta=0.75, layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
-        recompute_chunk=64, offload_activations=True,
+        recompute_chunk=64, offload_activations=True, log_norms=True, peak_tflops=165.0,
     ),
 )  # fmt: skip
 
@@ -211,7 +211,7 @@ REFUSALS = [
     ("--spec lightning_megatron.spec hybrid", ["--spec", "pretrain_gpt.py"]),
     ("--reset-attention-mask", ["--reset-attention-mask", "--dataloader-inter-document-masking"]),
     ("--experimental-attention-variant gated_delta_net", ["gated_delta_net", "--linear-attention-freq"]),
-    ("--hybrid-layer-pattern M*M", ["M*M"]),
+    ("--hybrid-override-pattern L-*-", ["--hybrid-layer-pattern"]),
     (
         "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4",
         ["--micro-batch-size 1", "not 4"],

@@ -126,6 +126,7 @@ LATENT_ROWS = (
 # Of every row one change: of the config, the options or the args.
 CHANGES = {
     "layers": ("config", "linear_attention_freq", [0, 1, 1, 1]),
+    "hybrid_layer_pattern": ("config", "hybrid_layer_pattern", "L-E*-|L-*E"),
     "decay": ("options", "decay", "minimax"),
     "feature_map": ("options", "feature_map", "none"),
     "kv_heads": ("options", "num_kv_heads", 2),
@@ -220,6 +221,8 @@ def parts(key: str):
     fields = YARN if yarn else LATENT if key in LATENT_ROWS else {}
     if key == "multi_latent_attention":  # whose fields Megatron's config has either way
         fields = LATENT | {key: False}
+    if key == "hybrid_layer_pattern":
+        fields = {key: "L-*E|L-*-"}
     return transformer_config(**fields), options, flags(position_embedding_type=kind)
 
 

@@ -102,6 +102,11 @@ def read_checkpoint(load: Path, step: int | None = None) -> Saved:
         args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
     if args is None:
         raise LoadError(f"--load {load}: {folder} holds no args of a training, so that its model is not known")
+    if getattr(args, "hybrid_layer_pattern", None):
+        raise LoadError(
+            f"--load {load}: it is a HybridModel (--hybrid-layer-pattern {args.hybrid_layer_pattern}), and only "
+            "GPTModel generates here; train with --linear-attention-freq to generate"
+        )
     if saved_function(args).options is None:
         _spec_of(args, load)
     return Saved(load, step, args)

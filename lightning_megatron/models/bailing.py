@@ -67,6 +67,7 @@ def flags(config: Config) -> Flags:
     group = fields.need("layer_group_size")
     whole_groups = layers // group * group
     softmax = [(layer + 1) % group == 0 or layer >= whole_groups for layer in range(layers)]
+    _refuse_other_layers(fields, heads, hidden // heads, softmax)
     base, part = rotary(fields)
     normed, silu = fields.get("use_qk_norm", True), fields.get("linear_silu", fields.get("use_linear_silu", False))
     found: Flags = dict(
@@ -91,6 +92,23 @@ def flags(config: Config) -> Flags:
     found |= _prediction(fields)
     fields.warn_of_others()
     return found
+
+
+def _refuse_other_layers(fields: Fields, heads: int, dim: int, softmax: list[bool]) -> None:
+    """``linear_attn_config`` (of Kimi Linear, whose files number layers from 1) may say what the model is anyway."""
+    name, said = "linear_attn_config", fields.get("linear_attn_config", {})
+    lightning = [number for number, full in enumerate(softmax, start=1) if not full]
+    full = [number for number, full in enumerate(softmax, start=1) if full]
+    same = dict(num_heads=heads, head_dim=dim, full_attn_layers=full, linear_attn_layers=lightning, kda_layers=[])
+    if not isinstance(said, dict):
+        raise ValueError(f"config.json: {name} is {said!r}, which is not understood; leave it out")
+    for key, value in said.items():
+        if value is not None and (key not in same or value != same[key]):
+            expected = f"it may be {same[key]!r} here" if key in same else f"known are {', '.join(same)}"
+            raise ValueError(
+                f"config.json: {name} has {key} {value!r}, and layers with another linear attention than lightning "
+                f"attention are not supported: {expected}; or leave {name} out"
+            )
 
 
 def _latent(fields: Fields, half: float) -> Flags:

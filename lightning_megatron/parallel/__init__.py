@@ -20,6 +20,7 @@ follow each other. States are fp32.
 from .attention import lightning_attn
 from .exchange import EXCHANGES
 from .layout import LAYOUTS, token_positions
+from .ranges import mark_by
 from .recompute import exchange_once
 
-__all__ = ["EXCHANGES", "LAYOUTS", "exchange_once", "lightning_attn", "token_positions"]
+__all__ = ["EXCHANGES", "LAYOUTS", "exchange_once", "lightning_attn", "mark_by", "token_positions"]

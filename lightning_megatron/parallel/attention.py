@@ -19,6 +19,7 @@ from .exchange import EXCHANGES, choose, destination_for, exchange, needed_pairs
 from .factors import Factors, decay_factors
 from .layout import LAYOUTS
 from .plan import ParallelPlan
+from .ranges import marked
 
 
 def lightning_attn(
@@ -131,7 +132,8 @@ class _ContextParallel(torch.autograd.Function):
                 destination = destination_for(plan, factors, q, v)
                 local, split_states = chunks.local_states(k, v, chunks.initial_states(None, own), destination)
                 need_end = plan.need_final and not chunks.by_document
-                incoming, end = exchange(plan, local, destination, factors, start, need_end)()
+                with marked("lightning_megatron.exchange.forward"):
+                    incoming, end = exchange(plan, local, destination, factors, start, need_end)()
                 recompute.put(plan, (incoming, end))
             o, final, saved, ctx.cut = plan.backend.forward(
                 q, k, v, chunks.log_decay, plan.scale, chunks.initial_states(incoming, own), chunks.documents,
@@ -160,12 +162,14 @@ class _ContextParallel(torch.autograd.Function):
             q, do, chunks.final_grads(None, own_grad), destination, reverse=True, scale=plan.scale
         )
         need_end = initial_state is not None and not chunks.by_document
-        finish = exchange(plan, local, destination, factors, start, need_end, reverse=True)
+        with marked("lightning_megatron.exchange.backward"):
+            finish = exchange(plan, local, destination, factors, start, need_end, reverse=True)
         dinitial = None
 
         def arrived() -> torch.Tensor:
             nonlocal dinitial
-            grads, dinitial = finish()
+            with marked("lightning_megatron.exchange.arrived"):
+                grads, dinitial = finish()
             return chunks.final_grads(grads, own_grad)
 
         # Given the function, dq has a launch of its own, which hides a message from another node. One from this node is

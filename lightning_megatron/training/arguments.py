@@ -10,6 +10,7 @@ import sys
 import types
 import typing
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 
 from ..compat import importable, version
@@ -137,6 +138,9 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
             action.dest, action.default = _ALIASES[action.dest], argparse.SUPPRESS  # ours has the default
         if action.dest == "mtp_num_layers":  # Megatron takes None, and not 0, for none
             action.type = _int_or_none
+        if action.dest == "experimental_attention_variant":
+            action.type, action.choices, action.metavar = partial(_variant, action.choices), None, "lightning"
+            action.help = "lightning names what this entry point builds anyway"
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
         if action.help and action.help is not argparse.SUPPRESS:
@@ -147,6 +151,13 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
 
 def _int_or_none(value: str) -> int | None:
     return int(value) or None
+
+
+def _variant(others: tuple[str, ...], value: str) -> str | None:
+    """``lightning`` asks for nothing else. Megatron's own are refused with the reason, when everything is parsed."""
+    if value == "lightning" or value in others:
+        return None if value == "lightning" else value
+    raise argparse.ArgumentTypeError(f"invalid choice: {value!r} (choose lightning, or leave the flag out)")
 
 
 def _refuse_yaml(value: str) -> str:

@@ -20,8 +20,7 @@ _UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec l
 _REFUSED = {
     "spec": "this entry point builds the lightning spec itself: leave the flag out and use the --lightning-* flags, or "
     f"run {_UPSTREAM}",
-    "hybrid_layer_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
-    "hybrid_override_pattern": "it builds a Mamba hybrid: use --linear-attention-freq",
+    "hybrid_override_pattern": "it is an older name: use --hybrid-layer-pattern",
     "hybrid_context_parallel": "its scheduler of samples is not wired here: leave it out (layers take its groups)",
     "fim_data": f"it is not supported here: run {_UPSTREAM}",
     "logits_load_dir": f"it is not supported here: run {_UPSTREAM}",
@@ -40,6 +39,7 @@ _REFUSED_WITH_LOSS_CHUNK = {
     "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
     "use_megatron_fsdp": _WHOLE_WEIGHT,
     "use_torch_fsdp2": _WHOLE_WEIGHT,
+    "hybrid_layer_pattern": "HybridModel computes its loss in one piece: leave out one of the two",
 }
 
 _FILES = (

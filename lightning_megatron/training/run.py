@@ -25,6 +25,7 @@ from megatron.training import get_args, get_timers, get_tokenizer, inprocess_res
 from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -33,6 +34,7 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from ..config import LightningOptions
+from ..hybrid_model import add_letter, checked, make_stack_spec
 from ..norm import norm_name
 from ..resume import check_folder
 from ..runtime import loader_layout
@@ -66,6 +68,8 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         ValueError, AssertionError: the command line asks for something that cannot work.
     """
     raw, add, brought = parse_args(add_arguments), add_arguments, {}
+    if raw.hybrid_layer_pattern is not None:
+        add_letter()  # Megatron reads the pattern while it validates
     if raw.released_model == LIST:
         print(table())
         raise SystemExit
@@ -97,9 +101,15 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     refuse_small_vocabulary(args, get_tokenizer().vocab_size)
     sft.check(args, get_tokenizer())
     config = core_transformer_config_from_args(args)
-    refuse_model(config, options, loader_layout(args), args)
-    model = gpt_config_from_args(args, config=config)
-    model.transformer_layer_spec = make_spec(options)
+    model: Any
+    if args.hybrid_layer_pattern is not None:
+        refuse_model(checked(config, options, args.hybrid_layer_pattern), options, loader_layout(args), args)
+        model = hybrid_config_from_args(args, config=config)
+        model.hybrid_stack_spec = make_stack_spec(options)
+    else:
+        refuse_model(config, options, loader_layout(args), args)
+        model = gpt_config_from_args(args, config=config)
+        model.transformer_layer_spec = make_spec(options)
     log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))
     return pretrain_cfg_container_from_args(args, model), options
 

@@ -99,6 +99,11 @@ REFUSALS = [
     ("bailing", dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters is .*yarn.*scaled rotary embeddings"),
     ("bailing", dict(rope_parameters=dict(rope_theta=1e4)), r"rope_theta \d+ and rope_parameters.rope_theta 10000"),
     ("bailing", dict(partial_rotary_factor=None, rotary_dim=8), "rotary_dim is 8, which .* write partial_rotary"),
+    ("bailing", dict(linear_attn_config=dict(kda_layers=[1])), r"linear_attn_config has kda_layers \[1\].*\[\] here"),
+    ("latent", dict(linear_attn_config=dict(num_heads=8)), "linear_attn_config has num_heads 8, .*it may be 4 here"),
+    ("bailing", dict(linear_attn_config=dict(full_attn_layers=[1])), r"full_attn_layers \[1\], .*it may be \[5\] here"),
+    ("bailing", dict(linear_attn_config=dict(short_conv_kernel_size=4)), "short_conv_kernel_size 4, .*known are num_h"),
+    ("bailing", dict(linear_attn_config="kda"), "linear_attn_config is 'kda', which is not understood; leave it out"),
     ("minimax", dict(rope_scaling=dict(type="linear", factor=4)), "rope_scaling is .*linear"),
     ("minimax", dict(attn_type_list=[1] * 8), "layer_types and attn_type_list contradict each other"),
     ("minimax", dict(attn_type_list=["0"] * 8), "attn_type_list is .* it must be a list of 0 and 1"),
@@ -116,6 +121,14 @@ REFUSALS = [
     ("tnl", dict(model_type="mamba2"), "model_type 'mamba2': its decay depends on the data"),
     ("tnl", dict(model_type="llama"), "model_type 'llama', .* is no model that is known here"),
 ]
+
+
+def test_a_field_of_other_models_may_say_what_the_model_is(caplog):
+    config = preset_config(BASES["bailing"])
+    said = dict(num_heads=4, head_dim=16, full_attn_layers=[5], linear_attn_layers=[1, 2, 3, 4], kda_layers=[])
+    flags = family_of(config).flags(config | dict(linear_attn_config=said | dict(short_conv_kernel_size=None)))
+    assert flags == family_of(config).flags(config | dict(linear_attn_config=None)) == family_of(config).flags(config)
+    assert "linear_attn_config" not in caplog.text
 
 
 @pytest.mark.parametrize("base, changes, message", REFUSALS)
