@@ -52,8 +52,9 @@ from .arguments import (
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
-from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary
+from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
 from .released import LIST
+from .values import megatron_refuses, options_as_flags, refuse_values
 
 logger = logging.getLogger("lightning_megatron")
 stimer = StragglerDetector()
@@ -79,6 +80,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         add = partial(add_arguments, checkpoint=defaults)
         raw = parse_args(add)
     refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
+    refuse_values(raw)
     check_folder(raw)
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
@@ -88,17 +90,24 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         tokenizer = tokenizer_defaults(raw, brought)
         add = partial(add_arguments, checkpoint=brought | tokenizer)
         raw = parse_args(add)
+        refuse_values(raw)
         refuse_missing_tokenizer(raw)
-    options = options_from_args(raw)
-    args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
+    with options_as_flags():
+        options = options_from_args(raw)
+    with megatron_refuses(raw):
+        args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     refuse_dropped(raw, args, brought)
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     refuse_small_vocabulary(args, get_tokenizer().vocab_size)
     sft.check(args, get_tokenizer())
-    config = core_transformer_config_from_args(args)
-    refuse_model(config, options, loader_layout(args), args)
-    model = gpt_config_from_args(args, config=config)
+    with megatron_refuses(raw):
+        config = core_transformer_config_from_args(args)
+    with options_as_flags():
+        refuse_model(config, options, loader_layout(args), args)
+    with megatron_refuses(raw):
+        model = gpt_config_from_args(args, config=config)
+    refuse_unwritable(args)
     model.transformer_layer_spec = make_spec(options)
     log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))
     return pretrain_cfg_container_from_args(args, model), options
