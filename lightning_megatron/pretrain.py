@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _give_up(error: Exception) -> NoReturn:
-    # Half of Megatron's checks are bare asserts, such as "assert args.micro_batch_size is not None": show the check.
+    # A check without a message, outside of what training/values.py rewords: show the check.
     message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
     print(f"lightning-pretrain: {message}", file=sys.stderr)
     sys.exit(2)
