@@ -30,9 +30,12 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
+    from torch.distributed.checkpoint import CheckpointException
+
     from . import patches
     from .resume import CheckpointError
-    from .training import run
+    from .runtime import training_args
+    from .training import failures, run
 
     main_entry = time.time()
     try:
@@ -44,6 +47,13 @@ def main() -> None:
         run.run(container, _PROGRAM_START, main_entry)
     except CheckpointError as error:  # on every rank: all read the same file
         _give_up(error)
+    except (Exception, CheckpointException) as error:  # the second, of torch's savers, is no Exception
+        if line := failures.explain(error, training_args()):
+            traceback.print_exc()
+            print(f"lightning-pretrain: {line}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # at once: to leave groups in good order would mean to wait for the others
+        raise
 
 
 def _give_up(error: Exception) -> NoReturn:

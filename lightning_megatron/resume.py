@@ -88,8 +88,8 @@ def check_folder(args: Namespace) -> None:
             f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
             "iter_ folder that is complete into the file, or give another folder"
         )
-    if args.rank == 0:  # checksums wait for all ranks, which share them
-        folder = chosen if args.ckpt_step else folder
+    folder = chosen if args.ckpt_step else folder
+    if args.rank == 0 and folder.is_dir():  # checksums wait for all ranks, which share them
         try:
             verify(folder, contents=False, of_megatron=args.ckpt_format == "torch_dist")
         except BrokenFile as error:
@@ -138,7 +138,8 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
 def _unreadable(tracker: Path, text: str) -> str:
     return (
         f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number "
-        "of the last complete iter_ folder into it"  # --ckpt-step does not help: Megatron reads the file all the same
+        "of the last complete iter_ folder into it "  # --ckpt-step does not help: Megatron reads the file all the same
+        f"(complete: {', '.join(complete_iterations(tracker.parent)) or 'none here'})"
     )
 
 

@@ -21,7 +21,7 @@ from tests.launch import run_pretrain
 KILLS = int(os.environ.get("LIGHTNING_TEST_KILLS", "2"))
 SEED = int(os.environ.get("LIGHTNING_TEST_SEED", "20261129"))
 EVERY = 2  # iterations between saves
-ITERATIONS = EVERY * (KILLS + 2)
+ITERATIONS = EVERY * (KILLS + 4)
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--vocab-size 255 --position-embedding-type rope --hidden-dropout 0.1 --attention-dropout 0 --swiglu "
@@ -69,10 +69,11 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
         tracker = folder / "latest_checkpointed_iteration.txt"
         last = int(tracker.read_text()) if tracker.is_file() else 0
         env, module = {}, "lightning_megatron.pretrain"
-        if kills < KILLS and last < ITERATIONS - EVERY:
+        if kills < KILLS:
             event = "save" if kills % 2 else "step"
-            iteration = last if event == "save" else last + rng.randrange(EVERY)
-            delay = rng.uniform(0, 0.15 if event == "save" else 0.25)
+            room = 2 * EVERY if last < ITERATIONS - 3 * EVERY else EVERY  # else it could end before the moment comes
+            iteration = last + rng.randrange(0, room, EVERY if event == "save" else 1)
+            delay = rng.uniform(0, 0.4 if event == "save" else 0.25)
             moment = [rng.choice([[0], [1], [0, 1]]), iteration, event, delay]
             env, module = {"LIGHTNING_TESTS_KILL": json.dumps(moment)}, "tests.helpers.killed_pretrain"
             print(f"kill {kills + 1} (seed {SEED}): {moment} after iteration {last}")

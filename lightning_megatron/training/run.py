@@ -55,9 +55,11 @@ from .models import defaults_of_model, table
 from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
 from .released import LIST
 from .values import megatron_refuses, options_as_flags, refuse_values
+from .watch import Watch, shared_store
 
 logger = logging.getLogger("lightning_megatron")
 stimer = StragglerDetector()
+_steps = [0]  # microbatches that this process computed, for the watch
 
 
 def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
@@ -136,6 +138,7 @@ def forward_step(
 ) -> tuple[Any, Callable]:
     """One microbatch through this pipeline stage; what Megatron's schedules call."""
     args, timers = get_args(), get_timers()
+    _steps[0] += 1
     timers("batch-generator", log_level=2).start()
     with stimer(bdata=True):
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -183,11 +186,18 @@ def run(container: PretrainConfigContainer, program_start: float, main_entry: fl
     provider = partial(datasets_provider, config)
     provider.is_distributed = True  # every rank calls it, and each decides what it reads
     tied = container.model.share_embeddings_and_output_weights
-    train(
-        container,
-        provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-        get_embedding_ranks=partial(embedding_ranks, config, tied),
-    )
+    args = get_args()
+    watch = Watch(args.rank, args.world_size, 60.0 * args.distributed_timeout_minutes, lambda: _steps[0], shared_store)
+    if args.world_size > 1:
+        watch.start()
+    try:
+        train(
+            container,
+            provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=partial(embedding_ranks, config, tied),
+        )
+    finally:
+        watch.stop()
