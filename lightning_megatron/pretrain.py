@@ -47,12 +47,15 @@ def main() -> None:
         run.run(container, _PROGRAM_START, main_entry)
     except CheckpointError as error:  # on every rank: all read the same file
         _give_up(error)
+    except KeyboardInterrupt:
+        if not int(os.environ.get("RANK", "0")):
+            print(f"lightning-pretrain: stopped; {failures.how_to_go_on(training_args())}", file=sys.stderr, flush=True)
+        sys.exit(130)
     except (Exception, CheckpointException) as error:  # the second, of torch's savers, is no Exception
         if line := failures.explain(error, training_args()):
             traceback.print_exc()
             print(f"lightning-pretrain: {line}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(1)  # at once: to leave groups in good order would mean to wait for the others
+            sys.exit(1)
         raise
 
 

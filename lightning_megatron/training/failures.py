@@ -48,8 +48,16 @@ def _saving(folder: Path, text: str, which: str) -> str:
         cause = f"{found or 'the disk is full'} ({room:.0f} MiB free in {folder})"
     else:
         cause = "the log above says what the writers met"
+    return f"the checkpoint{which} was not saved: {cause}. {_last(folder)}"
+
+
+def how_to_go_on(args: Namespace | None) -> str:
+    """What a run that was stopped leaves behind."""
+    return "nothing was saved" if args is None or not args.save else _last(Path(args.save))
+
+
+def _last(folder: Path) -> str:
     whole = complete_iterations(folder)
-    rest = f"{whole[0]} there is whole: with --load {folder}, the same command goes on from it" if whole else (
-        "no complete checkpoint is there"
-    )  # fmt: skip
-    return f"the checkpoint{which} was not saved: {cause}. {rest}"
+    if not whole:
+        return f"no complete checkpoint is in {folder}"
+    return f"{whole[0]} in {folder} is whole: with --load {folder}, the same command goes on from it"
