@@ -206,7 +206,11 @@ CONTRADICTIONS = (
         "--moe-grouped-gemm is about experts, and this model has none: leave it out, or give --num-experts",
     ),
     Contradiction(
-        lambda args: args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+        lambda args: (
+            args.num_experts
+            and args.tensor_model_parallel_size > 1
+            and not (args.sequence_parallel or args.skip_train)
+        ),
         "--num-experts {num_experts} with --tensor-model-parallel-size {tensor_model_parallel_size} needs "
         "--sequence-parallel: add that",
     ),
