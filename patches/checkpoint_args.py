@@ -4,8 +4,8 @@ Symbol:   megatron.training.checkpointing._load_base_checkpoint
 Why:      Megatron compares a fixed list of arguments, after loading. Decay, scale, epsilon, and with equal projection
           shapes even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go
           on training another model without a word. And where it does refuse (another schedule, the optimizer in another
-          layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0. Files
-          that are missing or cut off end it in a traceback of torch, and flipped bits of weights load without a word.
+          layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
+          Files that are missing or cut off end it in a traceback, and flipped bits of weights load without a word.
 Versions: megatron-core 0.19
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
