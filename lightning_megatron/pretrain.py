@@ -30,8 +30,6 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from torch.distributed.checkpoint import CheckpointException
-
     from . import patches
     from .resume import CheckpointError
     from .runtime import training_args
@@ -51,7 +49,7 @@ def main() -> None:
         if not int(os.environ.get("RANK", "0")):
             print(f"lightning-pretrain: stopped; {failures.how_to_go_on(training_args())}", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (Exception, CheckpointException) as error:  # the second, of torch's savers, is no Exception
+    except failures.ERRORS as error:
         if line := failures.explain(error, training_args()):
             traceback.print_exc()
             print(f"lightning-pretrain: {line}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops", "unread"},
+    {"__init__", "config", "compat", "packed", "ops", "unread", "integrity"},
     {"models"},
     {"cpu"},
     {"parallel", "rules"},
@@ -43,7 +43,7 @@ ONLY = {
     "convert": {"models", "training", "inference", "cpu"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
-    "resume": {"record"},
+    "resume": {"record", "integrity"},
     "patches": {"config", "compat", "ops", "packed", "parallel", "rope", "softmax", "record", "resume", "offload"},
     "layer": {"mixer", "parallel"},
     "offload": set(),
@@ -59,6 +59,7 @@ OUTSIDE = {
     "rules": set(),
     "memory_flags": set(),
     "unread": set(),
+    "integrity": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},
     "models": {"torch"},

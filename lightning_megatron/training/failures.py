@@ -7,7 +7,11 @@ import traceback
 from argparse import Namespace
 from pathlib import Path
 
+from torch.distributed.checkpoint import CheckpointException
+
 from ..integrity import complete_iterations
+
+ERRORS = (Exception, CheckpointException)  # the second, of torch's savers, is no Exception
 
 _SAVING = ("save_checkpoint", "maybe_finalize_async_save")
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large", "unexpected pos")  # the last: torch
