@@ -28,6 +28,7 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 sys.path.insert(0, str(EXAMPLES))
 
+import stoppable  # noqa: E402
 from plot_loss import final_loss, read_losses  # noqa: E402
 
 MARKER = ".lightning_demo"  # this folder is ours to overwrite
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable.run(main, "the same command starts from the beginning")

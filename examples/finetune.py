@@ -31,6 +31,7 @@ from pathlib import Path
 
 import demo
 import prepare_chat
+import stoppable
 from plot_loss import read_losses
 
 MARKER = ".lightning_finetune"  # options of the run whose results a folder holds
@@ -220,10 +221,7 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
         if step.done is not None and step.done.exists():
             print(f"\n==> {step.title}: there already, {step.done}", flush=True)
         else:
-            try:
-                run(step.title, step.command, logs / f"{number}.log", step.show)
-            except KeyboardInterrupt:
-                raise SystemExit("finetune: stopped; the same command goes on from here") from None
+            run(step.title, step.command, logs / f"{number}.log", step.show)
     losses = [read_losses(path.read_text(errors="replace"))[0] for path in sorted(logs.iterdir())]
     train = max(losses, key=len)
     print(f"\n==> done in {time.time() - start:.0f} s")
@@ -234,4 +232,4 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
 
 
 if __name__ == "__main__":
-    main()
+    stoppable.run(main, "the same command goes on from here")

@@ -13,6 +13,8 @@ import json
 import re
 from pathlib import Path
 
+import stoppable
+
 TRAIN = re.compile(r" iteration +(\d+)/ *\d+ \|.* lm loss: ([\d.E+-]+)")
 VALID = re.compile(r"validation loss at iteration (\d+)\b.*lm loss value: ([\d.E+-]+)")
 
@@ -96,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable.run(main, "nothing was drawn")

@@ -21,6 +21,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import stoppable
 from text_sources import stdlib_files
 
 MAX_ANSWER = 300  # characters of an answer in `questions`
@@ -198,4 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable.run(main, "the same command starts from the beginning")

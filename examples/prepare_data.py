@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+import stoppable
 from text_sources import read_documents, stdlib_files, text_files
 
 VOCAB_SIZE, SAMPLE_BYTES = 2048, 4_000_000  # of a new tokenizer
@@ -284,4 +285,4 @@ def put_in_place(aside: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable.run(main, "the same command starts from the beginning")

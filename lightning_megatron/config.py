@@ -217,7 +217,8 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     value_dim = dim(options.value_head_dim, "linear_value_head_dim", key_dim)
     if heads % kv_heads:
         raise ValueError(
-            f"{heads} query heads cannot share {kv_heads} key/value heads: the second must divide the first"
+            f"{heads} query heads cannot share {kv_heads} key/value heads: the second must divide the first; give "
+            "--lightning-num-kv-heads, or make_spec(num_kv_heads=...), another number"
         )
     if kv_heads % tp:
         raise ValueError(
@@ -232,7 +233,7 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
     groups = {"head": heads, "group": options.norm_groups, "all": 1, "none": 0}[options.norm]
     assert groups is not None
     if groups and heads % groups:
-        raise ValueError(f"norm_groups={groups} must divide the {heads} heads")
+        raise ValueError(f"norm_groups={groups} must divide the {heads} heads; give another number")
     if groups > 1 and groups % tp:
         raise ValueError(
             f"norm_groups={groups} must be divisible by tensor-parallel size {tp}, so that every group lives on one "

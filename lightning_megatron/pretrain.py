@@ -32,7 +32,8 @@ def main() -> None:
 
     from . import hybrid_model, patches
     from .resume import CheckpointError
-    from .training import run
+    from .runtime import training_args
+    from .training import failures, run
 
     main_entry = time.time()
     try:
@@ -46,10 +47,20 @@ def main() -> None:
         run.run(container, _PROGRAM_START, main_entry)
     except CheckpointError as error:  # on every rank: all read the same file
         _give_up(error)
+    except KeyboardInterrupt:
+        if not int(os.environ.get("RANK", "0")):
+            print(f"lightning-pretrain: stopped; {failures.how_to_go_on(training_args())}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except failures.ERRORS as error:
+        if line := failures.explain(error, training_args()):
+            traceback.print_exc()
+            print(f"lightning-pretrain: {line}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        raise
 
 
 def _give_up(error: Exception) -> NoReturn:
-    # Half of Megatron's checks are bare asserts, such as "assert args.micro_batch_size is not None": show the check.
+    # A check without a message, outside of what training/values.py rewords: show the check.
     message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
     print(f"lightning-pretrain: {message}", file=sys.stderr)
     sys.exit(2)

@@ -7,11 +7,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch.distributed as dist
+
+from .integrity import BrokenFile, complete_iterations, verify
 from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, saved_function
 
 logger = logging.getLogger("lightning_megatron")
@@ -84,12 +88,58 @@ def check_folder(args: Namespace) -> None:
             f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
             "iter_ folder that is complete into the file, or give another folder"
         )
+    folder = chosen if args.ckpt_step else folder
+    if args.rank == 0 and folder.is_dir():  # checksums wait for all ranks, which share them
+        try:
+            verify(folder, contents=False, of_megatron=args.ckpt_format == "torch_dist")
+        except BrokenFile as error:
+            raise _broken(error, folder) from error
+
+
+def _broken(error: BrokenFile | str, folder: Path) -> CheckpointError:
+    others = ", ".join(name for name in complete_iterations(folder.parent) if name != folder.name) or "none here"
+    return CheckpointError(
+        f"{error}, so {folder} cannot be loaded. Take the file from a copy of the checkpoint; or go on from another "
+        f"iteration: write its number into {folder.parent / TRACKER} (complete: {others})"
+    )
+
+
+def refuse_broken(load_dir: str | None, args: Namespace) -> None:
+    """Refuse a checkpoint with a file that is missing, cut off or altered, before Megatron reads it.
+
+    Call it on all ranks: each reads a part of the files, and all raise the same error.
+
+    Raises:
+        CheckpointError: naming the file and the remedy.
+    """
+    tracker = Path(load_dir or "", TRACKER)
+    if not load_dir or "://" in load_dir or not (args.ckpt_step or tracker.is_file()):
+        return
+    text = str(args.ckpt_step) if args.ckpt_step else tracker.read_text("utf-8", errors="replace").strip()
+    folder = tracker.with_name("release" if text == "release" else f"iter_{int(text) if text.isdigit() else 0:07d}")
+    if not folder.is_dir():
+        return  # left to gave_up
+    together, start = dist.is_initialized(), time.monotonic()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    found: str | None = None
+    try:
+        verify(folder, rank, world, contents=together, of_megatron=args.ckpt_format == "torch_dist")
+    except BrokenFile as error:
+        found = str(error)
+    everywhere: list[str | None] = [found]
+    if together:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, found)
+    for text in filter(None, everywhere):
+        raise _broken(text, folder)
+    _log(f"{folder}: all files are whole (checked in {time.monotonic() - start:.1f} s)", logging.INFO)
 
 
 def _unreadable(tracker: Path, text: str) -> str:
     return (
         f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number "
-        "of the last complete iter_ folder into it"  # --ckpt-step does not help: Megatron reads the file all the same
+        "of the last complete iter_ folder into it "  # --ckpt-step does not help: Megatron reads the file all the same
+        f"(complete: {', '.join(complete_iterations(tracker.parent)) or 'none here'})"
     )
 
 

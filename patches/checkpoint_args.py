@@ -5,6 +5,7 @@ Why:      Megatron compares a fixed list of arguments, after loading. Decay, sca
           shapes even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go
           on training another model without a word. And where it does refuse (another schedule, the optimizer in another
           layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
+          Files that are missing or cut off end it in a traceback, and flipped bits of weights load without a word.
 Versions: megatron-core 0.19
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
@@ -19,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from ..record import ATTRIBUTE
-from ..resume import check, gave_up
+from ..resume import check, gave_up, refuse_broken
 from ._replace import replace
 
 SYMBOLS = ("megatron.training.checkpointing._load_base_checkpoint",)
@@ -32,6 +33,9 @@ _TWO_CALLS = ("torch_dist", "fsdp_dtensor")
 
 def _wrap(original: Callable[..., tuple]) -> Callable[..., tuple]:
     def _load_base_checkpoint(load_dir: str | None, args: Namespace, rank0: bool = False, *others, **more) -> tuple:
+        first = rank0 or not (args.auto_detect_ckpt_format or args.ckpt_format in _TWO_CALLS)
+        if first:
+            refuse_broken(load_dir, args)
         try:
             result = original(load_dir, args, rank0, *others, **more)
         except SystemExit as stop:
@@ -39,7 +43,6 @@ def _wrap(original: Callable[..., tuple]) -> Callable[..., tuple]:
             if reason is None:
                 raise
             raise reason from stop
-        first = rank0 or not (args.auto_detect_ckpt_format or args.ckpt_format in _TWO_CALLS)
         if first and result[0] is not None and hasattr(args, ATTRIBUTE):
             check(result[0], load_dir, args)
         return result

@@ -205,7 +205,7 @@ def check_nvtx(rank: int, world: int) -> None:
     assert not seen
     megatron_utils.configure_nvtx_profiling(True)
     mixer(x)
-    parts = ("qkv", "lightning_attention", "output_norm_gate", "linear_proj")
+    parts = ("qkv", "split_heads", "lightning_attention", "output_norm_gate", "linear_proj")
     assert [name.rpartition(".")[2] for name in seen] == list(parts)
 
 

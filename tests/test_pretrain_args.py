@@ -222,7 +222,7 @@ REFUSALS = [
     ("--transformer-impl transformer_engine", ["TransformerEngine", "--transformer-impl local"]),
     ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such/dir", ["--tokenizer-model /no/such/dir"]),
     ("--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model", ["missing.model"]),
-    ("--lightning-norm-groups 2", ["norm_groups=2", "norm='group'"]),
+    ("--lightning-norm-groups 2", ["--lightning-norm-groups 2", "use --lightning-norm group"]),
 ]  # fmt: skip
 
 
@@ -268,13 +268,16 @@ def test_argparse_error_is_short(parse, capsys, flags, value):
     assert value in message and len(message.splitlines()) < 5
 
 
-def test_bare_assert_of_megatron_is_shown(parse, installed, capsys):
+def test_bare_assert_of_megatron_names_flags(parse, installed, capsys):
     installed()
-    parse(model=MODEL.replace("--micro-batch-size 1", ""))
+    parse("--weight-decay-incr-style linear")
     with pytest.raises(SystemExit) as exit:
         pretrain.main()
     assert exit.value.code == 2
-    assert capsys.readouterr().err == "lightning-pretrain: assert args.micro_batch_size is not None\n"
+    assert capsys.readouterr().err == (
+        "lightning-pretrain: Megatron checks `args.start_weight_decay is not None`, which does not hold (given: "
+        "--start-weight-decay not given; change one of them)\n"
+    )
 
 
 def test_unexpected_error_keeps_its_traceback(parse, monkeypatch):

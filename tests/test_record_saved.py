@@ -162,7 +162,11 @@ def test_derived_record_is_that_of_megatrons_config(more, monkeypatch):
 
 def loading(load, save=None, **more):
     base = dict(
-        ckpt_step=None, pretrained_checkpoint=None, non_persistent_save_interval=None, exit_on_missing_checkpoint=False
+        ckpt_step=None,
+        pretrained_checkpoint=None,
+        non_persistent_save_interval=None,
+        exit_on_missing_checkpoint=False,
+        rank=1,  # rank 0 looks into the files, too: test_broken_checkpoints.py
     )
     return Namespace(load=load and str(load), save=save and str(save), **base | more)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import enum
+import functools
 import json
 import re
 import sys
@@ -75,6 +78,7 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
     """
     # Megatron has 700 flags: without this, every typing error scrolls its own message away.
     parser.usage = "%(prog)s [flags of Megatron-LM's pretrain_gpt.py] [--lightning-* flags]; --help lists them all"
+    parser.error = functools.partial(_end, parser)  # type: ignore[method-assign]
     group = parser.add_argument_group("lightning", "the lightning layers, and parts used around them")
     types_of = typing.get_type_hints(LightningOptions)
     for field in dataclasses.fields(LightningOptions):
@@ -143,10 +147,27 @@ def add_arguments(parser: ArgumentParser, checkpoint: dict[str, typing.Any] | No
             action.help = "lightning names what this entry point builds anyway"
         if action.dest == "yaml_cfg":  # Megatron reads the file while it parses, so refuse() would come too late
             action.type = _refuse_yaml
+        if isinstance(action.default, enum.Enum):  # of a wrong name, Megatron's own parsing makes a KeyError
+            action.type = functools.partial(_member, type(action.default))
         if action.help and action.help is not argparse.SUPPRESS:
             # A lone % in Megatron's help (0.19) ends --help in a ValueError.
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
     return parser
+
+
+def _end(parser: ArgumentParser, message: str) -> typing.NoReturn:
+    """argparse's end of a wrong command line, in one line, with the flag that may have been meant."""
+    message = message.removeprefix("argument ")
+    if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+        near = difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1, cutoff=0.75)
+        message += f"; did you mean {near[0]}?" if near else ""
+    parser.exit(2, f"lightning-pretrain: {message} (--help lists all flags and their values)\n")
+
+
+def _member(kind: type[enum.Enum], value: str) -> enum.Enum:
+    if value not in kind.__members__:
+        raise argparse.ArgumentTypeError(f"{value} is unknown; choose from {', '.join(kind.__members__)}")
+    return kind[value]
 
 
 def _int_or_none(value: str) -> int | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import socket
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -46,6 +49,7 @@ _FILES = (
     "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
     "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
 )  # fmt: skip
+_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def refuse(args: Namespace) -> None:
@@ -126,19 +130,73 @@ def _refuse_missing_files(args: Namespace) -> None:
         value = getattr(args, attribute)
         if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
             raise ValueError(f"{flag_of(attribute)} {value}: no such file or directory {here}")
-    sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    for prefix in (item for source in sources for item in source or ()):
+    sources = {name: getattr(args, name) for name in _DATA} | _listed_in_files(args)
+    for name, prefix in ((name, item) for name, source in sources.items() for item in source or ()):
         is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
         if not is_weight and not _may_exist(prefix if args.sft else prefix + ".idx"):
             raise ValueError(
-                f"data {prefix}: "
+                f"{flag_of(name)} {prefix}: "
                 + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx")
                 + f" {here}"
             )
-    if not (args.mock_data or any(sources) or args.data_args_path or args.per_split_data_args_path):
+    if not (args.mock_data or any(sources.values()) or args.data_args_path or args.per_split_data_args_path):
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
     if not args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
         refuse_missing_tokenizer(args)
+
+
+def _listed_in_files(args: Namespace) -> dict[str, list[str]]:
+    """What the two flags for files with paths name; files elsewhere than in a file system are left to Megatron."""
+    listed = {}
+    for attribute in ("data_args_path", "per_split_data_args_path"):
+        path = getattr(args, attribute)
+        if path is None or "://" in path:
+            continue
+        try:
+            text = Path(path).read_text("utf-8")
+            if attribute == "data_args_path":
+                listed[attribute] = text.split()
+                continue
+            parts = [json.loads(text)[name] for name in ("train", "valid", "test")]
+            listed[attribute] = [
+                item for part in parts for item in (part.split() if isinstance(part, str) else part or ())
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = (
+                "paths and weights, with spaces in between"
+                if attribute == "data_args_path"
+                else 'JSON such as {"train": ["1", "PREFIX"], "valid": ["1", "PREFIX"], "test": null}'
+            )
+            raise ValueError(
+                f"{flag_of(attribute)} {path}: cannot be read ({type(error).__name__}: {error}); give a file with "
+                f"{wanted}"
+            ) from error
+    return listed
+
+
+def refuse_unwritable(args: Namespace) -> None:
+    """Refuse folders that cannot be written, which Megatron finds out once it has trained. It makes them, as well.
+
+    One process of each host tries, as the last of all checks.
+
+    Raises:
+        ValueError: naming flag, folder and cause.
+    """
+    if args.local_rank:
+        return
+    for attribute in ("save", "data_cache_path", "tensorboard_dir"):
+        folder = getattr(args, attribute)
+        if folder is None or "://" in folder:
+            continue
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{flag_of(attribute)} {folder}: cannot be written ({error.strerror}, host {socket.gethostname()}); "
+                "give another folder, or the right to write there"
+            ) from error
 
 
 def refuse_missing_tokenizer(args: Namespace) -> None:

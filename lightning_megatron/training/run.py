@@ -54,11 +54,14 @@ from .arguments import (
 from .data import datasets_provider, get_batch, packed_seq_params
 from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
-from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary
+from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
 from .released import LIST
+from .values import megatron_refuses, options_as_flags, refuse_values
+from .watch import Watch, shared_store
 
 logger = logging.getLogger("lightning_megatron")
 stimer = StragglerDetector()
+_steps = [0]  # microbatches that this process computed, for the watch
 
 
 def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
@@ -83,6 +86,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         add = partial(add_arguments, checkpoint=defaults)
         raw = parse_args(add)
     refuse(raw)  # first, because Megatron opens files and builds the tokenizer while it validates
+    refuse_values(raw)
     check_folder(raw)
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
@@ -92,24 +96,33 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         tokenizer = tokenizer_defaults(raw, brought)
         add = partial(add_arguments, checkpoint=brought | tokenizer)
         raw = parse_args(add)
+        refuse_values(raw)
         refuse_missing_tokenizer(raw)
-    options = options_from_args(raw)
-    args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
+    with options_as_flags():
+        options = options_from_args(raw)
+    with megatron_refuses(raw):
+        args = parse_and_validate_args(extra_args_provider=add, args_defaults=args_defaults(raw))
     refuse_dropped(raw, args, brought)
     args.spec = None  # --use-checkpoint-args brings the one that pretrain_gpt.py --spec saved
     refuse(args)
     refuse_small_vocabulary(args, get_tokenizer().vocab_size)
     sft.check(args, get_tokenizer())
-    config = core_transformer_config_from_args(args)
+    with megatron_refuses(raw):
+        config = core_transformer_config_from_args(args)
     model: Any
     if args.hybrid_layer_pattern is not None:
-        refuse_model(checked(config, options, args.hybrid_layer_pattern), options, loader_layout(args), args)
-        model = hybrid_config_from_args(args, config=config)
+        with options_as_flags():
+            refuse_model(checked(config, options, args.hybrid_layer_pattern), options, loader_layout(args), args)
+        with megatron_refuses(raw):
+            model = hybrid_config_from_args(args, config=config)
         model.hybrid_stack_spec = make_stack_spec(options)
     else:
-        refuse_model(config, options, loader_layout(args), args)
-        model = gpt_config_from_args(args, config=config)
+        with options_as_flags():
+            refuse_model(config, options, loader_layout(args), args)
+        with megatron_refuses(raw):
+            model = gpt_config_from_args(args, config=config)
         model.transformer_layer_spec = make_spec(options)
+    refuse_unwritable(args)
     log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))
     return pretrain_cfg_container_from_args(args, model), options
 
@@ -137,6 +150,7 @@ def forward_step(
 ) -> tuple[Any, Callable]:
     """One microbatch through this pipeline stage; what Megatron's schedules call."""
     args, timers = get_args(), get_timers()
+    _steps[0] += 1
     timers("batch-generator", log_level=2).start()
     with stimer(bdata=True):
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -184,11 +198,18 @@ def run(container: PretrainConfigContainer, program_start: float, main_entry: fl
     provider = partial(datasets_provider, config)
     provider.is_distributed = True  # every rank calls it, and each decides what it reads
     tied = container.model.share_embeddings_and_output_weights
-    train(
-        container,
-        provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-        get_embedding_ranks=partial(embedding_ranks, config, tied),
-    )
+    args = get_args()
+    watch = Watch(args.rank, args.world_size, 60.0 * args.distributed_timeout_minutes, lambda: _steps[0], shared_store)
+    if args.world_size > 1:
+        watch.start()
+    try:
+        train(
+            container,
+            provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=partial(embedding_ranks, config, tied),
+        )
+    finally:
+        watch.stop()

@@ -1,0 +1,354 @@
+"""Flags that cannot go together, as rows of a table; values.py reads it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import math
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..compat import importable
+from ..flags import flag_of
+
+
+class Contradiction(NamedTuple):
+    """A row of the table: flags that cannot go together."""
+
+    when: Callable[[Namespace], Any]
+    text: str  # with values in braces, as {num_layers}; begins with a flag, and ends with the remedy
+
+
+def _cut(whole: int | None, *parts: int | None) -> bool:
+    """Whether ``parts`` together do not divide ``whole``; what is not known, or refused by itself, does."""
+    given = [part for part in parts if part is not None]
+    return whole is not None and all(part > 0 for part in given) and whole % math.prod(given) != 0
+
+
+def _model_size(args: Namespace) -> tuple[int, ...]:
+    return args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+
+
+def data_parallel_size(args: Namespace) -> int:
+    """How many ranks share a global batch."""
+    return max(args.world_size // math.prod(_model_size(args)), 1)
+
+
+def _uneven(args: Namespace) -> bool:
+    names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
+    extra = args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split
+    return extra or any(getattr(args, name) is not None for name in names)
+
+
+def _ends(args: Namespace) -> int:
+    return (args.decoder_first_pipeline_num_layers or 0) + (args.decoder_last_pipeline_num_layers or 0)
+
+
+def _sum_of_split(text: str) -> float | None:
+    try:
+        return sum(float(part) for part in re.split(r"[,/\s]+", text.strip()))
+    except ValueError:
+        return None
+
+
+def _listed(value: Any) -> list | None:
+    """The list that an expression such as ([1]*3+[0]) makes, as Megatron's own parser made it; None for a number."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    return value if isinstance(value, list) else None
+
+
+_COMMUNICATION = ("p2p", "a2a", "all_gather", "a2a+p2p")
+_OF_FILES = (
+    "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer",
+    "SFTTokenizer",
+)  # fmt: skip
+
+CONTRADICTIONS = (
+    # ---- processes
+    Contradiction(
+        lambda args: _cut(args.world_size, *_model_size(args)),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} x --pipeline-model-parallel-size "
+        "{pipeline_model_parallel_size} x --context-parallel-size {context_parallel_size} does not divide the number "
+        "of processes, {world_size}: start a multiple of it (torchrun --nproc-per-node, --nnodes), or give other sizes",
+    ),
+    Contradiction(
+        lambda args: args.expert_model_parallel_size > 1 and not args.num_experts,
+        "--expert-model-parallel-size {expert_model_parallel_size} spreads experts, and this model has none: leave it "
+        "out, or give --num-experts",
+    ),
+    Contradiction(
+        lambda args: args.num_experts and _cut(args.num_experts, args.expert_model_parallel_size),
+        "--expert-model-parallel-size {expert_model_parallel_size} does not divide --num-experts {num_experts}: give a "
+        "size that does",
+    ),
+    Contradiction(
+        lambda args: _cut(
+            args.world_size,
+            args.expert_model_parallel_size,
+            args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+        ),
+        "--expert-model-parallel-size {expert_model_parallel_size}, times the tensor- and pipeline-parallel sizes, "
+        "does not divide the number of processes, {world_size}: give another size, or --expert-tensor-parallel-size 1",
+    ),
+    # ---- what is cut over them
+    Contradiction(
+        lambda args: args.kv_channels is None and _cut(args.hidden_size, args.num_attention_heads),
+        "--num-attention-heads {num_attention_heads} does not divide --hidden-size {hidden_size}: give a number that "
+        "does, or --kv-channels, the dimension of a head",
+    ),
+    Contradiction(
+        lambda args: _cut(args.num_attention_heads, args.tensor_model_parallel_size),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} does not divide --num-attention-heads "
+        "{num_attention_heads}: give a size that does",
+    ),
+    Contradiction(
+        lambda args: args.group_query_attention and _cut(args.num_attention_heads, args.num_query_groups),
+        "--num-query-groups {num_query_groups} does not divide --num-attention-heads {num_attention_heads}: give a "
+        "number that does",
+    ),
+    Contradiction(
+        lambda args: _cut(args.ffn_hidden_size, args.tensor_model_parallel_size),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} does not divide --ffn-hidden-size "
+        "{ffn_hidden_size}: give a size that does",
+    ),
+    Contradiction(
+        lambda args: args.context_parallel_size > 1 and _cut(args.seq_length, 2, args.context_parallel_size),
+        "--context-parallel-size {context_parallel_size} cuts --seq-length {seq_length} into twice as many chunks, "
+        "which does not come out even: give a length that 2 x {context_parallel_size} divides",
+    ),
+    Contradiction(
+        lambda args: (
+            args.sequence_parallel
+            and _cut(args.seq_length, args.context_parallel_size, args.tensor_model_parallel_size)
+        ),
+        "--sequence-parallel needs a --seq-length that --tensor-model-parallel-size {tensor_model_parallel_size} x "
+        "--context-parallel-size {context_parallel_size} divides, not {seq_length}: give one, or leave it out",
+    ),
+    Contradiction(
+        lambda args: not _uneven(args) and _cut(args.num_layers, args.pipeline_model_parallel_size),
+        "--pipeline-model-parallel-size {pipeline_model_parallel_size} does not divide --num-layers {num_layers}: give "
+        "a size that does, or --decoder-last-pipeline-num-layers N for a shorter last stage",
+    ),
+    Contradiction(
+        lambda args: args.num_layers is not None and _ends(args) > args.num_layers,
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers ask for more layers than "
+        "--num-layers {num_layers}: give fewer",
+    ),
+    Contradiction(
+        lambda args: (
+            _ends(args)
+            and args.num_layers is not None
+            and (rest := args.pipeline_model_parallel_size
+                 - sum(getattr(args, f"decoder_{end}_pipeline_num_layers") is not None for end in ("first", "last")))
+            > 0
+            and (args.num_layers - _ends(args)) % rest
+        ),
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers leave a number of --num-layers "
+        "{num_layers} that the other stages of --pipeline-model-parallel-size {pipeline_model_parallel_size} cannot "
+        "share equally: give other numbers",
+    ),
+    *(
+        Contradiction(
+            lambda args, name=name: getattr(args, name) is not None and args.pipeline_model_parallel_size == 1,
+            f"{flag_of(name)} {{{name}}} interleaves the stages of a pipeline, and there is none: give "
+            "--pipeline-model-parallel-size 2 or more, or leave it out",
+        )
+        for name in ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
+    ),
+    *(
+        Contradiction(
+            lambda args, name=name: (
+                not _uneven(args)
+                and getattr(args, name) is not None
+                and _cut(args.num_layers, args.pipeline_model_parallel_size, getattr(args, name))
+            ),
+            f"{flag_of(name)} {{{name}}} x --pipeline-model-parallel-size {{pipeline_model_parallel_size}} does not "
+            "divide --num-layers {num_layers}: give numbers that do",
+        )
+        for name in ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
+    ),
+    Contradiction(
+        lambda args: (
+            min(_model_size(args)) > 0
+            and not args.rampup_batch_size
+            and not args.step_batch_size_schedule
+            and args.micro_batch_size
+            and _cut(args.global_batch_size, args.micro_batch_size, data_parallel_size(args))
+        ),
+        "--global-batch-size {global_batch_size} is no multiple of --micro-batch-size {micro_batch_size} x {data} "
+        "data-parallel ranks: give one",
+    ),
+    Contradiction(
+        lambda args: (args.seq_length or 0) > (args.max_position_embeddings or math.inf),
+        "--max-position-embeddings {max_position_embeddings} is below --seq-length {seq_length}: give at least that",
+    ),
+    # ---- the model
+    Contradiction(
+        lambda args: args.num_experts and args.moe_router_topk > args.num_experts,
+        "--moe-router-topk {moe_router_topk} is above --num-experts {num_experts}: give at most that",
+    ),
+    Contradiction(
+        lambda args: (
+            args.num_experts
+            and args.num_layers
+            and (listed := _listed(args.moe_layer_freq)) is not None
+            and len(listed) != args.num_layers
+        ),
+        "--moe-layer-freq {moe_layer_freq} must have one entry for each of --num-layers {num_layers}: give so many",
+    ),
+    Contradiction(
+        lambda args: args.moe_grouped_gemm and not args.num_experts,
+        "--moe-grouped-gemm is about experts, and this model has none: leave it out, or give --num-experts",
+    ),
+    Contradiction(
+        lambda args: (
+            args.num_experts
+            and args.tensor_model_parallel_size > 1
+            and not (args.sequence_parallel or args.skip_train)
+        ),
+        "--num-experts {num_experts} with --tensor-model-parallel-size {tensor_model_parallel_size} needs "
+        "--sequence-parallel: add that",
+    ),
+    Contradiction(
+        lambda args: (args.mtp_num_layers or 0) > 0 and args.position_embedding_type not in ("rope", "none"),
+        "--mtp-num-layers {mtp_num_layers} does not take --position-embedding-type {position_embedding_type}: use rope "
+        "or none",
+    ),
+    Contradiction(
+        lambda args: args.bf16 and args.fp16,
+        "--bf16 and --fp16 are both given: leave out one",
+    ),
+    Contradiction(
+        lambda args: sum((args.swiglu, args.squared_relu, args.quick_geglu)) > 1,
+        "--swiglu, --squared-relu and --quick-geglu each choose the activation: leave out all but one",
+    ),
+    Contradiction(
+        lambda args: any(kind not in _COMMUNICATION for kind in args.cp_comm_type or ()),
+        "--cp-comm-type {cp_comm_type} is unknown: choose from " + ", ".join(_COMMUNICATION),
+    ),
+    # ---- recompute
+    Contradiction(
+        lambda args: args.checkpoint_activations,
+        "--checkpoint-activations is no option any more: use --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ),
+    Contradiction(
+        lambda args: args.recompute_granularity == "full" and args.recompute_method is None,
+        "--recompute-granularity full needs --recompute-method uniform or block, and --recompute-num-layers: add them",
+    ),
+    Contradiction(
+        lambda args: args.recompute_granularity == "full" and args.recompute_num_layers is None,
+        "--recompute-granularity full needs --recompute-num-layers: add that, for uniform 1",
+    ),
+    *(
+        Contradiction(
+            lambda args, name=name: getattr(args, name) is not None and args.recompute_granularity != "full",
+            f"{flag_of(name)} {{{name}}} recomputes nothing without --recompute-granularity full: add that, or leave "
+            "it out",
+        )
+        for name in ("recompute_method", "recompute_num_layers")
+    ),
+    # ---- optimizer and schedule
+    Contradiction(
+        lambda args: _cut(data_parallel_size(args), args.num_distributed_optimizer_instances),
+        "--num-distributed-optimizer-instances {num_distributed_optimizer_instances} does not divide the {data} "
+        "data-parallel ranks: give a number that does",
+    ),
+    Contradiction(
+        lambda args: args.train_iters is not None and args.train_samples is not None,
+        "--train-iters {train_iters} and --train-samples {train_samples} both say how long to train: leave out one",
+    ),
+    Contradiction(
+        lambda args: args.lr is not None and args.min_lr is not None and args.min_lr > args.lr,
+        "--min-lr {min_lr} is above --lr {lr}: give at most that",
+    ),
+    Contradiction(
+        lambda args: args.lr_decay_style == "WSD" and not (args.lr_wsd_decay_iters or args.lr_wsd_decay_samples),
+        "--lr-decay-style WSD needs --lr-wsd-decay-iters N, the steps of the decay at the end: add that",
+    ),
+    Contradiction(
+        lambda args: args.lr_warmup_fraction is not None and (args.lr_warmup_iters or args.lr_warmup_samples),
+        "--lr-warmup-fraction {lr_warmup_fraction} and --lr-warmup-iters or --lr-warmup-samples both say how long to "
+        "warm up: leave out one",
+    ),
+    Contradiction(
+        lambda args: (
+            not args.skip_train
+            and args.lr_warmup_iters
+            and (args.lr_decay_iters or args.train_iters)
+            and args.lr_warmup_iters >= (args.lr_decay_iters or args.train_iters)
+        ),
+        "--lr-warmup-iters {lr_warmup_iters} leaves none of the steps of --lr-decay-iters, or of --train-iters "
+        "{train_iters}, for the decay: give fewer",
+    ),
+    Contradiction(
+        lambda args: args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
+        "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler take the schedule from different "
+        "places: leave out one",
+    ),
+    Contradiction(
+        lambda args: args.optimizer in ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
+        and not importable("emerging_optimizers"),
+        "--optimizer {optimizer} needs the package emerging_optimizers, which does not import: install it, or use "
+        "adam or sgd",
+    ),
+    # ---- data
+    Contradiction(
+        lambda args: args.data_path == [] or args.train_data_path == [] or args.valid_data_path == [],
+        "--data-path, --train-data-path or --valid-data-path is given without a path: add one, without .bin or .idx",
+    ),
+    Contradiction(
+        lambda args: args.data_path and (args.train_data_path or args.valid_data_path or args.test_data_path),
+        "--data-path and --train-data-path, --valid-data-path or --test-data-path exclude each other: use --data-path "
+        "with --split, or a path for each part",
+    ),
+    Contradiction(
+        lambda args: args.split is not None and (args.train_data_path or args.per_split_data_args_path),
+        "--split {split} cuts --data-path, and the parts are given: leave it out",
+    ),
+    Contradiction(
+        lambda args: args.split is not None and not (_sum_of_split(args.split) or 0) > 0,
+        "--split {split} is no split: give the shares of training, validation and test data, such as 969,30,1",
+    ),
+    Contradiction(
+        lambda args: args.dataloader_type == "external",
+        "--dataloader-type external is for programs with a loader of their own: use single or cyclic",
+    ),
+    Contradiction(
+        lambda args: args.tokenizer_type in _OF_FILES and not args.tokenizer_model and not args.use_checkpoint_args,
+        "--tokenizer-type {tokenizer_type} needs --tokenizer-model, its file or folder: give it",
+    ),
+    # ---- checkpoints, and what happens on the way
+    Contradiction(
+        lambda args: args.ckpt_step and not (args.load or args.pretrained_checkpoint),
+        "--ckpt-step {ckpt_step} chooses a checkpoint, and none is loaded: give --load, or leave it out",
+    ),
+    Contradiction(
+        lambda args: (
+            args.save_retain_interval
+            and args.save_retain_interval > 0
+            and (not args.save or args.save_retain_interval % (args.save_interval or 1))
+        ),
+        "--save-retain-interval {save_retain_interval} must be a multiple of --save-interval {save_interval}, with "
+        "--save: give one",
+    ),
+    Contradiction(
+        lambda args: args.non_persistent_ckpt_type == "local" and not importable("nvidia_resiliency_ext"),
+        "--non-persistent-ckpt-type local needs the package nvidia_resiliency_ext, which does not import: install it, "
+        "or use global",
+    ),
+    Contradiction(
+        lambda args: args.async_save and args.ckpt_format not in ("torch_dist", "fsdp_dtensor"),
+        "--async-save does not write --ckpt-format {ckpt_format}: use torch_dist, or leave it out",
+    ),
+    Contradiction(
+        lambda args: args.profile and args.profile_step_end <= args.profile_step_start,
+        "--profile-step-end {profile_step_end} is not after --profile-step-start {profile_step_start}, and nothing "
+        "would be profiled: give a later step",
+    ),
+)  # fmt: skip

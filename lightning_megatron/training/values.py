@@ -1,0 +1,166 @@
+"""What numbers and pairs of flags mean nothing, in tables: refused in one line, where Megatron ends in a traceback.
+
+Most of these Megatron finds out in a bare assertion, in a division by zero, after minutes of start-up, or never. What
+it does refuse of a command line by itself is reworded by ``megatron_refuses``, so that flags are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import linecache
+import math
+import re
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+
+from ..config import LightningOptions
+from ..flags import flag_of, shown
+from .contradictions import CONTRADICTIONS, data_parallel_size
+
+_NO_END = math.inf
+# lowest value, highest value, what is allowed in words, flags. Values that lie between them pass, nan does not.
+_BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
+    (1, _NO_END, "1 or more", (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size", "eval_micro_batch_size",
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+        "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+        "moe_router_topk", "moe_ffn_hidden_size", "recompute_num_layers", "log_interval", "eval_interval",
+        "train_samples", "distributed_timeout_minutes", "seed", "save_retain_interval", "loss_scale_window",
+        "num_distributed_optimizer_instances", "sft_sequence_length",
+    )),
+    (0, _NO_END, "0 or more", (
+        "train_iters", "eval_iters", "num_workers", "mtp_num_layers", "num_experts", "lr", "min_lr", "lr_warmup_init",
+        "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples", "weight_decay",
+        "start_weight_decay", "end_weight_decay", "clip_grad", "init_method_std", "layernorm_epsilon",
+        "manual_gc_interval", "adam_eps", "exit_interval", "ckpt_step", "save_interval", "non_persistent_save_interval",
+    )),
+    (math.ulp(0), _NO_END, "more than 0", (
+        "initial_loss_scale", "lightning_scale", "lightning_embedding_scale", "rotary_base",
+    )),
+    (0, math.nextafter(1, 0), "0 or more, and less than 1", (
+        "hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction", "sgd_momentum",
+    )),
+    (math.ulp(0), 1, "more than 0, and at most 1", ("rotary_percent", "lightning_rotary_percent")),
+)  # fmt: skip
+
+_BRINGS = "give it, or --lightning-model or --use-checkpoint-args, which bring it"
+# Flags without a default, and what to do; those of the second column do as well.
+_NEEDED = (
+    ("num_layers", "encoder_num_layers", _BRINGS),
+    ("hidden_size", "", _BRINGS),
+    ("num_attention_heads", "", _BRINGS),
+    ("seq_length", "encoder_seq_length", "give the tokens of a sample"),
+    ("max_position_embeddings", "", "give --seq-length or more"),
+    ("micro_batch_size", "", "give the samples that a rank computes at once, such as 1"),
+)
+_TO_TRAIN = (
+    ("train_iters", "train_samples", "give the number of steps, or --skip-train"),
+    ("lr", "", "give the learning rate, or --skip-train"),
+)
+
+
+def refuse_values(args: Namespace) -> None:
+    """Refuse what the tables above have. Flags as parsed, before Megatron validates them.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    for low, high, allowed, names in _BOUNDS:
+        for name in names:
+            value = getattr(args, name, None)
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ValueError(f"{flag_of(_FLAGS.get(name, name))}{shown(value)} is refused: give {allowed}")
+    if not args.use_checkpoint_args:  # which may bring them
+        needed = _NEEDED if args.skip_train else (*_NEEDED, *_TO_TRAIN)
+        for name, other, remedy in needed:
+            if getattr(args, name) is None and getattr(args, other or name) is None:
+                raise ValueError(f"{flag_of(name)} is missing: {remedy}")
+    for row in CONTRADICTIONS:
+        if row.when(args):
+            values = {name: shown(value).strip() for name, value in vars(args).items()}
+            raise ValueError(row.text.format(**values, data=data_parallel_size(args)))
+
+
+_FLAGS = {"layernorm_epsilon": "norm_epsilon"}
+_NAMES = "|".join(field.name for field in dataclasses.fields(LightningOptions))
+_OPTION = re.compile(rf"(?<![\w(])(?:lightning )?\b({_NAMES})=('\w+'|[\w.-]*\w)")
+
+
+@contextlib.contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Name options by their flags in errors of the block: ``norm_groups=3`` of make_spec is --lightning-norm-groups 3.
+
+    Raises:
+        ValueError: with flags.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_OPTION.sub(_as_flag, str(error))) from error
+
+
+def _as_flag(option: re.Match) -> str:
+    flag, value = flag_of(f"lightning_{option[1]}"), option[2].strip("'")
+    return flag if value == "True" else f"{flag} {value}"
+
+
+@contextlib.contextmanager
+def megatron_refuses(given: Namespace) -> Iterator[None]:
+    """Reword what Megatron says against a command line inside of the block, so that it names flags and their values.
+
+    Raises:
+        ValueError: instead of an assertion, of ``exit()`` without a status, and of any error of a tokenizer.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        raise ValueError("Megatron refuses the command line; the line above says why") from stop
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any("/megatron/core/tokenizers/" in frame.filename for frame in frames):
+            last = (str(error).strip() or repr(error)).splitlines()[0]
+            files = "".join(
+                f" {flag_of(name)} {value}"
+                for name in ("tokenizer_model", "vocab_file", "merge_file")
+                if (value := getattr(given, name)) is not None
+            )
+            raise ValueError(
+                f"--tokenizer-type {given.tokenizer_type}{files}: cannot be read ({type(error).__name__}: {last}); "
+                "give the file or folder of such a tokenizer"
+            ) from error
+        if not isinstance(error, AssertionError | ValueError | ZeroDivisionError):
+            raise
+        raise ValueError(_with_flags(error, given, frames[-1])) from error
+
+
+def _with_flags(error: Exception, given: Namespace, frame: traceback.FrameSummary) -> str:
+    """What an error of Megatron says, with the flags that it means; half of its checks are bare assertions."""
+    text, line = " ".join(str(error).split()), (frame.line or "").strip()
+    if isinstance(error, ZeroDivisionError) or not text:
+        text = f"Megatron checks `{line.removeprefix('assert ')}`, which does not hold"
+    if "--" in text:
+        return text
+    above = "".join(linecache.getline(frame.filename, (frame.lineno or 1) - n) for n in (1, 2))  # of the check's `if`
+    found = (
+        _flags_in(f"{text} {line}", given)
+        or [name for name, value in vars(given).items() if isinstance(value, str) and f'"{value}"' in text]
+        or _flags_in(above, given)
+    )
+    flags = ", ".join(
+        f"{flag_of(name)}{' not given' if value in (None, False) else shown(value)}"
+        for name, value in ((name, getattr(given, name)) for name in found)
+    )
+    return f"{text} (given: {flags}; change one of them)" if flags else text
+
+
+def _flags_in(text: str, given: Namespace) -> list[str]:
+    words = re.findall(r"[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*", text.replace("args.", " "))
+    names = dict.fromkeys(word.replace("-", "_") for word in words)
+    return [name for name in names if name in vars(given) and ("_" in name or name == "lr")]

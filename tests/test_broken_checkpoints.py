@@ -1,0 +1,147 @@
+"""A checkpoint with a file that is missing, cut off or altered ends every rank with a message that names the file."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_megatron.integrity import BrokenFile, complete_iterations, verify
+from tests.launch import ROOT, run_pretrain
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 "
+    "--vocab-size 128 --position-embedding-type rope --linear-attention-freq 2 --swiglu --disable-bias-linear "
+    "--mock-data --micro-batch-size 1 --global-batch-size 2 --lr 2e-3 --lr-decay-style constant --train-iters 4 "
+    "--log-interval 1 --eval-iters 0 --num-workers 0"
+)
+GPT = (
+    "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
+    "--eval-interval 100 --no-create-attention-mask-in-dataloader --spec lightning_megatron.spec lightning_spec"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders with iterations 1 and 2, of the distributed and of the old format."""
+
+    def save(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        format = f"--ckpt-format {name}"
+        run_pretrain(f"{FLAGS} {format} --save {folder} --save-interval 1 --exit-interval 2".split())
+        return folder
+
+    return {name: save(name) for name in ("torch_dist", "torch")}
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    def copy(name: str = "torch_dist") -> Path:
+        return shutil.copytree(saved[name], tmp_path / name)
+
+    return copy
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x10
+    path.write_bytes(data)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+# What breaks: the file, by a pattern in the folder of the iteration, and how.
+BREAKS = {
+    "cut-off": ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-2000])),
+    "empty": ("__0_0.distcp", lambda path: path.write_bytes(b"")),
+    "gone": ("__0_0.distcp", Path.unlink),
+    "flipped": ("__0_0.distcp", lambda path: flip(path, 0.5)),
+    "metadata-gone": (".metadata", Path.unlink),
+    "metadata-cut-off": (".metadata", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    "json-gone": ("metadata.json", Path.unlink),
+    "json-wrong": ("metadata.json", lambda path: path.write_text("{")),
+    "common-wrong": ("common.pt", lambda path: path.write_bytes(b"nothing")),  # of checkpoints of before 0.19
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_file_is_named(name, copied):
+    folder = copied()
+    pattern, spoil = BREAKS[name]
+    path = folder / "iter_0000002" / pattern
+    spoil(path)
+    with pytest.raises(BrokenFile, match=re.escape(str(path))):
+        verify(path.parent)
+    assert complete_iterations(folder)[-1] == "iter_0000001"
+    verify(folder / "iter_0000001")
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+def test_no_flipped_bit_of_data_is_missed(format, copied):
+    """Bits between the parts, which nothing reads, may flip; every other flip is seen."""
+    folder = copied(format) / "iter_0000002"
+    path, seed = largest(folder), 20261129
+    whole, rng, seen = path.read_bytes(), random.Random(seed), 0
+    for _ in range(60):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            verify(folder)
+        except BrokenFile as error:
+            assert str(path) in str(error)
+            seen += 1
+    share = weights(whole)
+    assert seen >= 60 * share * 0.8, f"{seen} of 60 seen, {share:.0%} of the bytes are data (seed {seed})"
+    path.write_bytes(whole)
+    verify(folder)
+
+
+def weights(data: bytes) -> float:
+    """The part of the bytes that archives hold as data, by their own headers; the rest is alignment and names."""
+    import io
+    import zipfile
+
+    inside, at = 0, data.find(b"PK\x03\x04")
+    while at >= 0:
+        end = data.find(b"PK\x05\x06", at) + 22
+        with zipfile.ZipFile(io.BytesIO(data[at:end])) as archive:
+            inside += sum(entry.file_size for entry in archive.infolist())
+        at = data.find(b"PK\x03\x04", end)
+    return inside / len(data)
+
+
+@pytest.mark.parametrize(
+    "way, name, nproc",
+    [("own", "flipped", 2), ("gpt", "flipped", 1), ("own", "cut-off", 1), ("gpt", "json-gone", 1)],
+)
+def test_runs_end(way, name, nproc, copied):
+    folder = copied()
+    pattern, spoil = BREAKS[name]
+    path = folder / "iter_0000002" / pattern
+    spoil(path)
+    script = ROOT / "tests" / "pretrain_gpt.py" if way == "gpt" else None
+    run = run_pretrain(
+        f"{FLAGS} {GPT if way == 'gpt' else ''} --load {folder}".split(), nproc, script=script, check=False
+    )
+    assert not run.ok and not run.losses, run.log
+    assert f"{path} is " in run.log or f"{path} cannot be read" in run.log
+    assert f"write its number into {folder / TRACKER} (complete: " in run.log and "iter_0000001" in run.log
+    if way == "own":
+        assert "lightning-pretrain: " in run.log and "Traceback" not in run.log
+
+
+def test_old_format_and_a_tracker_without_a_number(copied):
+    folder = copied("torch")
+    flip(largest(folder / "iter_0000002"), 0.5)
+    run = run_pretrain(f"{FLAGS} --ckpt-format torch --load {folder}".split(), check=False)
+    assert not run.ok and "model_optim_rng.pt is altered" in run.log and "Traceback" not in run.log
+    (folder / TRACKER).write_bytes(b"\xff\x00")
+    run = run_pretrain(f"{FLAGS} --ckpt-format torch --load {folder}".split(), check=False)
+    assert not run.ok and f"{folder / TRACKER} says " in run.log
