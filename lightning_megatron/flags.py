@@ -10,6 +10,7 @@ from argparse import Namespace
 from typing import Any
 
 from . import latent_flags as latent
+from . import later_flags as later
 from . import memory_flags as memory
 from .compat import importable
 from .config import LightningOptions, lightning_pattern, projection_cut
@@ -55,8 +56,8 @@ REFUSED_ALWAYS = {
     "each other; use --dataloader-inter-document-masking",
     "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "
     "--step-batch-size-schedule",
-    "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers; leave it out, and evaluate with "
-    "--skip-train",
+    "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers, and in later versions writes no "
+    "checkpoints; leave it out, and evaluate with --skip-train",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
     "one --valid-data-path",
@@ -201,11 +202,6 @@ REFUSED = (
         "attn_norm and mlp_norm out",
     ),
     Rule(
-        "cp_partition_mode",  # of later versions of Megatron
-        lambda run: run.config.context_parallel_size > 1 and run.get("cp_partition_mode") != "zigzag",
-        "cuts sequences in a way that this version does not know; use zigzag",
-    ),
-    Rule(
         "mtp_num_layers",
         lambda run: (
             run.config.pipeline_model_parallel_size > 1
@@ -215,6 +211,7 @@ REFUSED = (
         "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
         "pass --untie-embeddings-and-output-weights",
     ),
+    *later.REFUSED,
     *latent.REFUSED,
     *memory.REFUSED,
 )

@@ -236,7 +236,8 @@ class LightningAttention(MegatronModule):
         self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
         cu_seqlens = self._packed_bounds(packed_seq_params)
-        group, layout = sharing_group(packed_seq_params, self.pg_collection.cp), self._layout(packed_seq_params)
+        layout = self._layout(packed_seq_params)
+        group = sharing_group(packed_seq_params, self.pg_collection.cp, contiguous=layout == "contiguous")
         cached = self._cached_states(inference_context, packed_seq_params, hidden_states, attention_mask)
         state = None if cached is None else cached.initial
         passed = self._passed

@@ -143,6 +143,8 @@ def _init(original: Callable) -> Callable:
             model_config.kv_channels = _channels_of_blocks(model_config, inference_config)
         # Megatron asks for states at multiples of it only; any position would do, but it lists all chunks on the host
         states.mamba_chunk_size = inference_config.block_size_tokens
+        if hasattr(states, "ssm_chunk_alignment"):  # in 0.20 the same, where Megatron cuts prompts and keeps states
+            states.ssm_chunk_alignment = states.mamba_chunk_size
         return original(self, model_config, inference_config)
 
     return __init__
