@@ -5,7 +5,7 @@ Why:      Megatron compares a fixed list of arguments, after loading. Decay, sca
           shapes even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go
           on training another model without a word. And where it does refuse (another schedule, the optimizer in another
           layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
 ``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its

@@ -6,7 +6,7 @@ Why:      multi-token prediction shifts tokens, labels and loss mask by one plac
           bounds by the number of ranks). ``--dataloader-inter-document-masking`` shards the whole sequence, and the
           wrong tokens would be predicted, silently. Here the whole sequence is shifted, which Megatron does right, and
           the last token of each document gets what Megatron gives it: 0.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when ``roll_tensor`` knows how the sequence was sharded.
 
 ``roll_tensor`` is not told which model it serves: all models of a process must have their sequences cut in one way.
