@@ -151,11 +151,22 @@ def _refuse_head_dims(shape: LightningShape) -> None:
 
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
-    from .patches import checkpoint_args, dynamic_inference, flops, mtp_spec, packed_roll, packed_rope, recompute
+    from .patches import (
+        checkpoint_args,
+        dynamic_inference,
+        flops,
+        mtp_spec,
+        mtp_without_te,
+        packed_roll,
+        packed_rope,
+        recompute,
+    )
 
     mtp = bool(config.mtp_num_layers)
     softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
+    if mtp:
+        mtp_without_te.apply()
     if config.context_parallel_size > 1 and packed:
         if softmax and layout == "zigzag":
             packed_rope.apply()

@@ -15,6 +15,7 @@ from . import (
     dynamic_inference,
     flops,
     mtp_spec,
+    mtp_without_te,
     packed_roll,
     packed_rope,
     paged_attention,
@@ -22,7 +23,9 @@ from . import (
 )
 
 PATCHES = (dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops)
-ALL = (*PATCHES, dynamic_inference, mtp_spec, packed_roll, packed_rope, paged_attention, recompute)
+ALL = (
+    *PATCHES, dynamic_inference, mtp_spec, mtp_without_te, packed_roll, packed_rope, paged_attention, recompute,
+)  # fmt: skip
 
 
 def apply_all(options: LightningOptions) -> None:

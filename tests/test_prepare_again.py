@@ -53,7 +53,7 @@ def rotate_two_models(rank: int, world: int) -> list[float]:
         found.append(float((torch.view_as_complex(got[:, 0].contiguous()) - turned).abs().max()))
         if "inverse" in inspect.signature(attention.apply_rotary_pos_emb).parameters:  # in megatron-core 0.20
             got = attention.apply_rotary_pos_emb(
-                got, angles, config=config, cu_seqlens=bounds, cp_group=dist.group.WORLD, inverse=True, max_seqlen=16
+                got, angles, config=config, cu_seqlens=bounds, cp_group=dist.group.WORLD, inverse=True, max_seqlen=64
             )
             found.append(float((got - x[mine]).abs().max()))
     return found
