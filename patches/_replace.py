@@ -22,7 +22,7 @@ def replace(
     wrap: Callable[[Callable], Callable],
     effect: str,
     *,
-    added: tuple[str, ...] = (),
+    later: tuple[str, ...] = (),
 ) -> bool:
     """Put ``wrap(original)`` in the place of a function of Megatron.
 
@@ -31,7 +31,7 @@ def replace(
         parameters: names of the original's parameters, in order; the patch is written for exactly these.
         wrap: gets the original, returns its replacement. The replacement gets ``__wrapped__`` and the marker.
         effect: end of the log line: what is different now.
-        added: parameters that follow in later versions, none or all of them; ``wrap`` must hand them on by name.
+        later: all of them in a later version, for which the patch is written, too: ``wrap`` hands on what is new.
 
     Returns:
         False if the symbol is patched already, and nothing was done.
@@ -51,9 +51,9 @@ def replace(
     if getattr(original, MARKER, None) == symbol:
         return False
     found = tuple(inspect.signature(original).parameters)
-    if found not in (parameters, parameters + added):
+    if found not in (parameters, later or parameters):
         raise RuntimeError(
-            f"{known} with the parameters {parameters}{f', and maybe {added}' if added else ''}, but here it takes "
+            f"{known} with the parameters {parameters}{f' or {later}' if later else ''}, but here it takes "
             f"{found}; use a version of Megatron that lightning_megatron is tested with: megatron-core {TESTED}"
         )
 

@@ -24,7 +24,7 @@ from ._replace import replace
 
 SYMBOLS = ("megatron.core.transformer.multi_token_prediction.roll_tensor",)
 PARAMETERS = ("tensor", "shifts", "dims", "cp_group", "packed_seq_params")
-ADDED = ("return_sum",)  # in 0.20
+LATER = (*PARAMETERS, "return_sum")  # 0.20
 
 _layout: str | None = None
 
@@ -65,5 +65,5 @@ def apply(layout: str) -> None:
             PARAMETERS,
             _wrap,
             "packed documents may cross the chunks of context-parallel ranks",
-            added=ADDED,
+            later=LATER,
         )

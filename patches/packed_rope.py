@@ -18,7 +18,7 @@ from ._replace import replace
 
 SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)
 PARAMETERS = ("t", "freqs", "config", "cu_seqlens", "mscale", "cp_group", "mla_rotary_interleaved")
-ADDED = ("inverse", "mla_output_remove_interleaving", "max_seqlen")  # in 0.20
+LATER = (*PARAMETERS, "inverse", "mla_output_remove_interleaving", "max_seqlen")  # 0.20
 
 
 def _wrap(original: Callable) -> Callable:
@@ -40,5 +40,5 @@ def _wrap(original: Callable) -> Callable:
 def apply() -> None:
     """Apply the patch; a second call does nothing. Not with ``--sft``, which shards each document separately."""
     replace(
-        SYMBOLS[0], PARAMETERS, _wrap, "packed documents may cross the chunks of context-parallel ranks", added=ADDED
+        SYMBOLS[0], PARAMETERS, _wrap, "packed documents may cross the chunks of context-parallel ranks", later=LATER
     )

@@ -353,12 +353,12 @@ def test_parameters_of_later_versions(monkeypatch):
     symbol, known = "megatron.core.datasets.utils.compile_helpers", (("jobs",), wrap, "")
     for original, found in ((lambda jobs: (jobs,), {}), (lambda jobs, a, b: (jobs, a, b), dict(b=4, a=3))):
         monkeypatch.setattr(dataset_utils, "compile_helpers", original)
-        assert _replace.replace(symbol, *known, added=("a", "b"))
+        assert _replace.replace(symbol, *known, later=("jobs", "a", "b"))
         assert dataset_utils.compile_helpers(1, **found) == (2, 3, 4)[: 1 + len(found)]
     for original in (lambda jobs, a: 0, lambda jobs, b, a: 0, lambda jobs, a, b, c: 0):
         monkeypatch.setattr(dataset_utils, "compile_helpers", original)
-        with pytest.raises(RuntimeError, match=r"\('jobs',\), and maybe \('a', 'b'\), but here .* is tested with"):
-            _replace.replace(symbol, *known, added=("a", "b"))
+        with pytest.raises(RuntimeError, match=r"\('jobs',\) or \('jobs', 'a', 'b'\), but here .* is tested with"):
+            _replace.replace(symbol, *known, later=("jobs", "a", "b"))
 
 
 @pytest.mark.parametrize("checkout", [False, True])
