@@ -42,8 +42,8 @@ def checked(given: str) -> Path:
         sys.exit(f"MEGATRON={given}, but megatron.core is {place}: nothing may come before PYTHONPATH")
     if answer.returncode:
         sys.exit(
-            f"{answer.stderr}Megatron of {checkout} does not import (see above). If megatron/core/datasets there has no "
-            "compiled helpers_cpp: install the checkout in an environment of its own (VENV=), or copy the file from "
+            f"{answer.stderr}Megatron of {checkout} does not import (see above). If its megatron/core/datasets has "
+            "no compiled helpers_cpp: install the checkout in an environment of its own (VENV=), or copy the file from "
             "the installed wheel, where both have the same helpers.cpp"
         )
     git = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True)
