@@ -12,12 +12,18 @@ PY = $(call quote,$(VENV)/bin/python)
 
 $(foreach name,VENV OUT,$(if $(strip $($(name))),,$(error $(name) is empty; name a folder, or leave $(name)= out)))
 
-.PHONY: help venv demo test check lint format types docs clean
+ifneq ($(filter test-main,$(MAKECMDGOALS)),)
+$(if $(strip $(MEGATRON)),,$(error MEGATRON is empty; name a checkout: make test-main MEGATRON=/path/to/Megatron-LM))
+endif
+
+.PHONY: help venv demo test test-main check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
 	@echo '             (about 5 minutes on 2 CPU cores; on a GPU where there is one)'
 	@echo 'make test    install, then lint, types and all tests (those marked gpu are skipped without a GPU)'
+	@echo 'make test-main MEGATRON=/path/to/Megatron-LM'
+	@echo '             all tests with Megatron of that checkout instead of the installed megatron-core'
 	@echo 'make check   lint, types and the quick tests, in at most 90 seconds: before every commit'
 	@echo 'make docs    build the documentation into docs/_build/html; a warning is an error'
 	@echo 'make venv    only install, into .venv: 5 GB, because torch for Linux brings its CUDA libraries'
@@ -71,6 +77,10 @@ types: $(STAMP)
 test: lint types
 	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist worksteal $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
+
+test-main: $(STAMP)
+	@start=$$(date +%s); $(PY) -m tests.checkout $(call quote,$(MEGATRON)) tests -n $(JOBS) --dist worksteal $(PYTEST); \
+	status=$$?; echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 check: lint types
 	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) --dist worksteal @tests/quick.txt $(PYTEST); status=$$?; \

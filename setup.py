@@ -13,7 +13,7 @@ PACKAGES = find_packages(include=["lightning_megatron", "lightning_megatron.*"])
 if "lightning_megatron.patches" not in PACKAGES:  # a checkout made without symbolic links, as Git on Windows does
     raise SystemExit("lightning_megatron/patches must be a symbolic link to ../patches: git config core.symlinks true")
 
-TRAIN = ["megatron-core[training]>=0.19,<0.20", "sentencepiece"]
+TRAIN = ["megatron-core[training]>=0.19,<0.21", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
 CONVERT = [TRAIN[0], "safetensors>=0.5", "tqdm"]
 SERVE = [TRAIN[0], "hypercorn>=0.18", "msgpack", "pyzmq", "quart>=0.22"]

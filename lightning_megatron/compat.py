@@ -6,8 +6,9 @@ import functools
 import importlib
 import importlib.metadata
 
-MEGATRON_RANGE = ">=0.19,<0.20"
-_FIRST, _END = (0, 19), (0, 20)
+MEGATRON_RANGE = ">=0.19,<0.21"
+TESTED = "0.19.2, and Megatron-LM's main of 0.20 at d98e8a64"  # CONTRIBUTING.md, Other versions of Megatron
+_FIRST, _END = (0, 19), (0, 21)
 
 
 def check_megatron() -> None:
@@ -43,8 +44,12 @@ def importable(module: str) -> bool:
 
 
 def version(distribution: str) -> str:
-    """Installed version of a distribution, or "not installed"."""
+    """Installed version of a distribution, or "not installed"; of megatron-core, that of what is imported."""
     try:
+        if distribution == "megatron-core":  # a checkout on PYTHONPATH has no metadata, or comes before what has
+            from megatron.core.package_info import __shortversion__
+
+            return str(__shortversion__)
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ImportError):
         return "not installed"

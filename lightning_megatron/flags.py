@@ -11,6 +11,7 @@ from typing import Any
 
 from . import fp8_flags as fp8
 from . import latent_flags as latent
+from . import later_flags as later
 from . import log_flags as log
 from . import memory_flags as memory
 from .compat import importable
@@ -56,8 +57,8 @@ REFUSED_ALWAYS = {
     "each other; use --dataloader-inter-document-masking",
     "rampup_batch_size": "is ignored by Megatron 0.19, which would train with the full batch; use "
     "--step-batch-size-schedule",
-    "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers; leave it out, and evaluate with "
-    "--skip-train",
+    "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers, and in later versions writes no "
+    "checkpoints; leave it out, and evaluate with --skip-train",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
     "one --valid-data-path",
@@ -202,11 +203,6 @@ REFUSED = (
         "attn_norm and mlp_norm out",
     ),
     Rule(
-        "cp_partition_mode",  # of later versions of Megatron
-        lambda run: run.config.context_parallel_size > 1 and run.get("cp_partition_mode") != "zigzag",
-        "cuts sequences in a way that this version does not know; use zigzag",
-    ),
-    Rule(
         "mtp_num_layers",
         lambda run: (
             run.config.pipeline_model_parallel_size > 1
@@ -217,6 +213,7 @@ REFUSED = (
         "pass --untie-embeddings-and-output-weights",
     ),
     *fp8.REFUSED,
+    *later.REFUSED,
     *latent.REFUSED,
     *memory.REFUSED,
     *memory.GRAPHS,

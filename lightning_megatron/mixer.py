@@ -243,11 +243,8 @@ class LightningAttention(MegatronModule):
         _refuse_unknown("LightningAttention.forward", {"key_value_states": key_value_states, **unknown})
         self._place_decay(hidden_states.device)  # FSDP brings weights without telling the module
         options, inference_context = self.options, inference_context or inference_params
-        cu_seqlens = packed_bounds(packed_seq_params)
-        group, layout = (
-            sharing_group(packed_seq_params, self.pg_collection.cp),
-            layout_of(packed_seq_params, self.layout),
-        )
+        cu_seqlens, layout = packed_bounds(packed_seq_params), layout_of(packed_seq_params, self.layout)
+        group = sharing_group(packed_seq_params, self.pg_collection.cp, contiguous=layout == "contiguous")
         cached = self._cached_states(inference_context, packed_seq_params, hidden_states, attention_mask)
 
         nvtx_range_push(suffix="qkv")

@@ -82,6 +82,8 @@ class ResidualNorm(TorchNorm):
     (transformers, models/minimax) and with ``--apply-residual-connection-post-layernorm``.
     """
 
+    returns_residual = True  # by which layers of Megatron 0.20 know it; those of 0.19 look at what it returns
+
     def __init__(self, *args, scale: float = 1.0, normalized: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.scale, self.normalized = scale, normalized

@@ -34,13 +34,30 @@ def layout_of(packed: PackedSeqParams | None, layout: str) -> str:
     return layout
 
 
-def sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def sharing_group(
+    packed: PackedSeqParams | None, usual: dist.ProcessGroup | None, *, contiguous: bool = False
+) -> dist.ProcessGroup | None:
     """The ranks that share the sequence: the ``usual`` ones, but batches of dynamic size bring their own, or None for
     one rank.
 
+    Args:
+        contiguous: whether the caller takes a sequence of which every rank has one piece.
+
     Raises:
-        ValueError: the batch says how many ranks, but brings another group or none.
+        ValueError: the batch says how many ranks, but brings another group or none; or its sequence is cut in a way
+            that the caller does not take.
     """
+    group = _sharing_group(packed, usual)
+    cut = getattr(packed, "cp_partition_mode", "zigzag")  # of Megatron's branch dev; others have zigzag alone
+    if group is not None and group.size() > 1 and cut != "zigzag" and not (contiguous and cut == "contiguous"):
+        raise ValueError(
+            f"packed_seq_params.cp_partition_mode is {cut!r}, and this layer was built for sequences cut as zigzag "
+            "over context-parallel ranks: set cp_partition_mode of Megatron's config to zigzag"
+        )
+    return group
+
+
+def _sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if packed is None or packed.cp_group is None and packed.local_cp_size is None:
         return usual
     size = 1 if packed.cp_group is None else packed.cp_group.size()

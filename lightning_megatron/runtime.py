@@ -183,6 +183,7 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
         layer_log,
         mfu,
         mtp_spec,
+        mtp_without_te,
         packed_roll,
         packed_rope,
         recompute,
@@ -191,6 +192,8 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     mtp = bool(config.mtp_num_layers)
     softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
+    if mtp:
+        mtp_without_te.apply()
     if config.context_parallel_size > 1 and packed:
         if softmax and layout == "zigzag":
             packed_rope.apply()

@@ -19,6 +19,7 @@ from . import (
     layer_log,
     mfu,
     mtp_spec,
+    mtp_without_te,
     packed_roll,
     packed_rope,
     paged_attention,
@@ -26,26 +27,12 @@ from . import (
 )
 
 PATCHES = (
-    dataset_helpers,
-    checkpoint_args,
-    distributed_optimizer,
-    chained_optimizer,
-    cross_entropy,
-    flops,
-    attention_variant,
-)
+    dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops, attention_variant,
+)  # fmt: skip
 ALL = (
-    *PATCHES,
-    dynamic_inference,
-    hybrid_symbol,
-    layer_log,
-    mfu,
-    mtp_spec,
-    packed_roll,
-    packed_rope,
-    paged_attention,
-    recompute,
-)
+    *PATCHES, dynamic_inference, hybrid_symbol, layer_log, mfu, mtp_spec, mtp_without_te, packed_roll, packed_rope,
+    paged_attention, recompute,
+)  # fmt: skip
 
 
 def apply_all(options: LightningOptions) -> None:

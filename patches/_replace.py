@@ -9,14 +9,21 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..compat import MEGATRON_RANGE, check_megatron
+from ..compat import MEGATRON_RANGE, TESTED, check_megatron
 
 MARKER = "__lightning_patch__"
 
 logger = logging.getLogger("lightning_megatron.patches")
 
 
-def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable], Callable], effect: str) -> bool:
+def replace(
+    symbol: str,
+    parameters: tuple[str, ...],
+    wrap: Callable[[Callable], Callable],
+    effect: str,
+    *,
+    later: tuple[str, ...] = (),
+) -> bool:
     """Put ``wrap(original)`` in the place of a function of Megatron.
 
     Args:
@@ -24,6 +31,7 @@ def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable],
         parameters: names of the original's parameters, in order; the patch is written for exactly these.
         wrap: gets the original, returns its replacement. The replacement gets ``__wrapped__`` and the marker.
         effect: end of the log line: what is different now.
+        later: all of them in a later version, for which the patch is written, too: ``wrap`` hands on what is new.
 
     Returns:
         False if the symbol is patched already, and nothing was done.
@@ -43,8 +51,11 @@ def replace(symbol: str, parameters: tuple[str, ...], wrap: Callable[[Callable],
     if getattr(original, MARKER, None) == symbol:
         return False
     found = tuple(inspect.signature(original).parameters)
-    if found != parameters:
-        raise RuntimeError(f"{known} with the parameters {parameters}, but here it takes {found}")
+    if found not in (parameters, later or parameters):
+        raise RuntimeError(
+            f"{known} with the parameters {parameters}{f' or {later}' if later else ''}, but here it takes "
+            f"{found}; use a version of Megatron that lightning_megatron is tested with: megatron-core {TESTED}"
+        )
 
     replacement = functools.update_wrapper(wrap(original), original)  # sets __wrapped__
     setattr(replacement, MARKER, symbol)

@@ -5,7 +5,7 @@ Why:      experts have an optimizer of their own where expert parallelism is mor
           parameters. A checkpoint holds the hyperparameters of the groups as one dict, or as a dict by number, and
           loading one as the other fails with KeyError 'optimizer' or "Expected 2 entries". The tensors have the same
           names in both.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a checkpoint saved with --expert-model-parallel-size 2 resumes with 1, and the other way round.
 """
 

@@ -6,7 +6,7 @@ Why:      Megatron compares a fixed list of arguments, after loading. Decay, sca
           on training another model without a word. And where it does refuse (another schedule, the optimizer in another
           layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
           Files that are missing or cut off end it in a traceback, and flipped bits of weights load without a word.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
 ``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its

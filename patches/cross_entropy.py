@@ -4,7 +4,7 @@ Symbol:   megatron.core.models.common.language_module.language_module.fused_voca
 Why:      Megatron's "native" fusion copies the logits to fp32 and passes over the copy five times: 8% of a step of a
           0.4B model, 4% at 1B, and 4 bytes per logit that stay in memory until the backward. It casts every gradient to
           bf16, in fp16 runs too. The patch leaves ``--cross-entropy-fusion-impl te`` alone.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when the native fusion reads the logits once each way.
 """
 

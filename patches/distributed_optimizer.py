@@ -7,7 +7,7 @@ Why:      torch's Adam keeps a ``step`` tensor for every parameter, and loading 
           load_state_dict() gives one ``step`` tensor to all parameters, each of which counts it up (:1032);
           _set_main_param_and_optimizer_states() overwrites the loaded step with that of the empty template, or misses
           it in the fully reshardable format (:1222), and writes to fp32 parameters that require grad (:1225).
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a checkpoint of the distributed optimizer resumes without TransformerEngine and apex, with equal losses.
 """
 

@@ -9,7 +9,7 @@ Why:      the context keeps recurrent states per request, but only of Mamba laye
           With prefix caching, a chunk of a prompt that is not its first skips tokens whose keys are cached, and one of
           a single token skips up to the end of any block: states then lack those tokens.
           Latents of multi-latent attention are kept where the layers are ours (``softmax.latent``), without a flag.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when layers say which states they keep, and a context may have no keys and values.
 """
 
@@ -44,6 +44,7 @@ MODEL, INIT, ALLOCATE, MATCH = (
     ("self", "req", "prefill_chunk_length", "record_mamba_match"),
 )
 LIGHTNING = "lightning_states"  # on a state config that this module made
+_ALIGNMENT = "ssm_chunk_alignment"  # of a state config since 0.20: like mamba_chunk_size, where states are kept
 LATENT_BLOCK = 64  # tokens; Megatron keeps latents in no other blocks
 
 logger = logging.getLogger("lightning_megatron")
@@ -143,6 +144,8 @@ def _init(original: Callable) -> Callable:
             model_config.kv_channels = _channels_of_blocks(model_config, inference_config)
         # Megatron asks for states at multiples of it only; any position would do, but it lists all chunks on the host
         states.mamba_chunk_size = inference_config.block_size_tokens
+        if hasattr(states, _ALIGNMENT):
+            setattr(states, _ALIGNMENT, states.mamba_chunk_size)
         return original(self, model_config, inference_config)
 
     return __init__
@@ -175,6 +178,11 @@ def _refuse(model_config, inference_config) -> None:
         raise ValueError(
             f"num_speculative_tokens={inference_config.num_speculative_tokens}: a lightning state cannot be taken "
             "back to before a token that is rejected; use 0"
+        )
+    if model_config.batch_invariant_mode and hasattr(inference_config.mamba_inference_state_config, _ALIGNMENT):
+        raise ValueError(
+            "--batch-invariant-mode: since 0.20 Megatron's dynamic engine then reads prompts as its Mamba kernels need "
+            "it, which lightning layers do not follow; leave it out when you generate"
         )
     if model_config.context_parallel_size > 1:
         raise ValueError(

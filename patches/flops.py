@@ -3,7 +3,7 @@
 Symbol:   megatron.training.training.num_floating_point_operations
 Why:      it counts every attention layer that it does not know as causal softmax attention, whose cost grows with
           the square of the length; at 32K tokens that overstates a lightning model several times.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when layers report their own FLOPs, or the function takes a hook for them.
 
 Formula, for the forward and backward of one lightning layer over the batch (``tokens`` real tokens of width h; H query

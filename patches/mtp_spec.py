@@ -5,7 +5,7 @@ Why:      it ignores ``--spec``: whatever the decoder's layers are, the layers o
           stock ones. Without TransformerEngine these refuse context and sequence parallelism, packed documents and
           multi-latent attention; with residual factors, norms without weights, a bilinear GLU or scaled embeddings they
           compute another function than the model's layers.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a block spec can say which multi-token prediction layers belong to it.
 """
 

@@ -5,7 +5,7 @@ Symbol:   megatron.core.transformer.attention.Attention.forward
 Why:      with a dynamic context it asserts flash-attn (2.7.3, 3 or 4), and then calls einops, which megatron-core does
           not install. Here softmax.paged attends to the blocks of keys and values. The second writes keys and values by
           a kernel on the CPU, too, where there is none. Where flash-attn is installed both stay as they are.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when the dynamic engine has attention of its own, or a core_attention may say how it reads blocks.
 """
 

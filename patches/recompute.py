@@ -10,7 +10,7 @@ Why:      with ``--recompute-granularity full`` every layer's forward runs twice
           With ``--lightning-offload-activations`` the inputs of layers, which it saves, go to the host. Megatron's
           ``cpu_offloading`` is TransformerEngine's and refuses recompute; ``--fine-grained-activation-offloading``
           moves what single modules save, which full recompute never keeps.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a layer can keep something from a forward for its own recomputation, and when one of Megatron's two ways
           of offloading takes the inputs of recomputed layers.
 """

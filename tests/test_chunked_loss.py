@@ -117,12 +117,30 @@ def test_refuses_sharded_weights(parse):
         refuse(args)
 
 
-def test_refuses_a_bias():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bf16"])  # what Megatron makes of it, and as it is given
+def test_refuses_another_dtype_of_logits(parse, dtype):
+    args = parse("--lightning-loss-chunk 9")
+    args.logit_dtype = dtype  # --output-logit-dtype of megatron-core 0.20
+    with pytest.raises(ValueError, match="--output-logit-dtype bf16 is refused.* fp32; leave out one"):
+        refuse(args)
+    args.bf16 = True
+    refuse(args)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(bias=torch.zeros(3)), "needs an output layer without bias"),
+        (dict(output_dtype=torch.bfloat16), "torch.bfloat16: .* dtype of hidden states, torch.float32; leave out one"),
+        (dict(gtp_remat_size=2), "sharded over 2 ranks.* leave out one"),
+        (dict(something_new=1), "does not know something_new, .* leave the flag out"),
+    ],
+)
+def test_refuses_what_its_product_does_not_know(given, message):
     layer = torch.nn.Module()
-    layer.forward = lambda x, weight, runtime_gather_output: layer._forward_impl(
-        input=x, weight=weight, bias=torch.zeros(3), sequence_parallel=False, tp_group=None
-    )
+    arguments = dict(bias=None, sequence_parallel=False, tp_group=None) | given
+    layer.forward = lambda x, weight, runtime_gather_output: layer._forward_impl(input=x, weight=weight, **arguments)
     call = functools.partial(chunked_loss, torch.zeros(2, 1, 4), layer, labels=torch.zeros(1, 2), context=1)
-    with pytest.raises(ValueError, match="needs an output layer without bias"):
+    with pytest.raises(ValueError, match=message):
         call(output_weight=torch.zeros(3, 4), scale_logits=lambda x: x)
     assert "_forward_impl" not in vars(layer)

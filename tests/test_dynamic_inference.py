@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
+from megatron.core.inference.config import MambaInferenceStateConfig
 
 from tests.conftest import SEED
 from tests.helpers import dynamic
 from tests.launch import spawn
 
+STATES = {field.name for field in dataclasses.fields(MambaInferenceStateConfig)}
 ONE_BATCH = [1, 7, 500, 3, 64, 65, 129, 2]
 
 
@@ -204,6 +207,7 @@ def refused(rank: int, world: int, layout: dict, config: dict, inference: dict) 
     model = dynamic.build("lightning", **config)
     if config.get("context_parallel_size", 1) == 1:
         model.config.virtual_pipeline_model_parallel_size = inference.pop("virtual", None)
+        model.config.batch_invariant_mode = inference.pop("batch_invariant", False)
     with pytest.raises(ValueError) as error:
         dynamic.Run(model, **inference)
     return str(error.value)
@@ -225,6 +229,10 @@ def test_refuses_expert_ranks_that_need_equal_numbers_of_tokens():
     (2, {}, "do not generate with context-parallel size 2; load the checkpoint with --context-parallel-size 1"),
     (1, dict(virtual=2), "virtual pipeline size 2 makes several; load the checkpoint without"),
     (1, dict(num_speculative_tokens=1), "num_speculative_tokens=1: a lightning state cannot be taken back"),
+    pytest.param(
+        1, dict(batch_invariant=True), "--batch-invariant-mode: since 0.20 Megatron's dynamic engine",
+        marks=pytest.mark.skipif("ssm_chunk_alignment" not in STATES, reason="of megatron-core 0.20"),
+    ),
 ])  # fmt: skip
 def test_refused_before_anything_runs(cp, inference, message):
     for found in spawn(refused, cp, dict(cp=cp), dict(context_parallel_size=cp), inference):

@@ -28,6 +28,10 @@ TE = dict(transformer_impl="transformer_engine")
 SWIGLU = dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 CHUNK, HOST = dict(recompute_chunk=64), dict(offload_activations=True)
+LATER = {  # fields and flags of later versions of Megatron
+    "cp_partition_mode", "enable_mhc_connections", "gdp_num_householder", "gdp_cutedsl_kernel",
+    "gdp_num_chunk_states_to_recompute", "mtp_hsm",
+}  # fmt: skip
 MUON = dict(optimizer="muon", muon_split_qkv=True)
 
 
@@ -46,7 +50,7 @@ def model(**changes):
     latent = changes.get("multi_latent_attention")
     config = latent_config(linear_attention_freq=None) if latent else transformer_config()
     for name, value in changes.items():
-        assert hasattr(config, name) or name == "cp_partition_mode", name
+        assert hasattr(config, name) or name in LATER, name
         setattr(config, name, value)
     return config
 
@@ -247,6 +251,15 @@ REFUSED = {
     "cp-partition": (
         dict(context_parallel_size=2, cp_partition_mode="contiguous"), {}, {},
         "--cp-partition-mode contiguous cuts sequences in a way .*use zigzag",
+    ),
+    "mhc": (dict(enable_mhc_connections=True), {}, {}, "--enable-mhc-connections needs layers of Megatron's own"),
+    "gdp": (dict(gdp_num_householder=2), {}, {}, "--gdp-num-householder 2 belongs to gated delta product"),
+    "gdp-kernel": (dict(gdp_cutedsl_kernel=True), {}, {}, "--gdp-cutedsl-kernel belongs to gated delta product"),
+    "gdp-recompute": (dict(gdp_num_chunk_states_to_recompute=1), {}, {}, "--gdp-num-chunk-states-to-recompute 1 belo"),
+    "mtp-mixed-documents": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2, sequence_parallel=True), {},
+        dict(dataloader_inter_document_masking=True),
+        "--mtp-hsm with --sequence-parallel and .* different documents; leave it out",
     ),
     "mtp-tied": (
         dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
@@ -493,6 +506,18 @@ ALLOWED = {
     "mtp-latent": (HYBRID | LATENT | dict(mtp_num_layers=1), {}, {}),
     "mtp-te": (TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, {}),
     "cp-partition": (dict(context_parallel_size=2, cp_partition_mode="zigzag"), {}, {}),
+    "gdp-defaults": (
+        dict(
+            enable_mhc_connections=False, gdp_num_householder=3, gdp_cutedsl_kernel=False,
+            gdp_num_chunk_states_to_recompute=2,
+        ), {}, {},
+    ),
+    "mtp-mixed": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
+    ),
+    "mtp-mixed-sequence-parallel": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2, sequence_parallel=True), {}, {},
+    ),
     "freq": (dict(linear_attention_freq=4), {}, {}),
     "chunk-and-host": (FULL, CHUNK | HOST, {}),
     "chunk-block": (FULL | dict(recompute_method="block", recompute_num_layers=3), CHUNK, {}),
@@ -670,7 +695,7 @@ def test_one_layer_of_a_hybrid_with_windows(without):
 
 def test_tables_name_fields_and_flags(parse):
     """A misspelt attribute would never speak."""
-    known = {*vars(parse()), *vars(transformer_config()), "cp_partition_mode", "heterogeneous_block_specs"}
+    known = {*vars(parse()), *vars(transformer_config()), *LATER, "heterogeneous_block_specs"}
     named = (
         {*tables.REFUSED_ALWAYS}
         | {rule.attribute for rule in (*tables.REFUSED, *tables.WARNED)}

@@ -106,7 +106,7 @@ def play(model, trace: dict) -> tuple[dict, Counter]:
     seen["prefix-caching"] += caching
     left = dynamic.slots(run)
     assert left.free == list(range(context.max_requests)) and set(left.of_requests) == {-1}, left
-    assert caching or left.blocks == context.kv_block_allocator.total_count - 1, left
+    assert caching or left.blocks == left.all_blocks - 1, left
     for request in trace["requests"]:
         tokens = run.tokens[request["number"]]
         assert len(tokens) == request["count"] or request["cancel"] or tokens[-1] == request["stop"], request["number"]

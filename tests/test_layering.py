@@ -18,7 +18,7 @@ LAYERS = [
     {"parallel", "rules"},
     {"caches"},
     {"decay", "mlp", "norm", "residual", "rope", "offload", "selective"},
-    {"memory_flags", "latent_flags", "fp8_flags", "log_flags"},
+    {"memory_flags", "latent_flags", "fp8_flags", "log_flags", "later_flags"},
     {"softmax"},
     {"record"},
     {"resume"},
@@ -36,7 +36,10 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat", "unread", "rules", "memory_flags", "latent_flags", "fp8_flags", "log_flags"},
+    "flags": {
+        *{"config", "compat", "unread", "rules"},
+        *{"memory_flags", "latent_flags", "fp8_flags", "log_flags", "later_flags"},
+    },
     "rules": {"config"},
     "memory_flags": {"compat", "rules"},
     "latent_flags": {"rules"},
@@ -44,10 +47,11 @@ ONLY = {
     "log_flags": {"rules"},
     "layer_log": set(),
     "peak": set(),
+    "later_flags": {"rules"},
     "models": {"config"},
     "caches": {"config", "ops"},
     "cpu": set(),
-    "convert": {"models", "training", "inference", "cpu"},
+    "convert": {"models", "training", "inference", "cpu", "compat"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
     "resume": {"record", "integrity"},

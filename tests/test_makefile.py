@@ -218,6 +218,27 @@ def test_check_runs_lint_types_and_quick_tests(checkout: Checkout) -> None:
     assert "@tests/quick.txt" in checkout.calls[-1]
 
 
+@pytest.mark.parametrize("arguments", [(), ("MEGATRON=",), ("MEGATRON= ",)])
+def test_main_needs_a_checkout(checkout: Checkout, arguments: tuple[str, ...]) -> None:
+    run = checkout.make("test-main", *arguments)
+    assert run.returncode != 0 and "make test-main MEGATRON=/path/to/Megatron-LM" in run.stderr
+    assert checkout.calls == []
+
+
+def test_main_names_the_checkout(checkout: Checkout) -> None:
+    checkout.installed()
+    run = checkout.make("test-main", "MEGATRON=/their files/Megatron-LM", "PYTEST=-x", "JOBS=3")
+    assert run.returncode == 0 and "==> tests took " in run.stdout, run.stderr
+    arguments = ["/their files/Megatron-LM", "tests", "-n", "3", "--dist", "worksteal", "-x"]
+    assert checkout.calls == [["-m", "tests.checkout", *arguments]]
+
+
+def test_a_folder_without_megatron_is_no_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.checkout", str(tmp_path), "--collect-only"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and f"MEGATRON={tmp_path} holds no megatron/core: name a checkout" in run.stderr
+
+
 def test_quick_tests_exist() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "@tests/quick.txt"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -232,7 +253,7 @@ def test_docs_are_built_strictly(checkout: Checkout) -> None:
 
 def test_help_names_every_command() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    commands = ("demo", "test", "check", "docs", "venv", "lint", "format", "types", "clean")
+    commands = ("demo", "test", "test-main", "check", "docs", "venv", "lint", "format", "types", "clean")
     assert all(f"make {command} " in text for command in commands)
 
 

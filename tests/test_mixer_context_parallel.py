@@ -10,7 +10,10 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 
+from lightning_megatron.packed import sharing_group
+from lightning_megatron.softmax import SDPACoreAttention
 from tests import layers
 from tests.helpers.context_parallel import tokens_of
 from tests.launch import spawn
@@ -97,6 +100,17 @@ def check_refusals(rank: int, world: int) -> None:
             mixer(x, None, packed_seq_params=packed)
     with pytest.raises(ValueError, match="end at T = 32, but goes from 0 to 16"):
         mixer(x, None, packed_seq_params=PackedSeqParams("thd", bounds // 2, bounds // 2))
+    packed = PackedSeqParams("thd", bounds, bounds)
+    packed.cp_partition_mode = "contiguous"  # a field in Megatron's branch dev
+    core = SDPACoreAttention(mixer.config, 1, AttnMaskType.causal, "self", pg_collection=mixer.pg_collection)
+    q = torch.zeros(16, 4, 16)
+    for call in (
+        lambda: mixer(x, None, packed_seq_params=packed),
+        lambda: core(q, q, q, None, packed_seq_params=packed),
+    ):
+        with pytest.raises(ValueError, match="cp_partition_mode is 'contiguous', and this layer .* to zigzag"):
+            call()
+    assert sharing_group(packed, mixer.pg_collection.cp, contiguous=True) is mixer.pg_collection.cp
 
 
 def test_refusals():

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
+import os
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +19,7 @@ from megatron.training import training as megatron_training
 from lightning_megatron import compat, patches, pretrain
 from lightning_megatron import flags as tables
 from lightning_megatron.config import LightningOptions
-from lightning_megatron.patches import _replace, packed_rope, recompute
+from lightning_megatron.patches import _replace, mtp_without_te, packed_rope, recompute
 from lightning_megatron.training import arguments, data, refusals, run
 from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use
 from lightning_megatron.training.refusals import refuse
@@ -296,6 +299,8 @@ def unpatched(monkeypatch):
     for symbol in (symbol for patch in patches.ALL for symbol in patch.SYMBOLS):
         owner, _, name = symbol.rpartition(".")
         owner = _replace._owner(owner)
+        if symbol in mtp_without_te.SYMBOLS and not hasattr(owner, name):  # not in megatron-core 0.19
+            continue
         assert not hasattr(getattr(owner, name), _replace.MARKER), f"{symbol} was patched at import"
         monkeypatch.setattr(owner, name, getattr(owner, name))
 
@@ -319,38 +324,69 @@ def test_patches_are_idempotent_and_logged(unpatched, caplog):
 def test_patch_of_a_missing_symbol(unpatched, monkeypatch):
     monkeypatch.delattr(megatron_training, "num_floating_point_operations")
     with pytest.raises(
-        ImportError, match=r"megatron\.training\.training\.num_floating_point_operations.*>=0\.19,<0\.20"
+        ImportError, match=r"megatron\.training\.training\.num_floating_point_operations.*>=0\.19,<0\.21"
     ):
         patches.flops.apply(LightningOptions())
 
 
 def test_patch_of_another_signature(unpatched, monkeypatch):
     monkeypatch.setattr(dataset_utils, "compile_helpers", lambda jobs: None)
-    with pytest.raises(RuntimeError, match=r"utils\.compile_helpers.*>=0\.19,<0\.20.*'jobs'"):
+    with pytest.raises(RuntimeError, match=r"utils\.compile_helpers.*>=0\.19,<0\.21.*'jobs'"):
         patches.dataset_helpers.apply()
 
 
 def test_other_megatron_versions_are_refused(unpatched, monkeypatch, capsys):
     compat.check_megatron()
-    monkeypatch.setattr(package_info, "VERSION", (0, 20, 0, "rc1"))
-    monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
+    monkeypatch.setattr(package_info, "VERSION", (0, 21, 0, "rc1"))
+    monkeypatch.setattr(package_info, "__shortversion__", "0.21.0")
     for check in (compat.check_megatron, patches.dataset_helpers.apply):
-        with pytest.raises(RuntimeError, match=r">=0\.19,<0\.20.*0\.20\.0"):
+        with pytest.raises(RuntimeError, match=r">=0\.19,<0\.21.*0\.21\.0"):
             check()
     with pytest.raises(SystemExit) as exit:
         pretrain.main()
-    assert exit.value.code == 2 and "found 0.20.0" in capsys.readouterr().err
+    assert exit.value.code == 2 and "found 0.21.0" in capsys.readouterr().err
 
 
-def test_compiled_helpers_are_used(unpatched, monkeypatch):
+def test_parameters_of_later_versions(monkeypatch):
+    """A patch gets those that it was written for, none or all, and is not applied to others."""
+
+    def wrap(original):
+        return lambda jobs, **added: original(2 * jobs, **added)
+
+    symbol, known = "megatron.core.datasets.utils.compile_helpers", (("jobs",), wrap, "")
+    for original, found in ((lambda jobs: (jobs,), {}), (lambda jobs, a, b: (jobs, a, b), dict(b=4, a=3))):
+        monkeypatch.setattr(dataset_utils, "compile_helpers", original)
+        assert _replace.replace(symbol, *known, later=("jobs", "a", "b"))
+        assert dataset_utils.compile_helpers(1, **found) == (2, 3, 4)[: 1 + len(found)]
+    for original in (lambda jobs, a: 0, lambda jobs, b, a: 0, lambda jobs, a, b, c: 0):
+        monkeypatch.setattr(dataset_utils, "compile_helpers", original)
+        with pytest.raises(RuntimeError, match=r"\('jobs',\) or \('jobs', 'a', 'b'\), but here .* is tested with"):
+            _replace.replace(symbol, *known, later=("jobs", "a", "b"))
+
+
+@pytest.mark.parametrize("checkout", [False, True])
+def test_compiled_helpers_are_used(unpatched, monkeypatch, tmp_path, checkout):
+    """Those of the wheel, and in a checkout, which has a Makefile, those that are as new as their source."""
     calls = []
     monkeypatch.setattr(dataset_utils, "compile_helpers", lambda: calls.append("make"))
     patches.dataset_helpers.apply()
+    source, built = tmp_path / "helpers.cpp", tmp_path / "helpers_cpp.so"
+    for path in (source, built, *([tmp_path / "Makefile"] if checkout else [])):
+        path.touch()
+    helpers = types.ModuleType("megatron.core.datasets.helpers_cpp")
+    helpers.__file__ = str(built)
+    monkeypatch.setattr(importlib.import_module("megatron.core.datasets"), "__path__", [str(tmp_path)])
+    monkeypatch.setitem(sys.modules, helpers.__name__, helpers)
+    os.utime(source, (100, 100))
+    os.utime(built, (100, 100))
     dataset_utils.compile_helpers()
     assert not calls
-    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)  # as if not built
+    os.utime(source, (101, 101))
     dataset_utils.compile_helpers()
-    assert calls == ["make"]
+    assert calls == ["make"] * checkout
+    monkeypatch.setitem(sys.modules, helpers.__name__, None)  # as if not built
+    dataset_utils.compile_helpers()
+    assert calls == ["make"] * (1 + checkout)
 
 
 def test_checkpoint_brings_what_decides_the_function(parse):

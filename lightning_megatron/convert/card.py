@@ -6,11 +6,11 @@ import hashlib
 import math
 import platform
 import struct
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..compat import version
 
 Report = dict[str, Any]
 
@@ -38,10 +38,7 @@ def versions() -> dict[str, str]:
     """Of everything that takes part."""
     found = {"lightning-megatron": __version__, "Python": platform.python_version()}
     for name in ("torch", "megatron-core", "transformers", "tokenizers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+        found[name] = version(name)
     return found | {"CPU": _cpu()}
 
 

@@ -239,8 +239,9 @@ def build_engine(
 
 def longest(engine: DynamicInferenceEngine) -> int:
     """Tokens that prompt and answer of one request may have, by the limit that was set and by the room there is."""
-    context = engine.context
-    return min(context.max_sequence_length, (context.kv_block_allocator.total_count - 1) * context.block_size_tokens)
+    context, blocks = engine.context, engine.context.kv_block_allocator
+    count = blocks.pool_size if hasattr(blocks, "pool_size") else blocks.total_count  # in 0.20, and before
+    return min(context.max_sequence_length, (count - 1) * context.block_size_tokens)
 
 
 def _state_bytes(states: MambaInferenceStateConfig | None) -> int:

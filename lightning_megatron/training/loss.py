@@ -50,13 +50,34 @@ def chunked_loss(
     logits. ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``.
 
     Raises:
-        ValueError: an output layer with bias.
+        ValueError: an output layer with bias, with sharded weights, with another dtype of logits than that of the
+            hidden states, or with what a version of Megatron has that is not known here.
     """
 
-    def product(input, weight, bias, sequence_parallel, tp_group, **_):
+    def product(
+        input, weight, bias, sequence_parallel, tp_group, *, output_dtype=None, gtp_remat_size=1,
+        # how Megatron's own product computes its gradients
+        gradient_accumulation_fusion=False, allreduce_dgrad=False, grad_output_buffer=None, wgrad_deferral_limit=None,
+        **unknown,
+    ):  # fmt: skip
+        if unknown:
+            raise ValueError(
+                f"--lightning-loss-chunk does not know {', '.join(unknown)}, which the output layer of this version of "
+                "Megatron asks for: leave the flag out"
+            )
         if bias is not None:
             raise ValueError(
                 "--lightning-loss-chunk needs an output layer without bias: build it without, or leave the flag out"
+            )
+        if output_dtype not in (None, input.dtype):
+            raise ValueError(
+                f"--output-logit-dtype {output_dtype}: the logits of --lightning-loss-chunk have the dtype of hidden "
+                f"states, {input.dtype}; leave out one of the two"
+            )
+        if gtp_remat_size > 1:
+            raise ValueError(
+                f"--tensor-parallel-num-weight-shards: the output layer's weight is sharded over {gtp_remat_size} "
+                "ranks, and --lightning-loss-chunk needs it whole: leave out one of the two"
             )
         return linear_cross_entropy(
             input,

@@ -10,6 +10,8 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+
 from ..compat import importable
 from ..config import LINEAR_HEADS
 from ..flags import flag_of, refuse_parts, shown
@@ -45,6 +47,8 @@ _REFUSED_WITH_LOSS_CHUNK = {
     "hybrid_layer_pattern": "HybridModel computes its loss in one piece: leave out one of the two",
 }
 
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 _FILES = (
     "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
     "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
@@ -72,6 +76,13 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk} must be 1 token or more: use some thousand, or leave it out"
             )
         _refuse_any(args, _REFUSED_WITH_LOSS_CHUNK, f"is refused with --lightning-loss-chunk {args.loss_chunk}")
+        dtype = _DTYPES.get(logits := getattr(args, "logit_dtype", None), logits)  # in 0.20; first a name, then a dtype
+        hidden = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        if dtype not in (None, hidden):
+            raise ValueError(
+                f"--output-logit-dtype {dtype} is refused with --lightning-loss-chunk {args.loss_chunk}: the logits of "
+                f"chunks have the dtype of hidden states, {hidden}, and their loss is fp32; leave out one of the two"
+            )
         if getattr(args, "gtp_weight_remat_size", 1) > 1:  # known once Megatron has validated the arguments
             raise ValueError(
                 f"--tensor-parallel-num-weight-shards {args.tensor_parallel_num_weight_shards} is refused with "

@@ -289,9 +289,10 @@ def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:
 
 def slots(run: Run) -> SimpleNamespace:
     """What the context says about its states when nothing runs."""
-    metadata = run.context.mamba_metadata
+    metadata, blocks = run.context.mamba_metadata, run.context.kv_block_allocator
     return SimpleNamespace(
+        all_blocks=blocks.pool_size if hasattr(blocks, "pool_size") else blocks.total_count,
         free=sorted(metadata.mamba_state_free_slots[: metadata.mamba_state_free_slot_count].tolist()),
         of_requests=metadata.request_to_mamba_state_idx.tolist(),
-        blocks=run.context.kv_block_allocator.total_avail,
+        blocks=blocks.pool_avail if hasattr(blocks, "pool_avail") else blocks.total_avail,  # in 0.20, and before
     )
