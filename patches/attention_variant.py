@@ -4,7 +4,7 @@ Symbol:   megatron.training.arguments.parse_args
 Why:      the flag's values are a closed set. Here ``lightning`` is one more, and means what ``--spec
           lightning_megatron.spec lightning_spec`` means: that is what Megatron's args say afterwards, and checkpoints
           with them, so that one saved this way also resumes with ``--spec``, and the other way round.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a package can register a variant of attention.
 
 ``python -m lightning_megatron.run pretrain_gpt.py ...`` applies it: the flag is parsed before anything that it names

@@ -4,7 +4,7 @@ Symbol:   megatron.core.models.hybrid.hybrid_model.HybridModel.__init__
 Why:      the letters are a closed set, in ``hybrid_layer_allocation.Symbols``, and the stack of layers knows how to
           build those alone. ``L`` is added to the set, where it must be free; a model whose pattern has it gets a stack
           that builds it (``lightning_megatron.hybrid_model``). Models of other patterns are Megatron's.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a stack spec may bring letters of its own.
 
 Without the patch Megatron refuses ``L``: the pattern is checked while the command line is, and wherever it is read.
@@ -27,6 +27,8 @@ PARAMETERS = (
     "rotary_percent", "rotary_base", "scatter_embedding_sequence_parallel", "seq_len_interpolation_factor",
     "pg_collection", "vp_stage",
 )  # fmt: skip
+_AT = PARAMETERS.index("parallel_output")
+LATER = (*PARAMETERS[:_AT], "logit_dtype", *PARAMETERS[_AT:])  # 0.20
 LETTER = "L"
 
 # stack(config, stack spec that was given, pattern) -> stack spec that builds lightning layers, too
@@ -66,4 +68,5 @@ def _wrap(original: Callable[..., None], stack: Stack) -> Callable[..., None]:
 def apply(stack: Stack) -> None:
     """Apply the patch, before the command line is parsed; a second call does nothing."""
     add_letter()
-    replace(SYMBOLS[0], PARAMETERS, functools.partial(_wrap, stack=stack), "L in a pattern is a lightning layer")
+    wrap = functools.partial(_wrap, stack=stack)
+    replace(SYMBOLS[0], PARAMETERS, wrap, "L in a pattern is a lightning layer", later=LATER)

@@ -3,7 +3,7 @@
 Symbol:   megatron.training.training.finalize_model_grads
 Why:      Megatron logs the norm of all gradients together, which does not tell the layer that grows, and knows nothing
           of states. Here gradients are summed over ranks, and neither clipped nor overwritten.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when a layer can give values of its own to Megatron's log.
 
 Applied for ``--lightning-log-norms`` alone. Every ``--tensorboard-log-interval`` steps it costs a pass over the

@@ -3,7 +3,7 @@
 Symbol:   megatron.training.training.print_rank_last
 Why:      TFLOP/s of a card say little without its peak, and Megatron's line of an iteration is made inside of a
           function of 400 lines that gives no way to add to it.
-Versions: megatron-core 0.19
+Versions: megatron-core 0.19, 0.20
 Can go:   when Megatron logs it, or a line of its log can be added to.
 
 MFU = TFLOP/s of the model's products / peak of the card (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
