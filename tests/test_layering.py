@@ -17,7 +17,7 @@ LAYERS = [
     {"cpu"},
     {"parallel", "rules"},
     {"caches"},
-    {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags", "latent_flags"},
+    {"decay", "mlp", "norm", "residual", "rope", "offload", "memory_flags", "latent_flags", "expert_flags"},
     {"softmax"},
     {"record"},
     {"resume"},
@@ -33,10 +33,11 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat", "unread", "rules", "memory_flags", "latent_flags"},
+    "flags": {"config", "compat", "unread", "rules", "memory_flags", "latent_flags", "expert_flags"},
     "rules": {"config"},
     "memory_flags": {"rules"},
     "latent_flags": {"rules"},
+    "expert_flags": {"rules"},
     "models": {"config"},
     "caches": {"config", "ops"},
     "cpu": set(),
