@@ -3,6 +3,8 @@
 VENV := .venv
 OUT := demo_out
 JOBS := 2
+PAIRS := 250
+SHARD := 1/1
 
 # Names may hold spaces and quotes: recipes quote them for the shell, the stamp's name is escaped for make.
 quote = '$(subst ','\'',$(1))'
@@ -12,12 +14,13 @@ PY = $(call quote,$(VENV)/bin/python)
 
 $(foreach name,VENV OUT,$(if $(strip $($(name))),,$(error $(name) is empty; name a folder, or leave $(name)= out)))
 
-.PHONY: help venv demo test check lint format types docs clean
+.PHONY: help venv demo test test-pairs check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
 	@echo '             (about 5 minutes on 2 CPU cores; on a GPU where there is one)'
 	@echo 'make test    install, then lint, types and all tests (those marked gpu are skipped without a GPU)'
+	@echo 'make test-pairs  options together: PAIRS=250 training runs, SHARD=1/2 of them, about an hour on 2 idle cores'
 	@echo 'make check   lint, types and the quick tests, in at most 90 seconds: before every commit'
 	@echo 'make docs    build the documentation into docs/_build/html; a warning is an error'
 	@echo 'make venv    only install, into .venv: 5 GB, because torch for Linux brings its CUDA libraries'
@@ -71,6 +74,10 @@ types: $(STAMP)
 test: lint types
 	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist worksteal $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
+
+test-pairs: $(STAMP)
+	@LIGHTNING_TEST_PAIRS=$(PAIRS) LIGHTNING_TEST_SHARD=$(SHARD) LIGHTNING_TEST_RANKS=4 $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		tests/test_pairs.py $(PYTEST)
 
 check: lint types
 	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) --dist worksteal @tests/quick.txt $(PYTEST); status=$$?; \
