@@ -3,6 +3,8 @@
 VENV := .venv
 OUT := demo_out
 JOBS := 2
+PAIRS := 250
+SHARD := 1/1
 
 # Names may hold spaces and quotes: recipes quote them for the shell, the stamp's name is escaped for make.
 quote = '$(subst ','\'',$(1))'
@@ -16,7 +18,7 @@ ifneq ($(filter test-main,$(MAKECMDGOALS)),)
 $(if $(strip $(MEGATRON)),,$(error MEGATRON is empty; name a checkout: make test-main MEGATRON=/path/to/Megatron-LM))
 endif
 
-.PHONY: help venv demo test test-main check lint format types docs clean
+.PHONY: help venv demo test test-main test-pairs check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
@@ -24,6 +26,7 @@ help:
 	@echo 'make test    install, then lint, types and all tests (those marked gpu are skipped without a GPU)'
 	@echo 'make test-main MEGATRON=/path/to/Megatron-LM'
 	@echo '             all tests with Megatron of that checkout instead of the installed megatron-core'
+	@echo 'make test-pairs  options together: PAIRS=250 training runs, SHARD=1/2 of them, about an hour on 2 idle cores'
 	@echo 'make check   lint, types and the quick tests, in at most 90 seconds: before every commit'
 	@echo 'make docs    build the documentation into docs/_build/html; a warning is an error'
 	@echo 'make venv    only install, into .venv: 5 GB, because torch for Linux brings its CUDA libraries'
@@ -81,6 +84,10 @@ test: lint types
 test-main: $(STAMP)
 	@start=$$(date +%s); $(PY) -m tests.checkout $(call quote,$(MEGATRON)) tests -n $(JOBS) --dist worksteal $(PYTEST); \
 	status=$$?; echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
+
+test-pairs: $(STAMP)
+	@LIGHTNING_TEST_PAIRS=$(PAIRS) LIGHTNING_TEST_SHARD=$(SHARD) LIGHTNING_TEST_RANKS=4 $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
+		tests/test_pairs.py $(PYTEST)
 
 check: lint types
 	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) --dist worksteal @tests/quick.txt $(PYTEST); status=$$?; \

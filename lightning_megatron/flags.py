@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from . import expert_flags as experts
 from . import fp8_flags as fp8
 from . import latent_flags as latent
 from . import later_flags as later
@@ -105,6 +106,12 @@ REFUSED = (
         lambda run: selective(run, "layernorm", "moe_act") and not importable(TE),
         "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
         "or install it",
+    ),
+    Rule(
+        "recompute_modules",
+        lambda run: selective(run, "mlp") and run.config.add_bias_linear and not (run.get("fp8") or run.get("fp4")),
+        "never ends its backward with biases, which are a result of the recomputed part and its parameter at once "
+        "(Megatron 0.19); add --disable-bias-linear, or use --recompute-granularity full",
     ),
     Rule(
         "reset_position_ids",
@@ -206,16 +213,17 @@ REFUSED = (
         "mtp_num_layers",
         lambda run: (
             run.config.pipeline_model_parallel_size > 1
-            and (run.get("save") or run.get("non_persistent_save_interval"))
+            and any(map(run.get, ("save", "non_persistent_save_interval", "load", "pretrained_checkpoint")))
             and run.get("untie_embeddings_and_output_weights") is False
         ),
-        "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save a checkpoint (Megatron 0.19); "
-        "pass --untie-embeddings-and-output-weights",
+        "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save or load a checkpoint (Megatron "
+        "0.19); pass --untie-embeddings-and-output-weights",
     ),
     *fp8.REFUSED,
     *later.REFUSED,
     *latent.REFUSED,
     *memory.REFUSED,
+    *experts.REFUSED,
     *memory.GRAPHS,
     *memory.OPTIMIZERS,
     *log.REFUSED,

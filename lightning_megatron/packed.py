@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -68,3 +71,13 @@ def _sharing_group(packed: PackedSeqParams | None, usual: dist.ProcessGroup | No
             "share this batch"
         )
     return packed.cp_group
+
+
+class DynamicBatch(NamedTuple):
+    """The ranks that share a batch of dynamic size, which is cut as a whole; ``group`` is None for one rank."""
+
+    group: dist.ProcessGroup | None
+
+
+# While a layer of Megatron computes one, whose parts do not all look at packed_seq_params (patches/packed_rope.py).
+dynamic_batch: ContextVar[DynamicBatch | None] = ContextVar("dynamic_batch", default=None)

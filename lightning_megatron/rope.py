@@ -116,8 +116,9 @@ def turn(
         index = token_index(inference_context, q.shape[0])
         freqs = tuple(f[index] for f in freqs)
     packed = cu_seqlens is not None
-    if packed and group is not None and group.size() > 1:
-        # Megatron's packed rope assumes each document is sharded separately: here every token gets its own angle
+    if packed and any(ranks is not None and ranks.size() > 1 for ranks in (group, cp_group)):
+        # Megatron's packed rope assumes each document is sharded separately, over the usual ranks even where a batch
+        # has one of its own: here every token gets its own angle
         sharding = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
         freqs, packed = tuple(packed_angles(f, q.shape[0], **sharding) for f in freqs), False
     common = dict(
@@ -134,7 +135,7 @@ def turn(
 
 
 def packed_angles(
-    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup, layout: str, cu_seqlens: torch.Tensor
+    freqs: torch.Tensor, tokens: int, *, group: dist.ProcessGroup | None, layout: str, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """Rotary angles of this rank's tokens ``[tokens, 1, 1, dim]``, by their positions in their documents.
 
@@ -142,7 +143,7 @@ def packed_angles(
     positions in the whole sequence, which is what Megatron's GPTModel passes to its layers.
     """
     positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
-    if freqs.shape[0] != tokens * group.size():
+    if freqs.shape[0] != tokens * (1 if group is None else group.size()):
         positions = _in_documents(positions, cu_seqlens)
     return freqs[positions]
 

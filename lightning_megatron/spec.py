@@ -26,6 +26,7 @@ check_megatron()
 
 try:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
@@ -44,7 +45,7 @@ try:
     from .norm import head_norm_spec, layer_norm_spec, prediction_norms
     from .residual import scaled_residual
     from .runtime import prepare, refuse
-    from .softmax import LatentAttention, SDPACoreAttention, TELatentAttention
+    from .softmax import DynamicSelfAttention, LatentAttention, SDPACoreAttention, TELatentAttention
 except ImportError as error:
     # Megatron catches ImportError from a --spec module and trains plain softmax attention without another word.
     raise RuntimeError(f"lightning_megatron.spec cannot be used, an import failed: {error}") from error
@@ -173,8 +174,16 @@ def _layer_spec(
             module, params["layout"] = LatentAttention, layout
         elif module is MLASelfAttention:
             module = TELatentAttention
+        elif module is SelfAttention:
+            module, params["before_dynamic"] = DynamicSelfAttention, _patch_rope
         layer.self_attention = ModuleSpec(module=module, params=params, submodules=projections)
     return dataclasses.replace(base, submodules=layer)
+
+
+def _patch_rope() -> None:
+    from .patches import packed_rope
+
+    packed_rope.apply()
 
 
 def _unfused() -> type:

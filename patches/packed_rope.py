@@ -4,6 +4,7 @@ Symbol:   megatron.core.transformer.attention.apply_rotary_pos_emb
 Why:      with context parallelism Megatron assumes each packed document is sharded separately (``cu_seqlens //
           cp_size``, core/models/common/embeddings/rope_utils.py). ``--dataloader-inter-document-masking`` shards the
           whole sequence, so documents cross chunks anywhere: softmax layers crash, or rotate by wrong angles silently.
+          So they do where a batch brings other ranks than the usual ones (``packed_seq_params.cp_group``).
 Versions: megatron-core 0.19, 0.20
 Can go:   when ``apply_rotary_pos_emb`` knows how the sequence was sharded.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import prepared_with
+from ..packed import dynamic_batch
 from ..rope import packed_angles
 from ._replace import replace
 
@@ -27,6 +29,9 @@ def _wrap(original: Callable) -> Callable:
     ):
         how = dict(config=config, mscale=mscale, cp_group=cp_group, mla_rotary_interleaved=mla_rotary_interleaved)
         how |= added
+        if cu_seqlens is not None and (dynamic := dynamic_batch.get()) is not None:
+            freqs = packed_angles(freqs, t.shape[0], group=dynamic.group, layout="zigzag", cu_seqlens=cu_seqlens)
+            return original(t.unsqueeze(1), freqs, **how).squeeze(1)
         prepared = prepared_with(config)  # another model of this process may have documents that are cut one by one
         whole = prepared is None or prepared[1] == "zigzag"
         if not whole or cu_seqlens is None or cp_group is None or cp_group.size() == 1:
@@ -38,7 +43,9 @@ def _wrap(original: Callable) -> Callable:
 
 
 def apply() -> None:
-    """Apply the patch; a second call does nothing. Not with ``--sft``, which shards each document separately."""
+    """Apply the patch; a second call does nothing. With ``--sft``, which shards each document separately, it acts on
+    batches that bring their own ranks alone.
+    """
     replace(
         SYMBOLS[0], PARAMETERS, _wrap, "packed documents may cross the chunks of context-parallel ranks", later=LATER
     )

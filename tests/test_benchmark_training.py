@@ -264,7 +264,7 @@ def test_profile_of_overlapping_kernels():
 
 @pytest.mark.parametrize(
     "attention, kinds",
-    [("hybrid", {"LightningAttention": 1, "SelfAttention": 1}), ("softmax", {"SelfAttention": 2})],
+    [("hybrid", {"LightningAttention": 1, "DynamicSelfAttention": 1}), ("softmax", {"DynamicSelfAttention": 2})],
 )
 def test_process_trains_as_pretrain_does(attention, kinds, tmp_path):
     """At the first length with the losses of a plain pretrain(), then at another length in the same process."""

@@ -266,6 +266,27 @@ REFUSED = {
         dict(save="there", untie_embeddings_and_output_weights=False),
         "--mtp-num-layers 1 with tied embeddings .*--untie-embeddings-and-output-weights",
     ),
+    "mtp-tied-load": (
+        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
+        dict(load="there", untie_embeddings_and_output_weights=False),
+        "--mtp-num-layers 1 with tied embeddings .* cannot save or load a checkpoint",
+    ),
+    "mtp-split": (
+        FULL | dict(mtp_num_layers=1, distribute_saved_activations=True), {}, {},
+        "--distribute-saved-activations cuts inputs of layers in place.*leave out one of the two",
+    ),
+    "mlp-bias": (
+        dict(recompute_granularity="selective", recompute_modules=["mlp"], add_bias_linear=True), {}, {},
+        "--recompute-modules mlp never ends its backward with biases.*--disable-bias-linear",
+    ),
+    "experts-bias": (
+        dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
+        "--num-experts 4 has no fused activation with biases .*--disable-bias-linear, or --no-bias-gelu-fusion",
+    ),
+    "experts-shared-bias": (
+        TE | dict(num_moe_experts=4, add_bias_linear=True, moe_shared_expert_intermediate_size=32), {}, {},
+        "--num-experts 4 with --moe-shared-expert-intermediate-size has no biases .*--disable-bias-linear",
+    ),
     "mtp-window": (
         dict(linear_attention_freq=[1, 0, 1, 1], mtp_num_layers=1, window_size=(8, 0), window_attn_skip_freq=2), {}, {},
         "--window-size .* is not supported by the softmax layers on torch's SDPA",
@@ -482,6 +503,7 @@ ALLOWED = {
     "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
     "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
+    "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),
     "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),

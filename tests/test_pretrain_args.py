@@ -219,6 +219,10 @@ REFUSALS = [
         "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 4",
         ["--micro-batch-size 1", "not 4"],
     ),
+    (
+        "--num-experts 4 --tensor-model-parallel-size 2",
+        ["--num-experts 4 with --tensor-model-parallel-size 2 trains with --sequence-parallel only: add that"],
+    ),
     ("--attention-backend local", ["--transformer-impl local"]),
     ("--save there", ["--save there needs --save-interval N", "leave --save out"]),
     ("--save there --save-interval 0", ["--save-interval N", "not 0"]),

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_megatron.training.conversations import Template, parse_line
 from lightning_megatron.training.data import check_documents, documents_on_this_cp_rank
 from tests import layers
+from tests.helpers.conversations import write_conversations
 from tests.helpers.training import LAYOUTS, MODELS, SIZE, TRAIN, assert_same_training
 from tests.launch import run_pretrain, spawn
 
@@ -23,31 +23,7 @@ from tests.launch import run_pretrain, spawn
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Flags of a tokenizer of one token a word, and of packed conversations whose lengths divide by nothing."""
-    folder, draw = tmp_path_factory.mktemp("sft"), random.Random(5)
-    words = ["<unk>", "<eos>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_233>", "System", "User", "Assistant"]
-    words += [f"w{i}" for i in range(240)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-    wrapped.add_special_tokens({"additional_special_tokens": words[2:5]})
-    wrapped.save_pretrained(folder / "tokenizer")
-
-    def message(role: str, most: int) -> dict[str, str]:
-        first = draw.randrange(200)
-        return {"role": role, "content": " ".join(f"w{first + i}" for i in range(draw.randint(1, most)))}
-
-    def conversation() -> list[dict[str, str]]:
-        return [message("system", 4), message("user", 7), message("assistant", 11)]
-
-    rows = [{"messages": sum((conversation() for _ in range(4)), [])} for _ in range(32)]
-    path = folder / "conversations.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return [
-        *("--sft", "--tokenizer-type", "SFTTokenizer", "--tokenizer-model", folder / "tokenizer"),
-        *("--data-path", path, "--split", "100,0,0"),
-        # else Megatron divides on every rank by the tokens there that count, which prompts and padding leave unequal
-        "--calculate-per-token-loss",
-    ]
+    return write_conversations(tmp_path_factory.mktemp("sft"))
 
 
 CHATML = (

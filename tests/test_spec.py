@@ -14,7 +14,6 @@ import pytest
 import torch
 from megatron.core import package_info
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import global_vars
@@ -25,6 +24,7 @@ from lightning_megatron.mixer import LightningAttention
 from lightning_megatron.patches import _replace
 from lightning_megatron.record import function_record
 from lightning_megatron.runtime import prepare
+from lightning_megatron.softmax import DynamicSelfAttention
 from lightning_megatron.spec import get_lightning_layer_spec, lightning_layer_spec, lightning_spec, make_spec
 from lightning_megatron.summary import layer_map
 from tests import layers
@@ -195,7 +195,7 @@ def check_options_reach_modules(rank: int, world: int) -> None:
     ):
         model = gpt(config, layer_spec)
         kinds = [type(layer.self_attention) for layer in model.decoder.layers]
-        assert kinds == [LightningAttention, SelfAttention, LightningAttention, LightningAttention]
+        assert kinds == [LightningAttention, DynamicSelfAttention, LightningAttention, LightningAttention]
         for number in (1, 3, 4):
             mixer = model.decoder.layers[number - 1].self_attention
             assert mixer.options == wanted and mixer.layer_number == number
@@ -247,7 +247,8 @@ def check_moe(rank: int, world: int) -> None:
     model = gpt(config, lightning_spec)
     parts = [(type(layer.self_attention), isinstance(layer.mlp, MoELayer)) for layer in model.decoder.layers]
     assert parts == [
-        (LightningAttention, True), (SelfAttention, False), (SelfAttention, True), (LightningAttention, False)
+        (LightningAttention, True), (DynamicSelfAttention, False),
+        (DynamicSelfAttention, True), (LightningAttention, False),
     ]  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []

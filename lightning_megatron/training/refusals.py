@@ -89,6 +89,12 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
                 f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
             )
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        # Megatron says so in the first step
+        raise ValueError(
+            f"--num-experts {args.num_experts} with --tensor-model-parallel-size {args.tensor_model_parallel_size} "
+            "trains with --sequence-parallel only: add that"
+        )
     packed = "sft" if args.sft else "dataloader_inter_document_masking"
     if getattr(args, packed) and args.pipeline_model_parallel_size > 1:
         # Packing makes one sample of a microbatch, but Megatron's pipeline expects the unpacked shape to arrive.

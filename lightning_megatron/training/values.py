@@ -78,6 +78,8 @@ def refuse_values(args: Namespace) -> None:
     if not args.use_checkpoint_args:  # which may bring them
         needed = _NEEDED if args.skip_train else (*_NEEDED, *_TO_TRAIN)
         for name, other, remedy in needed:
+            if name == "num_layers" and args.hybrid_layer_pattern is not None:
+                continue  # it says how many
             if getattr(args, name) is None and getattr(args, other or name) is None:
                 raise ValueError(f"{flag_of(name)} is missing: {remedy}")
     for row in CONTRADICTIONS:

@@ -1,0 +1,80 @@
+"""docs/parity.md: tests that it names exist, values of pairs, too, and what it says is refused ends with its words."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.arguments import MODEL
+from tests.helpers.pairs import OWN, RELEASED, RUN
+from tests.launch import ROOT, spawn
+
+TEXT = (ROOT / "docs" / "parity.md").read_text("utf-8")
+ROWS = [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in TEXT.splitlines() if "| " in line]
+ROWS = [row for row in ROWS if len(row) >= 2 and row[1] in ("works", "refused", "open", "not ours")]
+REFUSED = [(row[0], row[2]) for row in ROWS if row[1] == "refused"]
+
+
+def test_rows_are_whole():
+    assert len(ROWS) > 60 and len(REFUSED) > 20
+    for option, decision, *words in ROWS:
+        assert decision in ("open", "not ours") or words and words[0], option
+
+
+def test_tests_exist():
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TEXT)
+    assert len(named) > 20
+    for file, function in named:
+        text = Path(ROOT, "tests", file).read_text("utf-8")
+        assert not function or f"def {function}(" in text, f"{file}::{function}"
+
+
+def test_pairs_hold_the_values():
+    factors = OWN | RELEASED | RUN
+    named = [x for found in re.findall(r"pairs \(([^)]*)\)", TEXT) for x in re.split(r", (?=[a-z ]+: )", found)]
+    assert len(named) > 40
+    for name, value in (x.split(": ", 1) for x in named):
+        assert value in factors[name], (name, value)
+
+
+def last_lines(rank: int, world: int, rows: list[tuple[str, str]]) -> list[str]:
+    """What the own entry point says to each command line before it would train."""
+    from megatron.core import num_microbatches_calculator
+    from megatron.training import global_vars
+
+    from lightning_megatron.training import run
+
+    found = []
+    for option, _ in rows:
+        flags = re.findall(r"`([^`]*)`", option)[0]
+        os.environ["WORLD_SIZE"] = "2" if "parallel-size 2" in flags else "1"
+        sys.argv = ["pretrain", *MODEL.split(), *flags.split()]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                run.configure()
+            found.append("nothing")
+        except (ValueError, AssertionError, SystemExit) as error:
+            found.append(f"{error} {said.getvalue()}")
+        global_vars.destroy_global_vars()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+    return found
+
+
+def test_what_is_refused_ends():
+    (found,) = spawn(last_lines, 1, REFUSED, timeout=300)
+    wrong = [
+        f"{option}: {line[:200]}" for (option, words), line in zip(REFUSED, found, strict=True) if words not in line
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("flag", ["--experimental-attention-variant", "--cuda-graph-impl"])
+def test_what_is_open_is_marked(flag):
+    assert flag in "".join(option for option, decision, *_ in ROWS)
