@@ -73,7 +73,7 @@ BAD = (
     ("3|--context-parallel-size 3", "--context-.* 3 cuts --seq-length 32 .*give a length that 2 x 3 divides"),
     ("2|--expert-model-parallel-size 2", "--expert-model-parallel-size 2 spreads experts.*or give --num-experts"),
     ("2|--expert-model-parallel-size 2 --num-experts 3", "--expert-.* 2 does not divide --num-experts 3: give a size"),
-    ("2|--tensor-model-parallel-size 2 --num-experts 4", "--num-experts 4 .*needs --sequence-parallel: add"),
+    ("2|--tensor-model-parallel-size 2 --num-experts 4", "--num-experts 4 .*trains with --sequence-parallel only: add"),
     ("2|--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 4", "--num-virtual-.* 4 x .*give"),
     ("--num-layers-per-virtual-pipeline-stage 1", "--num-layers-per-virtual.*give --pipeline-model-parallel-size 2"),
     ("2|--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 5", "--decoder-first.* more .*give fewer"),
@@ -99,7 +99,7 @@ BAD = (
     ("--moe-grouped-gemm", "--moe-grouped-gemm .*leave it out, or give --num-experts"),
     ("--fp8-format hybrid --transformer-impl local", "--fp8-format hybrid .*use --transformer-impl transformer_engine"),
     ("--experimental-attention-variant gated_delta_net", "--experimental-attention-variant .*leave it out"),
-    ("--hybrid-layer-pattern M*", "--hybrid-layer-pattern .*use --linear-attention-freq"),
+    ("--hybrid-layer-pattern M*", "--hybrid-layer-pattern M. has no lightning layer"),
     ("--vocab-size 128 --padded-vocab-size 64", "--padded-vocab-size 64 .*128 tokens.*give"),
     # ---- recompute, optimizer, schedule
     ("--recompute-granularity full", "--recompute-granularity full needs --recompute-method .*add them"),
@@ -155,7 +155,8 @@ BAD = (
     ("--profile --profile-step-start 5 --profile-step-end 3", "--profile-step-end 3 .*give a later step"),
 )  # fmt: skip
 GOOD = (
-    "", "--sequence-parallel", "2|--tensor-model-parallel-size 2 --sequence-parallel", "--num-experts 4",
+    "", "--sequence-parallel", "2|--tensor-model-parallel-size 2 --sequence-parallel",
+    "--num-experts 4 --disable-bias-linear",
     "2|--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --position-embedding-type rope",
     "2|--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1", "--skip-train -lr -train-iters",
     "--save {folder}/new/er --save-interval 1", "--lr 0 --train-iters 0",
