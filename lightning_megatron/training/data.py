@@ -210,12 +210,13 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
     def built_here() -> bool:
         return mpu.get_tensor_model_parallel_rank() == 0 and needs_data(config, args, vp_stage)
 
-    if args.sft and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+    masked = args.sft or args.eod_mask_loss
+    if masked and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         log_single_rank(
             logger,
             logging.WARNING,
-            "every context-parallel rank divides its loss by its own number of tokens that count, which --sft leaves "
-            "unequal: pass --calculate-per-token-loss to weigh all tokens alike",
+            "every context-parallel rank divides its loss by its own number of tokens that count, which --sft and "
+            "--eod-mask-loss leave unequal: pass --calculate-per-token-loss to weigh all tokens alike",
         )
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()
