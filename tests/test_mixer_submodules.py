@@ -85,5 +85,6 @@ def test_profiler_ranges_as_in_megatrons_layers():
     """Module and function come before the name, no range is inside another, and none is there with profiling off."""
     ((off, on),) = spawn(ranges, 1)
     assert off == []
-    names = ["qkv", "rotary_pos_emb", "lightning_attention", "output_norm_gate", "linear_proj"]
-    assert on == [x for name in names for x in (f"lightning_megatron.mixer.forward.{name}", "end")]
+    names = ["forward.qkv", "_heads.split_heads", "_heads.rotary_pos_emb"]
+    names += ["_attend.lightning_attention", "_attend.output_norm_gate", "_project.linear_proj"]
+    assert on == [x for name in names for x in (f"lightning_megatron.mixer.{name}", "end")]

@@ -358,7 +358,7 @@ def check_builders(rank: int, world: int) -> None:
 
 def _resolve(symbol: str):
     owner, _, name = symbol.rpartition(".")
-    return getattr(_replace._owner(owner), name)
+    return getattr(_replace._owner(owner), name, None)  # what only other versions have is None
 
 
 def test_builders_are_pure():

@@ -82,7 +82,7 @@ def refuse_values(args: Namespace) -> None:
                 continue  # it says how many
             if getattr(args, name) is None and getattr(args, other or name) is None:
                 raise ValueError(f"{flag_of(name)} is missing: {remedy}")
-    for row in CONTRADICTIONS:
+    for row in () if args.use_checkpoint_args else CONTRADICTIONS:
         if row.when(args):
             values = {name: shown(value).strip() for name, value in vars(args).items()}
             raise ValueError(row.text.format(**values, data=data_parallel_size(args)))

@@ -155,10 +155,11 @@ def record_decode(
         if fused:
             dims = group * K, group * V, K, V
             head, out = (empty(K, dtype=dtype), 1e-6), (empty(H * V, dtype=dtype), 1e-6)
-            angles, mixed = empty(R, K // 2), empty(R, Hkv * sum(dims), dtype=dtype)
+            angles, mixed = empty(64, K // 2), empty(R, Hkv * sum(dims), dtype=dtype)
+            positions = empty(R, dtype=torch.int64)
             step.decode(
-                mixed, log_decay, states, slots, dims, (True, True), 1.0, head, head, angles, angles, False, "sigmoid",
-                out if normed else None,
+                mixed, log_decay, states, slots, dims, (True, True), 1.0, head, head, angles, positions, 1.0, False,
+                "sigmoid", out if normed else None,
             )  # fmt: skip
         else:
             q, k, v, o = (empty(R, S, h, d, dtype=dtype) for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
