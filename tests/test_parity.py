@@ -9,8 +9,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.arguments import MODEL
 from tests.helpers.pairs import OWN, RELEASED, RUN
 from tests.launch import ROOT, spawn

@@ -44,7 +44,7 @@ from .reader import Reader
 # Of a training that goes on from a checkpoint, without its optimizer, and that reads no data.
 _FLAGS = (
     "--use-checkpoint-args --no-load-optim --no-load-rng --no-use-tokenizer-model-from-checkpoint-args "
-    "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0"
+    "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --skip-train"
 ).split()
 _LAYOUT = {  # Megatron's names of the sizes that a run may choose, and their flags
     "tensor_model_parallel_size": "--tensor-model-parallel-size",

@@ -32,7 +32,9 @@ def test_compiles_and_fits(gpu):
     assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
     usual = [line for line in lines if "bfloat16 128x128" in line]
-    assert all(line.endswith("stack=0") for line in usual), "registers of the usual case are spilled"
+    for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words
+        stack = int(re.search(r"stack=(\d+)", line)[1])
+        assert stack <= 32 * (" decode " in line), f"registers of the usual case are spilled: {line}"
 
 
 @pytest.mark.parametrize("documents", [0, 3])
