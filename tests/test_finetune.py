@@ -42,8 +42,8 @@ class Steps:
                     "-m",
                 ]
                 out.write(run_pretrain(words[6:], int(words[2]), module=words[5]).log)
-            elif Path(program).name == "lightning-convert":
-                assert cli.main(words) == 0
+            elif words[:2] == ["-m", "lightning_megatron.convert"]:
+                assert cli.main(words[2:]) == 0
             elif program == "cp":
                 subprocess.run(command, check=True)
             elif words[0] == "-c":
