@@ -189,6 +189,16 @@ def test_flags_that_checkpoint_args_would_drop_are_refused(saved):
     assert "  --normalization: LayerNorm in " in log and "  --hidden-dropout: 0.0 in the checkpoint, 0.5 in " in log
 
 
+@pytest.mark.parametrize("flags, message", [
+    ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters N"),
+    ("--expert-model-parallel-size 2", "--expert-model-parallel-size 2 spreads experts, and this model has none"),
+])  # fmt: skip
+def test_contradictions_with_checkpoint_args_are_refused(saved, flags, message):
+    """What the checkpoint brings counts: whether it has experts is not on the command line."""
+    log = refusal(start("own", f"--use-checkpoint-args {flags}", load=saved("own"), check=False))
+    assert message in log and "Traceback" not in log
+
+
 def test_vocabulary_that_checkpoint_args_do_not_fit(saved):
     log = refusal(start("own", "--use-checkpoint-args --vocab-size 1000", load=saved("own"), check=False))
     assert "--padded-vocab-size 256 (of the checkpoint, by --use-checkpoint-args) is below the 1000 tokens" in log

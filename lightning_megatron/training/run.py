@@ -56,7 +56,7 @@ from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
 from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
 from .released import LIST
-from .values import megatron_refuses, options_as_flags, refuse_values
+from .values import megatron_refuses, options_as_flags, refuse_contradictions, refuse_values
 from .watch import Watch, shared_store
 
 logger = logging.getLogger("lightning_megatron")
@@ -91,7 +91,8 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     for line in notes(raw):
         log_single_rank(logger, logging.WARNING, "%s", line)
     if raw.use_checkpoint_args:
-        brought = checkpoint_defaults(raw)
+        brought, complete = from_checkpoint(raw)
+        refuse_contradictions(complete)
         # Megatron would put the checkpoint's tokenizer in the place of one that is given; as a default it does not.
         tokenizer = tokenizer_defaults(raw, brought)
         add = partial(add_arguments, checkpoint=brought | tokenizer)
@@ -127,22 +128,25 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     return pretrain_cfg_container_from_args(args, model), options
 
 
-def checkpoint_defaults(raw: Namespace) -> dict[str, Any]:
-    """``defaults_from_checkpoint`` of the checkpoint that ``--use-checkpoint-args`` reads; nothing if there is none."""
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron says the same when it reads them itself, in this order
-        found = [load_args_from_checkpoint(copy.copy(raw), name) for name in ("pretrained_checkpoint", "load")]
-    defaults: dict[str, Any] = {}
-    for args in [args[1] for args in found if isinstance(args, tuple)]:
-        defaults |= defaults_from_checkpoint(args)
+def from_checkpoint(raw: Namespace) -> tuple[dict[str, Any], Namespace]:
+    """Of the checkpoint that ``--use-checkpoint-args`` reads: its defaults, empty if there is none,
+    and Megatron's flags as it completes them.
+    """
+    complete, defaults = copy.copy(raw), {}
+    for name in ("pretrained_checkpoint", "load"):  # Megatron says the same when it reads them itself, in this order
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = load_args_from_checkpoint(complete, name)
+        if isinstance(found, tuple):
+            defaults |= defaults_from_checkpoint(found[1])
     if not defaults:
-        return {}
+        return {}, complete
     log_single_rank(
         logger,
         logging.INFO,
         "lightning: --use-checkpoint-args: unless given as flags, from the checkpoint: "
         + ", ".join(f"{name} {value}" for name, value in defaults.items() if getattr(raw, name, None) != value),
     )
-    return defaults
+    return defaults, complete
 
 
 def forward_step(

@@ -49,23 +49,24 @@ _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 _BRINGS = "give it, or --lightning-model or --use-checkpoint-args, which bring it"
-# Flags without a default, and what to do; those of the second column do as well.
-_NEEDED = (
-    ("num_layers", "encoder_num_layers", _BRINGS),
-    ("hidden_size", "", _BRINGS),
-    ("num_attention_heads", "", _BRINGS),
-    ("seq_length", "encoder_seq_length", "give the tokens of a sample"),
-    ("max_position_embeddings", "", "give --seq-length or more"),
-    ("micro_batch_size", "", "give the samples that a rank computes at once, such as 1"),
+# Flags without a default, those that do as well, and what to do.
+_NEEDED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("num_layers", ("encoder_num_layers", "hybrid_layer_pattern"), _BRINGS),
+    ("hidden_size", (), _BRINGS),
+    ("num_attention_heads", (), _BRINGS),
+    ("seq_length", ("encoder_seq_length",), "give the tokens of a sample"),
+    ("max_position_embeddings", (), "give --seq-length or more"),
+    ("micro_batch_size", (), "give the samples that a rank computes at once, such as 1"),
 )
-_TO_TRAIN = (
-    ("train_iters", "train_samples", "give the number of steps, or --skip-train"),
-    ("lr", "", "give the learning rate, or --skip-train"),
+_TO_TRAIN: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("train_iters", ("train_samples",), "give the number of steps, or --skip-train"),
+    ("lr", (), "give the learning rate, or --skip-train"),
 )
 
 
 def refuse_values(args: Namespace) -> None:
-    """Refuse what the tables above have. Flags as parsed, before Megatron validates them.
+    """Refuse what the tables have. Flags as parsed, before Megatron validates them; with ``--use-checkpoint-args``,
+    which completes them, only values that mean nothing.
 
     Raises:
         ValueError: naming the flag, its value and the remedy.
@@ -75,14 +76,21 @@ def refuse_values(args: Namespace) -> None:
             value = getattr(args, name, None)
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ValueError(f"{flag_of(_FLAGS.get(name, name))}{shown(value)} is refused: give {allowed}")
-    if not args.use_checkpoint_args:  # which may bring them
-        needed = _NEEDED if args.skip_train else (*_NEEDED, *_TO_TRAIN)
-        for name, other, remedy in needed:
-            if name == "num_layers" and args.hybrid_layer_pattern is not None:
-                continue  # it says how many
-            if getattr(args, name) is None and getattr(args, other or name) is None:
-                raise ValueError(f"{flag_of(name)} is missing: {remedy}")
-    for row in () if args.use_checkpoint_args else CONTRADICTIONS:
+    if args.use_checkpoint_args:  # which brings the model
+        return
+    for name, others, remedy in _NEEDED if args.skip_train else (*_NEEDED, *_TO_TRAIN):
+        if all(getattr(args, given) is None for given in (name, *others)):
+            raise ValueError(f"{flag_of(name)} is missing: {remedy}")
+    refuse_contradictions(args)
+
+
+def refuse_contradictions(args: Namespace) -> None:
+    """Refuse flags that cannot go together. With ``--use-checkpoint-args``, flags as the checkpoint completes them.
+
+    Raises:
+        ValueError: naming the flags, their values and the remedy.
+    """
+    for row in CONTRADICTIONS:
         if row.when(args):
             values = {name: shown(value).strip() for name, value in vars(args).items()}
             raise ValueError(row.text.format(**values, data=data_parallel_size(args)))
