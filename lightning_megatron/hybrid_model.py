@@ -222,26 +222,18 @@ def _layers(view: Any, options: LightningOptions, layout: str, submodules: Any, 
     return submodules, _attention_half(lightning)
 
 
+def _half(spec: ModuleSpec, module: type, *parts: str) -> ModuleSpec:
+    """``module`` with some of the submodules of a layer."""
+    kept = {name: getattr(spec.submodules, name) for name in (*parts, "sharded_state_dict_keys_map")}
+    return ModuleSpec(module=module, submodules=TransformerLayerSubmodules(**kept))
+
+
 def _attention_half(spec: ModuleSpec) -> ModuleSpec:
-    layer = spec.submodules
-    half = TransformerLayerSubmodules(
-        input_layernorm=layer.input_layernorm,
-        self_attention=layer.self_attention,
-        self_attn_bda=layer.self_attn_bda,
-        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
-    )
-    return ModuleSpec(module=TransformerLayer, submodules=half)
+    return _half(spec, TransformerLayer, "input_layernorm", "self_attention", "self_attn_bda")
 
 
 def _mlp_half(spec: ModuleSpec, module: type) -> ModuleSpec:
-    layer = spec.submodules
-    half = TransformerLayerSubmodules(
-        pre_mlp_layernorm=layer.pre_mlp_layernorm,
-        mlp=layer.mlp,
-        mlp_bda=layer.mlp_bda,
-        sharded_state_dict_keys_map=layer.sharded_state_dict_keys_map,
-    )
-    return ModuleSpec(module=module, submodules=half)
+    return _half(spec, module, "pre_mlp_layernorm", "mlp", "mlp_bda")
 
 
 def _at(lightning: ModuleSpec, view: Any, number: int) -> ModuleSpec:

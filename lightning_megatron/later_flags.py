@@ -28,8 +28,8 @@ REFUSED = (
             and run.layout == "zigzag"
             and run.get("dataloader_inter_document_masking")
         ),
-        "with --sequence-parallel and --context-parallel-size above 1 takes documents for cut one by one, and would "
-        "mix hidden states of different documents; leave it out, or --dataloader-inter-document-masking",
+        "with --sequence-parallel and --context-parallel-size above 1 assumes each document is sharded separately, and "
+        "would mix hidden states of different documents; leave it out, or --dataloader-inter-document-masking",
     ),
     Rule(
         "cp_partition_mode",  # of Megatron's branch dev

@@ -87,12 +87,13 @@ GRAPHS = (
     ),
 )
 
-_MUON = ("muon", "dist_muon", "adaptive_muon")
+_EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 OPTIMIZERS = (
     Rule(
         "optimizer",
-        lambda run: run.get("optimizer") in _MUON and not importable("emerging_optimizers"),
-        "needs the package emerging-optimizers, and it does not import; pip install emerging-optimizers",
+        lambda run: run.get("optimizer") in _EMERGING and not importable("emerging_optimizers"),
+        "needs the package emerging-optimizers, and it does not import; pip install emerging-optimizers, or use adam "
+        "or sgd",
     ),
     Rule(
         "optimizer_cpu_offload",

@@ -462,6 +462,7 @@ def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
     "package, args",
     [
         ("emerging_optimizers", dict(optimizer="muon", muon_split_qkv=False)),
+        ("emerging_optimizers", dict(optimizer="lion")),
         ("einops", dict(use_megatron_fsdp=True)),
     ],
 )

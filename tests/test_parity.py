@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.arguments import MODEL
 from tests.helpers.pairs import OWN, RELEASED, RUN
 from tests.launch import ROOT, spawn
@@ -71,3 +73,8 @@ def test_what_is_refused_ends():
         f"{option}: {line[:200]}" for (option, words), line in zip(REFUSED, found, strict=True) if words not in line
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("flag", ["--experimental-attention-variant", "--cuda-graph-impl"])
+def test_what_is_open_is_marked(flag):
+    assert flag in "".join(option for option, decision, *_ in ROWS)

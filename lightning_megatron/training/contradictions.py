@@ -206,15 +206,6 @@ CONTRADICTIONS = (
         "--moe-grouped-gemm is about experts, and this model has none: leave it out, or give --num-experts",
     ),
     Contradiction(
-        lambda args: (
-            args.num_experts
-            and args.tensor_model_parallel_size > 1
-            and not (args.sequence_parallel or args.skip_train)
-        ),
-        "--num-experts {num_experts} with --tensor-model-parallel-size {tensor_model_parallel_size} needs "
-        "--sequence-parallel: add that",
-    ),
-    Contradiction(
         lambda args: (args.mtp_num_layers or 0) > 0 and args.position_embedding_type not in ("rope", "none"),
         "--mtp-num-layers {mtp_num_layers} does not take --position-embedding-type {position_embedding_type}: use rope "
         "or none",
@@ -290,12 +281,6 @@ CONTRADICTIONS = (
         lambda args: args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler,
         "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler take the schedule from different "
         "places: leave out one",
-    ),
-    Contradiction(
-        lambda args: args.optimizer in ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
-        and not importable("emerging_optimizers"),
-        "--optimizer {optimizer} needs the package emerging_optimizers, which does not import: install it, or use "
-        "adam or sgd",
     ),
     # ---- data
     Contradiction(

@@ -89,8 +89,7 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
                 f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
             )
-    trained = not args.skip_train and not args.sequence_parallel
-    if args.num_experts and args.tensor_model_parallel_size > 1 and trained:
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train):
         # Megatron says so in the first step
         raise ValueError(
             f"--num-experts {args.num_experts} with --tensor-model-parallel-size {args.tensor_model_parallel_size} "
