@@ -122,20 +122,9 @@ def lightning_decode(
         ValueError: as ``lightning_step``.
     """
     check_decode(
-        mixed,
-        log_decay,
-        states,
-        slots,
-        group_dims,
-        feature_map,
-        scale,
-        q_norm,
-        k_norm,
-        angles,
-        positions,
-        gate,
+        mixed, log_decay, states, slots, group_dims, feature_map, scale, q_norm, k_norm, angles, positions, gate,
         out_norm,
-    )
+    )  # fmt: skip
     computing = choose(backend, mixed)
     if not mixed.is_cuda:
         check_log_decay(log_decay)
