@@ -3,7 +3,8 @@
     run = run_pretrain(FLAGS, nproc=2)       # losses, log and seconds of `lightning_megatron.pretrain FLAGS`
     results = spawn(fn, 2, *args)            # [fn(0, 2, *args), fn(1, 2, *args)], each in its own process
 
-On CPUs with gloo; with `gpus=True` on as many GPUs with NCCL.
+On CPUs with gloo; with `gpus=True` on as many GPUs with NCCL, or, where there is one only, all on that one: NCCL takes
+them for ranks on hosts of one GPU each, and connects them through sockets.
 
 Importing torch and Megatron costs 5 s of CPU time per process, a small run itself less than 1 s. So processes are
 forked from a server (multiprocessing's forkserver) that has imported them once, and of the package under test only
@@ -73,7 +74,7 @@ def run_pretrain(
     """Run `python -m module *module_args` (or the script) on nproc ranks under the CPU shim, in the repository root.
 
     Args:
-        gpus: without the shim, rank r on GPU r.
+        gpus: without the shim, rank r on GPU r; on one GPU, if there is only one.
         env: variables added to the environment of every rank.
         check: raise AssertionError, with the end of the log, if a rank fails or the timeout (seconds) passes.
         torchrun: start through torchrun, as a user would, and not from the preloaded server.
@@ -167,6 +168,9 @@ def _fork(
     }
     log.touch()
     ranks = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+    if gpus and torch.cuda.device_count() == 1 < nproc:
+        hosts = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+        ranks = [{**variables, **hosts, "NCCL_HOSTID": f"host{rank}"} for rank, variables in enumerate(ranks)]
     context = multiprocessing.get_context("spawn") if gpus else _context()  # the server's processes are for CPUs
     processes = [context.Process(target=_enter, args=(target, args, variables, log)) for variables in ranks]
     error, deadline = None, time.monotonic() + timeout

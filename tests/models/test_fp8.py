@@ -12,7 +12,10 @@ language from the same weights. Wanted:
 
 from __future__ import annotations
 
+import functools
+import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -107,37 +110,41 @@ def train(model: torch.nn.Module, batches: list[torch.Tensor], lr: float = 1e-3)
     return torch.stack(losses).tolist()
 
 
-def measure(rank: int, world: int, seed: int) -> dict[str, Losses]:
-    """All runs of all models in one process; of a run that fails, why."""
+def measure(rank: int, world: int, name: str, seed: int) -> Losses:
+    """All runs of a model in one process; of a run that fails, why."""
     layers.start()
     rng = torch.Generator().manual_seed(seed)
-    batches, found = language(rng), {}
-    for name in MODELS:
-        reference = build(name, RUNS["fp32"])
-        draw(reference, rng)
-        runs = RUNS if name == "softmax" else RUNS | {"te-tensorwise-ends": f"te-tensorwise --bf16 {ENDS}"}
-        if name != "softmax":
-            runs = runs | {key: f"{RUNS[same]} {more}" for key, (same, more) in SAME.items()}
-        losses = found[name] = {}
-        for key, how in runs.items():
-            try:
-                model = build(name, how)
-                copy(reference, getattr(model, "module", model))
-                if key == "rounded":  # to a neighbour in bf16, or not
-                    for p in model.parameters():
-                        p.data.mul_(1 + 2**-8 * (2 * torch.rand(p.shape, generator=rng) - 1).to(p.device))
-                losses[key] = train(model, batches)
-            except Exception:
-                losses[key] = traceback.format_exc()
-            model = recompute._offloader = None  # the patch outlives a model
-            torch.cuda.empty_cache()
-    return found
+    batches, losses = language(rng), {}
+    reference = build(name, RUNS["fp32"])
+    draw(reference, rng)
+    runs = RUNS if name == "softmax" else RUNS | {"te-tensorwise-ends": f"te-tensorwise --bf16 {ENDS}"}
+    if name != "softmax":
+        runs = runs | {key: f"{RUNS[same]} {more}" for key, (same, more) in SAME.items()}
+    for key, how in runs.items():
+        start = time.monotonic()
+        try:
+            model = build(name, how)
+            copy(reference, getattr(model, "module", model))
+            if key == "rounded":  # to a neighbour in bf16, or not
+                for p in model.parameters():
+                    p.data.mul_(1 + 2**-8 * (2 * torch.rand(p.shape, generator=rng) - 1).to(p.device))
+            losses[key] = train(model, batches)
+        except Exception:
+            losses[key] = traceback.format_exc()
+        shown = losses[key] if isinstance(losses[key], str) else f"{losses[key][0]:.3f} to {losses[key][-1]:.3f}"
+        print(f"{name} {key}: {time.monotonic() - start:.1f} s, loss {shown}", flush=True)
+        model = recompute._offloader = None  # the patch outlives a model
+        torch.cuda.empty_cache()
+    return losses
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Losses]:
     print(f"LIGHTNING_TEST_SEED={SEED}")
-    found = spawn(measure, 1, SEED % 2**30, gpus=True, timeout=500)[0]
+    with ThreadPoolExecutor() as pool:  # a process a model, side by side: they wait for the host, not for the GPU
+        start = functools.partial(spawn, measure, 1, gpus=True, timeout=400)
+        found = {name: pool.submit(start, name, SEED % 2**30) for name in MODELS}
+    found = {name: losses.result()[0] for name, losses in found.items()}
     for name, losses in found.items():
         for key, values in losses.items():
             if isinstance(values, list):
