@@ -225,6 +225,7 @@ def gradients_of_two(rank: int, world: int) -> dict[str, float]:
     """How much the gradients of weights that both tensor-parallel ranks hold differ between them, on TE's layers."""
     layers.start(tp=2)
     config = preset_config("ling-2.6-flash@tiny") | LARGER["ling-2.6-flash"] | dict(num_nextn_predict_layers=0)
+    config["first_k_dense_replace"] = config["num_hidden_layers"]  # experts need sequence parallelism
     args = released.args_of(config, f"--bf16 --transformer-impl transformer_engine {MEGATRON}")
     model = released.build(args, tensor_model_parallel_size=2).cuda()
     model = Float16Module(model.config, model)

@@ -6,6 +6,7 @@ is right if its logits at every position are those, and every token the largest 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import zlib
@@ -248,22 +249,30 @@ class Run:
         return dict(worst=worst, repeated=repeated) | numbers
 
     def _exact(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
-        """Logits of a pass in fp64; None for bf16 weights, and on a GPU, whose kernels have no fp64."""
-        if self.model.config.params_dtype != torch.float32 or torch.cuda.is_available():
+        """Logits of a pass in fp64, by the torch backend; None for bf16 weights."""
+        if self.model.config.params_dtype != torch.float32:
             return None
         mixers = [m for m in self.model.modules() if isinstance(m, LightningAttention)]
+        given = [mixer.options for mixer in mixers]
+        norms = [m for m in self.model.modules() if getattr(m, "backend", self) in (None, "auto")]
         with torch.inference_mode(False), torch.no_grad():
             try:
                 torch.set_default_dtype(torch.float64)
                 self.model.double()
                 for mixer in mixers:
                     mixer.log_decay = mixer.log_decay.double()
-                return self.model(tokens.clone(), places.clone(), None)[0]
+                    mixer.options = dataclasses.replace(mixer.options, backend="torch")
+                for norm in norms:
+                    norm.backend = "torch"
+                return self.model(tokens.clone(), places.clone(), None)[0].cpu()
             finally:
                 torch.set_default_dtype(torch.float32)
                 self.model.float()
-                for mixer in mixers:
+                for mixer, options in zip(mixers, given, strict=True):
                     mixer.log_decay = mixer.log_decay.float()
+                    mixer.options = options
+                for norm in norms:
+                    norm.backend = "auto"
 
     def close(self) -> None:
         self.handle.remove()

@@ -203,6 +203,7 @@ REFUSED = (
     ({"mtp": "!0", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
     ({"released": "ling-2.6-flash", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
     ({"norm": "group", "tp": "4 sp"}, "norm_groups=2 must be divisible by tensor-parallel size 4"),
+    ({"released": "tnl-385m", "tp": "4 sp"}, "norm_groups=2 must be divisible by tensor-parallel size 4"),
     ({"heads": "2", "tp": "4 sp"}, "2 key/value heads cannot be split over tensor-parallel size 4"),
     ({"mtp": "!0", "positions": "learned"}, "is not supported with learned_absolute position embedding"),
     ({"mtp": "!0", "embeddings": "tied"} | TWO_STAGES, "with tied embeddings and --pipeline-model-parallel-size above"),
@@ -224,6 +225,7 @@ LEFT_OUT = (
     ({"ep": "!1", "dp": "1", "cp": "1"}, "no ranks to share experts"),
     ({"pp": "2 vp", "dp": "2", "samples": "2"}, "one microbatch for two stages"),
     ({"released": "ring-mini-linear-2.0", "pp": "2|2 vp"}, "5 layers"),
+    ({"released": "tnl-385m", "pp": "2|2 vp"}, "3 layers"),
     ({"mlp": "moe-shared", "tp": "2 sp", "ep": "2"}, "gloo gathers no tensors of unequal sizes"),
     ({"recompute": "split", "tp": "!2"}, "nothing to split, or split already"),
 )

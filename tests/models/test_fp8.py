@@ -51,7 +51,7 @@ MLP = "--recompute-granularity selective --recompute-modules mlp"
 LOCAL = "local --no-rope-fusion"
 # name -> kind of layers (training_models.LAYERS) and more flags
 RUNS = {
-    "fp32": f"{LOCAL} --lightning-backend torch",
+    "fp32": LOCAL,
     "local": f"{LOCAL} --bf16",
     "rounded": f"{LOCAL} --bf16",  # from weights that are rounded otherwise
     **{name: f"{name} --bf16" for name in ("te", *RECIPES)},
