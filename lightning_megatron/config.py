@@ -206,7 +206,7 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {LINEAR_HEADS}")
 
     def dim(option: int | None, megatron_name: str, fallback: int) -> int:
-        if option is not None:  # flags.py says so in the log where the flag has another value
+        if option is not None:  # flags/warned.py says so in the log where the flag has another value
             return option
         value = getattr(config, megatron_name, None)
         return fallback if value in (None, _MEGATRON_LINEAR_DEFAULTS[megatron_name]) else value
