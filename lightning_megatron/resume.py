@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from .integrity import BrokenFile, complete_iterations, verify
-from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, saved_function
+from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences
+from .saved import saved_function
 
 logger = logging.getLogger("lightning_megatron")
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"decay", "mlp", "norm", "residual", "rope", "offload", "selective"},
     {"softmax"},
     {"record"},
+    {"saved"},
     {"resume"},
     {"patches"},
     {"mixer", "summary", "flags"},
@@ -44,7 +45,8 @@ ONLY = {
     "convert": {"models", "training", "inference", "cpu", "compat"},
     "parallel": {"ops"},
     "record": {"config", "decay"},
-    "resume": {"record", "integrity"},
+    "saved": {"config", "record"},
+    "resume": {"record", "saved", "integrity"},
     "patches": {
         *{"config", "compat", "ops", "packed", "parallel", "rope", "softmax"},
         *{"record", "resume", "offload", "layer_log"},
