@@ -117,6 +117,11 @@ class LightningOptions:
     peak_tflops: float | None = _option(
         None, "dense peak of a GPU, of which --log-throughput shows the share (MFU; default: bf16, by the card's name)"
     )
+    checksums: bool = _option(
+        True,
+        "compare the checksums of a checkpoint before it is loaded, which reads every file once more; without, only "
+        "that files are there and long enough is checked, and altered bytes load without a word",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

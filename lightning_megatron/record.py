@@ -30,7 +30,7 @@ FORMAT = 1
 ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = (  # other ways to the same numbers
     "backend", "cp_exchange", "cp_keep_states", "recompute_qkv", "recompute_chunk", "offload_activations", "log_norms",
-    "peak_tflops",
+    "peak_tflops", "checksums",
 )  # fmt: skip
 ROWS_OF_VOCABULARY = (
     "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)"
