@@ -117,6 +117,11 @@ class LightningOptions:
     peak_tflops: float | None = _option(
         None, "dense peak of a GPU, of which --log-throughput shows the share (MFU; default: bf16, by the card's name)"
     )
+    checksums: bool = _option(
+        True,
+        "compare the checksums of a checkpoint before it is loaded, which reads every file once more; without, only "
+        "that files are there and long enough is checked, and altered bytes load without a word",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -206,7 +211,7 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             raise ValueError(f"--{name.replace('_', '-')} {value} is refused: {LINEAR_HEADS}")
 
     def dim(option: int | None, megatron_name: str, fallback: int) -> int:
-        if option is not None:  # flags.py says so in the log where the flag has another value
+        if option is not None:  # flags/warned.py says so in the log where the flag has another value
             return option
         value = getattr(config, megatron_name, None)
         return fallback if value in (None, _MEGATRON_LINEAR_DEFAULTS[megatron_name]) else value

@@ -2,7 +2,8 @@
 
 ``torch.save`` puts a CRC-32 beside everything it writes, and ``torch.load`` does not look at it (torch 2.11): a flipped
 bit in a weight loads without a word. ``patches.checkpoint_args`` calls ``verify`` before a checkpoint is loaded, in
-both ways of starting; each rank reads its share of the files, which are then in the page cache for the load itself.
+both ways of starting; each rank reads its share of the files, which are then in the page cache for the load itself
+where they fit. ``--no-lightning-checksums`` leaves this reading out, and names and sizes are still checked.
 """
 
 from __future__ import annotations

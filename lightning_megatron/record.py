@@ -10,7 +10,8 @@ it on loading. A program of your own, which has no such args, saves the record w
         ...
 
 ``ROWS`` is the table of what is compared. What changes no function is not in it: parallel sizes, backends, fusions,
-precision, recomputation, dropout and other noise, batch, loss terms and learning rate.
+precision, recomputation, dropout and other noise, batch, loss terms and learning rate. What checkpoints without a
+record tell is in saved.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import dataclasses
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import __version__
@@ -30,27 +30,20 @@ FORMAT = 1
 ATTRIBUTE = "lightning_function"  # of Megatron's args
 FREE_OPTIONS = (  # other ways to the same numbers
     "backend", "cp_exchange", "cp_keep_states", "recompute_qkv", "recompute_chunk", "offload_activations", "log_norms",
-    "peak_tflops",
+    "peak_tflops", "checksums",
 )  # fmt: skip
 ROWS_OF_VOCABULARY = (
     "--padded-vocab-size (default: by vocabulary, --make-vocab-size-divisible-by and tensor-parallel size)"
 )
-_ROPE = ("rope", "mrope", "yarn")
-
-# Options of lightning_spec and lightning_layer_spec when checkpoints held no record yet, whatever the defaults are now.
-_OPTIONS_BEFORE_RECORDS: dict[str, Any] = dict(
-    decay="tnl", decay_offset=0, feature_map="silu", num_kv_heads=None, key_head_dim=None, value_head_dim=None,
-    scale=None, rope=False, qk_norm=False, norm="head", norm_groups=None, norm_affine=True, norm_eps=None,
-    gate="sigmoid",
-)  # fmt: skip
+ROPE = ("rope", "mrope", "yarn")
 
 
 class _Unknown(Exception):
     """A value that neither config nor args hold."""
 
 
-class _Model:
-    """Where the values of one model are read from: the config, then Megatron's args."""
+class Model:
+    """Where the values of one model are read from: the config, then Megatron's args; either may be None."""
 
     options: Any  # LightningOptions and LightningShape, which rows of lightning layers read; None if there are none
     shape: Any
@@ -86,7 +79,7 @@ class _Model:
         if self.latent():  # whatever GPTModel passes to its layers
             return True
         used = self.softmax() or bool(self.options and self.options.rope)
-        return used and self.known("position_embedding_type", "rope") in _ROPE
+        return used and self.known("position_embedding_type", "rope") in ROPE
 
     def heads_of_softmax(self) -> bool:
         return self.softmax() and not self.latent()
@@ -116,18 +109,18 @@ class _Model:
 class Row(NamedTuple):
     """One compared value: its key in the record, the flag that sets it, where it matters, and how it is read.
 
-    ``applies`` names a method of ``_Model``. ``read`` None: the attribute ``key`` of the config or of the args.
+    ``applies`` names a method of ``Model``. ``read`` None: the attribute ``key`` of the config or of the args.
     ``before``: what a record of lightning layers without this row stands for, because its version knew nothing else.
     """
 
     key: str
     flag: str
     applies: str = "always"
-    read: Callable[[_Model], Any] | None = None
+    read: Callable[[Model], Any] | None = None
     before: Any = None
 
 
-def _decay(model: _Model) -> list:
+def _decay(model: Model) -> list:
     """Preset, offset, and a digest of the values, which are what counts."""
     options, heads, layers = model.options, model.shape.num_heads, len(model.pattern)
     every = (
@@ -139,40 +132,40 @@ def _decay(model: _Model) -> list:
     return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
 
 
-def _sublayers(model: _Model) -> str:
+def _sublayers(model: Model) -> str:
     """Of HybridModel, without the bounds of pipeline stages."""
     return model.get("hybrid_layer_pattern").replace("|", "")
 
 
-def _activation(model: _Model) -> str:
+def _activation(model: Model) -> str:
     function = model.get("activation_func")
     name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
     return f"gated {name}" if model.get("gated_linear_unit") else name
 
 
-def _position_embedding(model: _Model) -> str:
+def _position_embedding(model: Model) -> str:
     """Rotary embeddings count only where a layer applies those of GPTModel, which multi-latent attention does not."""
     kind = model.get("position_embedding_type")
     applied = model.rope() and not model.known("multi_latent_attention", False)
-    return "none" if kind in _ROPE and not applied else kind
+    return "none" if kind in ROPE and not applied else kind
 
 
-def _mup(model: _Model) -> list | None:
+def _mup(model: Model) -> list | None:
     used = model.get("use_mup")
     return [model.get("mup_embedding_mult"), model.get("mup_output_mult")] if used else None
 
 
-def _window_layers(model: _Model) -> Any:
+def _window_layers(model: Model) -> Any:
     return model.get("window_attn_skip_freq") if model.get("window_size") else None
 
 
-def _no_rope(model: _Model) -> list | None:
+def _no_rope(model: Model) -> list | None:
     """1 for every layer without rotary embedding, as TransformerConfig expands a number."""
     freq, layers = model.get("no_rope_freq"), len(model.pattern)
     return [int((layer + 1) % freq == 0) for layer in range(layers)] if isinstance(freq, int) and freq else freq or None
 
 
-def _yarn(model: _Model) -> list | None:
+def _yarn(model: Model) -> list | None:
     names = (
         "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
         "mscale_all_dim", "correction_range_round_to_int",
@@ -181,7 +174,7 @@ def _yarn(model: _Model) -> list | None:
     return [model.get(f"yarn_{name}") for name in names] if yarn else None
 
 
-def _latent_yarn(model: _Model) -> list | None:
+def _latent_yarn(model: Model) -> list | None:
     names = (
         "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
         "mscale_all_dim",
@@ -189,18 +182,18 @@ def _latent_yarn(model: _Model) -> list | None:
     return [model.get(name) for name in names] if model.get("rope_type") == "yarn" else None
 
 
-def _expert_layers(model: _Model) -> list[int]:
+def _expert_layers(model: Model) -> list[int]:
     experts = expert_pattern(model.get("moe_layer_freq"), len(model.pattern), model.get("num_moe_experts"))
     return [int(x) for x in experts]
 
 
-def _sinkhorn(model: _Model) -> bool:
+def _sinkhorn(model: Model) -> bool:
     """The other kinds of balancing are terms of the loss; this one chooses other experts."""
     kinds = model.get("moe_router_load_balancing_type")
     return "sinkhorn" in (kinds if isinstance(kinds, (list, tuple)) else [kinds])
 
 
-def _dropped(model: _Model) -> str | None:
+def _dropped(model: Model) -> str | None:
     return model.get("moe_token_drop_policy") if model.get("moe_expert_capacity_factor") else None
 
 
@@ -319,16 +312,17 @@ def function_record(config: Any, options: LightningOptions, args: Any = None) ->
     Raises:
         ValueError: options that do not fit the config.
     """
-    model = _Model(config, options, args)
+    model = Model(config, options, args)
     return {
         "format": FORMAT,
         "package": __version__,
         "options": dataclasses.asdict(options),
-        "values": _values(model),
+        "values": values_of(model),
     }
 
 
-def _values(model: _Model) -> dict[str, Any]:
+def values_of(model: Model) -> dict[str, Any]:
+    """The rows that matter to a model, as plain values."""
     values = {}
     for row in ROWS:
         if getattr(model, row.applies)():
@@ -381,81 +375,3 @@ def options_from_args(args: Namespace) -> LightningOptions:
     names = [field.name for field in dataclasses.fields(LightningOptions)]
     held = vars(args)
     return LightningOptions(**{name: held["lightning_" + name] for name in names if "lightning_" + name in held})
-
-
-# ---- what a checkpoint says ------------------------------------------------------------------------------------------
-
-
-class Saved(NamedTuple):
-    """What the args in a checkpoint tell about its function."""
-
-    record: dict[str, Any] | None  # None: nothing that can be compared
-    options: LightningOptions | None  # None: they are not known
-    source: str  # where this is known from, for the log
-    softmax: str = ""  # not empty: no lightning layers at all; what they are instead
-
-
-def saved_function(args: Any) -> Saved:
-    """What the function of a checkpoint was, from the args that Megatron saved in it.
-
-    With a record, that. Else checkpoints of the own entry point hold our flags, those of
-    ``--spec lightning_megatron.spec`` have the options of that time; other specs hold options of their own, and what
-    Megatron's config says is compared. All others have no lightning layers.
-    """
-    record = getattr(args, ATTRIBUTE, None)
-    if record is not None:
-        return Saved(record, options_from_record(record), "the record saved with it")
-    if hasattr(args, "lightning_decay"):
-        options, source = options_from_args(args), "the flags saved with it, by a version that saved no record"
-    else:
-        spec = getattr(args, "spec", None)
-        if not spec:
-            return Saved(None, None, "the flags saved with it", softmax=_softmax_layers(args))
-        name = " ".join(map(str, spec)) if isinstance(spec, (list, tuple)) else str(spec)
-        if name not in ("lightning_megatron.spec lightning_spec", "lightning_megatron.spec lightning_layer_spec"):
-            return Saved(_derived(args, None), None, f"--spec {name}")
-        options, source = LightningOptions(**_OPTIONS_BEFORE_RECORDS), f"--spec {name}, whose options were the defaults"
-    return Saved(_derived(args, options), options, source)
-
-
-def _softmax_layers(args: Any) -> str:
-    layers = getattr(args, "num_layers", None)
-    for name in ("experimental_attention_variant", "hybrid_layer_pattern"):
-        if getattr(args, name, None):
-            return f"{layers} layers of --{name.replace('_', '-')} {getattr(args, name)}"
-    return f"{layers} softmax layers"
-
-
-def _derived(args: Any, options: LightningOptions | None) -> dict[str, Any]:
-    """A record from saved args: Megatron's config of them, as far as it decides the function."""
-    held = dict(vars(args))
-    config = SimpleNamespace(**held)
-    renamed = {"num_moe_experts": "num_experts", "yarn_rotary_scaling_factor": "rotary_scaling_factor"}
-    renamed |= {"yarn_mscale": "mscale", "yarn_mscale_all_dim": "mscale_all_dim"}
-    for name, arg in renamed.items():
-        if arg in held:
-            setattr(config, name, held[arg])
-    if "swiglu" in held:
-        gated = held["swiglu"] or held.get("quick_geglu", False)
-        names = {"swiglu": "silu", "squared_relu": "squared_relu", "quick_geglu": "quick_gelu"}
-        config.activation_func = next((names[flag] for flag in names if held.get(flag)), "gelu")
-        config.gated_linear_unit = bool(gated)
-    if "group_query_attention" in held and not held["group_query_attention"]:
-        config.num_query_groups = held["num_attention_heads"]
-    if held.get("use_mup"):  # TransformerConfig computes them
-        del config.mup_output_mult
-    else:
-        config.softmax_scale = None
-    if held.get("position_embedding_type") == "yarn":
-        # TransformerConfig is given defaults for what is None.
-        for name, default in (("original_max_position_embeddings", 4096), ("beta_fast", 32.0), ("beta_slow", 1.0)):
-            value = held.get(f"yarn_{name}")
-            setattr(config, f"yarn_{name}", default if value is None else value)
-        if held.get("yarn_correction_range_round_to_int") is None:
-            config.yarn_correction_range_round_to_int = True
-    values = _values(_Model(config, options, None))
-    if options is None:  # which layers are lightning is not known either
-        del values["layers"]
-        if values.get("position_embedding_type") in _ROPE:  # applied or not, by the layers
-            del values["position_embedding_type"]
-    return {"format": FORMAT, "options": dataclasses.asdict(options) if options else {}, "values": values}

@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from .integrity import BrokenFile, complete_iterations, verify
-from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, saved_function
+from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences
+from .saved import saved_function
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -107,7 +108,8 @@ def _broken(error: BrokenFile | str, folder: Path) -> CheckpointError:
 def refuse_broken(load_dir: str | None, args: Namespace) -> None:
     """Refuse a checkpoint with a file that is missing, cut off or altered, before Megatron reads it.
 
-    Call it on all ranks: each reads a part of the files, and all raise the same error.
+    Call it on all ranks: each reads a part of the files, and all raise the same error. Without the option ``checksums``
+    of this run nothing but names and sizes of the weights' files is looked at, and the log says so.
 
     Raises:
         CheckpointError: naming the file and the remedy.
@@ -121,9 +123,10 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
         return  # left to gave_up
     together, start = dist.is_initialized(), time.monotonic()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    checksums = getattr(args, ATTRIBUTE, {"options": {}})["options"].get("checksums", True)
     found: str | None = None
     try:
-        verify(folder, rank, world, contents=together, of_megatron=args.ckpt_format == "torch_dist")
+        verify(folder, rank, world, contents=together and checksums, of_megatron=args.ckpt_format == "torch_dist")
     except BrokenFile as error:
         found = str(error)
     everywhere: list[str | None] = [found]
@@ -132,6 +135,11 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
         dist.all_gather_object(everywhere, found)
     for text in filter(None, everywhere):
         raise _broken(text, folder)
+    if not checksums:
+        return _log(
+            f"{folder}: all files are there and long enough; their checksums are not compared "
+            "(--no-lightning-checksums), so that altered bytes would not be seen"
+        )
     _log(f"{folder}: all files are whole (checked in {time.monotonic() - start:.1f} s)", logging.INFO)
 
 

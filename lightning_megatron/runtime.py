@@ -71,8 +71,8 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     if prepared_with(config) == given:
         return layout
     refuse(config, options, layout, args)
-    for name in ("log_norms", "peak_tflops"):
-        if args is None and getattr(options, name):
+    for name, default in (("log_norms", False), ("peak_tflops", None), ("checksums", True)):
+        if args is None and getattr(options, name) != default:
             raise ValueError(
                 f"{name}={getattr(options, name)} is for Megatron's training loop, and none is running; leave it out"
             )

@@ -7,8 +7,8 @@ On CPUs with gloo; with `gpus=True` on as many GPUs with NCCL, or, where there i
 them for ranks on hosts of one GPU each, and connects them through sockets.
 
 Importing torch and Megatron costs 5 s of CPU time per process, a small run itself less than 1 s. So processes are
-forked from a server (multiprocessing's forkserver) that has imported them once, and of the package under test only
-what runs Megatron on a CPU.
+forked from a server (multiprocessing's forkserver) that has imported them once, and the package under test, in which
+nothing happens at import.
 Every process is new, runs one thing and ends: no state passes from one run to the next. What reads the
 environment while torch, triton or Megatron is imported needs `torchrun=True`, which starts everything afresh.
 """
@@ -229,7 +229,7 @@ def _shim():
 
 
 def _preload() -> None:
-    """Import the third-party modules that a run of pretrain() would import."""
+    """Import what a run of pretrain() or a test's function would import, and not the programs themselves."""
     with warnings.catch_warnings(action="ignore"):  # only of the imports: TransformerEngine and apex are missing
         importlib.import_module("lightning_megatron.cpu").enable_pretrain()
         importlib.import_module("torch._dynamo")  # a first step of torch.optim imports it
@@ -241,6 +241,11 @@ def _preload() -> None:
     read = functools.partial(factory._get_field_docstrings, factory)
     factory._get_field_docstrings = staticmethod(functools.cache(read))
     arguments.add_megatron_arguments(argparse.ArgumentParser())
+    for name in ("training.run", "inference.engine", "hybrid_model"):  # these import all others that a run needs
+        importlib.import_module(f"lightning_megatron.{name}")
+    importlib.import_module("pytest")  # of test modules, whose functions spawn() runs
+    # Shuffling six million samples of mock data, of which tests read a few, takes longer than their training.
+    importlib.import_module("megatron.core.datasets.gpt_dataset").MockGPTLowLevelDataset.size = 1000
     if os.environ.get("TRITON_INTERPRET") == "1":
         importlib.import_module("tests.helpers.interpreter").speed_up()
     gc.freeze()  # so that no process looks through a million objects again, or copies their pages

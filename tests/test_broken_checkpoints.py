@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,11 +106,22 @@ def test_no_flipped_bit_of_data_is_missed(format, copied):
     verify(folder)
 
 
+def middle_of_data(data: bytes) -> float:
+    """Where in the bytes the middle of the largest record of an archive is, as a part of their number."""
+    found, at = [], data.find(b"PK\x03\x04")
+    while at >= 0:
+        end = data.find(b"PK\x05\x06", at) + 22
+        with zipfile.ZipFile(io.BytesIO(data[at:end])) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        names = sum(struct.unpack_from("<HH", data, at + largest.header_offset + 26))  # behind a header of 30 bytes
+        found.append((largest.file_size, at + largest.header_offset + 30 + names))
+        at = data.find(b"PK\x03\x04", end)
+    size, start = max(found)
+    return (start + size // 2) / len(data)
+
+
 def weights(data: bytes) -> float:
     """The part of the bytes that archives hold as data, by their own headers; the rest is alignment and names."""
-    import io
-    import zipfile
-
     inside, at = 0, data.find(b"PK\x03\x04")
     while at >= 0:
         end = data.find(b"PK\x05\x06", at) + 22
@@ -135,6 +149,29 @@ def test_runs_end(way, name, nproc, copied):
     assert f"write its number into {folder / TRACKER} (complete: " in run.log and "iter_0000001" in run.log
     if way == "own":
         assert "lightning-pretrain: " in run.log and "Traceback" not in run.log
+
+
+@pytest.mark.parametrize("way", ["own", "gpt"])
+def test_checksums_are_left_out_where_that_is_asked_for(way, copied):
+    """Altered bytes load, and a line says that nobody looked; what is cut off is refused all the same."""
+    folder = copied()
+    path = folder / "iter_0000002" / "__0_0.distcp"
+    flip(path, middle_of_data(path.read_bytes()))
+    with pytest.raises(BrokenFile, match="is altered"):
+        verify(path.parent)
+    verify(path.parent, contents=False)
+    script, flags = None, f"{FLAGS} --no-lightning-checksums"
+    if way == "gpt":
+        spec = GPT.replace("lightning_megatron.spec lightning_spec", "tests.specs without_checksums")
+        script, flags = ROOT / "tests" / "pretrain_gpt.py", f"{FLAGS} {spec}"
+    run = run_pretrain(f"{flags} --load {folder}".split(), script=script)
+    assert len(run.losses) == 2
+    assert run.log.count("checksums are not compared (--no-lightning-checksums)") == 1
+    assert "all files are whole" not in run.log
+    if way == "own":
+        path.write_bytes(path.read_bytes()[:-2000])
+        run = run_pretrain(f"{flags} --load {folder}".split(), check=False)
+        assert not run.ok and f"{path} is cut off" in run.log
 
 
 def test_old_format_and_a_tracker_without_a_number(copied):

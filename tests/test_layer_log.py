@@ -131,7 +131,9 @@ def test_what_cannot_be_logged_is_refused(options, args, message):
     assert any(re.search(message, text) for text in found), found
 
 
-@pytest.mark.parametrize("options", [dict(log_norms=True), dict(peak_tflops=1.0)], ids=["norms", "peak"])
+@pytest.mark.parametrize(
+    "options", [dict(log_norms=True), dict(peak_tflops=1.0), dict(checksums=False)], ids=["norms", "peak", "checksums"]
+)
 def test_what_nothing_writes_is_refused(options):
     with pytest.raises(ValueError, match="=.* is for Megatron's training loop, and none is running; leave it out"):
         prepare(transformer_config(), LightningOptions(**options))

@@ -17,13 +17,12 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training import training as megatron_training
 
 from lightning_megatron import compat, patches, pretrain
-from lightning_megatron import flags as tables
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.patches import _replace, mtp_without_te, packed_rope, recompute
-from lightning_megatron.training import arguments, data, refusals, run
+from lightning_megatron.training import arguments, data, run
 from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use
 from lightning_megatron.training.refusals import refuse
-from tests.helpers.arguments import MODEL, parse_flags
+from tests.helpers.arguments import ASKING, MODEL, parse_flags
 
 KERNELS = {
     "apply_rope_fusion": ("--rope-fusion", "--no-rope-fusion", True),
@@ -45,7 +44,7 @@ def installed(monkeypatch):
     """Pretend that exactly the optional packages whose names start so are installed."""
 
     def pretend(*names):
-        for module in (arguments, refusals, tables):
+        for module in ASKING:
             monkeypatch.setattr(module, "importable", lambda name: name.startswith(names) if names else False)
 
     return pretend
@@ -71,6 +70,7 @@ EVERY_OPTION = (
         lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5,
         mlp_beta=0.75, layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
         recompute_qkv=True, recompute_chunk=64, offload_activations=True, log_norms=True, peak_tflops=165.0,
+        checksums=False,
     ),
 )  # fmt: skip
 

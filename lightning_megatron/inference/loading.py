@@ -35,8 +35,8 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .. import patches
-from ..record import saved_function
 from ..resume import TRACKER
+from ..saved import saved_function
 from ..training import run
 from ..training.models import parser
 from .reader import Reader

@@ -19,8 +19,9 @@ from pathlib import Path
 from ..compat import importable, version
 from ..config import LightningOptions
 from ..flags import flag_of
-from ..record import FREE_OPTIONS, ROWS, options_from_args, saved_function
+from ..record import FREE_OPTIONS, ROWS, options_from_args
 from ..runtime import loader_layout
+from ..saved import saved_function
 from .released import add_model_arguments
 
 __all__ = ["add_arguments", "args_defaults", "defaults_from_checkpoint", "options_from_args", "parts_in_use"]

@@ -20,7 +20,7 @@ from .arguments import KERNELS, args_defaults, has_validation_data
 
 _UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec lightning_spec"
 
-# Flags of Megatron that select another model, another loss or another input than this entry point builds; flags.py has
+# Flags of Megatron that select another model, another loss or another input than this entry point builds; ../flags has
 # those that matter with --spec, too.
 _REFUSED = {
     "spec": "this entry point builds the lightning spec itself: leave the flag out and use the --lightning-* flags, or "

@@ -6,10 +6,11 @@ import pytest
 from megatron.training import arguments as megatron_arguments
 
 from lightning_megatron import flags as tables
-from lightning_megatron import memory_flags
 from lightning_megatron.training import arguments, refusals
 from lightning_megatron.training.arguments import add_arguments
 
+# Modules that ask which packages import.
+ASKING = (arguments, refusals, tables, tables.refused, tables.memory)
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
@@ -24,5 +25,5 @@ def parse_flags(monkeypatch: pytest.MonkeyPatch, flags: str = "", model: str = M
 
 def pretend_without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """No module whose name starts with one of ``names`` imports for the checks of flags, and all others do."""
-    for module in (arguments, refusals, tables, memory_flags):
+    for module in ASKING:
         monkeypatch.setattr(module, "importable", lambda name: not name.startswith(names) if names else True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .config import expert_pattern, resolve_shape
+from ..config import expert_pattern, resolve_shape
 from .rules import Rule, Run
 
 _CAPABILITY = {  # of a GPU, at least; TransformerEngine's own checks come after the model is built

@@ -1,4 +1,4 @@
-"""What a row of the tables of flags (flags.py and those that it joins) is, and what it sees of a run."""
+"""What a row of the tables of this folder is, and what it sees of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .config import LightningOptions
+from ..config import LightningOptions, projection_cut
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -66,6 +66,12 @@ class Run(NamedTuple):
         """Whether layers have norms of this package even with TransformerEngine."""
         other = self.options.embedding_scale != 1.0 or not self.options.layernorm_affine
         return bool(self.config.apply_residual_connection_post_layernorm or other)
+
+    @property
+    def muon_cut(self) -> str:
+        """How Muon would cut the fused projection of lightning layers: ``projection_cut``; right without Muon."""
+        muon = self.get("optimizer") in ("muon", "dist_muon", "adaptive_muon") and self.get("muon_split_qkv")
+        return projection_cut(self.config, self.options) if muon else "right"
 
     @property
     def rotates(self) -> bool:

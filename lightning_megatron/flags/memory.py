@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compat import importable
+from ..compat import importable
 from .rules import TE, Rule, selective
 
 _CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
