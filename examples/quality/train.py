@@ -15,6 +15,7 @@ Writes RUNS/NAME/, NAME of variant, size, tokens, seed and learning rate:
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -24,7 +25,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lightning_megatron.compat import version
 from tests.benchmarks.report import output, when
 
 from . import ROOT
@@ -201,7 +201,7 @@ def train(options: argparse.Namespace, run: Callable[[list[str], Path, bool], It
             {
                 "from": before, "to": after, "wall_seconds": round(time.time() - start, 1),
                 "gpu_seconds": round(time_of_steps, 1), "card": card(gpu), **when(), "torch": torch.__version__,
-                "megatron": version("megatron-core"), "triton": version("triton"),
+                "megatron": importlib.metadata.version("megatron-core"), "triton": importlib.metadata.version("triton"),
                 "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             }
         )  # fmt: skip

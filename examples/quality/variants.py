@@ -30,8 +30,9 @@ class Size:
 SIZES = {
     "base": Size(16, 768, 6, 2048, 32, 4096, 64, 16, 32_000),
     "small": Size(8, 512, 4, 1408, 32, 4096, 32, 16, 32_000),  # fidelity, learning-rate sweeps
+    "base-32k": Size(16, 768, 6, 2048, 32, 32_768, 8, 2, 32_000),  # for the speed at 32K; same tokens a step
     "toy": Size(4, 96, 3, 256, 8, 128, 8, 8, 1024),
-    "tiny": Size(4, 32, 2, 64, 4, 32, 4, 4, 512),
+    "tiny": Size(4, 32, 2, 64, 4, 128, 2, 2, 512),
 }
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the sweep
 
