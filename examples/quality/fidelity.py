@@ -3,10 +3,11 @@
     python -m examples.quality.fidelity train --data data/quality/data --runs runs --steps 2000 --minutes 9
     python -m examples.quality.fidelity states --data data/quality/data --runs runs --states-tokens 1048576
 
-``train`` trains one small all-lightning model on the same data in the same order by several paths of arithmetic, and one
-path with another seed, whose distance is the noise that the others are compared with. Megatron has no fp64; fp32 with
-torch's operator stands for it. The same command goes on. ``states`` reads held-out text with the first path's model and
-records the largest absolute value of its states, also of the head that decays least. Both write RUNS/fidelity.json.
+``train`` trains one small all-lightning model on the same data in the same order by several paths of arithmetic, and
+one path with another seed, whose distance is the noise that the others are compared with. Megatron has no fp64; fp32
+with torch's operator stands for it. The same command goes on. ``states`` reads held-out text with the first path's
+model and records the largest absolute value of its states, also of the head that decays least. Both write
+RUNS/fidelity.json.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def states(folder: Path, data: Path, tokens: int, chunk: int) -> dict:
             reader.read([int(text[i % len(text)]) for i in range(start, min(start + chunk, tokens))])
             held = {number: memory[0] for number, memory in reader.context.key_value_memory_dict.items()}
             largest = max(float(state.abs().max()) for state in held.values())
-            head = held[weakest[1]][0, weakest[2]]
+            head = held[weakest[1]][0, 0, weakest[2]]
             rows.append({"tokens": min(start + chunk, tokens), "all": largest, "weakest": float(head.abs().max())})
     return {
         "run": folder.name, "log_decay": weakest[0], "layer": weakest[1], "head": weakest[2], "rows": rows,
@@ -136,26 +137,33 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def train_paths(options: Namespace, paths: tuple[str, ...], run: Callable = train.launch) -> None:
+    """Step ``train``: puts what ``compare`` returns into RUNS/fidelity.json."""
+    _put(options.runs, "curves", compare(options, paths, run))
+
+
+def _put(runs: Path, key: str, value: dict) -> None:
+    path = runs / "fidelity.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(found | {key: value}, indent=1) + "\n")
+    print(f"{path}: {key}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     paths = tuple(options.paths or (PATHS if torch.cuda.is_available() else ON_CPU))
     if f"{paths[0]}-seed2" not in paths:
         raise SystemExit(f"fidelity: --paths {' '.join(paths)} lacks {paths[0]}-seed2, the noise; add it")
     options.data, options.runs = options.data.resolve(), options.runs.resolve()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    path = options.runs / "fidelity.json"
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if options.what == "train":
-        found["curves"] = compare(options, paths)
-    else:
-        from lightning_megatron.inference.command import start
+        train_paths(options, paths)
+        return
+    from lightning_megatron.inference.command import start
 
-        start("fidelity")
-        chosen = options_of(paths[0], options)
-        folder = options.runs / train.name_of(VARIANT, options.size, chosen.tokens, chosen.seed, chosen.lr, chosen.tag)
-        found["states"] = states(folder, options.data, options.states_tokens, options.chunk)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{path}: {', '.join(found)}")
+    start("fidelity")
+    chosen = options_of(paths[0], options)
+    name = train.name_of(VARIANT, options.size, chosen.tokens, chosen.seed, chosen.lr, chosen.tag)
+    _put(options.runs, "states", states(options.runs / name, options.data, options.states_tokens, options.chunk))
 
 
 if __name__ == "__main__":
