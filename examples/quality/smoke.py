@@ -43,7 +43,7 @@ class Scale:
 
 
 TOY = Scale(
-    "toy", 120, None, 2_000_000, 8,
+    "toy", 80, None, 2_000_000, 8,
     ("--loss-tokens", "12800", "--context-tokens", "8300", "--pairs", "4", "8", "--cases", "2", "--depths", "0.5"),
 )  # fmt: skip
 

@@ -29,9 +29,9 @@ class Recall:
 
 
 def word_tokens(processor) -> list[int]:
-    """Ids of the tokenizer's pieces that are whole lower-case words of at least 3 letters."""
+    """Ids of the tokenizer's pieces that are whole lower-case words of at least 2 letters."""
     pieces = ((i, processor.id_to_piece(i)) for i in range(processor.get_piece_size()))
-    return [i for i, x in pieces if x[0] == "\u2581" and len(x) > 3 and x[1:].isascii() and x[1:].islower()]
+    return [i for i, x in pieces if x[0] == "\u2581" and len(x) > 2 and x[1:].isascii() and x[1:].islower()]
 
 
 def recall(words: Sequence[int], equals: int, newline: int, pairs: int, rng: random.Random) -> Recall:
@@ -104,9 +104,7 @@ def needle(text: Sequence[int], encode: Encode, length: int, depth: float, rng: 
     line = [*ask, *answer, *encode("\n")]
     hay = length - len(line) - len(ask) - len(answer)
     if hay < 1:
-        raise ValueError(
-            f"length {length} has no room beside the {length - hay} tokens of needle and question: give more"
-        )
+        raise ValueError(f"length {length} has no room beside needle and question, {length - hay} tokens: give more")
     found = _stretch(text, hay + len(line), rng)
     at = round(depth * hay)
     prompt = [*found[:at], *line, *found[at:hay], *ask]
