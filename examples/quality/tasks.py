@@ -130,10 +130,8 @@ def copy(text: Sequence[int], encode: Encode, words: Sequence[str], distance: in
 
 
 def _stretch(text: Sequence[int], length: int, rng: random.Random) -> list[int]:
-    if length < 1 or len(text) < length:
-        raise ValueError(
-            f"a stretch of {length} tokens was asked for, of a text of {len(text)}: ask for another length"
-        )
+    if len(text) < length:
+        raise ValueError(f"a stretch of {length} tokens is longer than the text, {len(text)}: ask for a shorter one")
     start = rng.randrange(len(text) - length + 1)
     return [int(token) for token in text[start : start + length]]
 
