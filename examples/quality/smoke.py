@@ -94,7 +94,7 @@ def pipeline(out: Path, scale: Scale, run: Callable = train.launch, start: Calla
         options = train.parser().parse_args(words)
         step(f"{name}: training", lambda: folders.append(train.train(options, run)))  # noqa: B023
     check_runs(folders, scale)
-    words = [*map(str, folders), "--data", str(data), *scale.questions, "--chunk", "64"]
+    words = [*map(str, folders), "--data", str(data), *scale.questions, "--chunk", "256"]
     step("evaluation", lambda: start("examples.quality.evaluate", words))
     for folder in folders:
         check_evaluation(json.loads((folder / "evaluate.json").read_text("utf-8")))
