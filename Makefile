@@ -18,7 +18,7 @@ ifneq ($(filter test-main,$(MAKECMDGOALS)),)
 $(if $(strip $(MEGATRON)),,$(error MEGATRON is empty; name a checkout: make test-main MEGATRON=/path/to/Megatron-LM))
 endif
 
-.PHONY: help venv demo test test-main test-pairs check lint format types docs clean
+.PHONY: help venv demo test test-main test-pairs quality-smoke check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
@@ -27,6 +27,7 @@ help:
 	@echo 'make test-main MEGATRON=/path/to/Megatron-LM'
 	@echo '             all tests with Megatron of that checkout instead of the installed megatron-core'
 	@echo 'make test-pairs  options together: PAIRS=250 training runs, SHARD=1/2 of them, about an hour on 2 idle cores'
+	@echo 'make quality-smoke  the pipeline of docs/quality.md at toy size on the CPU, under 5 minutes on 2 idle cores'
 	@echo 'make check   lint, types and the quick tests, in at most 90 seconds: before every commit'
 	@echo 'make docs    build the documentation into docs/_build/html; a warning is an error'
 	@echo 'make venv    only install, into .venv: 5 GB, because torch for Linux brings its CUDA libraries'
@@ -88,6 +89,9 @@ test-main: $(STAMP)
 test-pairs: $(STAMP)
 	@LIGHTNING_TEST_PAIRS=$(PAIRS) LIGHTNING_TEST_SHARD=$(SHARD) LIGHTNING_TEST_RANKS=4 $(PY) -m pytest -q -n $(JOBS) --dist worksteal \
 		tests/test_pairs.py $(PYTEST)
+
+quality-smoke: $(STAMP)
+	@CUDA_VISIBLE_DEVICES= $(PY) -m examples.quality.smoke
 
 check: lint types
 	@start=$$(date +%s); $(PY) -m pytest -q -n $(JOBS) --dist worksteal @tests/quick.txt $(PYTEST); status=$$?; \

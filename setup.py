@@ -17,7 +17,8 @@ TRAIN = ["megatron-core[training]>=0.19,<0.21", "sentencepiece"]
 DEMO = [*TRAIN, "matplotlib"]
 CONVERT = [TRAIN[0], "safetensors>=0.5", "tqdm"]
 SERVE = [TRAIN[0], "hypercorn>=0.18", "msgpack", "pyzmq", "quart>=0.22"]
-TEST = [*DEMO, *CONVERT, *SERVE, "httpx", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "transformers"]
+QUALITY = [*DEMO, "datasketch>=2"]  # examples/quality
+TEST = [*QUALITY, *CONVERT, *SERVE, "httpx", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "transformers"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(
@@ -51,6 +52,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
+        "quality": QUALITY,
         "convert": CONVERT,
         "serve": SERVE,
         "test": TEST,

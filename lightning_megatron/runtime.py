@@ -125,11 +125,6 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
                 "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
                 "or leave --linear-attention-freq and --mtp-num-layers out"
             )
-    if not any(pattern):
-        raise ValueError(
-            f"--linear-attention-freq {config.linear_attention_freq} has no lightning layer; leave it out for "
-            "all-lightning, or train without this spec"
-        )
     if options.rotary_percent is not None and not config.multi_latent_attention:
         raise ValueError(
             f"--lightning-rotary-percent {options.rotary_percent} needs --multi-latent-attention; in other models all "

@@ -65,35 +65,42 @@ def layer_map(config, options: LightningOptions) -> str:
         counts = (f"{letters.count(x)} {name} ({x})" for x, name in _LETTERS.items() if x in letters)
         counted = f"HybridModel of {len(letters)} layers: {', '.join(counts)}"
     rows = "\n".join(f"  {start:4d}  " + marks[start : start + 64] for start in range(0, len(marks), 64))
-    decays = torch.cat(
-        [
-            log_decay(options.decay, shape.num_heads, layer, config.num_layers, offset=options.decay_offset)
-            for layer, lightning in enumerate(pattern)
-            if lightning
-        ]
-    )
+    decays = [
+        log_decay(options.decay, shape.num_heads, layer, config.num_layers, offset=options.decay_offset)
+        for layer, lightning in enumerate(pattern)
+        if lightning
+    ]
     lightning_size, softmax_size = attention_parameters(config, options)
-    scale = shape.key_dim**-0.5 if options.scale is None else options.scale
     te = config.transformer_impl == "transformer_engine"
     softmax = sum(not lightning for lightning in pattern)
     core = "TransformerEngine's core attention" if te else "torch's scaled_dot_product_attention"
-    on = {True: "on", False: "off"}
-    sizes = f"lightning {lightning_size:,}" + (f", softmax {softmax_size:,}" if softmax else "")
+    used = {"lightning": lightning_size} if decays else {}
+    used |= {"softmax": softmax_size} if softmax else {}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in used.items())
     parts = f"{norm_name(config, options)} for layer norms" + (f", {core} for softmax layers" if softmax else "")
     versions = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "triton"))
     return "\n".join(
         (
             f"lightning_megatron {__version__}: {counted}",
             rows,
-            f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, "
-            f"V {shape.value_dim}, scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, "
-            f"gate {options.gate}, rope {on[options.rope]}, q/k norm {on[options.qk_norm]}, backend {options.backend}",
-            f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
-            f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens",
+            *(_lightning_part(shape, options, torch.cat(decays)) if decays else ()),
             *_other_parts(config, options),
             f"  attention parameters a layer: {sizes}",
             f"  parts: {parts}; {versions}",
         )
+    )
+
+
+def _lightning_part(shape, options: LightningOptions, decays: torch.Tensor) -> tuple[str, str]:
+    """What lightning layers are; ``decays`` of all of them."""
+    scale = shape.key_dim**-0.5 if options.scale is None else options.scale
+    on = {True: "on", False: "off"}
+    return (
+        f"  lightning: {shape.num_heads} heads, {shape.num_kv_heads} of k and v, K {shape.key_dim}, "
+        f"V {shape.value_dim}, scale {scale:.4g}, feature map {options.feature_map}, norm {options.norm}, "
+        f"gate {options.gate}, rope {on[options.rope]}, q/k norm {on[options.qk_norm]}, backend {options.backend}",
+        f"  decay {options.decay}: log_decay {decays.min():.3g} to {decays.max():.3g} per token, half-life "
+        f"{_half_life(decays.min())} to {_half_life(decays.max())} tokens",
     )
 
 

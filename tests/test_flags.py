@@ -651,6 +651,9 @@ LOGGED = {
         dict(linear_value_head_dim=32), dict(value_head_dim=64), OWN,
         ["--linear-value-head-dim 32 gives way to the option"],
     ),
+    "softmax-alone": (
+        dict(linear_attention_freq=[0] * 4), {}, OWN, ["--linear-attention-freq [0, 0, 0, 0]: all layers are softmax"],
+    ),
     "mask": (
         {}, {}, OWN | dict(create_attention_mask_in_dataloader=True),
         ["--create-attention-mask-in-dataloader builds", "--no-create-attention-mask-in-dataloader"],

@@ -73,10 +73,6 @@ def test_pattern_refuses(freq, message):
     "config, message",
     [
         (
-            dict(linear_attention_freq=[0, 0, 0, 0]),
-            r"\[0, 0, 0, 0\] has no lightning layer; leave it out for all-lightning",
-        ),
-        (
             dict(transformer_impl="inference_optimized"),
             "inference_optimized is not supported .*; use local or transformer_engine",
         ),
@@ -116,6 +112,12 @@ def test_layer_map_says_what_is_trained():
     text = layer_map(transformer_config(), LightningOptions())
     assert "4 lightning layers (L), 0 softmax layers (s)\n     0  LLLL\n" in text and "scale 0.25," in text
     assert "for softmax layers" not in text
+
+
+def test_layer_map_of_softmax_layers_alone():
+    text = layer_map(transformer_config(linear_attention_freq=[0] * 4), LightningOptions())
+    assert "0 lightning layers (L), 4 softmax layers (s)" in text and "ssss" in text
+    assert "decay" not in text and "attention parameters a layer: softmax" in text
 
 
 def test_layer_map_breaks_long_models():

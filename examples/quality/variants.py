@@ -1,0 +1,131 @@
+"""What is compared: variants of one model, as flags of lightning_megatron.pretrain.
+
+    python -m examples.quality.variants           # names, FFN widths, parameters
+
+All variants of a size have parameters equal within 2% (the FFN width makes up for the output gate of lightning layers),
+and the same tokens, data order, optimizer and schedule. Only the attention differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes that all variants share. The FFN width is that of the softmax model; others are a multiple of ``step``."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    step: int
+    seq_length: int
+    batch: int
+    """Sequences of a training step."""
+    micro_batch: int
+    vocabulary: int
+
+
+SIZES = {
+    "base": Size(16, 768, 6, 2048, 32, 4096, 64, 16, 32_000),
+    "small": Size(8, 512, 4, 1408, 32, 4096, 32, 16, 32_000),  # fidelity, learning-rate sweeps
+    "base-32k": Size(16, 768, 6, 2048, 32, 32_768, 8, 2, 32_000),  # for the speed at 32K; same tokens a step
+    "toy": Size(4, 96, 3, 256, 8, 128, 8, 8, 1024),
+    "tiny": Size(4, 32, 2, 64, 4, 128, 2, 2, 512),
+}
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the sweep
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which layers are lightning, and what differs from the default options."""
+
+    every: int | None
+    """One softmax layer in so many: None for no softmax layer, 1 for softmax alone."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Flags beside the sizes."""
+
+    @property
+    def gated(self) -> bool:
+        return self.options.get("--lightning-gate") != "none"
+
+    @property
+    def output_norm(self) -> bool:
+        return self.options.get("--lightning-norm") != "none"
+
+    def lightning_layers(self, layers: int) -> int:
+        return layers - (layers // min(self.every, layers) if self.every else 0)
+
+
+MAIN = {
+    "lightning": Variant(None), "15:1": Variant(16), "7:1": Variant(8), "3:1": Variant(4), "1:1": Variant(2),
+    "softmax": Variant(1),
+}  # fmt: skip
+ABLATIONS = {
+    **{f"lightning,decay={x}": Variant(None, {"--lightning-decay": x}) for x in ("minimax", "alibi", "none")},
+    **{f"lightning,norm={x}": Variant(None, {"--lightning-norm": x}) for x in ("all", "none")},
+    "lightning,gate=none": Variant(None, {"--lightning-gate": "none"}),
+    "lightning,rope": Variant(None, {"--lightning-rope": ""}),
+    "7:1,nope": Variant(8, {"--position-embedding-type": "none"}),
+}  # compared with lightning and 7:1, whose decay is tnl, norm head, gate sigmoid, without rope in lightning layers
+VARIANTS = MAIN | ABLATIONS
+TWO_SEEDS = ("lightning", "7:1", "softmax")
+
+
+def variant(name: str) -> Variant:
+    """A variant by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant {name!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def parameters(chosen: Variant, size: Size, ffn: int) -> int:
+    """Parameters of the model: embeddings are tied, projections have no bias, norms are RMSNorm."""
+    lightning, h = chosen.lightning_layers(size.layers), size.hidden
+    attention = 4 * h * h * size.layers + lightning * (chosen.gated * h * h + chosen.output_norm * h)
+    return size.vocabulary * h + attention + size.layers * (3 * h * ffn + 2 * h) + h
+
+
+def ffn_width(chosen: Variant, size: Size) -> int:
+    """The multiple of ``size.step`` with which the parameters are nearest to those of the softmax model."""
+    wanted = parameters(MAIN["softmax"], size, size.ffn)
+    rest = wanted - parameters(chosen, size, 0)
+    each = parameters(chosen, size, 1) - parameters(chosen, size, 0)
+    return max(1, round(rest / each / size.step)) * size.step
+
+
+def flags(name: str, size: Size) -> list[str]:
+    """The model's flags of lightning_megatron.pretrain."""
+    chosen = variant(name)
+    words = f"""
+        --num-layers {size.layers} --hidden-size {size.hidden} --num-attention-heads {size.heads}
+        --ffn-hidden-size {ffn_width(chosen, size)} --seq-length {size.seq_length}
+        --max-position-embeddings {size.seq_length} --normalization RMSNorm --swiglu --disable-bias-linear
+        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+    """.split()
+    if chosen.every == 1:
+        words += ["--linear-attention-freq", f"([0]*{size.layers})"]
+    elif chosen.every is not None:
+        # every N-th layer; where the toy models have fewer layers, the last one is softmax
+        words += ["--linear-attention-freq", str(min(chosen.every, size.layers))]
+    given = {"--position-embedding-type": "rope"} | chosen.options
+    return words + [word for pair in given.items() for word in pair if word]
+
+
+def main() -> None:
+    size = SIZES["base"]
+    wanted = parameters(MAIN["softmax"], size, size.ffn)
+    print(f"{'variant':26} {'lightning layers':>16} {'FFN':>6} {'parameters':>12} {'of softmax':>10}")
+    for name, chosen in VARIANTS.items():
+        width = ffn_width(chosen, size)
+        count = parameters(chosen, size, width)
+        print(f"{name:26} {chosen.lightning_layers(size.layers):>16} {width:>6} {count:>12,} {count / wanted:>10.2%}")
+
+
+if __name__ == "__main__":
+    main()
