@@ -43,8 +43,8 @@ class Scale:
 
 
 TOY = Scale(
-    "toy", 80, None, 2_000_000, 8,
-    ("--loss-tokens", "12800", "--context-tokens", "8300", "--pairs", "4", "8", "--cases", "2", "--depths", "0.5"),
+    "toy", 60, 80, 1_000_000, 6,
+    ("--loss-tokens", "12800", "--context-tokens", "8400", "--pairs", "4", "8", "--cases", "1", "--depths", "0.5"),
 )  # fmt: skip
 
 
