@@ -51,7 +51,8 @@ TOY = Scale(
 def command(module: str, words: list[str]) -> None:
     """Run a module as its command, in a process of its own: one that has Megatron already cannot turn to the CPU."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, env=env, check=True, stderr=subprocess.DEVNULL)
+    ended = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, f"{module}: exit status {ended.returncode}\n{ended.stderr[-3000:]}"
 
 
 def step(title: str, work: Callable[[], object]) -> None:
