@@ -253,7 +253,8 @@ def test_docs_are_built_strictly(checkout: Checkout) -> None:
 
 def test_help_names_every_command() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    commands = ("demo", "test", "test-main", "check", "docs", "venv", "lint", "format", "types", "clean")
+    commands = ("demo", "test", "test-main", "quality-smoke", "check")
+    commands += ("docs", "venv", "lint", "format", "types", "clean")
     assert all(f"make {command} " in text for command in commands)
 
 

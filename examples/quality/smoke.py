@@ -43,15 +43,16 @@ class Scale:
 
 
 TOY = Scale(
-    "toy", 80, None, 2_000_000, 8,
-    ("--loss-tokens", "12800", "--context-tokens", "8300", "--pairs", "4", "8", "--cases", "2", "--depths", "0.5"),
+    "toy", 60, 80, 1_000_000, 6,
+    ("--loss-tokens", "12800", "--context-tokens", "8400", "--pairs", "4", "8", "--cases", "1", "--depths", "0.5"),
 )  # fmt: skip
 
 
 def command(module: str, words: list[str]) -> None:
     """Run a module as its command, in a process of its own: one that has Megatron already cannot turn to the CPU."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, env=env, check=True, stderr=subprocess.DEVNULL)
+    ended = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, f"{module}: exit status {ended.returncode}\n{ended.stderr[-3000:]}"
 
 
 def step(title: str, work: Callable[[], object]) -> None:
