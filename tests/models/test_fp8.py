@@ -72,11 +72,10 @@ Losses = dict[str, list[float] | str]
 def language(rng: torch.Generator) -> list[torch.Tensor]:
     """Tokens [rows, length + 1] of every step: each token is followed by one of a few, drawn at random."""
     following = torch.randint(0, VOCABULARY, (VOCABULARY, CHOICES), generator=rng)
-    tokens = torch.randint(0, VOCABULARY, (STEPS * ROWS, 1), generator=rng)
+    tokens = [torch.randint(0, VOCABULARY, (STEPS * ROWS,), generator=rng)]
     for _ in range(LENGTH):
-        chosen = torch.randint(0, CHOICES, (STEPS * ROWS, 1), generator=rng)
-        tokens = torch.cat([tokens, following[tokens[:, -1:], chosen[:, :, None]].squeeze(-1)], dim=1)
-    return list(tokens.cuda().split(ROWS))
+        tokens.append(following[tokens[-1], torch.randint(0, CHOICES, (STEPS * ROWS,), generator=rng)])
+    return list(torch.stack(tokens, dim=1).cuda().split(ROWS))
 
 
 def build(name: str, how: str) -> torch.nn.Module:
@@ -94,6 +93,7 @@ def train(model: torch.nn.Module, batches: list[torch.Tensor], lr: float = 1e-3)
     optimizer = torch.optim.AdamW(masters, lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, foreach=True)
     places, losses = torch.arange(LENGTH, device="cuda")[None], []
     for batch in batches:
+        assert batch.shape == (ROWS, LENGTH + 1)
         module.set_is_first_microbatch()  # weights have changed: quantize them again
         logits = model(batch[:, :-1], places, None).float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
