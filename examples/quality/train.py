@@ -105,14 +105,13 @@ def steps_in(lines: Iterable[str]) -> Iterable[dict]:
     Megatron prints the first step of a process at once, but does not reset its average, so that the second line shows
     the mean of the first two losses; that is undone here.
     """
-    first = None
+    printed: list[float] = []
     for line in lines:
         if match := STEP.search(line):
             loss = float(match[4])
-            if first is not None and first[1]:
-                loss, first = round(2 * loss - first[0], 6), (0.0, False)
-            elif first is None:
-                first = (loss, True)
+            printed.append(loss)
+            if len(printed) == 2:
+                loss = round(2 * loss - printed[0], 6)
             yield {
                 "iteration": int(match[1]), "loss": loss, "grad_norm": float(match[5]), "lr": float(match[3]),
                 "seconds": float(match[2]) / 1e3,

@@ -254,7 +254,7 @@ class Run:
             return None
         mixers = [m for m in self.model.modules() if isinstance(m, LightningAttention)]
         given = [mixer.options for mixer in mixers]
-        norms = [m for m in self.model.modules() if getattr(m, "backend", self) in (None, "auto")]
+        norms = {m: m.backend for m in self.model.modules() if getattr(m, "backend", self) in (None, "auto")}
         with torch.inference_mode(False), torch.no_grad():
             try:
                 torch.set_default_dtype(torch.float64)
@@ -271,8 +271,8 @@ class Run:
                 for mixer, options in zip(mixers, given, strict=True):
                     mixer.log_decay = mixer.log_decay.float()
                     mixer.options = options
-                for norm in norms:
-                    norm.backend = "auto"
+                for norm, backend in norms.items():
+                    norm.backend = backend
 
     def close(self) -> None:
         self.handle.remove()
