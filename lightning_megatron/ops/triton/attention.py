@@ -11,7 +11,7 @@ import triton
 from ..backend import Destination, Documents
 from .documents import count_documents, decay_factors, find_documents, ids_and_bounds
 from .kernels import gradients_kernel, walk_kernel
-from .launch import cdiv, launch, pad
+from .launch import KNOWN_TRITON, cdiv, launch, pad
 from .states import combine, reduce_splits
 from .step import step
 from .symmetric import buffer_words, receive
@@ -51,6 +51,37 @@ def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bo
     if BK > 128:
         return Tiles(BK, min(BV, 64), 16, 4, 3)
     return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if long_chunks else 32, 4, 4)
+
+
+def _overlapped(*tensors: torch.Tensor, documents: Documents | None, K: int, V: int) -> bool:
+    """Whether the kernels of ``hopper.py`` take these tensors."""
+    T = tensors[0].shape[1]
+    return (
+        documents is None and tensors[0].dtype == torch.bfloat16 and T > 16
+        and all(64 <= pad(dim) <= 128 for dim in (K, V))
+        and _has_wgmma(tensors[0].device) and _descriptors(*tensors)
+    )  # fmt: skip
+
+
+@functools.cache
+def _has_wgmma(device: torch.device) -> bool:
+    """Gluon is an experiment of Triton's: what one release compiles another may not."""
+    return KNOWN_TRITON and _has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _kernels(overlapped: bool) -> tuple:
+    """Those of a walk and of gradients."""
+    if not overlapped:
+        return walk_kernel, gradients_kernel
+    from . import hopper  # not under Triton's interpreter, nor with releases that lack Gluon
+
+    return hopper.walk_kernel, hopper.gradients_kernel
+
+
+@functools.cache
+def _hopper_tiles(K: int, V: int) -> Tiles:
+    """Two programs of four warps fit a multiprocessor."""
+    return Tiles(pad(K), 64, 64, 4, 2 if max(pad(K), pad(V)) > 64 else 3)
 
 
 class SplitPlan(NamedTuple):
@@ -118,16 +149,18 @@ def _launch_walk(
     segments = cdiv(T, split_len * splits)
     states_only = q is None
     doc, bounds = ids_and_bounds(documents)
-    tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
+    overlapped = not states_only and _overlapped(q, k, v, o, documents=documents, K=K, V=V)
+    tiles = _hopper_tiles(K, V) if overlapped else _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
     rows, first = _rows(split_states, segments, splits, reverse)
+    given = split_states is not None, incoming is not None, outgoing is not None
     launch(
-        walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
+        _kernels(overlapped)[0], cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, bounds),
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, count_documents(documents),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
-        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         split_states is not None, incoming is not None, outgoing is not None, doc is not None,
-         _by_row(documents), *_precision(v.dtype)),
+        (K, V, tiles.BK, tiles.BV, tiles.BC, tiles.num_stages, reverse, *given) if overlapped else
+        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only, *given, doc is not None, _by_row(documents),
+         *_precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
@@ -267,7 +300,11 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
+    overlapped = T > 0 and B > 0 and _overlapped(q, k, v, do, dq, dk, dv, documents=documents, K=K, V=V)
+    if overlapped:
+        by_v, by_k = _hopper_tiles(K, V), _hopper_tiles(V, K)
+    else:
+        by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
     wide = by_v if by_v.BK >= by_k.BK else by_k
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
@@ -278,17 +315,17 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None) -> None:
         """Launch the walks for dk and dv of ``segments`` segments and those for dq of ``segments_q``; 0: none."""
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
+        given = split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None
         launch(
-            gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            _kernels(overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial,
              *ids_and_bounds(documents)),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2],
              *dv.stride()[:2], H // kv_heads, pieces, count_documents(documents), T, H, plan.split_len,
              plan.splits_grad, segments, split_rows, split_first, plan.splits, segments_q,
              _rows(split_states, segments_q, plan.splits, False)[0], scale),
-            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,
-             packed, by_row, descriptors, *_precision(q.dtype)),
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, wide.num_stages, *given) if overlapped else
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, *given, packed, by_row, descriptors, *_precision(q.dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages,
         )  # fmt: skip
 
