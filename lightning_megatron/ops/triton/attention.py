@@ -58,7 +58,7 @@ def _overlapped(*tensors: torch.Tensor, documents: Documents | None, K: int, V: 
     T = tensors[0].shape[1]
     return (
         documents is None and tensors[0].dtype == torch.bfloat16 and T > 16
-        and all(64 <= pad(dim) <= 128 for dim in (K, V))
+        and all(64 <= pad(dim) <= 256 for dim in (K, V))
         and _has_wgmma(tensors[0].device) and _descriptors(*tensors)
     )  # fmt: skip
 
@@ -75,13 +75,16 @@ def _kernels(overlapped: bool) -> tuple:
         return walk_kernel, gradients_kernel
     from . import hopper  # not under Triton's interpreter, nor with releases that lack Gluon
 
-    return hopper.walk_kernel, hopper.gradients_kernel
+    return hopper.hopper_walk_kernel, hopper.hopper_gradients_kernel
 
 
 @functools.cache
 def _hopper_tiles(K: int, V: int) -> Tiles:
-    """Two programs of four warps fit a multiprocessor."""
-    return Tiles(pad(K), 64, 64, 4, 2 if max(pad(K), pad(V)) > 64 else 3)
+    """Two programs of four warps fit a multiprocessor, or one of eight, of which each group of four has 64 columns of
+    the state's tile, or half of its K where that is wide. A program for o has as many warps as one for dk."""
+    BK, BV = pad(K), pad(V)
+    wide = max(BK, BV) > 128
+    return Tiles(BK, 128 if wide and BK <= 128 else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)
 
 
 class SplitPlan(NamedTuple):

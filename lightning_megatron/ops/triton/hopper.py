@@ -82,9 +82,13 @@ def walk(
     dtype: gl.constexpr = v.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
+    WIDE: gl.constexpr = (
+        BK > 128
+    )  # warpgroups share BV = 64 columns: each has a part of K, and all of it in bf16 in memory
+    ROWS: gl.constexpr = 1 if WIDE else GROUPS
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
-    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BC, 16])
-    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BC * ROWS // GROUPS, 16])
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BK * ROWS // GROUPS, 16])
     READ: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
     WRITE: gl.constexpr = gl.DotOperandLayout(0, LS, 2)
     SK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], dtype)
@@ -115,6 +119,8 @@ def walk(
     k_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BK], SK)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BV], SV)
     o_buf = gl.allocate_shared_memory(dtype, [BC, BV], SV)
+    if WIDE:
+        s_buf = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
     p_buf = gl.allocate_shared_memory(dtype, [2, BC, BC], SP)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -141,7 +147,13 @@ def walk(
         bar, s_q, s_k, s_v = bars.index(stage), q_buf.index(stage), k_buf.index(stage), v_buf.index(stage)
         mbarrier.wait(bar, phase)
         s_qt, s_vt = s_q.permute([1, 0]), s_v.permute([1, 0])
-        b_r = gl.convert_layout(_rounded(b_s), READ)
+        if WIDE:
+            s_buf.store(_rounded(b_s))
+            fence_async_shared()
+            gl.thread_barrier()
+            b_r = s_buf
+        else:
+            b_r = gl.convert_layout(_rounded(b_s), READ)
         b_a = warpgroup_mma(s_k, s_qt, zero_a, use_acc=False, is_async=True)  # [BC of j, BC of i]
         b_o = warpgroup_mma(b_r, s_qt, zero_o, use_acc=False, is_async=True)  # [BV, BC]
         b_a = warpgroup_mma_wait(1, deps=[b_a])
@@ -194,7 +206,7 @@ _COUNTS = ("group", "pieces", "documents", "T", "H", "split_len", "splits", "seg
 
 
 @gluon.jit(do_not_specialize=_COUNTS)
-def walk_kernel(
+def hopper_walk_kernel(
     q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
     group, pieces, documents, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
@@ -218,7 +230,7 @@ def walk_kernel(
 
 
 @gluon.jit(do_not_specialize=(*_COUNTS, "splits_q", "segments_q", "split_rows_q"))
-def gradients_kernel(
+def hopper_gradients_kernel(
     q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial, dfinal, dinitial,
     doc, cu_seqlens,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
