@@ -28,7 +28,7 @@ LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
 PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
-OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
     pointwise_kernels: POINTWISE,
     loss_kernels: LOSS,
@@ -94,7 +94,8 @@ def record(
     with ExitStack() as stack:
         _patch(stack, launches)
         stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
-        stack.enter_context(patch.object(triton_backend, "_has_wgmma", lambda device: overlapped))
+        stack.enter_context(patch.object(triton_backend, "OVERLAP", overlapped))
+        stack.enter_context(patch.object(triton_backend, "_has_wgmma", lambda device: True))
         recorders = tuple(_Recorder(name, launches) for name in HOPPER)
         kernels_of = triton_backend._kernels
         stack.enter_context(patch.object(triton_backend, "_kernels", lambda x: recorders if x else kernels_of(x)))

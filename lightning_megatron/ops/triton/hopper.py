@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .walk import UNDERFLOW
 
@@ -77,7 +78,7 @@ def walk(
     i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr,
-    SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr, OUTGOING: gl.constexpr,
+    SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr, OUTGOING: gl.constexpr, AFTER_STATES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
@@ -99,10 +100,6 @@ def walk(
     m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
     begin = i_s * splits * split_len
     end = gl.minimum(T, begin + splits * split_len)
-    b_s = _incoming_state(
-        split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-        K, V, BK, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
-    )  # fmt: skip
     ld2 = b_ld * LOG2E
     p_j, p_i = gl.arange(0, BC, gl.SliceLayout(1, LA)), gl.arange(0, BC, gl.SliceLayout(0, LA))
     b_d = p_j[:, None] - p_i[None, :] if REVERSE else p_i[None, :] - p_j[:, None]
@@ -138,6 +135,12 @@ def walk(
         tma.async_copy_global_to_shared(d_k, [start, 0], bar, k_buf.index(i), pred=there)
         tma.async_copy_global_to_shared(d_q, [start, 0], bar, q_buf.index(i), pred=there)
         tma.async_copy_global_to_shared(d_v, [start, i_v * BV], bar, v_buf.index(i), pred=there)
+    if AFTER_STATES:  # the launch that computes them is the one before this, and may still run
+        gdc_wait()
+    b_s = _incoming_state(
+        split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+        K, V, BK, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
+    )  # fmt: skip
     zero_a = gl.zeros([BC, BC], gl.float32, LA)
     zero_o = gl.zeros([BV, BC], gl.float32, LO)
     stage, phase = 0, 0
@@ -212,6 +215,7 @@ def hopper_walk_kernel(
     group, pieces, documents, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     REVERSE: gl.constexpr, SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr, OUTGOING: gl.constexpr,
+    AFTER_STATES: gl.constexpr,
 ):  # fmt: skip
     columns = gl.cdiv(V, BV)
     i = gl.program_id(0)
@@ -225,7 +229,7 @@ def hopper_walk_kernel(
         v + i_r * v_sb + i_t * v_st + shared * v_sh, o + i_r * o_sb + i_t * o_st + head * o_sh,
         q_st, k_st, v_st, o_st, gl.load(log_decay + i_h), split_states, incoming, outgoing,
         i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
-        K, V, BK, BV, BC, STAGES, REVERSE, False, SPLIT_STATES, INCOMING, OUTGOING,
+        K, V, BK, BV, BC, STAGES, REVERSE, False, SPLIT_STATES, INCOMING, OUTGOING, AFTER_STATES,
     )  # fmt: skip
 
 
@@ -239,6 +243,7 @@ def hopper_gradients_kernel(
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     COLS_K: gl.constexpr, COLS_V: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     SPLIT_STATES: gl.constexpr, SPLIT_GRADS: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr,
+    AFTER_STATES: gl.constexpr,
 ):  # fmt: skip
     n_k, n_v = gl.cdiv(K, COLS_K), gl.cdiv(V, COLS_V)
     batch = gl.num_programs(0) // (H * ((n_k + n_v) * segments + n_k * segments_q))
@@ -265,19 +270,19 @@ def hopper_gradients_kernel(
             p_v, p_do, p_q, p_dk, v_st, do_st, q_st, dk_st, b_ld,
             split_grads, dfinal, dinitial, i_b, i_h, i_v, segments - 1 - i_s,
             T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
-            V, K, BV, COLS_K, BC, STAGES, True, True, SPLIT_GRADS, DFINAL, False,
+            V, K, BV, COLS_K, BC, STAGES, True, True, SPLIT_GRADS, DFINAL, False, AFTER_STATES,
         )  # fmt: skip
     if (i_v >= n_k) & (not for_q):
         walk(
             p_k, p_q, p_do, p_dv, k_st, q_st, do_st, dv_st, b_ld,
             split_grads, dfinal, dinitial, i_b, i_h, i_v - n_k, segments - 1 - i_s,
             T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
-            K, V, BK, COLS_V, BC, STAGES, True, False, SPLIT_GRADS, DFINAL, INITIAL,
+            K, V, BK, COLS_V, BC, STAGES, True, False, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES,
         )  # fmt: skip
     if for_q:
         walk(
             p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld,
             split_states, initial, dinitial, i_b, i_h, i_v, i_s,
             T, H, split_len, splits_q, segments_q, split_rows_q, 0, scale, 1.0,
-            V, K, BV, COLS_K, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False,
+            V, K, BV, COLS_K, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, AFTER_STATES,
         )  # fmt: skip
