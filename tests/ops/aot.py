@@ -16,10 +16,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .launches import (
     DECODING,
     SEGMENTED,
+    SINGLE,
     Launch,
     kernel,
     record,
@@ -60,6 +62,8 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, by_row=True), ("o", "gradients")),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True), SINGLE),
+        (dict(dtype=torch.bfloat16, K=64, V=256, T=_LONG, overlapped=True), SINGLE),
     ],
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128, _FP16_128],
@@ -121,7 +125,8 @@ def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
         signature[parameter.name] = kind
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("hip", gpu, 64) if gpu.startswith("gfx") else GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
     return triton.compile(source, target=target, options=launch.options)
 
@@ -148,7 +153,7 @@ def main(arguments: list[str]) -> None:
         for config, wanted in (
             FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]
         ):
-            packed = "packed" if config.get("documents") else "plain"
+            packed = "packed" if config.get("documents") else "overlapped" if config.get("overlapped") else "plain"
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
                     report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)
