@@ -45,8 +45,10 @@ class Pointer:
 
 def pointer(x: torch.Tensor | None) -> Pointer | None:
     """To the first element of a tensor, whatever its strides."""
-    return None if x is None else Pointer(torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0),
-                                          x.storage_offset())  # fmt: skip
+    if x is None:
+        return None
+    count = x.untyped_storage().nbytes() // x.element_size()
+    return Pointer(torch.as_strided(x, (count,), (1,), 0), x.storage_offset())
 
 
 @dataclass
@@ -60,6 +62,9 @@ class Shared:
 
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.data.permute(order))
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
 
     def load(self, layout: Any) -> torch.Tensor:
         return self.data.clone()

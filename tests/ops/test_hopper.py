@@ -18,6 +18,7 @@ SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a se
     "padded": (1, 70, 1, 1, 48, 96, None),
     "wide": (1, 300, 1, 1, 256, 64, 128),
     "wide-values": (1, 150, 2, 2, 96, 208, 128),
+    "three-quarters": (1, 130, 1, 1, 192, 176, None),
 }
 
 

@@ -73,6 +73,17 @@ def _incoming_state(
 
 
 @gluon.jit
+def _sum_over_k(a, b, zero, BK: gl.constexpr, PARTS: gl.constexpr):
+    """a [., BK] b [BK, .], in flight; of 2 PARTS the last quarter of BK is left out."""
+    if PARTS == 1:
+        return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+    else:
+        half: gl.constexpr = BK // 2
+        first = warpgroup_mma(a.slice(0, half, 1), b.slice(0, half, 0), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(a.slice(half, half // 2, 1), b.slice(half, half // 2, 0), first, is_async=True)
+
+
+@gluon.jit
 def walk(
     q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing,
     i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
@@ -83,9 +94,10 @@ def walk(
     dtype: gl.constexpr = v.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
-    WIDE: gl.constexpr = (
-        BK > 128
-    )  # warpgroups share BV = 64 columns: each has a part of K, and all of it in bf16 in memory
+    # Warpgroups share BV = 64 columns: each has a part of K in registers, and all of it in bf16 in shared memory
+    WIDE: gl.constexpr = BK > 128
+    # Sums over K leave out the zeros of the last quarter of a tile
+    PARTS: gl.constexpr = 2 if WIDE and K <= BK - BK // 4 else 1
     ROWS: gl.constexpr = 1 if WIDE else GROUPS
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BC * ROWS // GROUPS, 16])
@@ -157,9 +169,9 @@ def walk(
             b_r = s_buf
         else:
             b_r = gl.convert_layout(_rounded(b_s), READ)
-        b_a = warpgroup_mma(s_k, s_qt, zero_a, use_acc=False, is_async=True)  # [BC of j, BC of i]
-        b_o = warpgroup_mma(b_r, s_qt, zero_o, use_acc=False, is_async=True)  # [BV, BC]
-        b_a = warpgroup_mma_wait(1, deps=[b_a])
+        b_a = _sum_over_k(s_k, s_qt, zero_a, BK, PARTS)  # [BC of j, BC of i]
+        b_o = _sum_over_k(b_r, s_qt, zero_o, BK, PARTS)  # [BV, BC]
+        b_a = warpgroup_mma_wait(PARTS, deps=[b_a])
         b_a = b_a * b_w
         b_p = _rounded(b_a)
         p_buf.index(0).store(b_p)
