@@ -652,7 +652,7 @@ LOGGED = {
         ["--linear-value-head-dim 32 gives way to the option"],
     ),
     "softmax-alone": (
-        dict(linear_attention_freq=[0] * 4), {}, OWN, ["--linear-attention-freq [0, 0, 0, 0]: all layers are softmax"],
+        dict(linear_attention_freq=[0] * 4), {}, OWN, ["--linear-attention-freq [0,0,0,0] makes all layers softmax"],
     ),
     "mask": (
         {}, {}, OWN | dict(create_attention_mask_in_dataloader=True),
