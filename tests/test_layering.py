@@ -202,3 +202,15 @@ def test_imports_of_test_modules_are_found():
     """The test above can fail."""
     text = "from .test_loss import f\nfrom tests.ops import test_rows\nfrom .cases import pick\nimport tests.test_spec"
     assert other_tests(text, "tests.ops") == ["tests.ops.test_loss.f", "tests.ops.test_rows", "tests.test_spec"]
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def test_examples_do_not_import_tests():
+    """Tests and benchmarks may import examples: what both need is there."""
+    wrong = {}
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        found = imports(path.read_text("utf-8"), ".".join(path.parent.relative_to(ROOT).parts))
+        wrong |= {path.name: tests} if (tests := sorted(x for x in found if x.partition(".")[0] == "tests")) else {}
+    assert not wrong
