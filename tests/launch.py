@@ -41,6 +41,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from examples import megatron_log
+
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"
 # A GPU, if there is one, is hidden: these runs are for the CPU. One thread, since ranks share the cores.
@@ -53,7 +55,7 @@ GRACE = 10.0  # seconds for the other ranks to end, and show why, once one has f
 class Run:
     """What a run of pretrain() left behind."""
 
-    losses: list[float]  # lm loss of each iteration, see parse_losses
+    losses: list[float]  # lm loss of each iteration, see examples/megatron_log.py
     log: str  # stdout and stderr of all ranks, as they came
     seconds: float
     ok: bool
@@ -90,7 +92,8 @@ def run_pretrain(
         text = log.read_text(errors="replace")
     if error and check:
         raise AssertionError(f"{nproc} x cpu_shim.py {' '.join(argv)}: {error}\n{excerpt(text)}")
-    return Run(parse_losses(text), text, time.monotonic() - start, ok=not error)
+    losses = [step.loss for step in megatron_log.steps(text) if step.loss is not None]
+    return Run(losses, text, time.monotonic() - start, ok=not error)
 
 
 def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0, gpus: bool = False) -> list[Any]:
@@ -107,19 +110,6 @@ def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0
             raise AssertionError(f"{name} on {nproc} ranks: {error}\n{excerpt(log.read_text(errors='replace'))}")
         # Not pickle: megatron/core/safe_globals.py makes tensors pickle in a way that imports Megatron here.
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(nproc)]
-
-
-def parse_losses(log: str) -> list[float]:
-    """Return the lm loss of each iteration from Megatron's log, written with --log-interval 1.
-
-    Megatron prints the first iteration of a run at once but does not reset its average, so that the second line
-    shows the mean of the first two (megatron/training/training.py:2594). That mean is undone here; the second
-    loss has therefore an error of up to 1.5e-6, three times that of the others.
-    """
-    printed = [float(loss) for loss in re.findall(r"\| lm loss: (\S+) \|", log)]
-    if len(printed) > 1:
-        printed[1] = round(2 * printed[1] - printed[0], 6)
-    return printed
 
 
 def excerpt(log: str, lines: int = 60) -> str:
