@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 
 from examples import megatron_log
+from tests.helpers.mortal import end_with_parent, mortal
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"
@@ -128,7 +129,7 @@ def excerpt(log: str, lines: int = 60) -> str:
 
 def _torchrun(argv: list[str], nproc: int, env: dict[str, str], log: Path, timeout: float) -> str | None:
     """Run the shim under torchrun; return what went wrong, None for nothing."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", SHIM, *argv]
+    command = mortal("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", str(SHIM), *argv)
     with open(log, "wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **ENV, **env}, stdout=out, stderr=out, start_new_session=True
@@ -242,7 +243,18 @@ def _preload() -> None:
 
 
 def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> None:
-    """First function of every process: become its own group, write to the log, take the environment."""
+    """First function of every process: become its own group, write to the log, take the environment.
+
+    It ends with its parent: the server, which ends when this module's process does, or (with GPUs) that process itself,
+    in whose thread _fork waits for it.
+    """
+    end_with_parent()
+    if not multiprocessing.parent_process().is_alive():
+        return
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_alive_fd is not None:  # the server lives as long as anyone holds this end of a pipe
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
     os.setsid()
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.generate import NUMBERS, SIZE
+from tests.helpers.mortal import mortal
 from tests.launch import ENV, ROOT, run_pretrain
 
 SERVE = "lightning_megatron.inference.serve"
@@ -63,7 +63,7 @@ class Server:
     """The command, as a user starts it."""
 
     def __init__(self, folder: Path, *more: str):
-        command = [sys.executable, "-W", "ignore", "-m", SERVE, *flags(folder), *more]
+        command = mortal("-m", SERVE, *flags(folder), *more)
         self.log = folder / "log"
         with open(self.log, "wb") as out:
             self.process = subprocess.Popen(
