@@ -242,16 +242,6 @@ def test_scores_of_answers():
 # ---- training, comparison, report ------------------------------------------------------------------------------------
 
 
-def test_mean_of_the_first_two_losses_is_undone():
-    line = (
-        " iteration {}/ 9 | consumed samples: 1 | elapsed time per iteration (ms): 50.0 | learning rate: 1.0E-03 |"
-        " global batch size: 4 | lm loss: {} | loss scale: 1.0 | grad norm: 1.5 |"
-    )
-    rows = list(train.steps_in(line.format(i, x) for i, x in ((5, 4.0), (6, 3.0), (7, 2.5))))
-    assert [(row["iteration"], row["loss"]) for row in rows] == [(5, 4.0), (6, 2.0), (7, 2.5)]
-    assert rows[0] == {"iteration": 5, "loss": 4.0, "grad_norm": 1.5, "lr": 1e-3, "seconds": 0.05}
-
-
 def test_distances_of_curves():
     curves = {"a": [4.0, 2.0], "a-seed2": [4.5, 3.0], "b": [4.0, 1.9]}
     found = fidelity.distances(curves, "a", "a-seed2")

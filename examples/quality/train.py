@@ -18,24 +18,18 @@ import argparse
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.benchmarks.report import output, when
+from examples import megatron_log
+from examples.provenance import output, when
 
 from . import ROOT
 from .variants import SIZES, Size, flags
 
-STEP = re.compile(
-    r"iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|.* learning rate: ([\d.E+-]+) \|"
-    r".* lm loss: ([\d.E+-]+|nan|inf) \|.* grad norm: ([\d.]+|nan|inf) \|"
-)
-VALID = re.compile(r"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ([\d.E+-]+)")
-PARAMETERS = re.compile(r"number of parameters on .*\((?:0, )*0\): (\d+)$")
 TRACKER = "latest_checkpointed_iteration.txt"
 MODULE = "lightning_megatron.pretrain"
 
@@ -99,29 +93,6 @@ def launch(words: list[str], log: Path, gpu: bool) -> Iterable[str]:
         raise RuntimeError(f"exit status {process.returncode}; {log} ends with\n" + log.read_text("utf-8")[-3000:])
 
 
-def steps_in(lines: Iterable[str]) -> Iterable[dict]:
-    """What a stretch's log says of steps, validations and parameters.
-
-    Megatron prints the first step of a process at once, but does not reset its average, so that the second line shows
-    the mean of the first two losses; that is undone here.
-    """
-    printed: list[float] = []
-    for line in lines:
-        if match := STEP.search(line):
-            loss = float(match[4])
-            printed.append(loss)
-            if len(printed) == 2:
-                loss = round(2 * loss - printed[0], 6)
-            yield {
-                "iteration": int(match[1]), "loss": loss, "grad_norm": float(match[5]), "lr": float(match[3]),
-                "seconds": float(match[2]) / 1e3,
-            }  # fmt: skip
-        elif match := VALID.search(line):
-            yield {"iteration": int(match[1]), "valid_loss": float(match[2])}
-        elif match := PARAMETERS.search(line):
-            yield {"parameters": int(match[1])}
-
-
 def read_lines(path: Path) -> list[dict]:
     """The objects of a file of JSON lines; none where it is missing."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
@@ -182,16 +153,17 @@ def train(options: argparse.Namespace, run: Callable[[list[str], Path, bool], It
     valid = [row for row in read_lines(folder / "valid.jsonl") if row["iteration"] <= before]
     start, time_of_steps = time.time(), 0.0
     try:
-        for row in steps_in(run(command(options, folder, gpu), folder / "log.txt", gpu)):
-            if "parameters" in row:
-                held["parameters"] = row["parameters"]
-            elif "valid_loss" in row:
-                valid = [x for x in valid if x["iteration"] != row["iteration"]] + [row]  # the test set's comes second
-            else:
-                losses.append(row)
-                time_of_steps += row["seconds"]
-                if row["iteration"] % max(1, what["steps"] // 20) == 0:
-                    print(f"{folder.name}: step {row['iteration']}/{what['steps']} loss {row['loss']:.4f}", flush=True)
+        for row in megatron_log.read(run(command(options, folder, gpu), folder / "log.txt", gpu)):
+            if isinstance(row, megatron_log.Parameters):
+                held["parameters"] = row.count
+            elif isinstance(row, megatron_log.Validation):  # after the last step there are two
+                valid = [x for x in valid if x["iteration"] != row.iteration]
+                valid.append({"iteration": row.iteration, "valid_loss": row.loss})
+            elif row.loss is not None:
+                losses.append({key: value for key, value in row._asdict().items() if key != "last"})
+                time_of_steps += row.seconds
+                if row.iteration % max(1, what["steps"] // 20) == 0:
+                    print(f"{folder.name}: step {row.iteration}/{what['steps']} loss {row.loss:.4f}", flush=True)
     finally:
         after = done(folder)
         for name, rows in (("losses.jsonl", losses), ("valid.jsonl", valid)):
