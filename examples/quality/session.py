@@ -71,7 +71,7 @@ def _do(one: argparse.Namespace, options: argparse.Namespace, end: float, run: t
     if not (folder / "run.json").is_file():
         return "no time"
     left = end - time.time()
-    if train.state(folder) == "complete" and left > 0:
+    if train.state(folder) == "complete" and left > 0 and not options.train_only:
         begin("examples.quality.evaluate", [str(folder), "--data", str(options.data), *options.questions], left)
         tasks = json.loads((folder / "evaluate.json").read_text("utf-8"))["tasks"]
         return f"complete, with {', '.join(tasks)}"
@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("jobs", nargs="+", metavar="JOB", help="VARIANT or VARIANT@SEED")
     made.add_argument("--results", type=Path, required=True, help="folder for the JSON of all runs")
+    made.add_argument("--train-only", action="store_true", help="evaluate nothing: for speeds")
     return train.add_options(made)
 
 

@@ -229,7 +229,8 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
     stretch: dict = {"from": before, "to": None, "card": card(gpu), **when(), **versions()}  # to: None if killed
     record.run["stretches"].append(stretch)
     record.save()
-    lines = run(command(options, folder, gpu), folder / "log.txt", gpu, max(1.0, options.seconds - options.reserve))
+    left = start + options.seconds - options.reserve - time.time()
+    lines = run(command(options, folder, gpu), folder / "log.txt", gpu, max(1.0, left))
     last, time_of_steps = before, 0.0
     try:
         with contextlib.closing(steps_in(lines)) as rows:
