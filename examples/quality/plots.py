@@ -61,9 +61,11 @@ def _axes(count: int):
 def _loss(results: Results, runs: list[Run]):
     figure, axes = _axes(3)
     told: set[str] = set()
+    tops = []
     for run in runs:
         window = max(1, run.about["steps"] // 100)
         losses = [statistics.fmean(run.losses[max(0, i - window) : i + 1]) for i in range(len(run.losses))]
+        tops += losses[run.about["steps"] // 12 :][:1]
         label = None if run.variant in told else run.variant
         told.add(run.variant)
         line = {"color": COLOURS[run.variant], "linewidth": 1.1, "linestyle": "-" if run.about["seed"] == 1 else "--"}
@@ -74,6 +76,8 @@ def _loss(results: Results, runs: list[Run]):
             axes[2].plot([(i + 0.5) * length / len(parts) for i in range(len(parts))], parts, **line)
     for axis, name in zip(axes, ("million tokens", "minutes of training steps", "position in the window"), strict=True):
         axis.set_xlabel(name)
+    for axis in axes[:2] if tops else ():
+        axis.set_ylim(top=max(tops))  # the fall from the first loss hides all else
     axes[0].set_ylabel("training loss (nats per token)")
     axes[2].set_ylabel("held-out loss")
     axes[2].set_xscale("log", base=2)
@@ -85,8 +89,8 @@ def _recall(results: Results, runs: list[Run]):
     figure, axes = _axes(3)
     kinds: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
         ("context", "multiple", "perplexity", "context, in training lengths", "{:g}".format),
-        ("recall", "pairs", "accuracy", "pairs (MQAR), share of values right", "{:g}".format),
-        ("copy", "distance", "gain", "distance of a copy (tokens), nats gained", "{:,.0f}".format),
+        ("recall", "pairs", "accuracy", "pairs to recall (MQAR)", "{:g}".format),
+        ("copy", "distance", "gain", "distance of a copy (tokens)", "{:,.0f}".format),
     )
     for axis, (task, key, value, label, form) in zip(axes, kinds, strict=True):
         keys = keys_of(runs, task, key)
@@ -102,7 +106,8 @@ def _recall(results: Results, runs: list[Run]):
         axis.set_xscale("log", base=2)
         axis.set_xticks(keys, [form(x) for x in keys])
         axis.set_xlabel(label)
-        axis.set_ylabel(value)
+        axis.set_ylabel({"accuracy": "share of values right", "gain": "nats gained"}.get(value, value))
+    axes[0].set_yscale("log")  # softmax may be lost beyond its training length
     figure.legend(loc="outside right center", frameon=False)
     return figure
 
@@ -127,7 +132,8 @@ def _needle(results: Results, runs: list[Run]):
         image = axis.imshow(values[name], vmin=0, vmax=top, aspect="auto", cmap="viridis")
         for (y, row), x in itertools.product(enumerate(values[name]), range(len(lengths))):
             text = "-" if row[x] != row[x] else f"{row[x]:.1f}"
-            axis.text(x, y, text, ha="center", va="center", color="w", fontsize=8)
+            colour = "black" if row[x] > 0.7 * top else "white"
+            axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
         axis.set_xticks(range(len(lengths)), [f"{x:,.0f}" for x in lengths])
         axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths])
         axis.set_title(name, fontsize=9)

@@ -78,7 +78,7 @@ def verdicts(results: Results) -> list[str]:
     few = [f"`{name}`" for name, count in seeds.items() if count < 2]
     more_seeds = f" Of {', '.join(few)} there is one seed: small differences there mean nothing." if few else ""
     head = f"Beside `softmax`, whose values are in brackets, after {million(plan.tokens)} tokens.{more_seeds}"
-    return [head, "", *lines]
+    return [f"{head} In all tables ± is half of the distance between seeds.", "", *lines]
 
 
 def needle_of(value: str, length: float) -> Pick:
