@@ -48,9 +48,9 @@ class Scale:
 
 
 TOY = Scale(
-    "toy", 36, 60, 500_000, 6,
-    ("--loss-tokens", "12800", "--context-tokens", "8400", "--pairs", "4", "8", "--cases", "1", "--depths", "0.5"),
-    seconds=40,
+    "toy", 30, 60, 500_000, 6,
+    ("--loss-tokens", "6400", "--context-tokens", "8400", "--pairs", "4", "8", "--cases", "1", "--depths", "0.5"),
+    seconds=60,
 )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ class Pipeline:
         took, steps = time.time() - start, train.done(folder)
         assert took <= seconds, f"a limit of {seconds} s ended after {took:.1f} s"
         read = len(train.read_lines(folder / "losses.jsonl"))
-        assert 0 < steps == read, f"{steps} steps are saved, {read} were read"
+        assert 0 < steps == read, f"{steps} steps are saved, {read} were read in {took:.0f} s"
         print(f"    {steps} steps and their checkpoint in {took:.1f} s of {seconds:g}")
 
     def session(self) -> None:
@@ -164,7 +164,7 @@ class Pipeline:
 
     def fidelity(self) -> None:
         words = ["--data", str(self.data), "--runs", str(self.runs), "--size", self.scale.size]
-        words += ["--steps", str(self.scale.fidelity_steps)]
+        words += ["--steps", str(self.scale.fidelity_steps), "--together", "1"]  # the time limit has the other core
         options = fidelity.parser().parse_args(["train", *words])
         step("fidelity: training", lambda: fidelity.train_paths(options, fidelity.ON_CPU, self.run))
         words = ["states", *words, "--states-tokens", "1000", "--chunk", "100"]

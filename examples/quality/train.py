@@ -73,7 +73,7 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
         --tokenizer-type SentencePieceTokenizer --num-workers {2 if gpu else 0}
         --log-interval 1 --eval-interval {max(1, steps // 8)} --eval-iters {options.eval_iters}
         --save-interval {steps} --exit-signal-handler --no-check-for-nan-in-loss-and-grad
-        --manual-gc --manual-gc-interval 100
+        --manual-gc --manual-gc-interval 100 --no-manual-gc-eval
     """.split()
     data, checkpoint = options.data, str(folder / "checkpoint")
     words += ["--tokenizer-model", str(data / "tokenizer.model"), "--data-cache-path", str(folder / "cache")]
