@@ -103,12 +103,17 @@ def test_killed_stretch_leaves_no_step_twice(pretend):
     with pytest.raises(RuntimeError, match="killed"):
         train.train(pretend(30), cut)
     assert rows_of(folder)[-1] == 15 and train.done(folder) == 8
+    run = json.loads((folder / "run.json").read_text())
+    run["stretches"][-1] |= {"to": None, "began": time.time() - 100}  # as a kill of this program, too, would leave it
+    del run["stretches"][-1]["wall_seconds"]
+    (folder / "run.json").write_text(json.dumps(run))
     with (folder / "losses.jsonl").open("a") as file:
         file.write('{"iteration": 16, "lo')  # a machine that is cut may leave half a line
     train.train(pretend(30), pretended)
     assert rows_of(folder) == list(range(1, 31)) and train.state(folder) == "complete"
-    ends = [(x["from"], x["to"]) for x in json.loads((folder / "run.json").read_text())["stretches"]]
-    assert ends == [(0, 8), (8, 8), (8, 30)]
+    stretches = json.loads((folder / "run.json").read_text())["stretches"]
+    assert [(x["from"], x["to"]) for x in stretches] == [(0, 8), (8, None), (8, 30)]
+    assert 95 < stretches[1]["wall_seconds"] < 110
     (folder / "losses.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in (1, 2, 2, 3)))
     with pytest.raises(ValueError, match="does not hold the steps 1 to 4, each once"):
         results.one_file(folder)

@@ -165,6 +165,13 @@ class Record:
             rows = [row for row in read_lines(path) if row["iteration"] <= last]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def end_of_killed(self) -> None:
+        """A stretch that was killed with this program has None as its ``to``; it took time up to its last row."""
+        for stretch in self.run["stretches"][-1:]:
+            if stretch["to"] is None and self._files["losses"].is_file():
+                took = self._files["losses"].stat().st_mtime - stretch["began"]
+                stretch["wall_seconds"] = round(max(0.0, took), 1)
+
     def add(self, name: str, row: dict) -> None:
         """One row; a second validation at the same step, which Megatron makes at the end, is left out."""
         if self._last.get(name) == row["iteration"]:
@@ -196,8 +203,9 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
     if before >= steps or "diverged" in record.run:
         print(f"{folder.name}: {state(folder)}", flush=True)
         return folder
+    record.end_of_killed()
     record.cut(before)
-    stretch: dict = {"from": before, "to": None, "card": card(gpu), **when(), **versions()}  # to: None if killed
+    stretch: dict = {"from": before, "to": None, "began": start, "card": card(gpu), **when(), **versions()}
     record.run["stretches"].append(stretch)
     record.save()
     left = start + options.seconds - options.reserve - time.time()
