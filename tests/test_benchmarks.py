@@ -199,7 +199,7 @@ def forbidden(**details):
     raise AssertionError(f"not compiled: {details['repr']}")
 
 
-kept = ("check_values", "choose_implementation", "_has_copy_engine", "check_shapes")
+kept = ("check_values", "choose_implementation", "has_copy_engine", "check_shapes")
 for target, name, value in precompile._replacements(claims):
     if name in kept:
         setattr(target, name, value)
