@@ -71,8 +71,8 @@ def lightning_attn(
         given = q, k, v, log_decay, initial_state, cu_seqlens
         o, final, *_ = torch.ops.lightning_megatron.attention(*given, scale, output_final_state, backend)
         return o, final if output_final_state else None
-    call = _checked(q, k, v, log_decay, scale, initial_state, cu_seqlens, backend)
-    return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens, output_final_state)
+    call = _checked(q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens, backend)
+    return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens)
 
 
 class _Call(NamedTuple):
@@ -80,18 +80,19 @@ class _Call(NamedTuple):
 
     backend: Backend
     scale: float
+    need_final: bool
 
 
 _calls: dict[Hashable, _Call] = {}
 KEPT = 2048  # calls: lengths that never return must not fill the memory
 
 
-def _checked(q, k, v, log_decay, scale, initial_state, cu_seqlens, backend) -> _Call:
+def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend) -> _Call:
     """Check everything: shapes, dtypes and devices once for each set of them, values as ``check_values`` does."""
     try:
         key = (
             q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
-            log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad, scale, backend,
+            log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad, scale, need_final, backend,
             None if initial_state is None else (initial_state.shape, initial_state.dtype, initial_state.device),
             None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
         )  # fmt: skip
@@ -100,7 +101,7 @@ def _checked(q, k, v, log_decay, scale, initial_state, cu_seqlens, backend) -> _
         key = call = None
     if call is None:
         check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-        call = _Call(choose(backend, q), q.shape[-1] ** -0.5 if scale is None else float(scale))
+        call = _call(q, scale, need_final, backend)
         if len(_calls) >= KEPT:
             _calls.clear()
         if key is not None:
@@ -109,7 +110,11 @@ def _checked(q, k, v, log_decay, scale, initial_state, cu_seqlens, backend) -> _
     return call
 
 
-def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens, need_final: bool):
+def _call(q, scale, need_final, backend) -> _Call:
+    return _Call(choose(backend, q), q.shape[-1] ** -0.5 if scale is None else float(scale), bool(need_final))
+
+
+def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens):
     """Results, and what the backward needs: q, k, v and log_decay as the kernels read them, ids and bounds of
     documents, tensors of the backend; and its plan.
     """
@@ -121,9 +126,9 @@ def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens, need_fi
         if cu_seqlens is not None:
             documents = ids, bounds, _ = call.backend.find_documents(cu_seqlens, q.shape[1], q.shape[1])
         o, final, saved, plan = call.backend.forward(
-            q, k, v, log_decay, call.scale, initial_state, documents, need_final
+            q, k, v, log_decay, call.scale, initial_state, documents, call.need_final
         )
-    return o, final if need_final else None, (q, k, v, log_decay, initial_state, ids, bounds, *saved), plan
+    return o, final if call.need_final else None, (q, k, v, log_decay, initial_state, ids, bounds, *saved), plan
 
 
 def _backward(call: _Call, saved, plan, do, dfinal):
@@ -145,18 +150,26 @@ class _LightningAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, q, k, v, log_decay, initial_state, cu_seqlens, need_final):
-        o, final, saved, plan = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens, need_final)
+    def forward(ctx, call, q, k, v, log_decay, initial_state, cu_seqlens):
+        o, final, saved, plan = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens)
         ctx.save_for_backward(*saved)
         ctx.call, ctx.plan = call, plan
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
-        dq, dk, dv, dinitial = _backward(ctx.call, ctx.saved_tensors, ctx.plan, do, dfinal)
-        return None, dq, dk, dv, None, dinitial, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients_once(ctx, do, dfinal)
+        return _gradients(ctx, do, dfinal)
+
+
+def _gradients(ctx, do, dfinal):
+    dq, dk, dv, dinitial = _backward(ctx.call, ctx.saved_tensors, ctx.plan, do, dfinal)
+    return None, dq, dk, dv, None, dinitial, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -174,8 +187,8 @@ def _or_empty(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def _attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, need_final, backend):
     """o, final state, tensor of the backend, and ids and bounds of documents."""
-    call = _checked(q, k, v, log_decay, scale, initial_state, cu_seqlens, backend)
-    o, final, saved, _ = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens, need_final)
+    call = _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend)
+    o, final, saved, _ = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens)
     ids, bounds, states = (*saved[5:], None)[:3]
     return o, *(_or_empty(x, q) for x in (final, states)), *(_or_empty(x, q).int() for x in (ids, bounds))
 
@@ -195,7 +208,7 @@ def _(q, k, v, log_decay, initial_state, cu_seqlens, scale, need_final, backend)
     "Tensor bounds, Tensor? do, Tensor? dfinal, float? scale, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def _attention_backward(q, k, v, log_decay, initial_state, states, ids, bounds, do, dfinal, scale, backend):
-    call = _Call(choose(backend, q), q.shape[-1] ** -0.5 if scale is None else scale)
+    call = _call(q, scale, False, backend)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ids, bounds, states = (x if x.numel() else None for x in (ids, bounds, states))
     saved = q, k, v, log_decay.contiguous(), initial_state, ids, bounds, states

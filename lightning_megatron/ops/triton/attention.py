@@ -52,7 +52,7 @@ class _Forward:
         )  # fmt: skip
 
     def __call__(self, q, k, v, log_decay, initial_state, documents, split_states):
-        o, final = self._o.new(), None
+        o, final = self._o.new(q), None
         if self._final is not None:
             final = leaving_state(initial_state, self._final, self._has_empty, q.device)
         if self._launch is not None:
@@ -85,7 +85,7 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
 def plan_of(q, v) -> SplitPlan:
     """See ``Backend.plan_of``."""
     B, T, H, K = q.shape
-    return tiling.plan_for(B, T, H, K, v.shape[3], q.dtype)
+    return tiling.plan_for(B, T, H, int(K), int(v.shape[3]), q.dtype)  # torch.compile may have symbols for numbers
 
 
 def outputs_like(q, k, v, packed: bool):
@@ -93,7 +93,7 @@ def outputs_like(q, k, v, packed: bool):
     (B, T, H, K), V, cut = q.shape, v.shape[3], plan_of(q, v)
     rows = (cdiv(T, cut.split_len * cut.splits) - 1) * cut.splits if T > 0 else 0
     states = q.new_empty((B, rows, H, K, V), dtype=torch.float32)
-    return tokens_like(q, H, V).new(), states, q.new_empty((1, T) if packed else (0,), dtype=torch.int32)
+    return tokens_like(q, H, V).new(q), states, q.new_empty((1, T) if packed else (0,), dtype=torch.int32)
 
 
 class _Backward:
@@ -156,7 +156,7 @@ class _Backward:
         return launch
 
     def __call__(self, q, k, v, log_decay, initial_state, documents, split_states, do, dfinal, split_grads):
-        dq, dk, dv = (x.new() for x in self._results)
+        dq, dk, dv = [x.new(q) for x in self._results]
         ids, bounds = ids_and_bounds(documents)
         given = q, k, v, do, dq, dk, dv, log_decay, split_states
         has_tokens, dq_is_left = self.has_tokens, True
@@ -200,7 +200,7 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
 def gradients_like(q, k, v):
     """See ``Backend.gradients_like``."""
     H, K, V, kv_heads = *q.shape[2:], v.shape[3], k.shape[2]
-    dq, dk, dv = (tokens_like(x, H, dim).new() for x, dim in ((q, K), (k, K), (v, V)))
+    dq, dk, dv = (tokens_like(x, H, dim).new(x) for x, dim in ((q, K), (k, K), (v, V)))
     return dq, *_added_up(dk, dv, kv_heads)
 
 

@@ -101,6 +101,6 @@ def final_states(k, v, log_decay, initial_state, documents, reverse=False, scale
     if plan.launch is not None:
         states = plan.states(k, v, log_decay, initial_state, documents)
         plan.launch(
-            plan.queries(k), k, v, plan.o.new(), log_decay, states, initial_state, final, *ids_and_bounds(documents)
+            plan.queries(k), k, v, plan.o.new(v), log_decay, states, initial_state, final, *ids_and_bounds(documents)
         )  # fmt: skip
     return final

@@ -116,10 +116,8 @@ def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 def _listened_to() -> bool:
     """Whether a profiler, or anyone, has hooks in launches."""
     runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):  # a chain, of no calls at first
-            return True
-    return False
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # chains, of no calls at first
 
 
 @functools.cache

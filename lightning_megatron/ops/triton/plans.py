@@ -19,33 +19,32 @@ from .tiling import precision
 
 
 class Memory(NamedTuple):
-    """Of a result: its layout. ``new()`` allocates it."""
+    """Of a result: its layout."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
-    def new(self) -> torch.Tensor:
-        return torch.empty_strided(self.size, self.strides, dtype=self.dtype, device=self.device)
+    def new(self, like: torch.Tensor) -> torch.Tensor:
+        """Allocated, with the dtype and the device of ``like``."""
+        return like.new_empty_strided(self.size, self.strides)
 
     def stride(self) -> tuple[int, ...]:
         return self.strides
 
 
-def dense(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
+def dense(*size: int) -> Memory:
     strides = [1]
     for n in size[:0:-1]:
         strides.insert(0, strides[0] * max(n, 1))
-    return Memory(size, tuple(strides), dtype, device)
+    return Memory(size, tuple(strides))
 
 
 def tokens_like(x: torch.Tensor, heads: int, dim: int) -> Memory:
     """``[B, T, heads, dim]``; as a view of ``[T, B, heads, dim]``, Megatron's order, where x is one."""
     (B, T), token = x.shape[:2], heads * dim
     if B > 1 and x.stride(0) < x.stride(1):
-        return Memory((B, T, heads, dim), (token, B * token, dim, 1), x.dtype, x.device)
-    return dense((B, T, heads, dim), x.dtype, x.device)
+        return Memory((B, T, heads, dim), (token, B * token, dim, 1))
+    return dense(B, T, heads, dim)
 
 
 def strides_of(x: torch.Tensor | Memory | None) -> tuple[int, ...]:
@@ -112,7 +111,7 @@ class SplitStates:
     ) -> None:  # fmt: skip
         (B, T), K = rows_of(k, pieces), k.shape[3]
         self.rows = (cdiv(T, split_len * splits) - (not every)) * splits if T else 0
-        self._memory = dense((B, self.rows, H, K, v.shape[-1]), torch.float32, k.device)
+        self._memory = dense(B, self.rows, H, K, v.shape[-1])
         self._incoming = incoming and not by_row(documents)  # those of documents enter inside parts
         if self.rows:
             self._launch = walk(
@@ -124,7 +123,7 @@ class SplitStates:
         """None of no rows."""
         if not self.rows:
             return None
-        states = self._memory.new()
+        states = self._memory.new(log_decay)  # which is fp32, too
         incoming = incoming if self._incoming else None
         self._launch(None, k, v, None, log_decay, states, incoming, None, *ids_and_bounds(documents))
         return states
