@@ -42,12 +42,12 @@ def around(impl: Impl):
     return function
 
 
-@pytest.mark.parametrize("documents", [None, (30, 0, 41)])
+@pytest.mark.parametrize("documents", [None, (12, 0, 21)])
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("layout", [lambda case: case, time_first], ids=["", "time first"])
 def test_one_graph_with_the_bits_of_eager(impl, rng, cut, documents, initial, layout):
     cut(32)
-    case = layout(make_case(rng, impl, B=2, T=71, Hkv=1, V=32, documents=documents, initial=initial))
+    case = layout(make_case(rng, impl, B=2, T=33, Hkv=1, V=32, documents=documents, initial=initial))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     got = evaluate(compiled(around(impl), counter), case)
     assert counter.frame_count == 1
@@ -58,8 +58,8 @@ def test_other_lengths_need_no_other_graph(impl, rng, cut):
     cut(32)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function = compiled(around(impl), counter, dynamic=True)
-    for T in (71, 90, 131):
-        case = make_case(rng, impl, B=2, T=T)
+    for T in (35, 50):
+        case = make_case(rng, impl, B=1, T=T, H=2)
         assert_same_bits(evaluate(function, case), evaluate(around(impl), case))
     assert counter.frame_count == 1
 
@@ -78,18 +78,18 @@ def test_wrong_inputs_are_refused_before_a_graph_and_by_it(impl, rng):
     """Shapes when the function is traced, values whenever the graph runs."""
     case = make_case(rng, impl, B=1, T=40)
     function = torch.compile(around(impl), backend="aot_eager")
-    with pytest.raises(ValueError, match=r"k must be \[1,40"):
-        function(case.q, case.k[:, :1], case.v, case.log_decay)
     function(case.q, case.k, case.v, case.log_decay)
     with pytest.raises(ValueError, match=r"log_decay\[1\] = 0.5"):
         function(case.q, case.k, case.v, torch.tensor([-0.1, 0.5]))
+    with pytest.raises(ValueError, match=r"k must be \[1,40"):
+        function(case.q, case.k[:, :1], case.v, case.log_decay)
 
 
-@pytest.mark.parametrize("documents", [None, (30, 0, 41)])
+@pytest.mark.parametrize("documents", [None, (12, 0, 21)])
 def test_what_torch_is_told_is_true(impl, rng, cut, documents):
     """Schema, shapes and strides, gradients: torch's own check of operations."""
     cut(32)
-    case = make_case(rng, impl, B=2, T=71, Hkv=1, V=32, documents=documents)
+    case = make_case(rng, impl, B=1, T=33, Hkv=1, V=32, documents=documents)
     given = [x.requires_grad_() for x in (case.q, case.k, case.v)]
     arguments = (*given, case.log_decay, case.initial_state, case.cu_seqlens, None, True, impl.backend)
     torch.library.opcheck(operator._attention, arguments)
