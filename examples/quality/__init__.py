@@ -5,10 +5,11 @@ Each module is one step, run as ``python -m examples.quality.STEP`` from the che
     packages    download what packages.txt and debian.txt pin, by version and sha256
     corpus      their text: filtered, without duplicates, split by package
     tokens      a tokenizer, Megatron's datasets, and shards small enough to be sent
+    session     several variants on a lent machine: the two steps below, within a deadline
     train       one variant (variants.py), in stretches that go on where the last one stopped
     evaluate    losses, perplexity at long contexts, recall, needles, copies of one checkpoint
     fidelity    the same training by other arithmetic; sizes of states
-    report      tables and plots of docs/quality.md, from the JSON of the steps above
+    report      tables and plots (plots.py) of docs/quality.md, from the JSON of the steps above (results.py)
     smoke       all of it at toy size
 """
 

@@ -1,155 +1,233 @@
-"""Tables and plots of docs/quality.md, from the JSON files of the other steps.
+"""Tables and plots of docs/quality.md, from the committed JSON files.
 
     python -m examples.quality.report collect --runs runs           # JSON of runs -> examples/quality/results
     python -m examples.quality.report write                         # results -> docs/quality.md and its plots
 
-``collect`` copies run.json, losses.jsonl, valid.jsonl and evaluate.json of every run, and fidelity.json. ``write``
-replaces what stands between the two marks in docs/quality.md. Nothing is left out: runs that diverged or are not
-complete have their row.
+``write`` replaces what stands between the two marks in docs/quality.md. Nothing is left out: runs of the plan that are
+not there are missing by name, and those that diverged or are not complete have their row.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import math
-import shutil
-import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import RESULTS, ROOT
-from .train import read_lines
-from .variants import VARIANTS
+from .results import FIDELITY, Mean, Pick, Results, Run, collect, keys_of, load, loss_of, mean, row_of
+from .variants import ABLATIONS, FAMILY, MAIN, PLAN, SIZES, TWO_SEEDS, Plan
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-FILES = ("run.json", "losses.jsonl", "valid.jsonl", "evaluate.json")
 NOTHING = "**Nothing is measured yet.** The pipeline is there and tested on CPUs; no run on a GPU has been committed."
-DIVERGED = 1.0  # nats that the last losses may be above the best validation before a run counts as diverged
+MISSING = "missing"
+HYBRIDS = [name for name in MAIN if name not in ("lightning", "softmax")]
 
 
-def collect(runs: Path, results: Path) -> int:
-    """Copy the JSON of all runs; returns how many runs there are."""
-    folders = sorted(path.parent for path in runs.glob("*/run.json"))
-    for folder in folders:
-        (results / folder.name).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, results / folder.name / name)
-    if (runs / "fidelity.json").is_file():
-        results.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(runs / "fidelity.json", results / "fidelity.json")
-    return len(folders)
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
-def load(results: Path) -> list[dict]:
-    """All runs: run.json with losses, valid and tasks, by variant as variants.py orders them."""
-    found = []
-    for path in sorted(results.glob("*/run.json")):
-        run = json.loads(path.read_text("utf-8"))
-        run["losses"], run["valid"] = (read_lines(path.with_name(f"{x}.jsonl")) for x in ("losses", "valid"))
-        evaluated = path.with_name("evaluate.json")
-        run["tasks"] = json.loads(evaluated.read_text("utf-8"))["tasks"] if evaluated.is_file() else {}
-        found.append(run | {"name": path.parent.name})
-    order = {name: number for number, name in enumerate(VARIANTS)}
-    return sorted(found, key=lambda run: (run["size"], -run["tokens"], order[run["variant"]], run["lr"], run["seed"]))
+def shown(found: Mean | None, form: str = ".4f") -> str:
+    return MISSING if found is None else found.text(form)
 
 
-def state(run: dict) -> str:
-    """complete, stopped at a step, or diverged."""
-    losses = [row["loss"] for row in run["losses"]]
-    if not losses:
-        return "no step"
-    last = losses[-max(1, len(losses) // 20) :]
-    if not all(map(math.isfinite, losses)):
-        return "diverged"
-    best = min((row["valid_loss"] for row in run["valid"]), default=math.inf)
-    if statistics.mean(last) > best + DIVERGED:
-        return "diverged"
-    return "complete" if len(losses) == run["steps"] else f"stopped at {len(losses)} of {run['steps']}"
+def million(tokens: float) -> str:
+    return f"{tokens / 1e6:,.3g}M"
 
 
-def gpu_seconds(run: dict) -> float:
-    return sum(row["seconds"] for row in run["losses"])
+def by_variant(results: Results, head: list[str], picks: list[Pick], form: str) -> list[str]:
+    """A row for every variant, a column for every pick."""
+    rows = [[f"`{name}`", *(shown(mean(results.main(name), pick), form) for pick in picks)] for name in MAIN]
+    return table(["variant", *head], rows)
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+# ---- what is worse, first --------------------------------------------------------------------------------------------
 
 
-def number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)
+def verdicts(results: Results) -> list[str]:
+    """Lightning and the best hybrid beside softmax: what is worse, what the seeds do not tell apart, what is better."""
+    plan, runs = results.plan, [run for name in MAIN for run in results.main(name)]
+    losses = {name: found.value for name in MAIN if (found := mean(results.main(name), loss_of))}
+    if "softmax" not in losses:
+        return [f"Nothing can be compared yet: `softmax` with {million(plan.tokens)} tokens is missing."]
+    hybrids = [name for name in HYBRIDS if name in losses]
+    compared = [x for x in ("lightning", *([min(hybrids, key=losses.__getitem__)] if hybrids else [])) if x in losses]
+    questions: list[tuple[str, Pick, bool, str]] = [("held-out loss", loss_of, False, ".4f")]
+    for x in keys_of(runs, "context", "multiple"):
+        questions.append((f"perplexity at {x:g}x", row_of("context", "perplexity", multiple=x), False, ".2f"))
+    for x in keys_of(runs, "recall", "pairs"):
+        questions.append((f"recall of {x:g} pairs", row_of("recall", "accuracy", pairs=x), True, ".1%"))
+    for x in keys_of(runs, "needle", "length"):
+        questions.append((f"needle in {x:,.0f} tokens", needle_of("exact", x), True, ".0%"))
+    for x in keys_of(runs, "copy", "distance"):
+        questions.append((f"copy over {x:,.0f} tokens", row_of("copy", "exact", distance=x), True, ".0%"))
+    lines = []
+    for name in compared:
+        kinds: dict[str, list[str]] = {"worse": [], "no difference beyond the seeds'": [], "better": []}
+        for title, pick, more, form in questions:
+            own, other = (mean(results.main(x), pick) for x in (name, "softmax"))
+            if own is not None and other is not None:
+                gain = (own.value - other.value) * (1 if more else -1)
+                noise = max(own.spread, other.spread)
+                kind = "no difference beyond the seeds'" if abs(gain) <= noise else "better" if gain > 0 else "worse"
+                kinds[kind].append(f"{title} {own.value:{form}} ({other.value:{form}})")
+        for kind, found in kinds.items():
+            lines.append(f"- `{name}`, {kind}: {'; '.join(found) or 'nothing'}.")
+    seeds = {name: len(results.main(name)) for name in (*compared, "softmax")}
+    few = [f"`{name}`" for name, count in seeds.items() if count < 2]
+    more_seeds = f" Of {', '.join(few)} there is one seed: small differences there mean nothing." if few else ""
+    head = f"Beside `softmax`, whose values are in brackets, after {million(plan.tokens)} tokens.{more_seeds}"
+    return [f"{head} In all tables ± is half of the distance between seeds.", "", *lines]
 
 
-def section(runs: list[dict]) -> list[str]:
-    """Tables of runs of one size and number of tokens, which can be compared."""
-    first = runs[0]
-    cards = sorted({stretch["card"] for run in runs for stretch in run["stretches"]})
-    where = f"{first['tokens'] / 1e6:,.3g}M tokens, sequences of {first['seq_length']}, {', '.join(cards)}"
-    lines = [f"### {first['size']}: {where}", ""]
-    lines += ["Loss in nats per token, of held-out packages. Minutes: of training steps.", ""]
-    head = ["variant", "seed", "lr", "parameters", "held-out loss", "train loss", "minutes", "tokens/s", "state"]
+def needle_of(value: str, length: float) -> Pick:
+    """Mean over depths, weighted by the number of cases."""
+
+    def pick(run: Run) -> float | None:
+        rows = [row for row in run.tasks.get("needle", {}).get("rows", []) if row["length"] == length]
+        cases = sum(row["cases"] for row in rows)
+        return sum(row[value] * row["cases"] for row in rows) / cases if cases else None
+
+    return pick
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+def cost(results: Results) -> list[str]:
+    """Loss at equal tokens and at equal time, at both lengths."""
+    plan = results.plan
+    at = [(plan.size, plan.tokens), (plan.long_size, plan.long_tokens)]
+    speeds = [{name: results.speed(name, *where) for name in MAIN} for where in at]
+    fastest = [max((x for x in found.values() if x), default=None) for found in speeds]
     rows = []
-    for run in runs:
-        seconds, losses = gpu_seconds(run), [row["loss"] for row in run["losses"]]
-        count = len(losses) / run["steps"] * run["tokens"]
-        last = losses[-max(1, len(losses) // 20) :]
-        rows.append(
-            [run["variant"], str(run["seed"]), f"{run['lr']:g}", f"{run.get('parameters', 0) / 1e6:.2f}M"]
-            + [number(run["tasks"].get("loss", {}).get("nll"), ".4f"), number(statistics.mean(last) if last else None)]
-            + [f"{seconds / 60:.1f}", f"{count / seconds:,.0f}" if seconds else "-", state(run)]
-        )
-    lines += [*table(head, rows), ""]
-    seeds = collections.defaultdict(list)
-    for run in runs:
-        if "loss" in run["tasks"]:
-            seeds[run["variant"], run["lr"]].append(run["tasks"]["loss"]["nll"])
-    spread = [
-        f"{name} (lr {lr:g}): {max(x) - min(x):.4f} over {len(x)} seeds"
-        for (name, lr), x in seeds.items()
-        if len(x) > 1
-    ]
-    lines += ["Spread of held-out losses: " + ("; ".join(spread) if spread else "no variant has two seeds") + ".", ""]
-    for title, cells in (
-        ("Perplexity by context, in multiples of the training length, states carried", _context),
-        (
-            "Recall of N pairs (MQAR): share of values right, of the whole vocabulary; chance among the values is 1/N",
-            _recall,
-        ),
-        ("Needle in held-out text: share found / nats gained, by length, mean over depths", _needle),
-        ("Copy of an identifier: share right as a whole, by distance in tokens", _copy),
-    ):
-        found = {run["name"]: cells(run) for run in runs}
-        columns = list(dict.fromkeys(key for row in found.values() for key in row))
-        if columns:
-            rows = [
-                [f"{run['variant']} (seed {run['seed']})", *(found[run["name"]].get(key, "-") for key in columns)]
-                for run in runs
-                if found[run["name"]]
-            ]
-            lines += [f"{title}:", "", *table(["variant", *columns], rows), ""]
+    for name in MAIN:
+        loss = mean(results.main(name), loss_of)
+        row = [f"`{name}`", shown(loss)]
+        for found, most in zip(speeds, fastest, strict=True):
+            speed = found[name]
+            if speed is None or most is None:
+                row += [MISSING, MISSING, MISSING]
+                continue
+            tokens = plan.tokens * speed / most
+            then = results.loss_at(name, tokens)
+            row += [f"{speed:,.0f}", million(tokens), MISSING if then is None else f"{then:.4f}"]
+        rows.append(row)
+    lengths = [SIZES[size].seq_length for size, _ in at]
+    head = ["variant", f"loss at {million(plan.tokens)} tokens"]
+    for length in lengths:
+        head += [f"tokens/s at {length:,}", "tokens in the time", "loss then"]
+    note = (
+        f"Nats per token of held-out packages. *In the time* in which the fastest variant at that length reads "
+        f"{million(plan.tokens)} tokens. *Loss then*: on the line between the variant's own complete runs of "
+        f"{million(plan.short)} and {million(plan.tokens)} tokens, over the logarithm of the tokens; both were trained "
+        f"at {lengths[0]:,}, so that at {lengths[1]:,} only the speed is of that length."
+    )
+    return ["### Loss at equal tokens and at equal GPU time", "", *table(head, rows), note, ""]
+
+
+def positions(results: Results) -> list[str]:
+    """A few parts of the window."""
+    lengths = {run.tasks["loss"]["length"] for name in MAIN for run in results.main(name)}
+    if not lengths:
+        return []
+    length = min(lengths)
+    shares = [0.0, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 63 / 64]
+
+    def at(share: float) -> Pick:
+        return lambda run: (parts := run.tasks["loss"]["by_position"])[min(len(parts) - 1, int(share * len(parts)))]
+
+    head = [f"from {int(share * length):,}" for share in shares]
+    return _section(f"Loss by position in the window of {length:,}", results, head, list(map(at, shares)), ".4f")
+
+
+def contexts(results: Results) -> list[str]:
+    runs = [run for name in MAIN for run in results.main(name)]
+    keys = keys_of(runs, "context", "multiple")
+    head = [f"{x:g}x" for x in keys]
+    picks = [row_of("context", "perplexity", multiple=x) for x in keys]
+    title = "Perplexity by context, in multiples of the training length, states carried"
+    return _section(title, results, head, picks, ".2f")
+
+
+def recalls(results: Results) -> list[str]:
+    runs = [run for name in MAIN for run in results.main(name)]
+    keys = keys_of(runs, "recall", "pairs")
+    picks = [row_of("recall", value, pairs=x) for x in keys for value in ("accuracy", "among")]
+    head = [title for x in keys for title in (f"{x:g} pairs", "among")]
+    note = "Recall of N pairs (MQAR): share of values that are the likeliest of the vocabulary; *among* the N values"
+    return _section(note, results, head, picks, ".1%")
+
+
+def needles(results: Results) -> list[str]:
+    """By length, and for each length by depth."""
+    runs = [run for name in MAIN for run in results.main(name)]
+    lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
+    lines = []
+    for value, title, form in (("exact", "share found", ".0%"), ("gain", "nats gained per token of the number", ".2f")):
+        picks = [needle_of(value, x) for x in lengths]
+        lines += _section(f"Needle, {title}, by length", results, [f"{x:,.0f}" for x in lengths], picks, form)
+    for length in lengths:
+        picks = [row_of("needle", "gain", length=length, depth=x) for x in depths]
+        title = f"Needle in {length:,.0f} tokens, nats gained, by depth (0 is the beginning)"
+        lines += _section(title, results, [f"{x:g}" for x in depths], picks, ".2f")
     return lines
 
 
-def _context(run: dict) -> dict[str, str]:
-    rows = run["tasks"].get("context", {}).get("rows", [])
-    return {f"{row['multiple']}x": number(row.get("perplexity"), ".2f") for row in rows}
+def copies(results: Results) -> list[str]:
+    runs = [run for name in MAIN for run in results.main(name)]
+    keys = keys_of(runs, "copy", "distance")
+    picks = [row_of("copy", value, distance=x) for x in keys for value in ("exact", "gain")]
+    head = [title for x in keys for title in (f"{x:,.0f} tokens", "nats gained")]
+    return _section("Copy of an identifier: share right as a whole, by distance", results, head, picks, ".2f")
 
 
-def _recall(run: dict) -> dict[str, str]:
-    return {f"{row['pairs']}": f"{row['accuracy']:.1%}" for row in run["tasks"].get("recall", {}).get("rows", [])}
+def _section(title: str, results: Results, head: list[str], picks: list[Pick], form: str) -> list[str]:
+    return [f"### {title}", "", *(by_variant(results, head, picks, form) if picks else [f"{MISSING}.", ""])]
 
 
-def _needle(run: dict) -> dict[str, str]:
-    by_length = collections.defaultdict(list)
-    for row in run["tasks"].get("needle", {}).get("rows", []):
-        by_length[row["length"]].append(row)
-    mean = lambda rows, key: sum(row[key] * row["cases"] for row in rows) / sum(row["cases"] for row in rows)
-    return {str(n): f"{mean(rows, 'exact'):.0%} / {mean(rows, 'gain'):.2f}" for n, rows in by_length.items()}
+def ablations(results: Results) -> list[str]:
+    """At the short budget, beside the variant that each is an ablation of."""
+    plan, lines = results.plan, [f"### Ablations, at {million(results.plan.short)} tokens", ""]
+    rows = []
+    for name in ("lightning", *(x for x in ABLATIONS if x.startswith("lightning")), "7:1", "7:1,nope"):
+        runs, base = results.best(name, plan.short), results.best(name.partition(",")[0], plan.short)
+        own, of_base = mean(runs, loss_of), mean(base, loss_of)
+        gap = MISSING if own is None or of_base is None else f"{own.value - of_base.value:+.4f}"
+        pairs = keys_of(runs, "recall", "pairs")
+        recall = [shown(mean(runs, row_of("recall", "accuracy", pairs=x)), ".1%") for x in pairs]
+        far = keys_of(runs, "context", "multiple")
+        perplexity = shown(mean(runs, row_of("context", "perplexity", multiple=far[-1])), ".2f") if far else MISSING
+        rates = sorted({run.about["lr"] for run in runs})
+        rows.append(
+            [f"`{name}`", ", ".join(f"{x:g}" for x in rates) or MISSING, shown(own), gap, perplexity]
+            + [" / ".join(recall) or MISSING]
+        )
+    head = ["variant", "lr", "held-out loss", "difference", "perplexity at the longest context", "recall by pairs"]
+    return [*lines, *table(head, rows)]
 
 
-def _copy(run: dict) -> dict[str, str]:
-    return {str(row["distance"]): f"{row['exact']:.0%}" for row in run["tasks"].get("copy", {}).get("rows", [])}
+def rates(results: Results) -> list[str]:
+    """Losses of the sweep."""
+    plan = results.plan
+    found = {name: {run.about["lr"]: run for run in results.at(name, plan.size, plan.short)} for name in TWO_SEEDS}
+    columns = sorted({rate for runs in found.values() for rate in runs})
+    if not columns:
+        return [f"### Learning rates, at {million(plan.short)} tokens", "", f"{MISSING}.", ""]
+
+    def cell(name: str, rate: float) -> str:
+        run = found[name].get(rate)
+        loss = loss_of(run) if run else None
+        return MISSING if run is None else run.state if run.state != "complete" or loss is None else f"{loss:.4f}"
+
+    rows = [[f"`{name}`", *(cell(name, rate) for rate in columns)] for name in TWO_SEEDS]
+    others = ", ".join(f"`{name}`" for name, family in FAMILY.items() if family != name)
+    note = f"{others} take that of `7:1`."
+    return [
+        f"### Learning rates, at {million(plan.short)} tokens", "",
+        *table(["held-out loss", *(f"{rate:g}" for rate in columns)], rows), note, "",
+    ]  # fmt: skip
 
 
 def fidelity(found: dict) -> list[str]:
@@ -162,78 +240,67 @@ def fidelity(found: dict) -> list[str]:
             [name, str(row["steps"]), f"{row['mean']:.5f}", f"{row['end']:.5f}", f"{row['of_noise']:.2f}"]
             for name, row in about["distances"].items()
         ]
-        lines += [*table(["path", "steps", "mean |difference|", "last tenth", "of the seeds' distance"], rows), ""]
-    if "states" in found:
-        about = found["states"]
-        lines += [f"Largest |state| of {about['run']}; weakest decay {about['log_decay']:.2e} per token:", ""]
-        shown = [row for i, row in enumerate(about["rows"], 1) if i & (i - 1) == 0 or i == len(about["rows"])]
-        rows = [[f"{row['tokens']:,}", f"{row['all']:.4g}", f"{row['weakest']:.4g}"] for row in shown]
-        lines += [*table(["tokens", "all heads", "head of weakest decay"], rows), ""]
+        lines += table(["path", "steps", "mean difference", "last tenth", "of the seeds' distance"], rows)
+    for about in found.get("states", {}).values():
+        title = f"Largest value in the states of `{about['run']}`; weakest decay {about['log_decay']:.2e} per token"
+        lines += [f"### {title}", ""]
+        marked = [row for i, row in enumerate(about["rows"], 1) if i & (i - 1) == 0 or i == len(about["rows"])]
+        rows = [[f"{row['tokens']:,}", f"{row['all']:.4g}", f"{row['weakest']:.4g}"] for row in marked]
+        lines += table(["tokens", "all heads", "head of weakest decay"], rows)
     return lines
 
 
-def draw(runs: list[dict], folder: Path) -> list[Path]:
-    """Loss against tokens and against GPU time, and by position: one picture for comparable runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    first, path = runs[0], folder / f"{runs[0]['size']}-{runs[0]['tokens'] / 1e6:.0f}M.png"
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(run["variant"] for run in runs))}
-    for run in runs:
-        label, line = f"{run['variant']}, seed {run['seed']}", {"color": colours[run["variant"]], "linewidth": 1.3}
-        rows, each = run["losses"], run["tokens"] / run["steps"]
-        window = max(1, run["steps"] // 100)
-        means = [statistics.mean(x["loss"] for x in rows[max(0, i - window) : i + 1]) for i in range(len(rows))]
-        axes[0].plot([row["iteration"] * each / 1e6 for row in rows], means, label=label, **line)
-        times, total = [], 0.0
-        for row in rows:
-            total += row["seconds"] / 60
-            times.append(total)
-        axes[1].plot(times, means, **line)
-        if "loss" in run["tasks"]:
-            parts, length = run["tasks"]["loss"]["by_position"], run["tasks"]["loss"]["length"]
-            axes[2].plot([(i + 0.5) * length / len(parts) for i in range(len(parts))], parts, **line)
-    for axis, name in zip(axes, ("million tokens", "minutes of training steps", "position in the window"), strict=True):
-        axis.set_xlabel(name)
-        axis.grid(color="#e4e4e4")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("loss (nats per token)")
-    cards = ", ".join(sorted({stretch["card"] for run in runs for stretch in run["stretches"]}))
-    sizes = sorted({f"{run.get('parameters', 0) / 1e6:.1f}M" for run in runs})
-    seeds = sorted({run["seed"] for run in runs})
-    size = f"{first['size']}: {sizes[0]} to {sizes[-1]} parameters, {first['tokens'] / 1e6:,.3g}M tokens"
-    figure.suptitle(f"{size}, seeds {seeds}, {cards}")
-    figure.legend(loc="outside right center", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return [path]
+def every_run(results: Results) -> list[str]:
+    rows = []
+    for run in results.every:
+        about, loss = run.about, loss_of(run)
+        speed = "-" if run.speed is None else f"{run.speed:,.0f}"
+        rows.append(
+            [f"`{run.variant}` {about['tag']}".rstrip(), about["size"], million(about["tokens"]), str(about["seed"])]
+            + [f"{about['lr']:g}", f"{about.get('parameters', 0) / 1e6:.2f}M", "-" if loss is None else f"{loss:.4f}"]
+            + [f"{run.train_loss:.4f}" if run.losses else "-", f"{run.minutes:.1f}", speed, run.state]
+            + [", ".join(sorted(run.cards)), ", ".join(sorted({x["commit"] for x in about["stretches"]}))]
+        )
+    head = ["variant", "size", "tokens", "seed", "lr", "parameters", "held-out loss", "train loss", "GPU minutes"]
+    note = "GPU minutes: training with starts, validations and saves, and evaluation. Train loss: the last twentieth."
+    data = {run.about["data"] for run in results.every}
+    mixed = ["**These runs are not of the same text**: see `data` in their files.", ""] if len(data) > 1 else []
+    return ["### Every run", "", note, "", *mixed, *table([*head, "tokens/s", "state", "card", "commit"], rows)]
 
 
-def write(results: Path, page: Path) -> str:
+def missing(results: Results) -> list[str]:
+    names = [f"`{name}` {size} {million(tokens)} seed {seed}" for name, size, tokens, seed in results.missing()]
+    if not names:
+        return ["Every run of the plan is there and complete.", ""]
+    return [f"Missing, of {len(results.plan.wanted())} runs of the plan, {len(names)}: {', '.join(names)}.", ""]
+
+
+SECTIONS: tuple[Callable[[Results], list[str]], ...] = (
+    cost, positions, contexts, recalls, needles, copies, ablations, rates,
+)  # fmt: skip
+
+
+def write(results: Path, page: Path, plan: Plan = PLAN) -> str:
     """Put tables and plots of all results into ``page``, between its marks; returns what stands there.
 
     Raises:
         ValueError: the page has no marks.
     """
+    from .plots import draw
+
     text = page.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{page} must hold {BEGIN} and {END} once each")
-    groups = collections.defaultdict(list)
-    for run in load(results):
-        groups[run["size"], run["tokens"]].append(run)
-    lines = []
-    for runs in groups.values():
-        lines += section(runs)
-        if any(run["losses"] for run in runs):
-            for picture in draw(runs, results):
-                place = picture.resolve().relative_to(page.resolve().parent, walk_up=True)
-                lines += [f"![Loss of {runs[0]['size']}]({place})", ""]
-    if (results / "fidelity.json").is_file():
-        lines += fidelity(json.loads((results / "fidelity.json").read_text("utf-8")))
+    found, lines = Results(load(results), plan), []
+    if found.every:
+        lines += ["### In short", "", *verdicts(found), "", *missing(found)]
+        for path, title in draw(found, results):
+            lines += [f"![{title}]({path.resolve().relative_to(page.resolve().parent, walk_up=True)})", ""]
+        lines += [line for section in SECTIONS for line in section(found)]
+    if (results / FIDELITY).is_file():
+        lines += fidelity(json.loads((results / FIDELITY).read_text("utf-8")))
+    if found.every:
+        lines += every_run(found)
     made = "\n".join(lines).strip() or NOTHING
     before, rest = text.split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}")

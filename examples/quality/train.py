@@ -1,43 +1,46 @@
 """Train one variant with lightning_megatron.pretrain, in stretches: the same command again goes on.
 
-    python -m examples.quality.train --variant 7:1 --data data/quality/data --runs runs --tokens 300e6 --minutes 9
+    python -m examples.quality.train --variant 7:1 --data data/quality/data --runs runs --tokens 300e6 --seconds 540
     for variant in lightning 7:1; do ... ; done           # with CUDA_VISIBLE_DEVICES, a variant on each GPU
 
 Writes RUNS/NAME/, NAME of variant, size, tokens, seed and learning rate:
 
     run.json        flags, parameters as Megatron counts them, commit, card, versions, seconds of each stretch
-    losses.jsonl    a line for each step: loss, gradient norm, learning rate, seconds
+    losses.jsonl    a line for each step, as it comes: loss, gradient norm, learning rate, seconds
     valid.jsonl     a line for each validation
     checkpoint/     the last one, of Megatron
     log.txt         all that Megatron printed
+
+A stretch that is cut in any way, by SIGKILL too, leaves its last checkpoint; the next one goes on from there, and drops
+the lines of steps behind it. A loss that is no number ends a run for good: it is marked as diverged.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
-import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tests.benchmarks.report import output, when
+from examples import megatron_log
+from examples.provenance import output, when
 
 from . import ROOT
 from .variants import SIZES, Size, flags
 
-STEP = re.compile(
-    r"iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|.* learning rate: ([\d.E+-]+) \|"
-    r".* lm loss: ([\d.E+-]+|nan|inf) \|.* grad norm: ([\d.]+|nan|inf) \|"
-)
-VALID = re.compile(r"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ([\d.E+-]+)")
-PARAMETERS = re.compile(r"number of parameters on .*\((?:0, )*0\): (\d+)$")
 TRACKER = "latest_checkpointed_iteration.txt"
 MODULE = "lightning_megatron.pretrain"
+RESERVE = 30.0  # seconds of a stretch's limit for the step, validation and save under way
+Run = Callable[[list[str], Path, bool, float], Iterable[str]]
 
 
 def name_of(variant: str, size: str, tokens: float, seed: int, lr: float, tag: str = "") -> str:
@@ -63,7 +66,8 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
         --dataloader-inter-document-masking --cross-entropy-loss-fusion
         --tokenizer-type SentencePieceTokenizer --num-workers {2 if gpu else 0}
         --log-interval 1 --eval-interval {max(1, steps // 8)} --eval-iters {options.eval_iters}
-        --save-interval {steps} --exit-duration-in-mins {options.minutes}
+        --save-interval {steps} --exit-signal-handler --no-check-for-nan-in-loss-and-grad
+        --manual-gc --manual-gc-interval 100 --no-manual-gc-eval
     """.split()
     data, checkpoint = options.data, str(folder / "checkpoint")
     words += ["--tokenizer-model", str(data / "tokenizer.model"), "--data-cache-path", str(folder / "cache")]
@@ -74,8 +78,11 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     return words + options.flags
 
 
-def launch(words: list[str], log: Path, gpu: bool) -> Iterable[str]:
+def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
     """Lines that the training prints, as they come; all goes to ``log``, too.
+
+    After ``seconds`` it is told to save and end (SIGTERM, --exit-signal-handler). It is killed where the caller closes
+    this generator before its end.
 
     Raises:
         RuntimeError: it failed; with the end of the log.
@@ -87,44 +94,28 @@ def launch(words: list[str], log: Path, gpu: bool) -> Iterable[str]:
             start, cwd=ROOT, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert process.stdout is not None
+        timer = threading.Timer(seconds, process.terminate)
+        timer.start()
         try:
             for line in process.stdout:
                 file.write(line)
+                file.flush()
                 yield line
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.terminate()
             process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+    if process.returncode == -signal.SIGTERM:  # it had not come so far as to listen
+        return
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}; {log} ends with\n" + log.read_text("utf-8")[-3000:])
 
 
-def steps_in(lines: Iterable[str]) -> Iterable[dict]:
-    """What a stretch's log says of steps, validations and parameters.
-
-    Megatron prints the first step of a process at once, but does not reset its average, so that the second line shows
-    the mean of the first two losses; that is undone here.
-    """
-    printed: list[float] = []
-    for line in lines:
-        if match := STEP.search(line):
-            loss = float(match[4])
-            printed.append(loss)
-            if len(printed) == 2:
-                loss = round(2 * loss - printed[0], 6)
-            yield {
-                "iteration": int(match[1]), "loss": loss, "grad_norm": float(match[5]), "lr": float(match[3]),
-                "seconds": float(match[2]) / 1e3,
-            }  # fmt: skip
-        elif match := VALID.search(line):
-            yield {"iteration": int(match[1]), "valid_loss": float(match[2])}
-        elif match := PARAMETERS.search(line):
-            yield {"parameters": int(match[1])}
-
-
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; none where it is missing."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    """The objects of a file of JSON lines; none where it is missing. A last line that was cut is left out."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def done(folder: Path) -> int:
@@ -151,7 +142,39 @@ def about(options: argparse.Namespace, gpu: bool) -> dict:
     }  # fmt: skip
 
 
-def train(options: argparse.Namespace, run: Callable[[list[str], Path, bool], Iterable[str]] = launch) -> Path:
+class Record:
+    """The files of a run: run.json, and lines of steps and validations, which are on disk as soon as they come."""
+
+    def __init__(self, folder: Path, what: dict):
+        """Raises ValueError where the folder is of another run than ``what``."""
+        self.path = folder / "run.json"
+        self.run = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else what | {"stretches": []}
+        if other := [key for key, value in what.items() if self.run.get(key) != value]:
+            raise ValueError(f"{folder} is of a run with other {', '.join(other)}: give another --runs, or remove it")
+        self._last: dict[str, int] = {}
+        self._files = {name: folder / f"{name}.jsonl" for name in ("losses", "valid")}
+
+    def save(self) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.run, indent=1) + "\n")
+        new.replace(self.path)  # whole at any time
+
+    def cut(self, last: int) -> None:
+        """Drop what was read behind step ``last``, the checkpoint's: it is computed again."""
+        for path in self._files.values():
+            rows = [row for row in read_lines(path) if row["iteration"] <= last]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, name: str, row: dict) -> None:
+        """One row; a second validation at the same step, which Megatron makes at the end, is left out."""
+        if self._last.get(name) == row["iteration"]:
+            return
+        self._last[name] = row["iteration"]
+        with self._files[name].open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def train(options: argparse.Namespace, run: Run = launch) -> Path:
     """Train until the end, the time limit or ``--stop-at``; returns the folder of the run.
 
     Args:
@@ -164,68 +187,93 @@ def train(options: argparse.Namespace, run: Callable[[list[str], Path, bool], It
     """
     import torch
 
-    gpu = torch.cuda.is_available()
+    start, gpu = time.time(), torch.cuda.is_available()
     options.data, options.runs = options.data.resolve(), options.runs.resolve()
-    folder = options.runs / name_of(
-        options.variant, options.size, options.tokens, options.seed, options.lr, options.tag
-    )
+    folder = folder_of(options)
     folder.mkdir(parents=True, exist_ok=True)
-    path, what = folder / "run.json", about(options, gpu)
-    held = json.loads(path.read_text("utf-8")) if path.is_file() else what | {"stretches": []}
-    if other := [key for key, value in what.items() if held[key] != value]:
-        raise ValueError(f"{folder} is of a run with other {', '.join(other)}: give another --runs, or remove it")
-    before = done(folder)
-    if before >= what["steps"]:
-        print(f"{folder.name}: complete, {before} steps", flush=True)
+    what = about(options, gpu)
+    record, steps, before = Record(folder, what), what["steps"], done(folder)
+    if before >= steps or "diverged" in record.run:
+        print(f"{folder.name}: {state(folder)}", flush=True)
         return folder
-    losses = [row for row in read_lines(folder / "losses.jsonl") if row["iteration"] <= before]
-    valid = [row for row in read_lines(folder / "valid.jsonl") if row["iteration"] <= before]
-    start, time_of_steps = time.time(), 0.0
+    record.cut(before)
+    stretch: dict = {"from": before, "to": None, "card": card(gpu), **when(), **versions()}  # to: None if killed
+    record.run["stretches"].append(stretch)
+    record.save()
+    left = start + options.seconds - options.reserve - time.time()
+    lines = run(command(options, folder, gpu), folder / "log.txt", gpu, max(1.0, left))
+    last, time_of_steps = before, 0.0
     try:
-        for row in steps_in(run(command(options, folder, gpu), folder / "log.txt", gpu)):
-            if "parameters" in row:
-                held["parameters"] = row["parameters"]
-            elif "valid_loss" in row:
-                valid = [x for x in valid if x["iteration"] != row["iteration"]] + [row]  # the test set's comes second
-            else:
-                losses.append(row)
-                time_of_steps += row["seconds"]
-                if row["iteration"] % max(1, what["steps"] // 20) == 0:
-                    print(f"{folder.name}: step {row['iteration']}/{what['steps']} loss {row['loss']:.4f}", flush=True)
+        with contextlib.closing(megatron_log.read(lines)) as rows:
+            for row in rows:
+                if isinstance(row, megatron_log.Parameters):
+                    record.run["parameters"] = row.count
+                elif isinstance(row, megatron_log.Validation):
+                    record.add("valid", {"iteration": row.iteration, "valid_loss": row.loss})
+                else:
+                    last, time_of_steps = row.iteration, time_of_steps + row.seconds
+                    loss = math.nan if row.loss is None else row.loss  # Megatron leaves out what is no number
+                    step = {key: value for key, value in row._asdict().items() if key != "last"}
+                    record.add("losses", step | {"loss": loss})
+                    if not math.isfinite(loss):
+                        record.run["diverged"] = last
+                        break
+                    if last % max(1, steps // 20) == 0:
+                        print(f"{folder.name}: step {last}/{steps} loss {loss:.4f}", flush=True)
     finally:
-        after = done(folder)
-        for name, rows in (("losses.jsonl", losses), ("valid.jsonl", valid)):
-            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        held["stretches"].append(
-            {
-                "from": before, "to": after, "wall_seconds": round(time.time() - start, 1),
-                "gpu_seconds": round(time_of_steps, 1), "card": card(gpu), **when(), "torch": torch.__version__,
-                "megatron": importlib.metadata.version("megatron-core"), "triton": importlib.metadata.version("triton"),
-                "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            }
-        )  # fmt: skip
-        path.write_text(json.dumps(held, indent=1) + "\n")
-    print(f"{folder.name}: {after} of {what['steps']} steps are saved", flush=True)
+        if close := getattr(lines, "close", None):
+            close()  # kills Megatron, unless it has ended
+        stretch |= {"to": done(folder), "read": last, "wall_seconds": round(time.time() - start, 1)}
+        stretch |= {"gpu_seconds": round(time_of_steps, 1)}
+        record.save()
+    print(f"{folder.name}: {state(folder)}", flush=True)
     return folder
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    return options.runs / name_of(options.variant, options.size, options.tokens, options.seed, options.lr, options.tag)
+
+
+def state(folder: Path) -> str:
+    """complete, diverged, or how many steps are saved."""
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    if "diverged" in run:
+        return f"diverged at step {run['diverged']}"
+    return "complete" if done(folder) >= run["steps"] else f"{done(folder)} of {run['steps']} steps are saved"
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    found = {name: importlib.metadata.version(name) for name in ("triton", "megatron-core")}
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"torch": torch.__version__, "megatron": found["megatron-core"], "triton": found["triton"], "driver": driver}
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("--variant", required=True, help="of variants.py, such as lightning, 7:1, softmax")
+    add("--seed", type=int, default=1, help="of values at the start and of the data order (%(default)s)")
+    add("--stop-at", type=int, metavar="N", help="end the stretch at a step that N divides")
+    add("--tag", default="", help="a word more in the name of the run")
+    add("flags", nargs="*", metavar="-- FLAG", help="more flags of the training, behind --")
+    return add_options(made)
+
+
+def add_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds what variants that are compared have in common."""
+    add = made.add_argument
     add("--data", type=Path, required=True, help="folder with tokenizer and datasets")
     add("--runs", type=Path, required=True, help="folder of all runs")
     add("--size", default="base", choices=SIZES, help="of the model (%(default)s)")
     add("--tokens", type=float, default=300e6, help="of the whole training (%(default)g)")
     add("--lr", type=float, default=1e-3, help="largest learning rate (%(default)g)")
-    add("--seed", type=int, default=1, help="of values at the start and of the data order (%(default)s)")
-    add("--minutes", type=int, default=9, help="of this stretch, at most (%(default)s)")
-    add("--stop-at", type=int, metavar="N", help="end the stretch at a step that N divides")
+    add("--seconds", type=float, default=540, help="after which it has saved and ended (%(default)g)")
+    add("--reserve", type=float, default=RESERVE, help="of these, for the last step and the save (%(default)g)")
     add("--micro-batch", type=int, help="sequences of a pass (default: by the size)")
-    add("--eval-iters", type=int, default=16, help="batches of a validation (%(default)s)")
+    add("--eval-iters", type=int, default=4, help="batches of a validation (%(default)s)")
     add("--fp32", action="store_true", help="train in fp32, not bf16 (a CPU always does)")
-    add("--tag", default="", help="a word more in the name of the run")
-    add("flags", nargs="*", metavar="-- FLAG", help="more flags of the training, behind --")
     return made
 
 

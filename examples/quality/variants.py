@@ -29,7 +29,7 @@ class Size:
 
 SIZES = {
     "base": Size(16, 768, 6, 2048, 32, 4096, 64, 16, 32_000),
-    "small": Size(8, 512, 4, 1408, 32, 4096, 32, 16, 32_000),  # fidelity, learning-rate sweeps
+    "fidelity": Size(4, 256, 4, 768, 32, 1024, 8, 8, 32_000),
     "base-32k": Size(16, 768, 6, 2048, 32, 32_768, 8, 2, 32_000),  # for the speed at 32K; same tokens a step
     "toy": Size(4, 96, 3, 256, 8, 128, 8, 8, 1024),
     "tiny": Size(4, 32, 2, 64, 4, 128, 2, 2, 512),
@@ -71,6 +71,29 @@ ABLATIONS = {
 }  # compared with lightning and 7:1, whose decay is tnl, norm head, gate sigmoid, without rope in lightning layers
 VARIANTS = MAIN | ABLATIONS
 TWO_SEEDS = ("lightning", "7:1", "softmax")
+FAMILY = {name: name if name in TWO_SEEDS else "7:1" for name in MAIN}  # whose best learning rate a variant takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs that the comparison consists of; the report shows those that are missing."""
+
+    size: str = "base"
+    tokens: float = 300e6
+    short: float = 60e6
+    """Tokens of the runs for learning rates and ablations, and of the second point of each variant's loss by tokens."""
+    long_size: str = "base-32k"
+    long_tokens: float = 5e6
+    """Enough to measure the speed at the longer sequences."""
+
+    def wanted(self) -> list[tuple[str, str, float, int]]:
+        """(variant, size, tokens, seed) of every run."""
+        main = [(name, self.size, self.tokens, seed) for seed in (1, 2) for name in (MAIN if seed == 1 else TWO_SEEDS)]
+        short = [(name, self.size, self.short, 1) for name in VARIANTS]
+        return main + short + [(name, self.long_size, self.long_tokens, 1) for name in MAIN]
+
+
+PLAN = Plan()
 
 
 def variant(name: str) -> Variant:

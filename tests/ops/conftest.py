@@ -69,6 +69,8 @@ def cut(monkeypatch: pytest.MonkeyPatch):
 def no_plans():
     """Plans of other tests, which may have changed what plans are made of."""
     forget_plans()
+    yield
+    forget_plans()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,12 +15,13 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import final, kernels, paged, plans, states, step, symmetric, tiling
+from lightning_megatron.ops.triton import final, hopper, kernels, paged, plans, states, step, symmetric, tiling
 from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
+HOPPER = ("hopper_walk_kernel", "hopper_gradients_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
@@ -29,7 +30,7 @@ LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
 PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
-OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
     pointwise_kernels: POINTWISE,
     loss_kernels: LOSS,
@@ -37,6 +38,7 @@ MODULES = {
     symmetric: RECEIVE,
     documents_kernels: DERIVED,
     kernels: ("walk_kernel", "gradients_kernel"),
+    hopper: HOPPER,
     step: ("step_kernel",),
     paged: PAGED,
 }
@@ -80,7 +82,7 @@ def forget_plans() -> None:
 
 
 def _patch(stack: ExitStack, launches: list[tuple]) -> None:
-    for name, owner in zip(KERNELS, (plans, triton_backend, step), strict=True):
+    for name, owner in zip(KERNELS, (plans, plans, step), strict=True):
         stack.enter_context(patch.object(owner, name, _Recorder(name, launches)))
     forget_plans()
     stack.callback(forget_plans)  # they launch recorders
@@ -88,9 +90,12 @@ def _patch(stack: ExitStack, launches: list[tuple]) -> None:
 
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
-    states: bool = True, descriptors: bool = False, by_row: bool = False,
+    states: bool = True, descriptors: bool = False, by_row: bool = False, overlapped: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``."""
+    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``.
+
+    ``overlapped``: on a Hopper GPU.
+    """
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
@@ -100,6 +105,11 @@ def record(
     with ExitStack() as stack:
         _patch(stack, launches)
         stack.enter_context(patch.object(tiling, "has_descriptors", lambda *tensors: descriptors))
+        stack.enter_context(patch.object(tiling, "OVERLAP", overlapped))
+        stack.enter_context(patch.object(tiling, "has_wgmma", lambda device: True))
+        recorders, kernels_of = tuple(_Recorder(name, launches) for name in HOPPER), plans.kernels
+        for module in (plans, triton_backend):
+            stack.enter_context(patch.object(module, "kernels", lambda x: recorders if x else kernels_of(x)))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
@@ -240,4 +250,5 @@ def _what(kernel: str, arguments: dict[str, Any]) -> str:
         return "dstate" if arguments["REVERSE"] else "state"
     if kernel == "local_state_kernel":
         return "send" if arguments["SEND"] else "local state"
-    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}.get(kernel, kernel)
+    names = {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}
+    return names.get(kernel.removeprefix("hopper_"), kernel)

@@ -13,9 +13,20 @@ import torch
 from . import tiling
 from .documents import count_documents, decay_factors, find_documents, ids_and_bounds
 from .final import final_states, local_states
-from .kernels import gradients_kernel
 from .launch import ALIGNED, Launch, cdiv, keep
-from .plans import SplitStates, by_row, first_row, kind_of, leaving_state, rows_of, strides_of, tokens_like, walk
+from .plans import (
+    SplitStates,
+    by_row,
+    early,
+    first_row,
+    kernels,
+    kind_of,
+    leaving_state,
+    rows_of,
+    strides_of,
+    tokens_like,
+    walk,
+)  # fmt: skip
 from .states import combine
 from .step import step
 from .symmetric import buffer_words, receive
@@ -48,7 +59,7 @@ class _Forward:
         self._states = SplitStates(k, v, H, incoming=initial, **cut)
         self._launch = walk(
             q, k, v, self._o, H=H, rows=self._states.rows if split_rows is None else split_rows, incoming=initial,
-            outgoing=need_final, scale=scale, **cut,
+            outgoing=need_final, scale=scale, after_states=split_rows is None and self._states.rows > 0, **cut,
         )  # fmt: skip
 
     def __call__(self, q, k, v, log_decay, initial_state, documents, split_states):
@@ -73,6 +84,7 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     key = (
         q.dtype, q.device, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), scale, initial_state is None,
         kind_of(documents), need_final, rows, pieces, torch.are_deterministic_algorithms_enabled(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED == 0,
     )  # fmt: skip
     plan = _forwards.get(key)
     if plan is None:
@@ -111,6 +123,7 @@ class _Backward:
         self._initial, self._packed, self._documents = initial, documents is not None, count_documents(documents)
         self._by_row = by_row(documents)
         self.has_tokens = T > 0 and B > 0
+        self._overlapped = self.has_tokens and tiling.overlaps(q, k, v, do, packed=self._packed, K=K, V=V)
         tiles = self._tiles()
         # tensor descriptors need splits of whole chunks
         self._descriptors = (
@@ -127,15 +140,20 @@ class _Backward:
 
     def _tiles(self) -> tuple[tiling.Tiles, tiling.Tiles]:
         _, T, _, K, V = self._sizes
+        if self._overlapped:
+            return tiling.hopper_tiles(K, V), tiling.hopper_tiles(V, K)
         return tiling.tiles_of(self._dtype, K, V, T <= 16), tiling.tiles_of(self._dtype, V, K, T <= 16)
 
-    def walks(self, for_kv: bool, for_q: bool, split_rows: int, dfinal: bool) -> Launch:
-        """Of dk and dv, of dq, or all of them; of the ``split_rows`` states of splits that dk and dv have."""
-        key = for_kv, for_q, split_rows, dfinal
+    def walks(self, for_kv: bool, for_q: bool, split_rows: int, dfinal: bool, after_states: bool) -> Launch:
+        """Of dk and dv, of dq, or all of them; of the ``split_rows`` states of splits that dk and dv have.
+
+        ``after_states``: the launch before this one, on its stream, computes those.
+        """
+        key = for_kv, for_q, split_rows, dfinal, after_states
         found = self._gradients.get(key)
         return self._walks(*key) if found is None else found
 
-    def _walks(self, for_kv: bool, for_q: bool, split_rows: int, dfinal: bool) -> Launch:
+    def _walks(self, for_kv: bool, for_q: bool, split_rows: int, dfinal: bool, after_states: bool) -> Launch:
         (B, T, H, K, V), (by_v, by_k), cut = self._sizes, self._tiles(), self._cut
         wide = by_v if by_v.BK >= by_k.BK else by_k
         n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
@@ -143,16 +161,20 @@ class _Backward:
             cdiv(T, cut.split_len * n) if wanted else 0
             for n, wanted in ((cut.splits_grad, for_kv), (cut.splits, for_q))
         )
+        given = self._rows > 0, split_rows > 0, self._initial, dfinal
         launch = Launch(
-            gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            kernels(self._overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (*self._strides, *[n for x in self._results for n in x.strides[:2]], H // self._kv_heads, self._pieces,
              self._documents, T, H, cut.split_len, cut.splits_grad, segments, split_rows,
              first_row(split_rows, segments, cut.splits_grad, True), cut.splits, segments_q, self._rows, self._scale),
-            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, self._rows > 0, split_rows > 0, self._initial, dfinal,
-             self._packed, self._by_row, self._descriptors, *precision(self._dtype)),
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, wide.num_stages, *given, after_states)
+            if self._overlapped else
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, *given, self._packed, self._by_row, self._descriptors,
+             *precision(self._dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages, scratch=self._descriptors,
+            **early(self._overlapped and after_states),
         )  # fmt: skip
-        self._gradients[for_kv, for_q, split_rows, dfinal] = launch
+        self._gradients[for_kv, for_q, split_rows, dfinal, after_states] = launch
         return launch
 
     def __call__(self, q, k, v, log_decay, initial_state, documents, split_states, do, dfinal, split_grads):
@@ -162,17 +184,18 @@ class _Backward:
         has_tokens, dq_is_left = self.has_tokens, True
         if callable(dfinal):
             if has_tokens:  # the last state is a placeholder: walks for dq do not write it
-                self.walks(False, True, 0, False)(*given, None, initial_state, None, initial_state, ids, bounds)
+                self.walks(False, True, 0, False, False)(*given, None, initial_state, None, initial_state, ids, bounds)
             dfinal, dq_is_left = dfinal(), False
         dfinal, dinitial = None if dfinal is None else dfinal.contiguous(), None
         if initial_state is not None:
             has_empty = not self._by_row or not has_tokens
             dinitial = leaving_state(dfinal, initial_state.shape, has_empty, q.device)
         if has_tokens:
-            if split_grads is None:
+            after_states = split_grads is None
+            if after_states:
                 split_grads = self._split_grads[dfinal is not None](q, do, log_decay, dfinal, documents)
             rows = 0 if split_grads is None else split_grads.shape[1]
-            launch = self.walks(True, dq_is_left, rows, dfinal is not None)
+            launch = self.walks(True, dq_is_left, rows, dfinal is not None, after_states and rows > 0)
             launch(*given, split_grads, initial_state, dfinal, dinitial, ids, bounds)
         return dq, *_added_up(dk, dv, self._kv_heads), dinitial
 

@@ -77,7 +77,10 @@ class _FinalStates:
         cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, reverse=reverse, scale=scale)
         self.states, self.o = SplitStates(k, v, H, incoming=incoming, **cut), tokens_like(k, H, V)
         q = self.queries(k)
-        self.launch = walk(q, k, v, self.o, H=H, rows=self.states.rows, incoming=incoming, outgoing=True, **cut)
+        self.launch = walk(
+            q, k, v, self.o, H=H, rows=self.states.rows, incoming=incoming, outgoing=True,
+            after_states=self.states.rows > 0, **cut,
+        )  # fmt: skip
 
     def queries(self, k):
         """Any: what is made of them is not used."""

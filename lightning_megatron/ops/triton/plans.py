@@ -13,7 +13,7 @@ import torch
 from ..backend import Documents
 from . import tiling
 from .documents import count_documents, ids_and_bounds
-from .kernels import walk_kernel
+from .kernels import gradients_kernel, walk_kernel
 from .launch import Launch, cdiv
 from .tiling import precision
 
@@ -80,25 +80,48 @@ def leaving_state(
     return torch.zeros(like, device=device, dtype=torch.float32) if entering is None else entering.clone()
 
 
+def kernels(overlapped: bool) -> tuple:
+    """Those of a walk and of gradients."""
+    if not overlapped:
+        return walk_kernel, gradients_kernel
+    from . import hopper  # not under Triton's interpreter, nor with releases that lack Gluon
+
+    return hopper.hopper_walk_kernel, hopper.hopper_gradients_kernel
+
+
+def early(after_states: bool) -> dict[str, bool]:
+    """Options of a launch that may start while the one before it runs."""
+    return dict(launch_pdl=True) if after_states else {}
+
+
 def walk(
     q, k, v, o, *, H: int, rows: int, incoming: bool, outgoing: bool = False, documents: Documents | None,
     split_len: int, splits: int, pieces: int = 1, reverse: bool = False, scale: float = 1.0,
+    after_states: bool = False,
 ) -> Launch:  # fmt: skip
     """``walk_kernel`` for o and the outgoing states, or without q for ``rows`` states of splits.
 
-    Its tensors: q, k, v, o, log_decay, split_states, incoming, outgoing, ids and bounds of documents.
+    Its tensors: q, k, v, o, log_decay, split_states, incoming, outgoing, ids and bounds of documents. ``after_states``:
+    the launch before this one, on its stream, computes the states of splits.
     """
     (B, T), (heads, K), V = rows_of(k, pieces), k.shape[2:], v.shape[-1]
     segments, states_only, packed = cdiv(T, split_len * splits), q is None, documents is not None
-    tiles = tiling.tiles_of(v.dtype, K, V, T <= 16, states_only and not packed)
+    overlapped = not states_only and tiling.overlaps(q, k, v, packed=packed, K=K, V=V)
+    tiles = (
+        tiling.hopper_tiles(K, V) if overlapped
+        else tiling.tiles_of(v.dtype, K, V, T <= 16, states_only and not packed)
+    )  # fmt: skip
+    given = rows > 0, incoming, outgoing
     return Launch(
-        walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
+        kernels(overlapped)[0], cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(o), H // heads, pieces, count_documents(documents),
          T, H, split_len, splits, segments, rows, first_row(rows, segments, splits, reverse),
          1.0 if reverse else scale, scale if reverse else 1.0),
-        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only, rows > 0, incoming, outgoing, packed,
-         by_row(documents), *precision(v.dtype)),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        (K, V, tiles.BK, tiles.BV, tiles.BC, tiles.num_stages, reverse, *given, after_states) if overlapped else
+        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only, *given, packed, by_row(documents),
+         *precision(v.dtype)),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, scratch=overlapped,
+        **early(overlapped and after_states),
     )  # fmt: skip
 
 

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from .launch import cdiv, pad
+from .launch import cdiv, launcher_is_known, pad
 
 # Programs that fill a GPU of about 130 multiprocessors. A constant, so that results do not depend on the GPU.
 PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
+OVERLAP = False  # take hopper.py's kernels where they can be taken: they compile, and were not measured yet
 
 
 class Tiles(NamedTuple):
@@ -87,3 +88,27 @@ def has_descriptors(*tensors: torch.Tensor) -> bool:
 def precision(dtype: torch.dtype) -> tuple[str, bool]:
     """PRECISION and WIDE_STATE of the kernels."""
     return "ieee" if dtype == torch.float32 else "tf32", dtype == torch.float16
+
+
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    """Gluon is an experiment of Triton's: what one release compiles another may not."""
+    return launcher_is_known() and has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
+    """Whether the kernels of ``hopper.py`` take these tensors."""
+    return (
+        OVERLAP and not packed and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
+        and all(64 <= pad(dim) <= 256 for dim in (K, V))
+        and has_wgmma(tensors[0].device) and has_descriptors(*tensors)
+    )  # fmt: skip
+
+
+@functools.cache
+def hopper_tiles(K: int, V: int) -> Tiles:
+    """Two programs of four warps fit a multiprocessor, or one of eight, of which each group of four has 64 columns of
+    the state's tile, or half of its K where that is wide. A program for o has as many warps as one for dk."""
+    BK, BV = pad(K), pad(V)
+    wide = max(BK, BV) > 128
+    return Tiles(BK, 128 if wide and BK <= 128 else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)

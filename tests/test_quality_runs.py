@@ -1,0 +1,233 @@
+"""The comparison of qualities: stretches, sessions and deadlines, and the whole pipeline at the smallest size."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.quality import fidelity, results, session, smoke, tokens, train
+from examples.quality.variants import SIZES, VARIANTS
+from lightning_megatron.training.refusals import refuse as refuse_flags
+
+from .helpers.arguments import parse_flags, pretend_without
+from .launch import run_pretrain
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+LINE = (
+    " iteration {:8d}/ 9 | consumed samples: 1 | elapsed time per iteration (ms): 50.0 | learning rate: 1.0E-03 |"
+    " global batch size: 4 |{} loss scale: 1.0 | grad norm: 1.5 |"
+)
+
+# What Megatron does, as far as ``train`` sees it: steps from the last checkpoint on, a save at the end or at SIGTERM.
+PRETEND = """
+import os, signal, sys, time
+from pathlib import Path
+value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+folder, last = Path(value("--save")), int(value("--train-iters"))
+tracker = folder / "latest_checkpointed_iteration.txt"
+step = int(tracker.read_text()) if tracker.exists() else 0
+print(" > number of parameters on (tensor, pipeline) model parallel rank (0, 0): 1000", flush=True)
+while step < last and not stop:
+    step += 1
+    loss = "" if step == int(os.environ.get("NAN", 0)) else f" lm loss: {5 - step / 1000} |"
+    print(LINE.format(step, loss), flush=True)
+    time.sleep(0.01)
+folder.mkdir(exist_ok=True)
+tracker.write_text(str(step))
+print(f" validation loss at iteration {step} | lm loss value: 4.5 |", flush=True)
+""".replace("LINE", repr(LINE))
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
+    """Options of a training whose Megatron is PRETEND: ``pretend(steps, *words)``."""
+    (tmp_path / "pretended_megatron.py").write_text(PRETEND)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(train, "MODULE", "pretended_megatron")
+    for name in tokens.FILES:
+        (tmp_path / name).touch()
+    (tmp_path / "stats.json").write_text(json.dumps({"sha256": {"train_text_document.bin": "0"}}))
+    words = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "tiny", "--reserve", "3"]
+
+    def options(steps: int, *more: str) -> argparse.Namespace:
+        size = SIZES["tiny"]
+        words_now = [*words, "--variant", "7:1", "--tokens", str(steps * size.batch * size.seq_length), *more]
+        return train.parser().parse_args(words_now)
+
+    return options
+
+
+def pretended(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
+    return train.launch(words, log, True, seconds)  # True: without the shim, which imports Megatron
+
+
+def rows_of(folder: Path) -> list[int]:
+    return [row["iteration"] for row in train.read_lines(folder / "losses.jsonl")]
+
+
+def test_stretch_ends_within_its_limit_and_the_next_goes_on(pretend):
+    start = time.monotonic()
+    folder = train.train(pretend(10_000, "--seconds", "5"), pretended)
+    assert time.monotonic() - start < 5
+    saved = train.done(folder)
+    assert 0 < saved < 1000 and rows_of(folder) == list(range(1, saved + 1))
+    train.train(pretend(10_000, "--seconds", "4.2"), pretended)
+    assert train.done(folder) > saved and rows_of(folder) == list(range(1, train.done(folder) + 1))
+    run = json.loads((folder / "run.json").read_text())
+    assert [x["from"] for x in run["stretches"]] == [0, saved] and run["parameters"] == 1000
+    assert results.Run("x", results.one_file(folder)).state == f"stopped at {train.done(folder)} of 10000"
+
+
+def test_killed_stretch_leaves_no_step_twice(pretend):
+    def cut(*args) -> Iterator[str]:
+        for line in (lines := pretended(*args)):
+            yield line
+            if "iteration       15/" in line:
+                lines.close()
+                raise RuntimeError("killed")
+
+    folder = train.train(pretend(8), pretended)
+    tracker = folder / "checkpoint" / train.TRACKER
+    assert rows_of(folder) == list(range(1, 9)) and tracker.read_text() == "8"
+    folder = folder.rename(folder.with_name(train.folder_of(pretend(30)).name))  # as if 30 had been asked for
+    run = json.loads((folder / "run.json").read_text())
+    what = train.about(pretend(30), torch.cuda.is_available())
+    (folder / "run.json").write_text(json.dumps(run | what))
+    with pytest.raises(RuntimeError, match="killed"):
+        train.train(pretend(30), cut)
+    assert rows_of(folder)[-1] == 15 and train.done(folder) == 8
+    with (folder / "losses.jsonl").open("a") as file:
+        file.write('{"iteration": 16, "lo')  # a machine that is cut may leave half a line
+    train.train(pretend(30), pretended)
+    assert rows_of(folder) == list(range(1, 31)) and train.state(folder) == "complete"
+    ends = [(x["from"], x["to"]) for x in json.loads((folder / "run.json").read_text())["stretches"]]
+    assert ends == [(0, 8), (8, 8), (8, 30)]
+    (folder / "losses.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in (1, 2, 2, 3)))
+    with pytest.raises(ValueError, match="does not hold the steps 1 to 4, each once"):
+        results.one_file(folder)
+
+
+def test_run_whose_loss_is_no_number_ends_and_is_not_continued(pretend, monkeypatch):
+    monkeypatch.setenv("NAN", "12")
+    folder = train.train(pretend(10_000), pretended)
+    assert rows_of(folder) == list(range(1, 13)) and train.state(folder) == "diverged at step 12"
+    found = results.one_file(folder)
+    assert found["losses"][-1] is None and results.Run("x", found).state == "diverged at step 12"
+
+    def never(*_):
+        raise AssertionError("a run that diverged was started again")
+
+    train.train(pretend(10_000), never)
+
+
+def test_session_trains_evaluates_and_writes_after_every_stage(pretend, tmp_path, capsys):
+    one, asked = pretend(30), []
+    out = tmp_path / "out"
+
+    def evaluates(module: str, words: list[str], seconds: float) -> None:
+        folder = Path(words[0])
+        held = json.loads((out / f"{folder.name}.json").read_text())
+        assert len(held["losses"]) == 30 and not held["tasks"]  # written before
+        asked.append((module, folder.name, words[1:]))
+        if "softmax" in folder.name:
+            raise RuntimeError("no memory")
+        (folder / "evaluate.json").write_text(json.dumps({"tasks": {"loss": {"nll": 2.5, "seconds": 1.0}}}))
+
+    def options(seconds: float, *jobs: str) -> argparse.Namespace:
+        words = [*jobs, "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "tiny", "--reserve", "1.5"]
+        made = session.parser().parse_args([*words, "--results", str(out), "--tokens", str(one.tokens)])
+        made.seconds, made.questions = seconds, ["--cases", "3"]
+        return made
+
+    found = session.session(options(60, "softmax", "7:1@2"), pretended, evaluates)
+    assert found == {"softmax": "failed: no memory", "7:1@2": "complete, with loss"}
+    assert [(x, name[:5], words[-2:]) for x, name, words in asked] == [
+        ("examples.quality.evaluate", name, ["--cases", "3"]) for name in ("softm", "7to1_")
+    ]
+    runs = {run.name: run for run in results.load(out)}
+    assert [(run.variant, run.about["seed"], results.loss_of(run)) for run in runs.values()] == [
+        ("7:1", 2, 2.5), ("softmax", 1, None)
+    ]  # fmt: skip
+    assert session.session(options(1.0, "3:1"), pretended, evaluates) == {"3:1": "no time"}
+    with pytest.raises(ValueError, match="variant 2:1 is unknown|variant '2:1' is unknown"):
+        session.session(options(60, "2:1"), pretended, evaluates)
+
+
+def test_flags_are_taken_by_the_entry_point_and_all_but_the_attention_is_equal(pretend, monkeypatch):
+    """For every variant and size: parsed and checked as in a run, without the packages that the machine may lack."""
+    pretend_without(monkeypatch, "transformer_engine", "apex")
+    base = None
+    for size, name in [*(("base", name) for name in VARIANTS), ("base-32k", "lightning"), ("fidelity", "lightning")]:
+        options = pretend(1, "--variant", name, "--size", size, "--tokens", "60e6")
+        words = train.command(options, Path("/folder"), gpu=True)
+        args = parse_flags(monkeypatch, " ".join(words), model="")
+        refuse_flags(args)
+        assert args.bf16 and args.cross_entropy_loss_fusion and args.exit_signal_handler
+        assert not args.check_for_nan_in_loss_and_grad and args.dataloader_inter_document_masking
+        shared = ("seq_length", "global_batch_size", "train_iters", "seed", "lr", "min_lr", "lr_warmup_iters")
+        held = [getattr(args, key) for key in (*shared, "num_layers", "hidden_size", "weight_decay", "clip_grad")]
+        base = held if name == "lightning" else base
+        assert held == base, (size, name)
+        assert args.global_batch_size * args.seq_length == SIZES[size].batch * SIZES[size].seq_length
+    tokens_a_step = {SIZES[x].batch * SIZES[x].seq_length for x in ("base", "base-32k")}
+    assert len(tokens_a_step) == 1
+
+
+def test_distances_of_curves():
+    curves = {"a": [4.0, 2.0], "a-seed2": [4.5, 3.0], "b": [4.0, 1.9]}
+    found = fidelity.distances(curves, "a", "a-seed2")
+    assert found["a-seed2"] == {"mean": 0.75, "end": 1.0, "steps": 2, "of_noise": 1.0}
+    assert found["b"]["mean"] == pytest.approx(0.05) and found["b"]["of_noise"] == pytest.approx(0.05 / 0.75)
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def lines_of(words: list[str], log: Path, gpu: bool, seconds: float) -> list[str]:
+    """``train.launch``, from the server that has imported Megatron."""
+    text = run_pretrain(words).log
+    log.write_text(text)
+    return text.splitlines()
+
+
+def cut_at(step: int) -> train.Run:
+    """``smoke.cut_at``, likewise."""
+
+    def cut(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
+        env = {"LIGHTNING_TESTS_KILL": json.dumps([[0], step, "step", 0])}
+        run = run_pretrain(words, module="tests.helpers.killed_pretrain", env=env, check=False)
+        assert not run.ok
+        yield from run.log.splitlines()
+        raise RuntimeError("killed")
+
+    return cut
+
+
+def begin(module: str, words: list[str], seconds: float) -> None:
+    run_pretrain(words, module=module)
+
+
+TINY = smoke.Scale(
+    "tiny", 18, 12, 200_000, 4,
+    ("--loss-tokens", "1300", "--context-tokens", "1100", "--pairs", "4", "--cases", "1", "--depths", "0.5",
+     "--multiples", "1", "4"),
+)  # fmt: skip
+
+
+def test_pipeline(tmp_path: Path):
+    """What ``make quality-smoke`` runs and checks, smaller: but for the time limit, which is tested above."""
+    pytest.importorskip("datasketch")
+    smoke.pipeline(smoke.Pipeline(tmp_path, TINY, lines_of, begin, cut_at))
+    stats = tmp_path / "data" / "stats.json"
+    stats.write_text(stats.read_text().replace('"train_text_document.bin": "', '"train_text_document.bin": "0'))
+    words = ["--variant", "3:1", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--size", "tiny"]
+    words += ["--tokens", str(18 * 2 * 128), "--lr", "3e-3"]
+    with pytest.raises(ValueError, match="is of a run with other data"):
+        train.train(train.parser().parse_args(words), lines_of)
