@@ -16,7 +16,7 @@ from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton.launch import Launch
 
 from .cases import Impl, assert_same_bits, check, evaluate, make_case
-from .layouts import expanded, fused, inside, summed, time_first
+from .layouts import expanded, fused, inside, time_first
 
 OPTIONS = dict(B=2, T=35, H=1, V=32)
 BF16 = Impl("triton", torch.bfloat16, "cuda")
@@ -25,7 +25,9 @@ BF16 = Impl("triton", torch.bfloat16, "cuda")
 def changes(case, rng, impl):
     """The case, and others of the same sizes or options but for one."""
     yield case
-    yield from (layout(case) for layout in (time_first, fused, inside, expanded, summed))
+    for name in ("q", "k", "v", "do"):
+        yield case.replace(**{name: getattr(time_first(case), name)})
+    yield from (layout(case) for layout in (fused, expanded))
     yield case.replace(log_decay=case.log_decay * 3 - 0.01)
     yield case.replace(log_decay=torch.stack((case.log_decay, case.log_decay), 1)[:, 0])
     yield case.replace(scale=0.7)
@@ -34,7 +36,9 @@ def changes(case, rng, impl):
     yield make_case(rng, impl, **OPTIONS | dict(T=36))
     yield make_case(rng, impl, **OPTIONS | dict(H=2, Hkv=1))
     yield make_case(rng, impl, **OPTIONS, documents=(20, 0, 15))
-    yield make_case(rng, impl, **OPTIONS, documents=(20, 15))
+    for documents in (35,), (20, 0, 15), (20, 15):
+        yield make_case(rng, impl, **OPTIONS, documents=documents, initial=False)
+    yield make_case(rng, impl, **OPTIONS | dict(B=1), initial=False)
     yield case
 
 
