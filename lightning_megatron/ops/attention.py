@@ -89,6 +89,7 @@ KEPT = 2048  # calls: lengths that never return must not fill the memory
 
 def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend) -> _Call:
     """Check everything: shapes, dtypes and devices once for each set of them, values as ``check_values`` does."""
+    key: Hashable
     try:
         key = (
             q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
