@@ -45,7 +45,8 @@ def test_compiles_and_fits(gpu, compiled):
     shared = [int(re.search(r"shared=(\d+)", line)[1]) for line in lines]
     assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
-    usual = [line for line in lines if "bfloat16 128x128" in line]
+    # walks that overlap spill outside of their loop over chunks alone (tests/benchmarks/NOTES.md)
+    usual = [line for line in lines if "bfloat16 128x128" in line and " overlapped " not in line]
     for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words
         stack = int(re.search(r"stack=(\d+)", line)[1])
         assert stack <= 32 * (" decode " in line), f"registers of the usual case are spilled: {line}"
