@@ -34,7 +34,8 @@ OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, 
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
     "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance",
     "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
-    "--runs", "--variant", "--tokens", "--minutes", "--size", "--results", "--tasks", "--train-only", "--seconds",  # of examples/quality
+    "--runs", "--variant", "--tokens", "--minutes", "--size",  # of examples/quality
+    "--results", "--tasks", "--train-only", "--seconds",
 }  # fmt: skip
 
 
