@@ -18,7 +18,6 @@ the lines of steps behind it. A loss that is no number ends a run for good: it i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -212,22 +211,21 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
     lines = run(command(options, folder, gpu), folder / "log.txt", gpu, max(1.0, left))
     last, time_of_steps = before, 0.0
     try:
-        with contextlib.closing(megatron_log.read(lines)) as rows:
-            for row in rows:
-                if isinstance(row, megatron_log.Parameters):
-                    record.run["parameters"] = row.count
-                elif isinstance(row, megatron_log.Validation):
-                    record.add("valid", {"iteration": row.iteration, "valid_loss": row.loss})
-                else:
-                    last, time_of_steps = row.iteration, time_of_steps + row.seconds
-                    loss = math.nan if row.loss is None else row.loss  # Megatron leaves out what is no number
-                    step = {key: value for key, value in row._asdict().items() if key != "last"}
-                    record.add("losses", step | {"loss": loss})
-                    if not math.isfinite(loss):
-                        record.run["diverged"] = last
-                        break
-                    if last % max(1, steps // 20) == 0:
-                        print(f"{folder.name}: step {last}/{steps} loss {loss:.4f}", flush=True)
+        for row in megatron_log.read(lines):
+            if isinstance(row, megatron_log.Parameters):
+                record.run["parameters"] = row.count
+            elif isinstance(row, megatron_log.Validation):
+                record.add("valid", {"iteration": row.iteration, "valid_loss": row.loss})
+            else:
+                last, time_of_steps = row.iteration, time_of_steps + row.seconds
+                loss = math.nan if row.loss is None else row.loss  # Megatron leaves out what is no number
+                step = {key: value for key, value in row._asdict().items() if key != "last"}
+                record.add("losses", step | {"loss": loss})
+                if not math.isfinite(loss):
+                    record.run["diverged"] = last
+                    break
+                if last % max(1, steps // 20) == 0:
+                    print(f"{folder.name}: step {last}/{steps} loss {loss:.4f}", flush=True)
     finally:
         if close := getattr(lines, "close", None):
             close()  # kills Megatron, unless it has ended
