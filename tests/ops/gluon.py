@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.ops.triton import hopper
+from lightning_megatron.ops.triton import hopper, walk
 
 
 @dataclass
@@ -227,10 +227,10 @@ def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool) -> Non
     for program in range(grid):
         machine = Machine(program, grid, warps, late)
         world = dict(vars(hopper)) | dict(
-            gl=machine.language(), tma=machine.copies(), mbarrier=machine.barriers(),
+            gl=machine.language(), tl=machine.language(), tma=machine.copies(), mbarrier=machine.barriers(),
             warpgroup_mma=machine.multiply, warpgroup_mma_wait=machine.wait_for_products,
             fence_async_shared=lambda: None, gdc_wait=lambda: None,
-            UNDERFLOW=hopper.UNDERFLOW.value, LOG2E=hopper.LOG2E.value,
+            UNDERFLOW=walk.UNDERFLOW.value, LOG2E=hopper.LOG2E.value,
         )  # fmt: skip
         for name, function in functions.items():
             world[name] = types.FunctionType(function.__code__, world, name, function.__defaults__)

@@ -4,8 +4,9 @@ Triton waits for every product before it goes on. Here the copy engine brings ch
 and a chunk's products overlap: the one with the state runs while the products of the chunk are weighted, rounded and
 stored, the state's update runs while outputs are stored.
 
-A program holds BV = 16 x warps columns of the state in registers, [BV, BK]. Everything else, names included, is as in
-``kernels.py``.
+A program of 4 warps holds BV = 64 columns of the state in registers, [BV, BK], one of 8 warps 128, or 64 if BK is above
+128. Everything else, names included, is as in ``kernels.py``, but for two parameters: STAGES, and AFTER_STATES, which
+says that the launch before this one computes the states of splits and may still run.
 """
 
 from __future__ import annotations
@@ -21,14 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .walk import UNDERFLOW
+from . import walk as by_chunk
 
 LOG2E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _reach(b_ld):
-    return gl.minimum(UNDERFLOW / gl.maximum(-b_ld, 1e-30), 2e9).to(gl.int32)
 
 
 @gluon.jit
@@ -40,13 +36,8 @@ def _rounded(b_x):
     )
 
 
-@gluon.jit
-def _state_tile(states, index, H, i_h, o_k, o_v, K: gl.constexpr, V: gl.constexpr, TRANSPOSED: gl.constexpr):
-    base = states + (index * H + i_h) * K * V
-    if TRANSPOSED:
-        return base + o_v[:, None] * K + o_k[None, :]
-    else:
-        return base + o_k[None, :] * V + o_v[:, None]
+# the same in both languages
+_reach, _state_tile = gluon.jit(by_chunk._reach.fn), gluon.jit(by_chunk.state_tile.fn)
 
 
 @gluon.jit
@@ -81,6 +72,15 @@ def _sum_over_k(a, b, zero, BK: gl.constexpr, PARTS: gl.constexpr):
         half: gl.constexpr = BK // 2
         first = warpgroup_mma(a.slice(0, half, 1), b.slice(0, half, 0), zero, use_acc=False, is_async=True)
         return warpgroup_mma(a.slice(half, half // 2, 1), b.slice(half, half // 2, 0), first, is_async=True)
+
+
+@gluon.jit
+def _fetch(d_q, d_k, d_v, s_q, s_k, s_v, start, column, bar, BYTES: gl.constexpr, there):
+    """Ask for the chunk from ``start`` on, if it is ``there``; ``bar`` says when it has come."""
+    mbarrier.expect(bar, BYTES, pred=there)
+    tma.async_copy_global_to_shared(d_k, [start, 0], bar, s_k, pred=there)
+    tma.async_copy_global_to_shared(d_q, [start, 0], bar, s_q, pred=there)
+    tma.async_copy_global_to_shared(d_v, [start, column], bar, s_v, pred=there)
 
 
 @gluon.jit
@@ -141,12 +141,8 @@ def walk(
     BYTES: gl.constexpr = 2 * BC * (2 * BK + BV)
     for i in gl.static_range(STAGES):
         start = begin + (chunks - 1 - i if REVERSE else i) * BC
-        there = i < chunks
-        bar = bars.index(i)
-        mbarrier.expect(bar, BYTES, pred=there)
-        tma.async_copy_global_to_shared(d_k, [start, 0], bar, k_buf.index(i), pred=there)
-        tma.async_copy_global_to_shared(d_q, [start, 0], bar, q_buf.index(i), pred=there)
-        tma.async_copy_global_to_shared(d_v, [start, i_v * BV], bar, v_buf.index(i), pred=there)
+        s_q, s_k, s_v = q_buf.index(i), k_buf.index(i), v_buf.index(i)
+        _fetch(d_q, d_k, d_v, s_q, s_k, s_v, start, i_v * BV, bars.index(i), BYTES, i < chunks)
     if AFTER_STATES:  # the launch that computes them is the one before this, and may still run
         gdc_wait()
     b_s = _incoming_state(
@@ -199,12 +195,8 @@ def walk(
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         gl.thread_barrier()
         then = i_c + STAGES
-        there = then < chunks
         start = begin + (chunks - 1 - then if REVERSE else then) * BC
-        mbarrier.expect(bar, BYTES, pred=there)
-        tma.async_copy_global_to_shared(d_k, [start, 0], bar, s_k, pred=there)
-        tma.async_copy_global_to_shared(d_q, [start, 0], bar, s_q, pred=there)
-        tma.async_copy_global_to_shared(d_v, [start, i_v * BV], bar, s_v, pred=there)
+        _fetch(d_q, d_k, d_v, s_q, s_k, s_v, start, i_v * BV, bar, BYTES, then < chunks)
         stage += 1
         wrapped = stage == STAGES
         stage = gl.where(wrapped, 0, stage)
