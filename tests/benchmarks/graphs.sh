@@ -37,7 +37,7 @@ for modules in "" core_attn core_attn,qkv core_attn,qkv,mlp mlp full; do
         > "$results/recompute.log" 2>&1 || tail -n 25 "$results/recompute.log"
 done
 fi
-[ -e "$results/training.json" ] && $python - "$results" << 'END'
+[ ! -e "$results/training.json" ] || $python - "$results" << 'END'
 import json, pathlib, sys
 from tests.benchmarks.training import describe, table
 rows = json.loads(pathlib.Path(sys.argv[1], "training.json").read_text())["rows"]

@@ -1,8 +1,7 @@
 """Compile the kernels for GPUs that are not here, and say what they need.
 
-``python -m tests.ops.aot sm_80 gfx942 ...`` prints a line for every kernel and GPU; ``--few`` those that need most of
-each GPU and, for one GPU of NVIDIA and one of AMD, one of each other kind. In a process of its own without
-TRITON_INTERPRET, which would replace the compiler.
+``python -m tests.ops.aot sm_80 gfx942 ...`` prints a line for every kernel and GPU; ``--few`` only those that need
+most. In a process of its own without TRITON_INTERPRET, which would replace the compiler.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ CONFIGS = [
     for K, V in ((64, 64), (128, 128), (96, 192), (256, 256))
     for T, documents in ((_LONG, 0), (_LONG, 4), (1, 0))
 ]
-# For each GPU, kernels that need most of its shared memory; for EACH_KIND also one of each other kind, and decoding.
+# For each GPU, kernels that need most of its shared memory; for one of them also one of each kind, and decoding.
 _FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("gradients",))
 _FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o",))
 _BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("state", "o", "gradients"))
@@ -69,7 +68,6 @@ FEW = {
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128, _FP16_128],
 }
-EACH_KIND = ("sm_90", "gfx942")  # of --few
 # Around the operator: typical layers, and the widest norm.
 AROUND = [
     dict(dtype=torch.bfloat16, s=_LONG, K=128, V=128, width=128),
@@ -162,8 +160,7 @@ def main(arguments: list[str]) -> None:
         for config in paged:
             for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
                 report(gpu, config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch)
-        if not few or gpu in EACH_KIND:
-            report_small(gpu)
+        report_small(gpu)
 
 
 def report_small(gpu: str) -> None:
