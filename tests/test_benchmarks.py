@@ -13,7 +13,7 @@ import torch
 
 from lightning_megatron.ops import lightning_attn
 
-from .benchmarks import attention, decode_ops, measure, peers, report
+from .benchmarks import attention, decode_ops, host, measure, peers, report
 from .benchmarks.measure import Shape
 
 # B,T,H,K,V,Hkv; MB (10^6 bytes) of the least traffic forward and backward. By hand: a tensor of 1,8192,32 heads of 128
@@ -199,7 +199,7 @@ def forbidden(**details):
     raise AssertionError(f"not compiled: {details['repr']}")
 
 
-kept = ("check_values", "choose_implementation", "_has_copy_engine", "check_shapes")
+kept = ("check_values", "choose_implementation", "has_copy_engine", "has_wgmma", "check_shapes")
 for target, name, value in precompile._replacements(claims):
     if name in kept:
         setattr(target, name, value)
@@ -248,6 +248,19 @@ def test_softmax_kernels_have_a_backward(name):
     o, _ = attn(q, k, v, None)
     assert name.split()[1] in type(o.grad_fn).__name__.lower()
     assert [x.shape for x in torch.autograd.grad(o, (q, k, v), o.detach())] == [q.shape] * 3
+
+
+def test_host_time_is_counted_in_adds(monkeypatch):
+    """Of the operator and of what torch needs around it, in the order of their work."""
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    monkeypatch.setattr(host, "ROUNDS", 3)
+    waits = []
+    ours, nothing = host.operator(Shape(1, 64, 2, 16, 16), lambda: waits.append(None))
+    assert len(waits) == 2 * (3 + 3)
+    for row in (ours, nothing):
+        assert row["forward_adds"] == row["forward_us"] / row["add_us"] > 1
+        assert host.line(row).startswith(row["what"]) and f"{row['backward_adds']:.1f} adds" in host.line(row)
+    assert ours["forward_us"] > nothing["forward_us"] and ours["backward_us"] > nothing["backward_us"]
 
 
 def test_failure_is_a_row(on_cpu):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 
-from .backend import Backend, Documents, choose
-from .checks import check_shapes, check_values
+from . import torch_backend
+from .backend import Backend, Documents, choose, device_of
+from .checks import check_shapes, check_values, state_dtype_of
+
+DENSE = torch.contiguous_format
 
 
 def lightning_attn(
@@ -59,39 +65,177 @@ def lightning_attn(
     a kernel of your own, are not checked again on the host; wrong cu_seqlens then end in an assertion on the device
     (triton backend). On a CPU all calls check.
     """
-    check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    computing = choose(backend, q)
+    if torch.compiler.is_compiling():
+        check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        scale = None if scale is None else float(scale)
+        given = q, k, v, log_decay, initial_state, cu_seqlens
+        o, final, *_ = torch.ops.lightning_megatron.attention(*given, scale, output_final_state, backend)
+        return o, final if output_final_state else None
+    call = _checked(q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens, backend)
+    return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens)
+
+
+class _Call(NamedTuple):
+    """What follows from the arguments that are no tensors, and from shapes, dtypes and devices."""
+
+    backend: Backend
+    scale: float
+    need_final: bool
+
+
+_calls: dict[Hashable, _Call] = {}
+KEPT = 2048  # calls: lengths that never return must not fill the memory
+
+
+def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend) -> _Call:
+    """Check everything: shapes, dtypes and devices once for each set of them, values as ``check_values`` does."""
+    key: Hashable
+    try:
+        key = (
+            q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+            log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad, scale, need_final, backend,
+            None if initial_state is None else (initial_state.shape, initial_state.dtype, initial_state.device),
+            None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
+        )  # fmt: skip
+        call = _calls.get(key)
+    except (AttributeError, TypeError):  # something that is no tensor, or a scale that is no number
+        key = call = None
+    if call is None:
+        check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        call = _call(q, scale, need_final, backend)
+        if len(_calls) >= KEPT:
+            _calls.clear()
+        if key is not None:
+            _calls[key] = call
     check_values(log_decay, cu_seqlens, q.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return call
+
+
+def _call(q, scale, need_final, backend) -> _Call:
+    return _Call(choose(backend, q), q.shape[-1] ** -0.5 if scale is None else float(scale), bool(need_final))
+
+
+def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens):
+    """Results, and what the backward needs: q, k, v and log_decay as the kernels read them, ids and bounds of
+    documents, tensors of the backend; and its plan.
+    """
     # the kernels read along the head dim with stride 1; every other stride is free
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    log_decay = log_decay.detach().contiguous()
-    return _LightningAttention.apply(
-        computing, q, k, v, log_decay, scale, initial_state, output_final_state, cu_seqlens
+    if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    log_decay, documents, ids, bounds = log_decay.contiguous(), None, None, None
+    with device_of(q):  # Triton launches on the current device; autograd sees to it in the backward
+        if cu_seqlens is not None:
+            documents = ids, bounds, _ = call.backend.find_documents(cu_seqlens, q.shape[1], q.shape[1])
+        o, final, saved, plan = call.backend.forward(
+            q, k, v, log_decay, call.scale, initial_state, documents, call.need_final
+        )
+    return o, final if call.need_final else None, (q, k, v, log_decay, initial_state, ids, bounds, *saved), plan
+
+
+def _backward(call: _Call, saved, plan, do, dfinal):
+    """Gradients of q, k, v and initial_state."""
+    q, k, v, log_decay, initial_state, ids, bounds, *rest = saved
+    documents = None if bounds is None else Documents(ids, bounds, by_row=False)
+    if do is None:  # only the final state was used
+        do = q.new_zeros(*q.shape[:3], v.shape[3])
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dq, dk, dv, dinitial = call.backend.backward(
+        q, k, v, log_decay, call.scale, initial_state, documents, tuple(rest), plan, do, dfinal
     )
+    return dq, dk, dv, None if initial_state is None else dinitial
 
 
 class _LightningAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend: Backend, q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens):
-        with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sees to it in the backward
-            documents = None if cu_seqlens is None else backend.find_documents(cu_seqlens, q.shape[1], q.shape[1])
-            o, final, saved, plan = backend.forward(q, k, v, log_decay, scale, initial_state, documents, need_final)
-        ids, bounds = (None, None) if documents is None else documents[:2]
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, ids, bounds, *saved)
-        ctx.backend, ctx.scale, ctx.plan = backend, scale, plan
-        ctx.set_materialize_grads(False)
-        return o, final if need_final else None
+    """In eager mode. The same as ``torch.ops.lightning_megatron.attention`` below, for which a call of the dispatcher
+    takes longer than this whole function.
+    """
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, call, q, k, v, log_decay, initial_state, cu_seqlens):
+        o, final, saved, plan = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens)
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.plan = call, plan
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, log_decay, initial_state, ids, bounds, *saved = ctx.saved_tensors
-        documents = None if bounds is None else Documents(ids, bounds, by_row=False)
-        if do is None:  # only the final state was used
-            do = q.new_zeros(*q.shape[:3], v.shape[3])
-        do = do if do.stride(-1) == 1 else do.contiguous()
-        dq, dk, dv, dinitial = ctx.backend.backward(
-            q, k, v, log_decay, ctx.scale, initial_state, documents, tuple(saved), ctx.plan, do, dfinal
-        )
-        return None, dq, dk, dv, None, None, dinitial if initial_state is not None else None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            return _gradients_once(ctx, do, dfinal)
+        return _gradients(ctx, do, dfinal)
+
+
+def _gradients(ctx, do, dfinal):
+    dq, dk, dv, dinitial = _backward(ctx.call, ctx.saved_tensors, ctx.plan, do, dfinal)
+    return None, dq, dk, dv, None, dinitial, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# It sees one operation each way, of which it knows shapes and strides. What is missing is a tensor of 0 elements.
+
+
+def _or_empty(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+@torch.library.custom_op(
+    "lightning_megatron::attention", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial_state, Tensor? cu_seqlens, float? scale, "
+    "bool need_final, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, need_final, backend):
+    """o, final state, tensor of the backend, and ids and bounds of documents."""
+    call = _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend)
+    o, final, saved, _ = _forward(call, q, k, v, log_decay, initial_state, cu_seqlens)
+    ids, bounds, states = (*saved[5:], None)[:3]
+    return o, *(_or_empty(x, q) for x in (final, states)), *(_or_empty(x, q).int() for x in (ids, bounds))
+
+
+@_attention.register_fake
+def _(q, k, v, log_decay, initial_state, cu_seqlens, scale, need_final, backend):
+    (B, _, H, K), packed = q.shape, cu_seqlens is not None
+    o, states, ids = choose(backend, q).outputs_like(q, k, v, packed)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = q.new_empty((N, H, K, v.shape[3]), dtype=state_dtype_of(q)) if need_final else q.new_empty(0)
+    return o, final, states, ids.int(), q.new_empty((1, N + 1) if packed else (0,), dtype=torch.int32)
+
+
+@torch.library.custom_op(
+    "lightning_megatron::attention_backward", mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? initial_state, Tensor states, Tensor ids, "
+    "Tensor bounds, Tensor? do, Tensor? dfinal, float? scale, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _attention_backward(q, k, v, log_decay, initial_state, states, ids, bounds, do, dfinal, scale, backend):
+    call = _call(q, scale, False, backend)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    ids, bounds, states = (x if x.numel() else None for x in (ids, bounds, states))
+    saved = q, k, v, log_decay.contiguous(), initial_state, ids, bounds, states
+    with device_of(q):
+        *found, dinitial = _backward(call, saved, call.backend.plan_of(q, v), do, dfinal)
+    found = [x.contiguous() if call.backend is torch_backend else x for x in found]
+    return *found, _or_empty(dinitial, q)
+
+
+@_attention_backward.register_fake
+def _(q, k, v, log_decay, initial_state, states, ids, bounds, do, dfinal, scale, backend):
+    dinitial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state, memory_format=DENSE)
+    return *choose(backend, q).gradients_like(q, k, v), dinitial
+
+
+def _keep(ctx, inputs, output):
+    *tensors, _, ctx.scale, _, ctx.backend = inputs  # without cu_seqlens, which may change: documents are found
+    _, _, states, ids, bounds = output
+    ctx.save_for_backward(*tensors, states, ids, bounds)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, dfinal, *_):
+    saved = ctx.saved_tensors
+    dq, dk, dv, dinitial = torch.ops.lightning_megatron.attention_backward(*saved, do, dfinal, ctx.scale, ctx.backend)
+    return dq, dk, dv, None, None if saved[4] is None else dinitial, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,19 +118,25 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._versions = WeakTensorKeyDictionary()  # tensor -> {key: version}
+        self._versions: dict[int, tuple[weakref.ref, dict[Hashable, int]]] = {}  # id of a tensor -> it, {key: version}
 
     def is_new(self, tensor: torch.Tensor, key: Hashable = None) -> bool:
         if not _waits(tensor):
             return True
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # reading would break the capture; the warm-up before it has looked
-        # tensors made in torch.inference_mode have no version and are looked at every time
-        return tensor.is_inference() or self._versions.get(tensor, {}).get(key) != tensor._version
+        found = self._versions.get(id(tensor))
+        if found is not None and found[0]() is tensor and found[1].get(key) == tensor._version:
+            return False
+        # reading would break the capture of a CUDA graph; the warm-up before it has looked
+        return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def remember(self, tensor: torch.Tensor, key: Hashable = None) -> None:
-        if _waits(tensor) and not tensor.is_inference():
-            self._versions.setdefault(tensor, {})[key] = tensor._version
+        if not _waits(tensor) or tensor.is_inference():  # those have no version and are looked at every time
+            return
+        found = self._versions.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            forget = functools.partial(self._versions.pop, id(tensor))  # called with the reference, as the default
+            found = self._versions[id(tensor)] = weakref.ref(tensor, forget), {}
+        found[1][key] = tensor._version
 
 
 def _waits(tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import torch_backend
-from .backend import choose
+from .backend import choose, device_of
 
 
 def vocab_parallel_cross_entropy(
@@ -77,7 +77,7 @@ def sums(logits: torch.Tensor, index: torch.Tensor, by_torch: bool) -> torch.Ten
         return _sums(logits, index)
     from .triton import loss as loss_kernels
 
-    with torch.cuda.device_of(logits):
+    with device_of(logits):
         return loss_kernels.sums(logits, index)
 
 

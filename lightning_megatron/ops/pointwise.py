@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import torch_backend
-from .backend import choose
+from .backend import choose, device_of
 
 SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
 GATES = ("sigmoid", "linear", "none")
@@ -109,7 +109,7 @@ class _SplitHeads(torch.autograd.Function):
         heads: Heads
         if silu[0]:
             _, gate, _, v = _views(mixed, dims)
-            with torch.cuda.device_of(mixed):
+            with device_of(mixed):
                 q, k, activated_v = pointwise_kernels.split_forward(mixed, dims, silu[1])
             heads = q, gate if dims[1] else None, k, v if activated_v is None else activated_v
         else:
@@ -137,7 +137,7 @@ class _NormGate(torch.autograd.Function):
 
         ctx.save_for_backward(o, gate, weight)
         ctx.options = kind, width, eps
-        with torch.cuda.device_of(o):
+        with device_of(o):
             return pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, eps)
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import pointwise, torch_backend
-from .backend import choose
+from .backend import choose, device_of
 from .checks import MAX_HEAD_DIM, check_log_decay
 from .step_checks import check_decode, check_slots, check_step
 
@@ -68,7 +68,7 @@ def lightning_step(
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    with torch.cuda.device_of(q):
+    with device_of(q):
         kernels.step(
             q, k, v, o, log_decay.contiguous(), slots.contiguous(), states, states, scale, between=intermediate
         )
@@ -140,7 +140,7 @@ def lightning_decode(
     mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
     if angles is not None and angles.stride(-1) != 1:
         angles = angles.contiguous()
-    with torch.cuda.device_of(mixed):
+    with device_of(mixed):
         return kernels.decode(
             mixed, log_decay.contiguous(), states, slots.contiguous(), dims, pointwise.SILU[feature_map], scale,
             q_norm, k_norm, angles, positions, turn_scale, interleaved, gate, out_norm,

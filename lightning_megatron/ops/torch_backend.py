@@ -157,6 +157,20 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     return result, final, (), None
 
 
+def plan_of(q, v) -> None:
+    """See ``Backend.plan_of``."""
+
+
+def outputs_like(q, k, v, packed: bool):
+    """See ``Backend.outputs_like``."""
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(0), q.new_empty(0)
+
+
+def gradients_like(q, k, v):
+    """See ``Backend.gradients_like``."""
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
 @_without_autocast
 def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, do, dfinal, split_grads=None, pieces=1):
     """Gradients ``(dq, dk, dv, dinitial)``: three more calls of the same operator (triton/kernels.py says which)."""

@@ -109,7 +109,7 @@ def lightning_attn(
     log_decay = log_decay.detach().contiguous()
     states = initial_state is not None or output_final_state
     plan = ParallelPlan(group, layout, exchange, tokens, scale, output_final_state, states, computing)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with backends.device_of(q):  # Triton launches on the current device
         factors = decay_factors(plan, needed_pairs, log_decay, cu_seqlens)
         chunks = chunks_of(plan, log_decay, cu_seqlens)
     return _ContextParallel.apply(plan, chunks, factors, q, k, v, initial_state)
@@ -125,7 +125,7 @@ class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: ParallelPlan, chunks: Rows | DocumentStates, factors: Factors, q, k, v, initial_state):
         own, start = (initial_state, None) if chunks.by_document else (None, initial_state)
-        with torch.cuda.device_of(q):
+        with backends.device_of(q):
             if kept := recompute.take(plan):
                 (incoming, end), split_states = kept, None
             else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from .cases import Impl
+from .launches import forget_plans
 
 # One for each algorithm and machine ...
 MAIN = [
@@ -54,13 +55,22 @@ def triton_impl(request: pytest.FixtureRequest) -> Impl:
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch):
     """``cut(n)``: segments of n tokens in two splits, twice that for dk and dv. Real ones have 256 or more."""
-    from lightning_megatron.ops.triton import attention as triton_backend
+    from lightning_megatron.ops.triton import tiling
 
     def set_length(tokens: int) -> None:
         print(f"segments of {tokens} tokens")
-        monkeypatch.setattr(triton_backend, "_plan_splits", lambda *sizes: triton_backend.SplitPlan(tokens // 2, 2, 4))
+        forget_plans()
+        monkeypatch.setattr(tiling, "plan_splits", lambda *sizes: tiling.SplitPlan(tokens // 2, 2, 4))
 
     return set_length
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Plans of other tests, which may have changed what plans are made of."""
+    forget_plans()
+    yield
+    forget_plans()
 
 
 @pytest.fixture(autouse=True, scope="session")

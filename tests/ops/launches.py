@@ -10,11 +10,13 @@ from unittest.mock import patch
 
 import torch
 
+from lightning_megatron.ops import attention as operator
 from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import hopper, kernels, paged, states, step, symmetric
+from lightning_megatron.ops.triton import final, hopper, kernels, paged, plans, states, step, symmetric, tiling
+from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
@@ -71,10 +73,19 @@ class _Recorder:
         return launch
 
 
+def forget_plans() -> None:
+    for cache in (
+        triton_backend._forwards, triton_backend._backwards, final._local_states, final._final_states,
+        launching._launches, operator._calls,
+    ):  # fmt: skip
+        cache.clear()
+
+
 def _patch(stack: ExitStack, launches: list[tuple]) -> None:
-    for name in KERNELS:
-        owner = step if name == "step_kernel" else triton_backend
+    for name, owner in zip(KERNELS, (plans, plans, step), strict=True):
         stack.enter_context(patch.object(owner, name, _Recorder(name, launches)))
+    forget_plans()
+    stack.callback(forget_plans)  # they launch recorders
 
 
 def record(
@@ -93,12 +104,11 @@ def record(
     launches: list[tuple] = []
     with ExitStack() as stack:
         _patch(stack, launches)
-        stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
-        stack.enter_context(patch.object(triton_backend, "OVERLAP", overlapped))
-        stack.enter_context(patch.object(triton_backend, "_has_wgmma", lambda device: True))
-        recorders = tuple(_Recorder(name, launches) for name in HOPPER)
-        kernels_of = triton_backend._kernels
-        stack.enter_context(patch.object(triton_backend, "_kernels", lambda x: recorders if x else kernels_of(x)))
+        stack.enter_context(patch.object(tiling, "has_descriptors", lambda *tensors: descriptors))
+        stack.enter_context(patch.object(tiling, "has_wgmma", lambda device: overlapped))
+        recorders, kernels_of = tuple(_Recorder(name, launches) for name in HOPPER), plans.kernels
+        for module in (plans, triton_backend):
+            stack.enter_context(patch.object(module, "kernels", lambda x: recorders if x else kernels_of(x)))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lightning_megatron.ops.triton import attention as triton_backend
+from lightning_megatron.ops.triton import plans, tiling
+from lightning_megatron.ops.triton.launch import Launch
 
 from . import gluon
 from .cases import Impl, check, make_case
@@ -25,21 +27,23 @@ SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a se
 @pytest.fixture(params=[False, True], ids=["early", "late"])
 def machine(request, monkeypatch):
     """Launches of Hopper's kernels go to ``gluon.run``. The names of those that were."""
-    launched, launch = [], triton_backend.launch
+    launched = []
 
-    def run(kernel, grid, tensors, numbers, constants, **options):
-        if kernel.fn.__name__ in HOPPER:
-            launched.append(kernel.fn.__name__)
-            assert options.get("launch_pdl", False) == constants[-1]
-            gluon.run(kernel, grid, (*tensors, *numbers, *constants), options["num_warps"], request.param)
-        else:  # Triton's interpreter cannot multiply bf16
-            tensors = [x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in tensors]
-            launch(kernel, grid, tuple(tensors), numbers, constants, **options)
+    class OnCpu(Launch):
+        def __call__(self, *tensors):
+            if self._kernel.fn.__name__ in HOPPER:
+                launched.append(self._kernel.fn.__name__)
+                assert self._options.get("launch_pdl", False) == self._rest[-1]
+                warps = self._options["num_warps"]
+                gluon.run(self._kernel, self.grid, (*tensors, *self._rest), warps, request.param)
+            else:  # Triton's interpreter cannot multiply bf16
+                super().__call__(*(x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in tensors))
 
-    monkeypatch.setattr(triton_backend, "launch", run)
-    monkeypatch.setattr(triton_backend, "OVERLAP", True)
-    monkeypatch.setattr(triton_backend, "_has_wgmma", lambda device: True)
-    monkeypatch.setattr(triton_backend, "_descriptors", lambda *tensors: True)
+    for module in (plans, triton_backend):
+        monkeypatch.setattr(module, "Launch", OnCpu)
+    monkeypatch.setattr(tiling, "has_wgmma", lambda device: True)
+    monkeypatch.setattr(tiling, "o_gains", lambda K, V: True)
+    monkeypatch.setattr(tiling, "has_descriptors", lambda *tensors: True)
     return launched
 
 

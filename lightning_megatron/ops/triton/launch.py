@@ -1,15 +1,20 @@
-"""Caches compiled kernels to skip Triton's argument processing."""
+"""Launches kernels. What of a launch stays the same is worked out once; a call passes addresses."""
 
 from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
 
-KEPT = 4096  # entries at most: lengths that never return must not fill the memory
-# In Triton 3.6 compiled kernels take the constants as arguments too. With other releases every launch goes through
-# Triton, and on AMD, where the compiled kernel also depends on whether a tensor has more than 2 GB.
-KNOWN_TRITON = triton.__version__.startswith("3.6.") and torch.version.hip is None
-_compiled: dict[tuple, object] = {}
+logger = logging.getLogger(__name__)
+
+KEPT = 2048  # entries of a cache at most: lengths that never return must not fill the memory
+ALIGNED = 16  # bytes: Triton compiles a kernel for addresses that are multiples, and another one for those that are not
 
 
 def cdiv(a: int, b: int) -> int:
@@ -21,36 +26,142 @@ def pad(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def launch(
-    kernel,
-    grid: int,
-    tensors: tuple,
-    numbers: tuple,
-    constants: tuple,
-    *,
-    num_warps: int,
-    num_stages: int = 3,
-    **options,
-) -> None:
-    """``kernel[grid](...)`` with ``grid > 0``, whose parameters are tensors, then numbers, then constants.
+def keep[T](cache: dict[Hashable, T], key: Hashable, value: T) -> T:
+    """Put ``value`` into a cache of at most ``KEPT`` entries."""
+    if len(cache) >= KEPT:
+        cache.clear()
+    cache[key] = value
+    return value
 
-    Triton examines every argument of every launch to find the compiled kernel; with 60 arguments that is half of the
-    launch. The compiled kernel depends only on the device, the numbers, the constants, and the dtypes and alignment of
-    the tensors: if they are those of an earlier launch, its compiled kernel is called directly. Values are compared
-    without their types: a parameter must always be an int or always be a float. One of the first two tensors is not
-    None.
+
+class Launch:
+    """``kernel[grid](...)`` on one device, of which all but the tensors is fixed, with ``grid > 0``.
+
+    The kernel's parameters are tensors, then numbers, then constants. All calls have tensors of the same dtypes, and
+    None in the same places; the device is the current one.
+
+    Triton examines every argument of every launch to find the compiled kernel, which depends on the fixed ones, on
+    dtypes and on whether addresses are multiples of 16. The first call whose addresses are goes through Triton. Later
+    ones give their addresses to the launcher in C of the kernel that it found. Through Triton go also calls with other
+    addresses, or while somebody listens to launches (profilers), and all with a Triton whose launcher is another one,
+    on AMD and in the interpreter.
+
+    With ``scratch`` programs make tensor descriptors, which need memory.
     """
-    key = None
-    first = tensors[1] if tensors[0] is None else tensors[0]
-    if KNOWN_TRITON and first.is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
-        types = tuple([None if x is None else x.dtype for x in tensors])
-        key = (kernel, first.device, types, numbers, constants, num_warps, num_stages)  # options follow from the kernel
-        compiled = _compiled.get(key)
+
+    __slots__ = ("_compiled", "_kernel", "_options", "_rest", "_scratch", "grid")
+
+    def __init__(
+        self, kernel, grid: int, numbers: tuple, constants: tuple, *, num_warps: int, num_stages: int = 3,
+        scratch: bool = False, **options,
+    ) -> None:  # fmt: skip
+        self.grid = grid
+        self._kernel, self._rest, self._scratch = kernel, (*numbers, *constants), scratch
+        self._options = dict(num_warps=num_warps, num_stages=num_stages, **options)
+        self._compiled: _Compiled | None = None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        compiled = self._compiled
         if compiled is not None:
-            compiled[grid, 1, 1](*tensors, *numbers, *constants)
-            return
-    compiled = kernel[(grid,)](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages, **options)
-    if key is not None:
-        if len(_compiled) >= KEPT:
-            _compiled.clear()
-        _compiled[key] = compiled
+            bits, addresses = 0, []
+            for x in tensors:
+                if x is None:
+                    addresses.append(None)
+                else:
+                    address = x.data_ptr()
+                    bits |= address
+                    addresses.append(address)
+            if bits % ALIGNED == 0 and not _listened_to():
+                compiled(addresses, self._rest)
+                return
+        self._through_triton(tensors)
+
+    def _through_triton(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        if self._scratch:
+            triton.set_allocator(_allocate)
+        found = self._kernel[(self.grid,)](*tensors, *self._rest, **self._options)
+        given = [x for x in tensors if x is not None]
+        if given[0].is_cuda and launcher_is_known() and all(x.data_ptr() % ALIGNED == 0 for x in given):
+            if found.run.profile_scratch_size == 0:  # else an instrumented kernel, whose memory Triton looks after
+                self._compiled = _Compiled(found, given[0], self.grid)
+
+
+class _Compiled:
+    """The launcher of a compiled kernel, called as ``triton.backends.nvidia.driver.CudaLauncher`` does."""
+
+    __slots__ = ("_after", "_before", "_device", "_grid", "_index", "_kernel", "_launch", "_scratch", "_stream")
+
+    def __init__(self, kernel: Any, like: torch.Tensor, grid: int) -> None:
+        run = kernel.run
+        self._kernel = kernel  # which owns the function on the device
+        self._launch, self._device, self._index, self._grid = run.launch, like.device, like.get_device(), grid
+        self._stream = torch._C._cuda_getCurrentRawStream
+        self._before = kernel.function, run.launch_cooperative_grid, run.launch_pdl
+        self._after = None, kernel.packed_metadata, None, None, None  # profile scratch; metadata and hooks of a launch
+        self._scratch = grid * run.num_ctas * run.global_scratch_size
+
+    def __call__(self, addresses: list[int | None], rest: tuple) -> None:
+        scratch = address = None
+        if self._scratch:  # given back after the launch: what takes it next on this stream waits for the kernel
+            scratch = torch.empty(self._scratch, dtype=torch.int8, device=self._device)
+            address = scratch.data_ptr()
+        stream = self._stream(self._index)
+        self._launch(self._grid, 1, 1, stream, *self._before, address, *self._after, *addresses, *rest)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
+def _listened_to() -> bool:
+    """Whether a profiler, or anyone, has hooks in launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # chains, of no calls at first
+
+
+@functools.cache
+def launcher_is_known() -> bool:
+    """Whether Triton's launcher takes what ``_Compiled`` gives it, as that of Triton 3.6 for CUDA does."""
+    try:
+        from triton.backends.nvidia import driver
+
+        takes = list(inspect.signature(driver.CudaLauncher.__call__).parameters)
+        known = (
+            torch.version.hip is None
+            and driver._BASE_ARGS_FORMAT == "iiiKKppOOOOOO"
+            and takes == ["self", "gridX", "gridY", "gridZ", "stream", "function", "args"]
+            and hasattr(torch._C, "_cuda_getCurrentRawStream")
+        )
+    except (ImportError, AttributeError) as error:
+        logger.debug("the launcher of triton %s is not that of 3.6: %s", triton.__version__, error)
+        return False
+    if not known:
+        logger.debug("the launcher of triton %s is not that of 3.6: launches go through Triton", triton.__version__)
+    return known
+
+
+_launches: dict[Hashable, Launch] = {}
+
+
+def launch(
+    kernel, grid: int, tensors: tuple, numbers: tuple, constants: tuple, *, num_warps: int, num_stages: int = 3,
+    **options,
+) -> None:  # fmt: skip
+    """``kernel[grid](*tensors, *numbers, *constants)``, for callers that do not keep a ``Launch``.
+
+    Values are compared without their types: a parameter must always be an int or always be a float. One of the first
+    two tensors is not None.
+    """
+    first = tensors[1] if tensors[0] is None else tensors[0]
+    found, key = None, None
+    if first.is_cuda:
+        dtypes = tuple([None if x is None else x.dtype for x in tensors])
+        # options follow from the kernel
+        key = (kernel.fn, grid, first.get_device(), dtypes, numbers, constants, num_warps, num_stages)
+        found = _launches.get(key)
+    if found is None:
+        found = Launch(kernel, grid, numbers, constants, num_warps=num_warps, num_stages=num_stages, **options)
+        if key is not None:
+            keep(_launches, key, found)
+    found(*tensors)
