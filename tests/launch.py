@@ -187,6 +187,8 @@ def _fork(
             _kill(process.pid)
             process.kill()  # where it was not yet a group of its own
             process.join()
+        for process in [p for p in processes if p.exitcode]:
+            _kill(process.pid)  # a rank that died leaves what it had forked, such as writers of a checkpoint
     return error
 
 

@@ -35,6 +35,13 @@ def dies(rank, world):
     dist.barrier()
 
 
+def leaves(rank, world, file):
+    if (pid := os.fork()) == 0:
+        time.sleep(600)
+    Path(file).write_text(str(pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hangs(rank, world):
     if rank == 1:
         time.sleep(100)
@@ -63,6 +70,15 @@ def test_failing_rank():
 def test_dying_rank():
     with pytest.raises(AssertionError, match="rank 0 exited with -11"):
         spawn(dies, 2)
+
+
+def test_a_rank_that_dies_leaves_no_process(tmp_path):
+    with pytest.raises(AssertionError, match="rank 0 exited with -9"):
+        spawn(leaves, 1, tmp_path / "pid")
+    deadline = time.monotonic() + 10
+    while (left := running(int((tmp_path / "pid").read_text()))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_hanging_rank():
