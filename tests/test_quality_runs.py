@@ -49,7 +49,8 @@ print(" > number of parameters on (tensor, pipeline) model parallel rank (0, 0):
 while step < last and not stop:
     step += 1
     loss = "" if step == int(os.environ.get("NAN", 0)) else f" lm loss: {5 - step / 1000} |"
-    print(LINE.format(step, loss), flush=True)
+    if step == 1 or "QUIET" not in os.environ:
+        print(LINE.format(step, loss), flush=True)
     time.sleep(0.01)
 folder.mkdir(exist_ok=True)
 tracker.write_text(str(step))
@@ -131,8 +132,9 @@ def test_killed_stretch_leaves_no_step_twice(pretend):
         results.one_file(folder)
 
 
-def test_megatron_ends_with_its_driver(pretend, tmp_path):
-    """A driver that is killed, as by ``timeout``, leaves no training behind on the machine."""
+def test_megatron_ends_with_its_driver(pretend, tmp_path, monkeypatch):
+    """A driver that is killed leaves no training behind, also where that prints nothing for long."""
+    monkeypatch.setenv("QUIET", "1")
     options = pretend(100_000)
     code = (
         "import sys; from pathlib import Path; from examples.quality import train\n"
@@ -147,11 +149,8 @@ def test_megatron_ends_with_its_driver(pretend, tmp_path):
         time.sleep(0.01)
     driver.kill()
     driver.wait()
-    time.sleep(0.3)
-    size = log.stat().st_size
-    time.sleep(0.3)
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
-    assert not left and log.stat().st_size == size
+    time.sleep(0.5)
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
 
 
 def _read(path: Path) -> bytes:
