@@ -28,6 +28,7 @@ EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
 sys.path.insert(0, str(EXAMPLES))
 
+import megatron_log  # noqa: E402
 import stoppable  # noqa: E402
 from plot_loss import final_loss, read_losses  # noqa: E402
 
@@ -46,10 +47,6 @@ TRAINING = f"""
     --lr 8e-3 --min-lr 2e-4 --lr-warmup-iters 100 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
     --eval-interval {ITERATIONS // 2} --eval-iters 32 --log-interval 10 --save-interval {ITERATIONS}
 """
-
-ITERATION = re.compile(
-    r"iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+) \|.* lm loss: ([\d.E+-]+)"
-)
 
 
 def cores() -> int:
@@ -111,21 +108,25 @@ class Progress:
 
     def __init__(self, every: int = SHOW_INTERVAL) -> None:
         self.in_summary, self.every = False, every
+        self.read = megatron_log.Reader()
         self.first: tuple[float, float] | None = None  # iteration and time of the first line
+        self.validated = 0  # after the last step Megatron validates twice
 
     def __call__(self, line: str) -> str | None:
-        if match := ITERATION.search(line):
-            iteration, last, milliseconds, loss = (float(group) for group in match.groups())
+        row = self.read(line)
+        if isinstance(row, megatron_log.Step):
+            iteration, last = row.iteration, row.last
             self.first = self.first or (iteration, time.time())
-            if iteration % self.every and iteration != last:
+            if (iteration % self.every and iteration != last) or row.loss is None:
                 return None
             left = (last - iteration) * (time.time() - self.first[1]) / max(1, iteration - self.first[0])
-            speed = f"{milliseconds:4.0f} ms each   {left:3.0f} s left"
-            return f"  iteration {iteration:4.0f}/{last:.0f}   loss {loss:.3f}   {speed}"
-        if match := re.search(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)", line):
-            return f"  held-out documents at iteration {match[1]}: loss {float(match[2]):.3f}"
-        if match := re.search(r"number of parameters on .*\((?:0, )*0\): (\d+)$", line):
-            return f"  {int(match[1]):,} parameters"
+            speed = f"{1e3 * row.seconds:4.0f} ms each   {left:3.0f} s left"
+            return f"  iteration {iteration:4d}/{last}   loss {row.loss:.3f}   {speed}"
+        if isinstance(row, megatron_log.Validation):
+            shown, self.validated = self.validated == row.iteration, row.iteration
+            return None if shown else f"  held-out documents at iteration {row.iteration}: loss {row.loss:.3f}"
+        if isinstance(row, megatron_log.Parameters):
+            return f"  {row.count:,} parameters"
         self.in_summary = line.startswith("lightning_megatron ") or (self.in_summary and line.startswith("  "))
         if self.in_summary:
             return "  " + line.rstrip()

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
+import megatron_log
 import stoppable
-
-TRAIN = re.compile(r" iteration +(\d+)/ *\d+ \|.* lm loss: ([\d.E+-]+)")
-VALID = re.compile(r"validation loss at iteration (\d+)\b.*lm loss value: ([\d.E+-]+)")
 
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e6e6e6"
 BLUE, ORANGE = "#2a6fb0", "#d9822b"
@@ -24,7 +21,11 @@ BLUE, ORANGE = "#2a6fb0", "#d9822b"
 
 def read_losses(log: str) -> tuple[dict[int, float], dict[int, float]]:
     """Training and validation loss by iteration, in nats per token. Of a repeated iteration, the last counts."""
-    train, valid = ({int(i): float(loss) for i, loss in pattern.findall(log)} for pattern in (TRAIN, VALID))
+    rows = list(megatron_log.read(log.splitlines()))
+    train, valid = (
+        {row.iteration: row.loss for row in rows if isinstance(row, kind) and row.loss is not None}
+        for kind in (megatron_log.Step, megatron_log.Validation)
+    )
     return train, valid
 
 

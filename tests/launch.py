@@ -41,6 +41,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from examples import megatron_log
+from tests.helpers.mortal import end_with_parent, mortal
+
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"
 # A GPU, if there is one, is hidden: these runs are for the CPU. One thread, since ranks share the cores.
@@ -53,7 +56,7 @@ GRACE = 10.0  # seconds for the other ranks to end, and show why, once one has f
 class Run:
     """What a run of pretrain() left behind."""
 
-    losses: list[float]  # lm loss of each iteration, see parse_losses
+    losses: list[float]  # lm loss of each iteration, see examples/megatron_log.py
     log: str  # stdout and stderr of all ranks, as they came
     seconds: float
     ok: bool
@@ -90,7 +93,8 @@ def run_pretrain(
         text = log.read_text(errors="replace")
     if error and check:
         raise AssertionError(f"{nproc} x cpu_shim.py {' '.join(argv)}: {error}\n{excerpt(text)}")
-    return Run(parse_losses(text), text, time.monotonic() - start, ok=not error)
+    losses = [step.loss for step in megatron_log.steps(text) if step.loss is not None]
+    return Run(losses, text, time.monotonic() - start, ok=not error)
 
 
 def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0, gpus: bool = False) -> list[Any]:
@@ -109,19 +113,6 @@ def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(nproc)]
 
 
-def parse_losses(log: str) -> list[float]:
-    """Return the lm loss of each iteration from Megatron's log, written with --log-interval 1.
-
-    Megatron prints the first iteration of a run at once but does not reset its average, so that the second line
-    shows the mean of the first two (megatron/training/training.py:2594). That mean is undone here; the second
-    loss has therefore an error of up to 1.5e-6, three times that of the others.
-    """
-    printed = [float(loss) for loss in re.findall(r"\| lm loss: (\S+) \|", log)]
-    if len(printed) > 1:
-        printed[1] = round(2 * printed[1] - printed[0], 6)
-    return printed
-
-
 def excerpt(log: str, lines: int = 60) -> str:
     """The first traceback of a log with what was said before it, and the end: in between ranks report that others are
     gone.
@@ -138,7 +129,7 @@ def excerpt(log: str, lines: int = 60) -> str:
 
 def _torchrun(argv: list[str], nproc: int, env: dict[str, str], log: Path, timeout: float) -> str | None:
     """Run the shim under torchrun; return what went wrong, None for nothing."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", SHIM, *argv]
+    command = mortal("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", str(SHIM), *argv)
     with open(log, "wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **ENV, **env}, stdout=out, stderr=out, start_new_session=True
@@ -252,7 +243,18 @@ def _preload() -> None:
 
 
 def _enter(target: Callable, args: tuple, env: dict[str, str], log: Path) -> None:
-    """First function of every process: become its own group, write to the log, take the environment."""
+    """First function of every process: become its own group, write to the log, take the environment.
+
+    It ends with its parent: the server, which ends when this module's process does, or (with GPUs) that process itself,
+    in whose thread _fork waits for it.
+    """
+    end_with_parent()
+    if not multiprocessing.parent_process().is_alive():
+        return
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_alive_fd is not None:  # the server lives as long as anyone holds this end of a pipe
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
     os.setsid()
     fd = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)

@@ -52,12 +52,12 @@ def test_registry_is_complete():
     names = [row.name for row in peers.ROWS]
     assert names == [
         "lightning", "fla chunk", "fla fused", "fla recurrent", "lightning-attn2", "lightning-attn2 parallel", "linghe",
-        "sdpa flash", "sdpa cudnn",
+        "mamba-2 ssd 256", "mamba-2 ssd 128", "sglang seg_la", "sdpa flash", "sdpa cudnn",
     ]  # fmt: skip
     assert len({row.colour for row in peers.ROWS}) == len(names)
     assert set(attention.SUITES) == set(peers.EVERY_SUITE) == set(report.COLUMNS)
     assert all(row.pip and set(row.suites) <= set(peers.EVERY_SUITE) for row in peers.ROWS)
-    assert [row.name for row in peers.ROWS if not row.backward] == ["linghe"]
+    assert [row.name for row in peers.ROWS if not row.backward] == ["linghe", "sglang seg_la"]
     for suite in attention.SUITES:
         assert peers.choose(suite)[0].name == "lightning"
         assert not any(row.is_fla for row in peers.choose(suite, autotune=False))

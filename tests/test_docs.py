@@ -35,6 +35,7 @@ OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, 
     "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance",
     "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
     "--runs", "--variant", "--tokens", "--minutes", "--size",  # of examples/quality
+    "--results", "--tasks", "--train-only", "--seconds",
 }  # fmt: skip
 
 

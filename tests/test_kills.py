@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from examples import megatron_log
 from tests.launch import run_pretrain
 
 KILLS = int(os.environ.get("LIGHTNING_TEST_KILLS", "2"))
@@ -48,11 +48,10 @@ def tensors(folder: Path) -> dict:
 
 def lines(log: str) -> dict[int, str]:
     """The printed loss and gradient norm by iteration. The second line of a start has the mean of two losses."""
-    found = [
-        (int(number), loss, norm)
-        for number, loss, norm in re.findall(r"iteration +(\d+)/.*?\| lm loss: (\S+) \|.*?\| grad norm: (\S+) \|", log)
-    ]
-    return {n: norm if index == 1 else f"{loss} {norm}" for index, (n, loss, norm) in enumerate(found)}
+    return {
+        step.iteration: f"{step.grad_norm}" if index == 1 else f"{step.loss} {step.grad_norm}"
+        for index, step in enumerate(megatron_log.steps(log))
+    }
 
 
 def test_killed_runs_go_on_bit_for_bit(tmp_path):

@@ -1,13 +1,20 @@
 """The launcher itself: results of every rank come back, and a rank that fails, dies or hangs fails the test, soon."""
 
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.launch import parse_losses, run_pretrain, spawn
+from tests import launch
+from tests.launch import ENV, ROOT, _fork, run_pretrain, spawn
 
 
 def summed(rank, world, x):
@@ -78,5 +85,53 @@ def test_failing_run(torchrun):
     assert not run_pretrain(["--nonsense"], check=False).ok
 
 
-def test_second_loss_is_not_the_mean_that_megatron_prints():
-    assert parse_losses("| lm loss: 5.0E+00 | a\n| lm loss: 4.5E+00 | b\n| lm loss: 3.0E+00 | c\n") == [5.0, 4.0, 3.0]
+def stays(folder, name):
+    Path(folder, f"{name}-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+def start_and_stay(folder: str) -> None:
+    """Starts a process in each of the three ways, from three threads, and waits for them."""
+    script = Path(folder, "script.py")
+    script.write_text(f"import os, time; open({folder!r} + f'/torchrun-{{os.getpid()}}', 'w'); time.sleep(600)")
+    log = Path(folder, "log")
+    launch.PRELOAD = "NOTHING"  # the server need not import Megatron for this
+    ways = [
+        lambda: _fork(stays, (folder, "server"), 2, {}, log, 600),
+        lambda: _fork(stays, (folder, "gpus"), 1, {}, log, 600, gpus=True),
+        lambda: run_pretrain([], script=script, torchrun=True, timeout=600),
+    ]
+    for way in ways:
+        threading.Thread(target=way).start()
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    """All of them, forked by the server, started for a GPU, or by torchrun: SIGKILL leaves the parent no last word."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"from tests.test_launch import start_and_stay; start_and_stay({folder!r})"
+        parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **ENV})
+        pids, deadline = {}, time.monotonic() + 240
+        try:
+            while len(pids) < 4 and time.monotonic() < deadline:
+                time.sleep(0.2)
+                pids = {int(path.name.split("-")[1]): path.name for path in Path(folder).glob("*-*")}
+            assert sorted(name.split("-")[0] for name in pids.values()) == ["gpus", "server", "server", "torchrun"]
+            assert parent.poll() is None
+        finally:
+            parent.kill()
+            parent.wait()
+        deadline = time.monotonic() + 20
+        while (left := [name for pid, name in pids.items() if running(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for pid in pids:
+            if running(pid):
+                os.kill(pid, signal.SIGKILL)
+        assert not left
+
+
+def running(pid: int) -> bool:
+    """Not ended; what waits for a parent to ask for its exit status has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False

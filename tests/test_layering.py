@@ -158,27 +158,34 @@ def f():
     assert complaints("patches", imports("from ..spec import x", f"{PACKAGE}.patches")) == [f"{PACKAGE}.spec.x"]
 
 
-@pytest.mark.parametrize(
-    "module, absent",
-    [
-        ("", ["torch", "megatron"]),
-        (".config", ["torch", "megatron"]),
-        (".ops", ["megatron", "triton"]),
-        (".decay", ["megatron"]),
-        (".cpu", ["megatron"]),
-        (".inference.generate", ["torch", "megatron"]),
-        (".inference.perplexity", ["torch", "megatron"]),
-        (".inference.serve", ["torch", "megatron", "quart"]),
-        (".inference.asked", ["torch", "megatron", "quart"]),
-        (".convert.cli", ["torch", "megatron"]),
-        (".convert.comparing", ["megatron"]),
-    ],
-)
-def test_imports_are_cheap(module, absent):
-    """Not only by the source: in a fresh process, importing the part loads none of these."""
-    code = f"import sys, {PACKAGE}{module}; sys.exit(', '.join(x for x in {absent} if x in sys.modules) or None)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, f"importing {PACKAGE}{module} loads {run.stderr}"
+CHEAP = [  # a part, and what importing it loads not; those without torch come first
+    ("", ["torch", "megatron"]),
+    (".config", ["torch", "megatron"]),
+    (".inference.generate", ["torch", "megatron"]),
+    (".inference.perplexity", ["torch", "megatron"]),
+    (".inference.serve", ["torch", "megatron", "quart"]),
+    (".inference.asked", ["torch", "megatron", "quart"]),
+    (".convert.cli", ["torch", "megatron"]),
+    (".ops", ["megatron", "triton"]),
+    (".decay", ["megatron"]),
+    (".cpu", ["megatron"]),
+    (".convert.comparing", ["megatron"]),
+]
+IMPORT_EACH = f"""
+import importlib, sys
+for module, absent in {CHEAP}:
+    for name in [x for x in sys.modules if x.partition(".")[0] == {PACKAGE!r}]:
+        del sys.modules[name]
+    importlib.import_module({PACKAGE!r} + module)
+    if loaded := [x for x in absent if x in sys.modules]:
+        sys.exit(f"importing {PACKAGE}{{module}} loads {{', '.join(loaded)}}")
+"""
+
+
+def test_imports_are_cheap():
+    """Not only by the source: in a fresh process, importing each part anew loads none of these."""
+    run = subprocess.run([sys.executable, "-c", IMPORT_EACH], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -202,3 +209,15 @@ def test_imports_of_test_modules_are_found():
     """The test above can fail."""
     text = "from .test_loss import f\nfrom tests.ops import test_rows\nfrom .cases import pick\nimport tests.test_spec"
     assert other_tests(text, "tests.ops") == ["tests.ops.test_loss.f", "tests.ops.test_rows", "tests.test_spec"]
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def test_examples_do_not_import_tests():
+    """Tests and benchmarks may import examples: what both need is there."""
+    wrong = {}
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        found = imports(path.read_text("utf-8"), ".".join(path.parent.relative_to(ROOT).parts))
+        wrong |= {path.name: tests} if (tests := sorted(x for x in found if x.partition(".")[0] == "tests")) else {}
+    assert not wrong

@@ -1,5 +1,6 @@
 """What a wheel holds, made from the checkout and by way of a source distribution, in a folder of its own."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.launch import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("lightning_megatron", "patches", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -63,18 +66,26 @@ def test_wheels_hold_the_package_and_nothing_else(wheels: list[Path]) -> None:
         assert "Author: lightning_megatron contributors" in about and "Requires-Dist: torch>=2.11" in about
 
 
+def imported(rank: int, world: int, place: str, elsewhere: str) -> tuple[str, str, bool]:
+    """Name and file of lightning_megatron.patches, imported from this folder alone, and whether `patches` is found."""
+    os.chdir(elsewhere)
+    known = {"", str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")}
+    sys.path[:] = [place, *(path for path in sys.path if path not in known)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lightning_megatron"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    patches = importlib.import_module("lightning_megatron.patches")
+    return patches.__name__, patches.__file__, importlib.util.find_spec("patches") is not None
+
+
 def test_a_wheel_imports_without_the_checkout(wheels: list[Path], tmp_path: Path) -> None:
-    code = (
-        "import lightning_megatron.patches as p, importlib.util as u;"
-        "print(p.__name__, u.find_spec('patches'), 'wheel' in p.__file__)"
-    )
     with zipfile.ZipFile(wheels[-1]) as archive:  # the other holds the same files
         archive.extractall(tmp_path / "wheel")
-    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "wheel"))
-    assert said.split() == ["lightning_megatron.patches", "None", "True"]
+    ((name, file, found),) = spawn(imported, 1, str(tmp_path / "wheel"), str(tmp_path))
+    assert name == "lightning_megatron.patches" and not found
+    assert Path(file) == tmp_path / "wheel/lightning_megatron/patches/__init__.py"
 
 
 def test_a_checkout_on_the_path_imports(tmp_path: Path) -> None:
-    code = "import lightning_megatron.patches as p; print(p.__file__)"
-    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert Path(said) == ROOT / "lightning_megatron" / "patches" / "__init__.py"
+    ((_, file, _),) = spawn(imported, 1, str(ROOT), str(tmp_path))
+    assert Path(file) == ROOT / "lightning_megatron" / "patches" / "__init__.py"

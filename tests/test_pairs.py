@@ -3,7 +3,7 @@
 Rows are generated from LIGHTNING_TEST_SEED. `make test` runs a few, on two ranks at most. LIGHTNING_TEST_PAIRS=250 runs
 as many, of as many coverings as that takes; LIGHTNING_TEST_SHARD=2/3 the second third of them; LIGHTNING_TEST_RANKS=4
 lets a run have four ranks (`make test-pairs` does). No row holds what is refused, REFUSED in helpers/pairs.py; the
-messages are shown by test_flags.py and test_parity.py.
+messages are shown by flags/test_refused.py and test_parity.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -25,15 +24,6 @@ LINE = (
     " iteration {:8d}/ 9 | consumed samples: 1 | elapsed time per iteration (ms): 50.0 | learning rate: 1.0E-03 |"
     " global batch size: 4 |{} loss scale: 1.0 | grad norm: 1.5 |"
 )
-
-
-def test_mean_of_the_first_two_losses_is_undone():
-    rows = list(train.steps_in(LINE.format(i, f" lm loss: {x} |") for i, x in ((5, 4.0), (6, 3.0), (7, 2.5))))
-    assert [(row["iteration"], row["loss"]) for row in rows] == [(5, 4.0), (6, 2.0), (7, 2.5)]
-    assert rows[0] == {"iteration": 5, "loss": 4.0, "grad_norm": 1.5, "lr": 1e-3, "seconds": 0.05}
-    (row,) = train.steps_in([LINE.format(8, "")])  # Megatron leaves a loss out that is no number
-    assert math.isnan(row["loss"])
-
 
 # What Megatron does, as far as ``train`` sees it: steps from the last checkpoint on, a save at the end or at SIGTERM.
 PRETEND = """

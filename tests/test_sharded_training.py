@@ -1,6 +1,6 @@
-"""Ways to hold and step parameters: Megatron-FSDP, muon, and an optimizer on the host. The same training as without.
+"""Ways to hold and step parameters: FSDP of Megatron and torch, muon, an optimizer on the host. Training as without.
 
-The first two need the packages einops and emerging-optimizers, the last a GPU: without them they are skipped.
+Megatron-FSDP needs the package einops, muon emerging-optimizers, the others a GPU: without them they are skipped.
 """
 
 from __future__ import annotations
@@ -47,6 +47,20 @@ def test_muon(layout):
     want = train("all", "one", flags)
     assert want.losses[-1] < want.losses[0] - 0.1
     assert_same_training(train("all", layout, flags), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("model", ["all", "freq4"])
+def test_torch_fsdp2(model):
+    """torch's fully_shard takes CUDA devices only."""
+    flags = [*SIZE, *TRAIN, *MODELS[model].split(), "--mock-data", UNTIED]
+    sharded = "--use-torch-fsdp2 --no-gradient-accumulation-fusion".split()
+    want = run_pretrain(flags, 2, gpus=True)
+    run = run_pretrain([*flags, *sharded], 2, gpus=True, env=CONNECTIONS)
+    assert want.losses[-1] < want.losses[0] - 0.1
+    assert run.losses == pytest.approx(want.losses, abs=1e-4)
+    assert gradient_norms(run) == pytest.approx(gradient_norms(want), rel=1e-3)
 
 
 @pytest.mark.gpu

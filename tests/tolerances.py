@@ -116,7 +116,7 @@ LOGITS = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 # ---- training --------------------------------------------------------------------------------------------------------
 
 # Losses and gradient norms of the same training in two layouts, absolute. Losses have six decimals, the second of them
-# an error of 1.5e-6 (launch.parse_losses): of two runs 3e-6. Rounding: noise of 2^-20 on everything that a module
+# an error of 1.5e-6 (examples/megatron_log.py): of two runs 3e-6. Rounding: noise of 2^-20 on everything that a module
 # computes, which is summed(512), changes no loss by more than 2e-6; three times that is allowed. Norms have three
 # decimals, of two runs 1e-3, and the same noise changes none of them. This holds with Adam's eps at 1e-3
 # (helpers/training.py). With Megatron's 1e-8 a gradient of almost 0 becomes a whole step whose sign rounding decides:

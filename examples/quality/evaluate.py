@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.report import when
+from examples.provenance import when
 
 from . import tasks
 from .train import TRACKER, card

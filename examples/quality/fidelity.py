@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.report import when
+from examples.provenance import when
 
 from . import train
 from .results import FIDELITY

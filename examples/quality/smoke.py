@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from examples import megatron_log
+
 from . import corpus, evaluate, fidelity, report, session, tokens, train
 from .variants import MAIN, SIZES, Plan
 
@@ -58,10 +60,11 @@ def cut_at(step: int) -> train.Run:
     """Megatron, killed once it has printed ``step``."""
 
     def cut(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
+        read = megatron_log.Reader()
         with contextlib.closing(train.launch(words, log, gpu, seconds)) as lines:
             for line in lines:
                 yield line
-                if (match := train.STEP.search(line)) and int(match[1]) == step:
+                if isinstance(row := read(line), megatron_log.Step) and row.iteration == step:
                     raise RuntimeError("killed")
 
     return cut

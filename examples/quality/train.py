@@ -24,7 +24,6 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,17 +32,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tests.benchmarks.report import output, when
+from examples import megatron_log
+from examples.provenance import output, when
 
 from . import ROOT
 from .variants import SIZES, Size, flags
 
-STEP = re.compile(  # Megatron leaves out a loss that is no number
-    r"iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|.* learning rate: (\S+) \|"
-    r"(?:.* lm loss: (\S+) \|)?.* grad norm: (\S+) \|"
-)
-VALID = re.compile(r"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: ([\d.E+-]+)")
-PARAMETERS = re.compile(r"number of parameters on .*\((?:0, )*0\): (\d+)$")
 TRACKER = "latest_checkpointed_iteration.txt"
 MODULE = "lightning_megatron.pretrain"
 RESERVE = 30.0  # seconds of a stretch's limit for the step, validation and save under way
@@ -126,29 +120,6 @@ def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[s
         return
     if process.returncode:
         raise RuntimeError(f"exit status {process.returncode}; {log} ends with\n" + log.read_text("utf-8")[-3000:])
-
-
-def steps_in(lines: Iterable[str]) -> Iterable[dict]:
-    """What a stretch's log says of steps, validations and parameters.
-
-    Megatron prints the first step of a process at once, but does not reset its average, so that the second line shows
-    the mean of the first two losses; that is undone here.
-    """
-    printed: list[float] = []
-    for line in lines:
-        if match := STEP.search(line):
-            loss = float(match[4] or "nan")
-            printed.append(loss)
-            if len(printed) == 2:
-                loss = round(2 * loss - printed[0], 6)
-            yield {
-                "iteration": int(match[1]), "loss": loss, "grad_norm": float(match[5]), "lr": float(match[3]),
-                "seconds": float(match[2]) / 1e3,
-            }  # fmt: skip
-        elif match := VALID.search(line):
-            yield {"iteration": int(match[1]), "valid_loss": float(match[2])}
-        elif match := PARAMETERS.search(line):
-            yield {"parameters": int(match[1])}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -251,20 +222,22 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
     lines = run(command(options, folder, gpu), folder / "log.txt", gpu, max(1.0, left))
     last, time_of_steps = before, 0.0
     try:
-        with contextlib.closing(steps_in(lines)) as rows:
+        with contextlib.closing(megatron_log.read(lines)) as rows:
             for row in rows:
-                if "parameters" in row:
-                    record.run["parameters"] = row["parameters"]
-                elif "valid_loss" in row:
-                    record.add("valid", row)
+                if isinstance(row, megatron_log.Parameters):
+                    record.run["parameters"] = row.count
+                elif isinstance(row, megatron_log.Validation):
+                    record.add("valid", {"iteration": row.iteration, "valid_loss": row.loss})
                 else:
-                    last, time_of_steps = row["iteration"], time_of_steps + row["seconds"]
-                    record.add("losses", row)
-                    if not math.isfinite(row["loss"]):
+                    last, time_of_steps = row.iteration, time_of_steps + row.seconds
+                    loss = math.nan if row.loss is None else row.loss  # Megatron leaves out what is no number
+                    step = {key: value for key, value in row._asdict().items() if key != "last"}
+                    record.add("losses", step | {"loss": loss})
+                    if not math.isfinite(loss):
                         record.run["diverged"] = last
                         break
                     if last % max(1, steps // 20) == 0:
-                        print(f"{folder.name}: step {last}/{steps} loss {row['loss']:.4f}", flush=True)
+                        print(f"{folder.name}: step {last}/{steps} loss {loss:.4f}", flush=True)
     finally:
         if close := getattr(lines, "close", None):
             close()  # kills Megatron, unless it has ended

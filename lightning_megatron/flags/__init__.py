@@ -73,11 +73,6 @@ def warnings_of(config, options: LightningOptions, layout: str, args: Namespace 
     """Lines for the log: flags that change less than they seem to, or cost something and give nothing."""
     run = _run(config, options, layout, args)
     lines = _messages(WARNED, run)
-    if run.softmax == config.num_layers:
-        lines.append(
-            f"--linear-attention-freq {config.linear_attention_freq}: all layers are softmax layers, for comparison; "
-            "--lightning-* options of lightning layers act on nothing"
-        )
     if not run.softmax:
         given = _given(SOFTMAX_ONLY, run)
         if config.num_query_groups != config.num_attention_heads:

@@ -106,6 +106,8 @@ def shown(value: Any) -> str:
     """A value as it stands on the command line after its flag."""
     if value is True:
         return ""
+    if isinstance(value, list) and value and set(value) <= {0, 1}:  # a pattern of layers is one word
+        return " " + str(value).replace(" ", "")
     return " " + (" ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "name", value)))
 
 

@@ -11,6 +11,11 @@ from .rules import ROTARY, Rule
 
 WARNED = (
     Rule(
+        "linear_attention_freq",
+        lambda run: run.softmax == run.config.num_layers,
+        "makes all layers softmax layers, for comparison; --lightning-* options of lightning layers act on nothing",
+    ),
+    Rule(
         "optimizer",
         lambda run: run.muon_cut == "uncut",
         "takes the fused projection of lightning layers, whose parts are not those of softmax layers, as one matrix",

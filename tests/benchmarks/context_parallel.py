@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from examples.provenance import output, when
 from lightning_megatron import decay, ops, parallel
 
 from . import measure
-from .report import output, when, write
+from .report import write
 from .training_models import parse_length, show_length
 
 EXCHANGES = ("direct", "all-gather", "ring", "pipelined", "scan")

@@ -41,8 +41,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from examples.provenance import when
+
 from .decode_models import ATTENTIONS
-from .report import when, write
+from .report import write
 from .training import machine
 from .training_models import parse_length, show_length
 

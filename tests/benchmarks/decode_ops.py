@@ -28,10 +28,10 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
+from examples.provenance import when
 from lightning_megatron import decay, ops
 
 from . import measure
-from .report import when
 
 HEADS, REQUESTS, DIM = (16, 32), (1, 16, 64, 256), 128
 RESULT = Path(__file__).parent / "results" / "decode_ops.json"

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from examples.provenance import when
 from lightning_megatron.ops import torch_backend
 from lightning_megatron.parallel.exchange import exchange, needed_pairs
 from lightning_megatron.parallel.factors import decay_factors
 from lightning_megatron.parallel.plan import ParallelPlan
 from tests.launch import spawn
 
-from .report import when, write
+from .report import write
 
 SCHEMES = ("all-gather", "ring", "pipelined", "scan")
 LAYOUTS = ("contiguous", "zigzag")

@@ -111,6 +111,42 @@ def _linghe() -> Callable:
     return attn
 
 
+def _ssd(chunk: int) -> Callable[[], Callable]:
+    """Mamba-2's scan with dt = 1 and A = log_decay; x is v, B is k and C is q, with a group for each head of k."""
+
+    def load() -> Callable:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        ones = functools.lru_cache(maxsize=1)(lambda *shape, device: torch.ones(shape, device=device))
+
+        def attn(q, k, v, log_decay):
+            dt = ones(*v.shape[:3], device=v.device)
+            return mamba_chunk_scan_combined(v, dt, log_decay, k, q, chunk_size=chunk), None
+
+        return attn
+
+    return load
+
+
+def _seg_la() -> Callable:
+    from sglang.kernels.ops.attention.linear.seg_la import SegLaMeta, seg_la_fwd  # 0.5.23; once in srt.layers
+
+    @functools.lru_cache(maxsize=2)
+    def prepared(B: int, T: int, device: torch.device) -> SegLaMeta:
+        starts, slots = (torch.arange(B, device=device, dtype=torch.int32) * n for n in (T, 1))
+        lengths, resumed = (torch.full_like(starts, n) for n in (T, int(T == 1)))
+        return SegLaMeta(B, T, starts, slots, lengths, resumed)
+
+    def attn(q, k, v, log_decay, initial_state=None, output_final_state=False):
+        """The state that enters is overwritten by the one that leaves."""
+        B, T, H, K = q.shape
+        state = v.new_empty(B, H, K, v.shape[-1], dtype=torch.float32) if initial_state is None else initial_state
+        o = seg_la_fwd(*(x.flatten(0, 1) for x in (q, k, v)), state, -log_decay, prepared(B, T, q.device))
+        return o.view(B, T, H, -1), state
+
+    return attn
+
+
 # What scaled_dot_product_attention calls once it has chosen. Called directly, neither can give way to another kernel,
 # and no context manager costs host time.
 def _sdpa_flash() -> Callable:
@@ -124,6 +160,10 @@ def _sdpa_cudnn() -> Callable:
 
 
 SDPA = dict(module="torch", pip="torch", layout=BHTD, softmax=True, note="softmax attention")
+MAMBA = dict(
+    module="mamba_ssm", pip="mamba-ssm", autotunes=True,
+    note="no scale argument; made for few groups of k and q; its backward also gives ddt and dA",
+)  # fmt: skip
 FLA = dict(module="fla", pip="flash-linear-attention", autotunes=True)
 OPENNLPLAB = dict(module="lightning_attn", pip="git+https://github.com/OpenNLPLab/lightning-attention", layout=BHTD)
 
@@ -150,6 +190,16 @@ ROWS = (
         "linghe", "linghe", "git+https://github.com/inclusionAI/linghe", _linghe, ("speed", "length"), "#9467bd",
         backward=False, note="forward only: its published backward is wrong",
     ),
+    Row(
+        "mamba-2 ssd 256", load=_ssd(256), colour="#8c564b", suites=("speed", "length"), **MAMBA,
+    ),
+    Row(
+        "mamba-2 ssd 128", load=_ssd(128), colour="#c49c94", suites=("speed",), **MAMBA,
+    ),
+    Row(
+        "sglang seg_la", "sglang", "sglang", _seg_la, ("speed", "length", "decode"), "#e377c2",
+        backward=False, note="for serving: no backward",
+    ),
     Row("sdpa flash", load=_sdpa_flash, colour="#7f7f7f", suites=("speed", "length"), **SDPA),
     Row("sdpa cudnn", load=_sdpa_cudnn, colour="#bcbd22", suites=("speed", "length"), **SDPA),
 )  # fmt: skip
@@ -166,7 +216,7 @@ _choices: dict[tuple, dict] = {}
 
 
 def tune_for(*sizes) -> None:
-    """Let fla's autotuners choose for these sizes, if they have not.
+    """Let the autotuners of fla and Mamba choose for these sizes, if they have not.
 
     By themselves they keep the choice of the first length that comes, some of them also that of the first heads and
     head dims, and on disk for later runs: good for a model, but in a benchmark the shapes that come later would be
@@ -184,7 +234,7 @@ def _tuners() -> Iterator:
     from triton.runtime import Autotuner, Heuristics
 
     for name, module in list(sys.modules.items()):
-        for kernel in list(vars(module).values()) if name.startswith("fla.") else ():
+        for kernel in list(vars(module).values()) if name.startswith(("fla.", "mamba_ssm.")) else ():
             while isinstance(kernel, Heuristics):
                 kernel = kernel.fn
             if isinstance(kernel, Autotuner):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from examples.provenance import output, when
 
 from .peers import Row
 
@@ -57,22 +57,6 @@ def line(suite: str, x: dict | None = None) -> str:
         text = header if x is None else form.format(shown[key]) if key in shown else "-"
         cells.append(text.ljust(width) if key in ("impl", "largest", "note") else text.rjust(width))
     return "  ".join(cells).rstrip()
-
-
-def output(*command: str) -> str:
-    """The first line that a program prints."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().partition("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def when() -> dict[str, str]:
-    """Of which code and when."""
-    return {
-        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-    }
 
 
 def environment(rows: Iterable[Row], gb_per_s: float, **options) -> dict:

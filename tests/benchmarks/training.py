@@ -47,10 +47,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from examples import megatron_log
+from examples.provenance import output, when
 from lightning_megatron.compat import version
 from tests.launch import excerpt
 
-from .report import output, when, write
+from .report import write
 from .training_models import (
     KEY,
     LAYERS,
@@ -77,19 +79,16 @@ RAISED = re.compile(
     r"^(?:\[rank\d+\]: )?((?!torch\.distributed\.elastic)\w[\w.]*(?:Error|Exception)\b.*|\S+\.py: error: .*)$",
     re.MULTILINE,
 )
-ITERATION = re.compile(
-    r"iteration +\d+/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|(?:.* lm loss: (\S+) \|)?"
-)
 
 
 def from_log(log: str, length: int) -> dict:
     """The row that training_run would have written, from the log of a plain pretrain()."""
-    iterations = ITERATION.findall(log)
+    steps = megatron_log.steps(log)
     vocabulary = re.search(r"padded vocab .*new size: (\d+)", log)
     return {
         "length": length,
-        "seconds": [float(ms) / 1e3 for ms, _ in iterations[WARMUP:]],
-        "losses": [float(loss or "nan") for _, loss in iterations],
+        "seconds": [step.seconds for step in steps[WARMUP:]],
+        "losses": [math.nan if step.loss is None else step.loss for step in steps],
         "peak_gib": max([float(mb) / 1024 for mb in re.findall(r"\| max allocated: ([\d.]+)", log)], default=0),
         "vocabulary": vocabulary and int(vocabulary[1]),
     }

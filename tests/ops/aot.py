@@ -1,7 +1,8 @@
 """Compile the kernels for GPUs that are not here, and say what they need.
 
-``python -m tests.ops.aot sm_80 gfx942 ...`` prints a line for every kernel and GPU; ``--few`` only those that need
-most. In a process of its own without TRITON_INTERPRET, which would replace the compiler.
+``python -m tests.ops.aot sm_80 gfx942 ...`` prints a line for every kernel and GPU; ``--few`` those that need most of
+each GPU and, for one GPU of NVIDIA and one of AMD, one of each other kind. In a process of its own without
+TRITON_INTERPRET, which would replace the compiler.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from .launches import (
     DECODING,
     SEGMENTED,
+    SINGLE,
     Launch,
     kernel,
     record,
@@ -46,7 +49,7 @@ CONFIGS = [
     for K, V in ((64, 64), (128, 128), (96, 192), (256, 256))
     for T, documents in ((_LONG, 0), (_LONG, 4), (1, 0))
 ]
-# For each GPU, kernels that need most of its shared memory; for one of them also one of each kind, and decoding.
+# For each GPU, kernels that need most of its shared memory; for EACH_KIND also one of each other kind, and decoding.
 _FP16_128 = (dict(dtype=torch.float16, K=128, V=128, T=_LONG), ("gradients",))
 _FP16_256 = (dict(dtype=torch.float16, K=256, V=256, T=_LONG, documents=4), ("o",))
 _BF16_128 = (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, states=False), ("state", "o", "gradients"))
@@ -60,10 +63,13 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG), SEGMENTED),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, by_row=True), ("o", "gradients")),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True), SINGLE),
+        (dict(dtype=torch.bfloat16, K=64, V=256, T=_LONG, overlapped=True), SINGLE),
     ],
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128, _FP16_128],
 }
+EACH_KIND = ("sm_90", "gfx942")  # of --few
 # Around the operator: typical layers, and the widest norm.
 AROUND = [
     dict(dtype=torch.bfloat16, s=_LONG, K=128, V=128, width=128),
@@ -121,7 +127,8 @@ def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
         signature[parameter.name] = kind
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("hip", gpu, 64) if gpu.startswith("gfx") else GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
     return triton.compile(source, target=target, options=launch.options)
 
@@ -144,32 +151,38 @@ def needs(compiled: triton.compiler.CompiledKernel) -> Needs:
 
 
 def main(arguments: list[str]) -> None:
+    few = "--few" in arguments
     for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
-        for config, wanted in (
-            FEW[gpu] if "--few" in arguments else [(config, SEGMENTED + DECODING) for config in CONFIGS]
-        ):
-            packed = "packed" if config.get("documents") else "plain"
+        for config, wanted in FEW[gpu] if few else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
+            packed = "packed" if config.get("documents") else "overlapped" if config.get("overlapped") else "plain"
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
                     report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)
-        for config in AROUND:
-            for launch in record_pointwise(**config):
-                report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
-        for config in DECODE:
-            for launch in record_decode(**config):
-                report(gpu, config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch)
-        for documents in (0, 4):
-            for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
-                direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
-                if launch.what in ("local state", "combine_kernel", *direct):
-                    report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
-        for launch in record_derived(T=_LONG, documents=4):
-            report(gpu, torch.int32, f"T={_LONG}", launch)
-        for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
-            report(gpu, torch.bfloat16, "columns=32000", launch)
-        for config in PAGED[1:4:2] if "--few" in arguments else PAGED:
+        paged = PAGED[1:4:2] if few else PAGED
+        for config in paged:
             for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
                 report(gpu, config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch)
+        if not few or gpu in EACH_KIND:
+            report_small(gpu)
+
+
+def report_small(gpu: str) -> None:
+    """Kernels that need little, whatever the GPU."""
+    for config in AROUND:
+        for launch in record_pointwise(**config):
+            report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+    for config in DECODE:
+        for launch in record_decode(**config):
+            report(gpu, config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch)
+    for documents in (0, 4):
+        for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
+            direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
+            if launch.what in ("local state", "combine_kernel", *direct):
+                report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
+    for launch in record_derived(T=_LONG, documents=4):
+        report(gpu, torch.int32, f"T={_LONG}", launch)
+    for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
+        report(gpu, torch.bfloat16, "columns=32000", launch)
 
 
 def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:

@@ -14,11 +14,12 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import kernels, paged, states, step, symmetric
+from lightning_megatron.ops.triton import hopper, kernels, paged, states, step, symmetric
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
+HOPPER = ("hopper_walk_kernel", "hopper_gradients_kernel")
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
@@ -27,7 +28,7 @@ LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
 PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
-OPTIONS = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
     pointwise_kernels: POINTWISE,
     loss_kernels: LOSS,
@@ -35,6 +36,7 @@ MODULES = {
     symmetric: RECEIVE,
     documents_kernels: DERIVED,
     kernels: ("walk_kernel", "gradients_kernel"),
+    hopper: HOPPER,
     step: ("step_kernel",),
     paged: PAGED,
 }
@@ -77,9 +79,12 @@ def _patch(stack: ExitStack, launches: list[tuple]) -> None:
 
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
-    states: bool = True, descriptors: bool = False, by_row: bool = False,
+    states: bool = True, descriptors: bool = False, by_row: bool = False, overlapped: bool = False,
 ) -> list[Launch]:  # fmt: skip
-    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``."""
+    """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``.
+
+    ``overlapped``: on a Hopper GPU.
+    """
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
     log_decay = torch.empty(H, device="meta")
@@ -89,6 +94,11 @@ def record(
     with ExitStack() as stack:
         _patch(stack, launches)
         stack.enter_context(patch.object(triton_backend, "_descriptors", lambda *tensors: descriptors))
+        stack.enter_context(patch.object(triton_backend, "OVERLAP", overlapped))
+        stack.enter_context(patch.object(triton_backend, "_has_wgmma", lambda device: True))
+        recorders = tuple(_Recorder(name, launches) for name in HOPPER)
+        kernels_of = triton_backend._kernels
+        stack.enter_context(patch.object(triton_backend, "_kernels", lambda x: recorders if x else kernels_of(x)))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
@@ -229,4 +239,5 @@ def _what(kernel: str, arguments: dict[str, Any]) -> str:
         return "dstate" if arguments["REVERSE"] else "state"
     if kernel == "local_state_kernel":
         return "send" if arguments["SEND"] else "local state"
-    return {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}.get(kernel, kernel)
+    names = {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}
+    return names.get(kernel.removeprefix("hopper_"), kernel)

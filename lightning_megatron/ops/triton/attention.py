@@ -11,7 +11,7 @@ import triton
 from ..backend import Destination, Documents
 from .documents import count_documents, decay_factors, find_documents, ids_and_bounds
 from .kernels import gradients_kernel, walk_kernel
-from .launch import cdiv, launch, pad
+from .launch import KNOWN_TRITON, cdiv, launch, pad
 from .states import combine, reduce_splits
 from .step import step
 from .symmetric import buffer_words, receive
@@ -29,6 +29,7 @@ PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
+OVERLAP = False  # take hopper.py's kernels where they can be taken: they compile, and were not measured yet
 
 
 class Tiles(NamedTuple):
@@ -51,6 +52,40 @@ def _tiles(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: bo
     if BK > 128:
         return Tiles(BK, min(BV, 64), 16, 4, 3)
     return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if long_chunks else 32, 4, 4)
+
+
+def _overlapped(*tensors: torch.Tensor, documents: Documents | None, K: int, V: int) -> bool:
+    """Whether the kernels of ``hopper.py`` take these tensors."""
+    T = tensors[0].shape[1]
+    return (
+        OVERLAP and documents is None and tensors[0].dtype == torch.bfloat16 and T > 16
+        and all(64 <= pad(dim) <= 256 for dim in (K, V))
+        and _has_wgmma(tensors[0].device) and _descriptors(*tensors)
+    )  # fmt: skip
+
+
+@functools.cache
+def _has_wgmma(device: torch.device) -> bool:
+    """Gluon is an experiment of Triton's: what one release compiles another may not."""
+    return KNOWN_TRITON and _has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _kernels(overlapped: bool) -> tuple:
+    """Those of a walk and of gradients."""
+    if not overlapped:
+        return walk_kernel, gradients_kernel
+    from . import hopper  # not under Triton's interpreter, nor with releases that lack Gluon
+
+    return hopper.hopper_walk_kernel, hopper.hopper_gradients_kernel
+
+
+@functools.cache
+def _hopper_tiles(K: int, V: int) -> Tiles:
+    """Two programs of four warps fit a multiprocessor, or one of eight, of which each group of four has 64 columns of
+    the state's tile, or half of its K where that is wide. A program for o has as many warps as one for dk."""
+    BK, BV = pad(K), pad(V)
+    wide = max(BK, BV) > 128
+    return Tiles(BK, 128 if wide and BK <= 128 else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)
 
 
 class SplitPlan(NamedTuple):
@@ -110,26 +145,36 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 def _launch_walk(
     q, k, v, o, log_decay, split_states, *, incoming, outgoing=None, documents, reverse=False, split_len, splits,
-    pieces=1, scale=1.0,
+    pieces=1, scale=1.0, after_states=False,
 ) -> None:  # fmt: skip
-    """Launch ``walk_kernel`` for o and the ``outgoing`` states, or without q for the states of splits."""
+    """Launch ``walk_kernel`` for o and the ``outgoing`` states, or without q for the states of splits.
+
+    ``after_states``: the launch before this one, on this stream, computes ``split_states``.
+    """
     (B, T), (heads, K) = _rows_of(k, pieces), k.shape[2:]
     V, H = v.shape[-1], log_decay.numel()
     segments = cdiv(T, split_len * splits)
     states_only = q is None
     doc, bounds = ids_and_bounds(documents)
-    tiles = _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
+    overlapped = not states_only and _overlapped(q, k, v, o, documents=documents, K=K, V=V)
+    tiles = _hopper_tiles(K, V) if overlapped else _tiles(v.dtype, K, V, T <= 16, states_only and doc is None)
     rows, first = _rows(split_states, segments, splits, reverse)
+    given = split_states is not None, incoming is not None, outgoing is not None
     launch(
-        walk_kernel, cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
+        _kernels(overlapped)[0], cdiv(V, tiles.BV) * H * (rows if states_only else segments) * B,
         (q, k, v, o, log_decay, split_states, incoming, outgoing, doc, bounds),
         (*_strides(q), *_strides(k), *_strides(v), *_strides(o), H // heads, pieces, count_documents(documents),
          T, H, split_len, splits, segments, rows, first, 1.0 if reverse else scale, scale if reverse else 1.0),
-        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only,
-         split_states is not None, incoming is not None, outgoing is not None, doc is not None,
-         _by_row(documents), *_precision(v.dtype)),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        (K, V, tiles.BK, tiles.BV, tiles.BC, tiles.num_stages, reverse, *given, after_states) if overlapped else
+        (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only, *given, doc is not None, _by_row(documents),
+         *_precision(v.dtype)),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **_early(overlapped and after_states),
     )  # fmt: skip
+
+
+def _early(early: bool) -> dict[str, bool]:
+    """Options of a launch that may start while the one before it runs."""
+    return dict(launch_pdl=True) if early else {}
 
 
 def _rows_of(x: torch.Tensor, pieces: int) -> tuple[int, int]:
@@ -207,9 +252,14 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
         step(q, k, v, o, log_decay, None, initial_state, final, scale)
         return o, final, (None,), plan
     cut = dict(documents=documents, split_len=plan.split_len, splits=plan.splits, pieces=pieces)
-    if split_states is None:
+    after_states = split_states is None
+    if after_states:
         split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
-    _launch_walk(q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale, **cut)
+        after_states = split_states is not None
+    _launch_walk(
+        q, k, v, o, log_decay, split_states, incoming=initial_state, outgoing=final, scale=scale,
+        after_states=after_states, **cut,
+    )  # fmt: skip
     return o, final, (split_states,), plan
 
 
@@ -253,8 +303,9 @@ def final_states(k, v, log_decay, initial_state, documents, reverse=False, scale
     split_states = _split_states(k, v, log_decay, incoming=initial_state, **cut)
     q = k[:, :, :1].expand(B, T, H, K)
     _launch_walk(
-        q, k, v, _tokens_like(k, H, V, v.dtype), log_decay, split_states, incoming=initial_state, outgoing=final, **cut
-    )
+        q, k, v, _tokens_like(k, H, V, v.dtype), log_decay, split_states, incoming=initial_state, outgoing=final,
+        after_states=split_states is not None, **cut,
+    )  # fmt: skip
     return final
 
 
@@ -267,7 +318,11 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     dq = _tokens_like(q, H, K, q.dtype)
     dk, dv = _tokens_like(k, H, K, k.dtype), _tokens_like(v, H, V, v.dtype)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
+    overlapped = T > 0 and B > 0 and _overlapped(q, k, v, do, dq, dk, dv, documents=documents, K=K, V=V)
+    if overlapped:
+        by_v, by_k = _hopper_tiles(K, V), _hopper_tiles(V, K)
+    else:
+        by_v, by_k = _tiles(q.dtype, K, V, T <= 16), _tiles(q.dtype, V, K, T <= 16)
     wide = by_v if by_v.BK >= by_k.BK else by_k
     n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
     tokens = T > 0 and B > 0
@@ -275,21 +330,21 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     # tensor descriptors need splits of whole chunks
     descriptors = tokens and plan.split_len % BC == 0 and _descriptors(q, k, v, do, dq, dk, dv)
 
-    def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None) -> None:
+    def walks(segments: int, segments_q: int, split_grads=None, dfinal=None, dinitial=None, after=False) -> None:
         """Launch the walks for dk and dv of ``segments`` segments and those for dq of ``segments_q``; 0: none."""
         split_rows, split_first = _rows(split_grads, segments, plan.splits_grad, True)
+        given = split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None
         launch(
-            gradients_kernel, ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            _kernels(overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial_state, dfinal, dinitial,
              *ids_and_bounds(documents)),
             (*_strides(q), *_strides(k), *_strides(v), *_strides(do), *dq.stride()[:2], *dk.stride()[:2],
              *dv.stride()[:2], H // kv_heads, pieces, count_documents(documents), T, H, plan.split_len,
              plan.splits_grad, segments, split_rows, split_first, plan.splits, segments_q,
              _rows(split_states, segments_q, plan.splits, False)[0], scale),
-            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC,
-             split_states is not None, split_grads is not None, initial_state is not None, dfinal is not None,
-             packed, by_row, descriptors, *_precision(q.dtype)),
-            num_warps=wide.num_warps, num_stages=wide.num_stages,
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, wide.num_stages, *given, after) if overlapped else
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, *given, packed, by_row, descriptors, *_precision(q.dtype)),
+            num_warps=wide.num_warps, num_stages=wide.num_stages, **_early(overlapped and after),
         )  # fmt: skip
 
     if callable(dfinal):
@@ -301,12 +356,14 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     if initial_state is not None:
         dinitial = _leaving_state(dfinal, initial_state.shape, not by_row or T == 0, q.device)
     if tokens:
-        if split_grads is None:
+        after = split_grads is None
+        if after:
             split_grads = _split_states(
                 q, do, log_decay, incoming=dfinal, documents=documents, split_len=plan.split_len,
                 splits=plan.splits_grad, pieces=pieces, reverse=True, scale=scale,
             )  # fmt: skip
-        walks(segments, segments_q, split_grads, dfinal, dinitial)
+            after = split_grads is not None
+        walks(segments, segments_q, split_grads, dfinal, dinitial, after)
     if kv_heads != H:  # torch adds in fp32
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     return dq, dk, dv, dinitial

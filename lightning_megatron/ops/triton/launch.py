@@ -8,7 +8,7 @@ import triton
 KEPT = 4096  # entries at most: lengths that never return must not fill the memory
 # In Triton 3.6 compiled kernels take the constants as arguments too. With other releases every launch goes through
 # Triton, and on AMD, where the compiled kernel also depends on whether a tensor has more than 2 GB.
-_KNOWN_TRITON = triton.__version__.startswith("3.6.") and torch.version.hip is None
+KNOWN_TRITON = triton.__version__.startswith("3.6.") and torch.version.hip is None
 _compiled: dict[tuple, object] = {}
 
 
@@ -42,7 +42,7 @@ def launch(
     """
     key = None
     first = tensors[1] if tensors[0] is None else tensors[0]
-    if _KNOWN_TRITON and first.is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
+    if KNOWN_TRITON and first.is_cuda and all([x is None or x.data_ptr() % 16 == 0 for x in tensors]):
         types = tuple([None if x is None else x.dtype for x in tensors])
         key = (kernel, first.device, types, numbers, constants, num_warps, num_stages)  # options follow from the kernel
         compiled = _compiled.get(key)

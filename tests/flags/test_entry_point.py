@@ -1,6 +1,5 @@
 """Flags that the own entry point alone honours, refuses or names in the log."""
 
-import functools
 import json
 import socket
 
@@ -13,17 +12,7 @@ from lightning_megatron import pretrain
 from lightning_megatron.config import LightningOptions, lightning_pattern, resolve_shape
 from lightning_megatron.training.arguments import args_defaults, has_validation_data, notes, options_from_args
 from lightning_megatron.training.refusals import refuse as refuse_flags
-from tests.helpers.arguments import MODEL, parse_flags, pretend_without
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    return functools.partial(parse_flags, monkeypatch)
-
-
-@pytest.fixture
-def without(monkeypatch):
-    return functools.partial(pretend_without, monkeypatch)
+from tests.helpers.arguments import MODEL
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""The walk of ``walk.py`` for Hopper GPUs, with its products in flight beside other work: dense sequences in bf16.
+
+Triton waits for every product before it goes on. Here the copy engine brings chunks of 64 tokens, STAGES of them ahead,
+and a chunk's products overlap: the one with the state runs while the products of the chunk are weighted, rounded and
+stored, the state's update runs while outputs are stored.
+
+A program holds BV = 16 x warps columns of the state in registers, [BV, BK]. Everything else, names included, is as in
+``kernels.py``.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_wait
+
+from .walk import UNDERFLOW
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _reach(b_ld):
+    return gl.minimum(UNDERFLOW / gl.maximum(-b_ld, 1e-30), 2e9).to(gl.int32)
+
+
+@gluon.jit
+def _rounded(b_x):
+    """To bf16, two numbers in one instruction; the compiler takes one for each, four times as slow, where it sees no
+    pairs."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _state_tile(states, index, H, i_h, o_k, o_v, K: gl.constexpr, V: gl.constexpr, TRANSPOSED: gl.constexpr):
+    base = states + (index * H + i_h) * K * V
+    if TRANSPOSED:
+        return base + o_v[:, None] * K + o_k[None, :]
+    else:
+        return base + o_k[None, :] * V + o_v[:, None]
+
+
+@gluon.jit
+def _incoming_state(
+    split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, LAYOUT: gl.constexpr,
+    REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr, SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr,
+):  # fmt: skip
+    b_s = gl.zeros([BV, BK], gl.float32, LAYOUT)
+    if SPLIT_STATES:
+        first = gl.cdiv(end, split_len) if REVERSE else gl.cdiv(begin, split_len) - 1
+        passed = gl.cdiv(T, split_len) - first if REVERSE else first + 1
+        for i in range(gl.minimum(passed, _reach(b_ld) // split_len + 2)):
+            i_o = first + i if REVERSE else first - i
+            edge = i_o * split_len if REVERSE else gl.minimum((i_o + 1) * split_len, begin)
+            b_f = gl.exp(b_ld * (edge - end if REVERSE else begin - edge).to(gl.float32))
+            i_o += i_b * split_rows - split_first
+            p_s = _state_tile(split_states, i_o, H, i_h, o_k, o_v, K, V, TRANSPOSED)
+            b_s += b_f * gl.load(p_s, mask=m_vk, other=0.0)
+    if INCOMING:
+        b_f = gl.exp(b_ld * (T - end if REVERSE else begin).to(gl.float32))
+        b_s += b_f * gl.load(_state_tile(incoming, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), mask=m_vk, other=0.0)
+    return b_s
+
+
+@gluon.jit
+def _sum_over_k(a, b, zero, BK: gl.constexpr, PARTS: gl.constexpr):
+    """a [., BK] b [BK, .], in flight; of 2 PARTS the last quarter of BK is left out."""
+    if PARTS == 1:
+        return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+    else:
+        half: gl.constexpr = BK // 2
+        first = warpgroup_mma(a.slice(0, half, 1), b.slice(0, half, 0), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(a.slice(half, half // 2, 1), b.slice(half, half // 2, 0), first, is_async=True)
+
+
+@gluon.jit
+def walk(
+    q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing,
+    i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, TRANSPOSED: gl.constexpr,
+    SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr, OUTGOING: gl.constexpr, AFTER_STATES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = v.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    GROUPS: gl.constexpr = WARPS // 4
+    # Warpgroups share BV = 64 columns: each has a part of K in registers, and all of it in bf16 in shared memory
+    WIDE: gl.constexpr = BK > 128
+    # Sums over K leave out the zeros of the last quarter of a tile
+    PARTS: gl.constexpr = 2 if WIDE and K <= BK - BK // 4 else 1
+    ROWS: gl.constexpr = 1 if WIDE else GROUPS
+    LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BC * ROWS // GROUPS, 16])
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BK * ROWS // GROUPS, 16])
+    READ: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    WRITE: gl.constexpr = gl.DotOperandLayout(0, LS, 2)
+    SK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], dtype)
+    SV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BV], dtype)
+    SP: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BC], dtype)
+
+    o_k, o_v = gl.arange(0, BK, gl.SliceLayout(0, LS)), i_v * BV + gl.arange(0, BV, gl.SliceLayout(1, LS))
+    m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    begin = i_s * splits * split_len
+    end = gl.minimum(T, begin + splits * split_len)
+    ld2 = b_ld * LOG2E
+    p_j, p_i = gl.arange(0, BC, gl.SliceLayout(1, LA)), gl.arange(0, BC, gl.SliceLayout(0, LA))
+    b_d = p_j[:, None] - p_i[None, :] if REVERSE else p_i[None, :] - p_j[:, None]
+    b_w = gl.where(b_d >= 0, gl.exp2(ld2 * gl.maximum(b_d, 0).to(gl.float32)), 0.0)
+    b_w *= write_scale if REVERSE else read_scale
+    p_read = gl.arange(0, BC, gl.SliceLayout(0, LO))
+    p_write = gl.arange(0, BC, gl.SliceLayout(0, WRITE))
+
+    d_q = tma.make_tensor_descriptor(q, [T, K], [q_st, 1], [BC, BK], SK)
+    d_k = tma.make_tensor_descriptor(k, [T, K], [k_st, 1], [BC, BK], SK)
+    d_v = tma.make_tensor_descriptor(v, [T, V], [v_st, 1], [BC, BV], SV)
+    d_o = tma.make_tensor_descriptor(o, [T, V], [o_st, 1], [BC, BV], SV)
+    q_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BK], SK)
+    k_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BK], SK)
+    v_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BV], SV)
+    o_buf = gl.allocate_shared_memory(dtype, [BC, BV], SV)
+    if WIDE:
+        s_buf = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
+    p_buf = gl.allocate_shared_memory(dtype, [2, BC, BC], SP)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    chunks = gl.cdiv(end - begin, BC)
+    BYTES: gl.constexpr = 2 * BC * (2 * BK + BV)
+    for i in gl.static_range(STAGES):
+        start = begin + (chunks - 1 - i if REVERSE else i) * BC
+        there = i < chunks
+        bar = bars.index(i)
+        mbarrier.expect(bar, BYTES, pred=there)
+        tma.async_copy_global_to_shared(d_k, [start, 0], bar, k_buf.index(i), pred=there)
+        tma.async_copy_global_to_shared(d_q, [start, 0], bar, q_buf.index(i), pred=there)
+        tma.async_copy_global_to_shared(d_v, [start, i_v * BV], bar, v_buf.index(i), pred=there)
+    if AFTER_STATES:  # the launch that computes them is the one before this, and may still run
+        gdc_wait()
+    b_s = _incoming_state(
+        split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
+        K, V, BK, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
+    )  # fmt: skip
+    zero_a = gl.zeros([BC, BC], gl.float32, LA)
+    zero_o = gl.zeros([BV, BC], gl.float32, LO)
+    stage, phase = 0, 0
+    for i_c in range(chunks):
+        start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
+        n = gl.minimum(BC, end - start)
+        bar, s_q, s_k, s_v = bars.index(stage), q_buf.index(stage), k_buf.index(stage), v_buf.index(stage)
+        mbarrier.wait(bar, phase)
+        s_qt, s_vt = s_q.permute([1, 0]), s_v.permute([1, 0])
+        if WIDE:
+            s_buf.store(_rounded(b_s))
+            fence_async_shared()
+            gl.thread_barrier()
+            b_r = s_buf
+        else:
+            b_r = gl.convert_layout(_rounded(b_s), READ)
+        b_a = _sum_over_k(s_k, s_qt, zero_a, BK, PARTS)  # [BC of j, BC of i]
+        b_o = _sum_over_k(b_r, s_qt, zero_o, BK, PARTS)  # [BV, BC]
+        b_a = warpgroup_mma_wait(PARTS, deps=[b_a])
+        b_a = b_a * b_w
+        b_p = _rounded(b_a)
+        p_buf.index(0).store(b_p)
+        p_buf.index(1).store(_rounded(b_a - b_p.to(gl.float32)))  # what rounding cut off
+        fence_async_shared()
+        e_read = gl.maximum(n - 1 - p_read, 0) if REVERSE else p_read + 1
+        b_read = gl.exp2(ld2 * e_read.to(gl.float32)) * read_scale
+        b_o = warpgroup_mma_wait(0, deps=[b_o])
+        b_o = b_o * b_read[None, :]
+        gl.thread_barrier()
+        b_o = warpgroup_mma(s_vt, p_buf.index(0), b_o, is_async=True)
+        b_o = warpgroup_mma(s_vt, p_buf.index(1), b_o, is_async=True)
+        e_write = p_write + 1 if REVERSE else gl.maximum(n - 1 - p_write, 0)
+        b_write = gl.exp2(ld2 * e_write.to(gl.float32)) * write_scale
+        b_v = _rounded(s_vt.load(WRITE).to(gl.float32) * b_write[None, :])
+        b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
+        b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
+        b_o = warpgroup_mma_wait(1, deps=[b_o])
+        tma.store_wait(0)
+        gl.thread_barrier()
+        o_buf.permute([1, 0]).store(_rounded(b_o))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(d_o, [start, i_v * BV], o_buf)
+        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        gl.thread_barrier()
+        then = i_c + STAGES
+        there = then < chunks
+        start = begin + (chunks - 1 - then if REVERSE else then) * BC
+        mbarrier.expect(bar, BYTES, pred=there)
+        tma.async_copy_global_to_shared(d_k, [start, 0], bar, s_k, pred=there)
+        tma.async_copy_global_to_shared(d_q, [start, 0], bar, s_q, pred=there)
+        tma.async_copy_global_to_shared(d_v, [start, i_v * BV], bar, s_v, pred=there)
+        stage += 1
+        wrapped = stage == STAGES
+        stage = gl.where(wrapped, 0, stage)
+        phase = gl.where(wrapped, phase ^ 1, phase)
+    tma.store_wait(0)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
+    if OUTGOING:
+        if i_s == (0 if REVERSE else segments - 1):
+            gl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
+
+
+_COUNTS = ("group", "pieces", "documents", "T", "H", "split_len", "splits", "segments", "split_rows", "split_first")
+
+
+@gluon.jit(do_not_specialize=_COUNTS)
+def hopper_walk_kernel(
+    q, k, v, o, log_decay, split_states, incoming, outgoing, doc, cu_seqlens,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, o_sb, o_st, o_sh,
+    group, pieces, documents, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, SPLIT_STATES: gl.constexpr, INCOMING: gl.constexpr, OUTGOING: gl.constexpr,
+    AFTER_STATES: gl.constexpr,
+):  # fmt: skip
+    columns = gl.cdiv(V, BV)
+    i = gl.program_id(0)
+    i_v, i = i % columns, i // columns
+    i_h, i = i % H, i // H
+    i_s, i = i % segments, i // segments
+    i_b, i_r, i_t = i.to(gl.int64), (i // pieces).to(gl.int64), (i % pieces).to(gl.int64) * T
+    head, shared = i_h.to(gl.int64), (i_h // group).to(gl.int64)
+    walk(
+        q + i_r * q_sb + i_t * q_st + head * q_sh, k + i_r * k_sb + i_t * k_st + shared * k_sh,
+        v + i_r * v_sb + i_t * v_st + shared * v_sh, o + i_r * o_sb + i_t * o_st + head * o_sh,
+        q_st, k_st, v_st, o_st, gl.load(log_decay + i_h), split_states, incoming, outgoing,
+        i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+        K, V, BK, BV, BC, STAGES, REVERSE, False, SPLIT_STATES, INCOMING, OUTGOING, AFTER_STATES,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*_COUNTS, "splits_q", "segments_q", "split_rows_q"))
+def hopper_gradients_kernel(
+    q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial, dfinal, dinitial,
+    doc, cu_seqlens,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, do_sb, do_st, do_sh,
+    dq_sb, dq_st, dk_sb, dk_st, dv_sb, dv_st, group, pieces, documents, T, H, split_len,
+    splits, segments, split_rows, split_first, splits_q, segments_q, split_rows_q, scale,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    COLS_K: gl.constexpr, COLS_V: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT_STATES: gl.constexpr, SPLIT_GRADS: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr,
+    AFTER_STATES: gl.constexpr,
+):  # fmt: skip
+    n_k, n_v = gl.cdiv(K, COLS_K), gl.cdiv(V, COLS_V)
+    batch = gl.num_programs(0) // (H * ((n_k + n_v) * segments + n_k * segments_q))
+    programs_q = n_k * H * segments_q * batch
+    i = gl.program_id(0)
+    for_q = i < programs_q
+    i = gl.where(for_q, i, i - programs_q)
+    columns, count = gl.where(for_q, n_k, n_k + n_v), gl.where(for_q, segments_q, segments)
+    i_v, i = i % columns, i // columns
+    i_h, i = i % H, i // H
+    i_s, i = i % count, i // count
+    head, shared = i_h.to(gl.int64), (i_h // group).to(gl.int64)
+    i_b, i_r, i_t = i.to(gl.int64), (i // pieces).to(gl.int64), (i % pieces).to(gl.int64) * T
+    p_q = q + i_r * q_sb + i_t * q_st + head * q_sh
+    p_k = k + i_r * k_sb + i_t * k_st + shared * k_sh
+    p_v = v + i_r * v_sb + i_t * v_st + shared * v_sh
+    p_do = do + i_r * do_sb + i_t * do_st + head * do_sh
+    p_dq = dq + i_r * dq_sb + i_t * dq_st + head * K
+    p_dk = dk + i_r * dk_sb + i_t * dk_st + head * K
+    p_dv = dv + i_r * dv_sb + i_t * dv_st + head * V
+    b_ld = gl.load(log_decay + i_h)
+    if (i_v < n_k) & (not for_q):
+        walk(
+            p_v, p_do, p_q, p_dk, v_st, do_st, q_st, dk_st, b_ld,
+            split_grads, dfinal, dinitial, i_b, i_h, i_v, segments - 1 - i_s,
+            T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            V, K, BV, COLS_K, BC, STAGES, True, True, SPLIT_GRADS, DFINAL, False, AFTER_STATES,
+        )  # fmt: skip
+    if (i_v >= n_k) & (not for_q):
+        walk(
+            p_k, p_q, p_do, p_dv, k_st, q_st, do_st, dv_st, b_ld,
+            split_grads, dfinal, dinitial, i_b, i_h, i_v - n_k, segments - 1 - i_s,
+            T, H, split_len, splits, segments, split_rows, split_first, 1.0, scale,
+            K, V, BK, COLS_V, BC, STAGES, True, False, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES,
+        )  # fmt: skip
+    if for_q:
+        walk(
+            p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld,
+            split_states, initial, dinitial, i_b, i_h, i_v, i_s,
+            T, H, split_len, splits_q, segments_q, split_rows_q, 0, scale, 1.0,
+            V, K, BV, COLS_K, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, AFTER_STATES,
+        )  # fmt: skip

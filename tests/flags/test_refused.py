@@ -1,0 +1,363 @@
+"""Flags of layers, data and optimizers that are refused before any GPU work, in both ways of starting."""
+
+from argparse import Namespace
+
+import pytest
+
+from lightning_megatron.config import LightningOptions
+from lightning_megatron.runtime import refuse
+from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, SWIGLU, TE, check_allowed, check_refused, model
+
+# config, options, flags, and what the message says
+REFUSED = {
+    "fp4": (dict(fp4="e2m1"), {}, {}, "--fp4-format e2m1 needs .*use --transformer-impl transformer_engine"),
+    **{
+        f"te-only-{name}": (
+            {name: True}, {}, {},
+            f"--{name.replace('_', '-')} acts in TransformerEngine's layers only.*leave it out",
+        )
+        for name in (
+            "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
+        )
+    },
+    "precision-file": (
+        {}, {}, dict(te_precision_config_file="some.yaml"),
+        "--te-precision-config-file some.yaml acts in TransformerEngine's",
+    ),
+    "batch-invariant": (
+        TE | dict(batch_invariant_mode=True), {}, {},
+        "--batch-invariant-mode .* add --deterministic-mode",
+    ),
+    "memory-efficient-norm": (
+        dict(memory_efficient_layer_norm=True, normalization="RMSNorm"), {}, {},
+        "memory_efficient_layer_norm is an option of apex's",
+    ),
+    "kitchen-attention-sdpa": (
+        HYBRID | dict(use_kitchen=True, use_kitchen_attention=True), {}, {},
+        "--use-kitchen-attention is not supported by the softmax layers on torch's SDPA; leave it out",
+    ),
+    "position-ids-rope": (
+        {}, dict(rope=True), dict(reset_position_ids=True, position_embedding_type="rope"),
+        "--reset-position-ids has no effect .*use --dataloader-inter-document-masking",
+    ),
+    "position-ids-none": (
+        {}, {}, dict(reset_position_ids=True, position_embedding_type="none"), "--reset-position-ids has no effect",
+    ),
+    "attention-mask": ({}, {}, dict(reset_attention_mask=True), "--reset-attention-mask has no effect on lightning"),
+    "window": (
+        dict(window_size=(8, 0)), {}, {},
+        r"--window-size \(8, 0\) limits softmax layers, and this model has none",
+    ),
+    "window-sdpa": (
+        HYBRID | dict(window_size=(8, 0)), {}, {},
+        r"--window-size \(8, 0\) is not supported .*SDPA; leave it",
+    ),
+    "softmax-type": (
+        dict(softmax_type="learnable"), {}, {},
+        "--softmax-type learnable changes .*this model has none; leave",
+    ),
+    "softmax-type-sdpa": (
+        HYBRID | dict(softmax_type="off-by-one"), {}, {},
+        "--softmax-type off-by-one is not supported",
+    ),
+    "qk-clip": (dict(qk_clip=True), {}, {}, "--qk-clip clips .*this model has none; .*--lightning-qk-norm"),
+    "qk-clip-sdpa": (
+        HYBRID | dict(qk_clip=True), {}, {},
+        "--qk-clip .*is not supported by the softmax layers on torch",
+    ),
+    "rope-without-angles": (
+        {}, dict(rope=True), dict(position_embedding_type="learned_absolute"),
+        "--position-embedding-type learned_absolute gives no angles to --lightning-rope",
+    ),
+    "latent-yarn": (
+        HYBRID | LATENT | dict(rope_type="yarn"), dict(rope=True), dict(position_embedding_type="rope"),
+        "--rope-type yarn with --multi-latent-attention .*use --rope-type rope",
+    ),
+    **{
+        f"fused-norm-te-{number}": (
+            TE | dict(fused_residual_rmsnorm=True) | config, options, {},
+            "--fused-residual-rmsnorm is an option of TransformerEngine's norms, and .* leave it out",
+        )
+        for number, (config, options) in enumerate((
+            (dict(apply_residual_connection_post_layernorm=True), {}),
+            ({}, dict(embedding_scale=8.0)),
+            ({}, dict(layernorm_affine=False)),
+        ))
+    },
+    "fp32-residual-te": (
+        TE | dict(fp32_residual_connection=True, bf16=True), {}, {},
+        "--fp32-residual-connection gives TransformerEngine's layers .*use --transformer-impl local",
+    ),
+    "affine-1p": (
+        dict(layernorm_zero_centered_gamma=True), dict(layernorm_affine=False), {},
+        "--apply-layernorm-1p is about the weight of layer norms, which have none.*leave it out",
+    ),
+    "key-dim": (
+        {}, dict(key_head_dim=24), {}, r"--lightning-key-head-dim \(default: --kv-channels\) is 24, and the",
+    ),
+    "value-dim": (
+        {}, dict(value_head_dim=512), {}, r"--lightning-value-head-dim .* is 512, and .* from 16 to 256; choose one",
+    ),
+    "bilinear-alone": (
+        {}, dict(bilinear_glu=True), {}, "--lightning-bilinear-glu takes the activation out of the MLP of --swiglu",
+    ),
+    "bilinear-experts": (
+        SWIGLU | dict(num_moe_experts=4), dict(bilinear_glu=True), {},
+        "--lightning-bilinear-glu is not an option of experts; leave out --num-experts",
+    ),
+    "bilinear-te": (
+        SWIGLU | TE | dict(use_te_activation_func=True), dict(bilinear_glu=True), {},
+        "--lightning-bilinear-glu has no activation, and --use-te-activation-func",
+    ),
+    **{
+        f"softmax-{factor}": (
+            {}, {f"softmax_{factor}": 2.0}, {}, f"--lightning-softmax-{factor} 2.0 is a factor of softmax layers, and",
+        )
+        for factor in ("alpha", "beta")
+    },
+    "latent-alone": (LATENT, {}, {}, "--multi-latent-attention is the attention of softmax layers.*has none; leave"),
+    "latent-recompute": (
+        HYBRID | LATENT | dict(recompute_granularity="selective", recompute_modules=["mla_up_proj"]), {}, {},
+        "--recompute-modules mla_up_proj recomputes .*; use core_attn or --recompute-granularity full",
+    ),
+    "latent-rope-freq": (HYBRID | LATENT | dict(no_rope_freq=2), {}, {}, "--no-rope-freq .*is not read with"),
+    "latent-rope-scaling": (HYBRID | LATENT, {}, dict(use_rope_scaling=True), "--use-rope-scaling is not read with"),
+    "latent-interpolation": (
+        HYBRID | LATENT, {}, dict(rotary_seq_len_interpolation_factor=2),
+        "--rotary-seq-len-interpolation-factor 2 is not read with",
+    ),
+    "latent-cache": (
+        HYBRID | LATENT | dict(cache_mla_latents=True), {}, {},
+        "--cache-mla-latents is for Megatron's dynamic inference.*leave it out",
+    ),
+    "flash-decode": (
+        dict(flash_decode=True), {}, {}, "--flash-decode captures Megatron's static inference .*leave it out",
+    ),
+    "latent-fusion": (
+        HYBRID | LATENT | dict(mla_down_proj_fusion=True), {}, {},
+        "--mla-down-proj-fusion acts in TransformerEngine's layers only.*use --transformer-impl transformer_engine",
+    ),
+    "latent-fusion-tp": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True, tensor_model_parallel_size=2), {}, {},
+        "--mla-down-proj-fusion with --tensor-model-parallel-size above 1 leaves .*leave it out",
+    ),
+    "latent-fusion-queries": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True, q_lora_rank=None), {}, {},
+        "--mla-down-proj-fusion joins .*give --q-lora-rank, or leave it out",
+    ),
+    "latent-fusion-norm": (
+        HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True), dict(layernorm_affine=False), {},
+        "--mla-down-proj-fusion begins with TransformerEngine's norm.*leave it out",
+    ),
+    "latent-position": (
+        HYBRID | LATENT, {}, dict(position_embedding_type="yarn"),
+        "--position-embedding-type yarn does not reach multi-latent attention.*use --position-embedding-type rope",
+    ),
+    "latent-yarn-flag": (
+        HYBRID | LATENT | dict(rope_type="yarn"), {}, dict(yarn_beta_fast=4.0),
+        "--yarn-beta-fast 4.0 is not passed on to multi-latent attention",
+    ),
+    "latent-mscale": (
+        HYBRID | LATENT | dict(mscale_all_dim=1.0), {}, {}, "--mscale-all-dim 1.0 belongs to --rope-type yarn",
+    ),
+    "latent-percent": (
+        HYBRID | LATENT | dict(rope_type="yarn", rotary_percent=0.5), {}, {},
+        "--rotary-percent 0.5 is not read with --rope-type yarn",
+    ),
+    "latent-rope-fusion": (HYBRID | LATENT | dict(apply_rope_fusion=True), {}, {}, "use --no-rope-fusion"),
+    "latent-l2": (HYBRID | LATENT | dict(qk_l2_norm=True), {}, {}, "--qk-l2-norm is not an option.*--qk-layernorm"),
+    "latent-gate": (
+        HYBRID | LATENT | dict(attention_output_gate=True), {}, {}, "--attention-output-gate is not an option of multi",
+    ),
+    "latent-odd": (HYBRID | LATENT | dict(qk_pos_emb_head_dim=7), {}, {}, "--qk-pos-emb-head-dim 7 must be even"),
+    "latent-none": (HYBRID | LATENT | dict(v_head_dim=0), {}, {}, "--v-head-dim 0 must be at least 1"),
+    "latent-tp": (
+        HYBRID | LATENT | dict(q_lora_rank=25, tensor_model_parallel_size=2), {}, {},
+        "--q-lora-rank is 25, which tensor-parallel size 2 does not divide",
+    ),
+    "latent-type": (HYBRID | LATENT | dict(rope_type="foo"), {}, {}, "--rope-type foo is unknown; choose rope or yarn"),
+    "rotary-percent": (
+        HYBRID, dict(rope=True, rotary_percent=0.5), dict(position_embedding_type="rope"),
+        "--lightning-rotary-percent 0.5 needs --multi-latent-attention; .*use --rotary-percent",
+    ),
+    "conv": (
+        dict(linear_conv_kernel_dim=3), {}, {},
+        "--linear-conv-kernel-dim 3 belongs to gated delta net.*leave it out",
+    ),
+    "cp-partition": (
+        dict(context_parallel_size=2, cp_partition_mode="contiguous"), {}, {},
+        "--cp-partition-mode contiguous cuts sequences in a way .*use zigzag",
+    ),
+    "mhc": (dict(enable_mhc_connections=True), {}, {}, "--enable-mhc-connections needs layers of Megatron's own"),
+    "gdp": (dict(gdp_num_householder=2), {}, {}, "--gdp-num-householder 2 belongs to gated delta product"),
+    "gdp-kernel": (dict(gdp_cutedsl_kernel=True), {}, {}, "--gdp-cutedsl-kernel belongs to gated delta product"),
+    "gdp-recompute": (dict(gdp_num_chunk_states_to_recompute=1), {}, {}, "--gdp-num-chunk-states-to-recompute 1 belo"),
+    "mtp-mixed-documents": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2, sequence_parallel=True), {},
+        dict(dataloader_inter_document_masking=True),
+        "--mtp-hsm with --sequence-parallel and .* different documents; leave it out",
+    ),
+    "mtp-tied": (
+        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
+        dict(save="there", untie_embeddings_and_output_weights=False),
+        "--mtp-num-layers 1 with tied embeddings .*--untie-embeddings-and-output-weights",
+    ),
+    "mtp-tied-load": (
+        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
+        dict(load="there", untie_embeddings_and_output_weights=False),
+        "--mtp-num-layers 1 with tied embeddings .* cannot save or load a checkpoint",
+    ),
+    "mtp-split": (
+        FULL | dict(mtp_num_layers=1, distribute_saved_activations=True), {}, {},
+        "--distribute-saved-activations cuts inputs of layers in place.*leave out one of the two",
+    ),
+    "experts-bias": (
+        dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
+        "--num-experts 4 has no fused activation with biases .*--disable-bias-linear, or --no-bias-gelu-fusion",
+    ),
+    "experts-shared-bias": (
+        TE | dict(num_moe_experts=4, add_bias_linear=True, moe_shared_expert_intermediate_size=32), {}, {},
+        "--num-experts 4 with --moe-shared-expert-intermediate-size has no biases .*--disable-bias-linear",
+    ),
+    "mtp-window": (
+        dict(linear_attention_freq=[1, 0, 1, 1], mtp_num_layers=1, window_size=(8, 0), window_attn_skip_freq=2), {}, {},
+        "--window-size .* is not supported by the softmax layers on torch's SDPA",
+    ),
+    "mtp-packed-te": (
+        TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
+        "--dataloader-inter-document-masking with context parallelism .*use --transformer-impl local",
+    ),
+    "rampup": (
+        {}, {}, dict(rampup_batch_size=[16, 8, 300]),
+        "--rampup-batch-size 16 8 300 is ignored .*--step-batch-size",
+    ),
+    "freeze": ({}, {}, dict(freeze_all_layers=True), "--freeze-all-layers is ignored by Megatron .*leave it out"),
+    "heterogeneous-json": (
+        {}, {}, dict(heterogeneous_layers_config_encoded_json="{}"),
+        "--heterogeneous-layers-config-encoded-json {} chooses another attention",
+    ),
+    "rope-scaling-factor": (
+        {}, dict(rope=True), dict(position_embedding_type="rope", use_rope_scaling=True, rope_scaling_factor=2.0),
+        "--rope-scaling-factor 2.0 is ignored by Megatron .*scales by 8; leave it out",
+    ),
+    "muon-value-dim": (
+        {}, dict(gate="none", key_head_dim=32, value_head_dim=32), MUON,
+        "--optimizer muon would cut .*use --muon-no-split-qkv",
+    ),
+    "muon-gate": (
+        dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(optimizer="adaptive_muon"),
+        "--optimizer adaptive_muon would cut",
+    ),
+    "fsdp-fp32": (
+        SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
+        "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
+    ),
+    "fsdp-saves-nothing": (
+        dict(gated_linear_unit=True, bf16=False), {}, dict(use_megatron_fsdp=True, save="x", no_save_optim=True),
+        "--use-megatron-fsdp cannot save --swiglu",
+    ),
+    "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
+    "validation-sets": (
+        {}, {}, dict(multiple_validation_sets=True),
+        "--multiple-validation-sets needs --full-validation",
+    ),
+    "freq": (
+        dict(linear_attention_freq=5), {}, {},
+        "--linear-attention-freq 5 would leave no softmax layer.* is 4.*at most 4",
+    ),
+    "packed-cp-te": (
+        HYBRID | TE | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
+        "--dataloader-inter-document-masking with context parallelism .*use --transformer-impl local",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_both_ways(name, without):
+    check_refused(REFUSED[name], without)
+
+
+ALLOWED = {
+    "norms-te": (
+        SWIGLU | TE | dict(apply_residual_connection_post_layernorm=True),
+        dict(embedding_scale=2.0, layernorm_affine=False, bilinear_glu=True), {},
+    ),
+    "latent-fusion-te": (HYBRID | LATENT | TE | dict(mla_down_proj_fusion=True), {}, {}),
+    "te-only-te": (
+        TE | dict(tp_comm_overlap=True, use_te_activation_func=True), {}, dict(te_precision_config_file="some.yaml"),
+    ),
+    "precision-file-kitchen": (dict(use_kitchen=True), {}, dict(te_precision_config_file="some.yaml")),
+    "batch-invariant": (TE | dict(batch_invariant_mode=True, deterministic_mode=True), {}, {}),
+    "muon-whole": (dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(muon_split_qkv=False)),
+    "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
+    "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
+    "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
+    "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
+    "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),
+    "window-te": (HYBRID | TE | dict(window_size=(8, 0)), {}, {}),
+    "window-of-a-lightning-layer": (
+        dict(linear_attention_freq=[1, 0, 1, 1], window_size=(8, 0), window_attn_skip_freq=2), {}, {},
+    ),
+    "mtp": (dict(mtp_num_layers=1), {}, dict(save="there", untie_embeddings_and_output_weights=False)),
+    "mtp-untied": (
+        dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
+        dict(save="x", untie_embeddings_and_output_weights=True),
+    ),
+    "mtp-options": (
+        SWIGLU | dict(mtp_num_layers=1, apply_residual_connection_post_layernorm=True),
+        dict(softmax_beta=2.0, layernorm_affine=False, embedding_scale=2.0, bilinear_glu=True), {},
+    ),
+    "mtp-ranks": (
+        dict(mtp_num_layers=1, context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True), {},
+        dict(dataloader_inter_document_masking=True),
+    ),
+    "mtp-sft": (dict(mtp_num_layers=2), {}, dict(sft=True)),
+    "mtp-latent": (HYBRID | LATENT | dict(mtp_num_layers=1), {}, {}),
+    "mtp-te": (TE | dict(mtp_num_layers=1, context_parallel_size=2), {}, {}),
+    "cp-partition": (dict(context_parallel_size=2, cp_partition_mode="zigzag"), {}, {}),
+    "gdp-defaults": (
+        dict(
+            enable_mhc_connections=False, gdp_num_householder=3, gdp_cutedsl_kernel=False,
+            gdp_num_chunk_states_to_recompute=2,
+        ), {}, {},
+    ),
+    "mtp-mixed": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
+    ),
+    "mtp-mixed-sequence-parallel": (
+        dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2, sequence_parallel=True), {}, {},
+    ),
+    "freq": (dict(linear_attention_freq=4), {}, {}),
+    "packed-cp": (HYBRID | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_allowed_beside_what_is_refused(name, without):
+    check_allowed(ALLOWED[name], without)
+
+
+def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
+    args = dict(use_megatron_fsdp=True, save="there")
+    without("apex")
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+    without("apex", "transformer_engine")
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args, no_save_optim=True))
+    with pytest.raises(ValueError, match="--use-megatron-fsdp hangs when it saves .* add --no-save-optim"):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+
+
+@pytest.mark.parametrize(
+    "package, args",
+    [
+        ("emerging_optimizers", dict(optimizer="muon", muon_split_qkv=False)),
+        ("emerging_optimizers", dict(optimizer="lion")),
+        ("einops", dict(use_megatron_fsdp=True)),
+    ],
+)
+def test_packages_of_optimizers(package, args, without):
+    without()
+    refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
+    without(package)
+    with pytest.raises(ValueError, match="needs the package .*; pip install"):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
