@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from examples.quality.variants import SIZES, VARIANTS
 from lightning_megatron.training.refusals import refuse as refuse_flags
 
 from .helpers.arguments import parse_flags, pretend_without
-from .launch import run_pretrain
+from .launch import ROOT, run_pretrain
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
@@ -37,7 +39,8 @@ print(" > number of parameters on (tensor, pipeline) model parallel rank (0, 0):
 while step < last and not stop:
     step += 1
     loss = "" if step == int(os.environ.get("NAN", 0)) else f" lm loss: {5 - step / 1000} |"
-    print(LINE.format(step, loss), flush=True)
+    if step == 1 or "QUIET" not in os.environ:
+        print(LINE.format(step, loss), flush=True)
     time.sleep(0.01)
 folder.mkdir(exist_ok=True)
 tracker.write_text(str(step))
@@ -117,6 +120,34 @@ def test_killed_stretch_leaves_no_step_twice(pretend):
     (folder / "losses.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in (1, 2, 2, 3)))
     with pytest.raises(ValueError, match="does not hold the steps 1 to 4, each once"):
         results.one_file(folder)
+
+
+def test_megatron_ends_with_its_driver(pretend, tmp_path, monkeypatch):
+    """A driver that is killed leaves no training behind, also where that prints nothing for long."""
+    monkeypatch.setenv("QUIET", "1")
+    options = pretend(100_000)
+    code = (
+        "import sys; from pathlib import Path; from examples.quality import train\n"
+        "train.MODULE = 'pretended_megatron'\n"
+        "for line in train.launch(sys.argv[2:], Path(sys.argv[1]), True, 60): pass"
+    )
+    words = train.command(options, tmp_path, gpu=True)
+    driver = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log"), *words], cwd=ROOT)
+    log = tmp_path / "log"
+    while not (log.is_file() and log.stat().st_size):
+        assert driver.poll() is None
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    time.sleep(0.5)
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_run_whose_loss_is_no_number_ends_and_is_not_continued(pretend, monkeypatch):

@@ -33,7 +33,10 @@ def start(module: str, words: list[str], seconds: float) -> None:
     """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        ended = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, env=env, timeout=max(1.0, seconds))
+        ended = subprocess.run(
+            [sys.executable, "-m", module, *words], cwd=ROOT, env=env, timeout=max(1.0, seconds),
+            preexec_fn=train.end_with_parent,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{module} did not end in {seconds:.0f} s") from error
     if ended.returncode:

@@ -18,6 +18,7 @@ the lines of steps behind it. A loss that is no number ends a run for good: it i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -77,6 +78,14 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     return words + options.flags
 
 
+_LIBC = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """Of a new process: it is killed when the thread that started it ends, however that ends."""
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
     """Lines that the training prints, as they come; all goes to ``log``, too.
 
@@ -90,8 +99,9 @@ def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[s
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("a") as file:
         process = subprocess.Popen(
-            start, cwd=ROOT, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            start, cwd=ROOT, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
         assert process.stdout is not None
         timer = threading.Timer(seconds, process.terminate)
         timer.start()
