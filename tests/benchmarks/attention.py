@@ -35,7 +35,7 @@ SEED = 0
 PRESETS = {"alibi": "alibi", "zero": "none"}
 
 SPEED = [Shape(*sizes) for sizes in (
-    (1, 2048, 32), (1, 8192, 8), (1, 8192, 32), (8, 2048, 32), (1, 32768, 32), (1, 131072, 16),
+    (1, 2048, 32), (1, 8192, 8), (1, 8192, 32), (8, 2048, 32), (4, 8192, 32), (1, 32768, 32), (1, 131072, 16),
 )]  # fmt: skip
 SMALL = SPEED[:2]  # where launches cost as much as the work: eager and as a CUDA graph too
 LENGTHS = [Shape(1, 1 << n, 16) for n in range(10, 21)]
@@ -47,7 +47,7 @@ DIMS = [Shape(1, 16384, 16, K, V) for K, V in (
 )]  # fmt: skip
 PACKED = Shape(1, 65536, 16)
 LONGEST = 32768  # document
-GROUPED = [Shape(1, 16384, 32, Hkv=heads) for heads in (32, 8, 4, 1)]
+GROUPED = [*(Shape(1, 16384, 32, Hkv=heads) for heads in (32, 8, 4, 1)), Shape(1, 32768, 32, Hkv=8)]
 DECODE = [Shape(B, 1, 16) for B in (1, 4, 16, 64, 128, 256)]
 MEMORY = [Shape(1, 8192, 32), Shape(1, 32768, 32), Shape(8, 2048, 32)]
 ERROR = [Shape(1, 4096, 8), Shape(1, 131072, 8)]
