@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..compat import importable
 from .rules import TE, Rule, selective
 
@@ -99,6 +101,11 @@ OPTIMIZERS = (
         "optimizer_cpu_offload",
         lambda run: not (run.config.bf16 or run.config.fp16),
         "ends Megatron 0.19 in a ValueError in fp32 (can't optimize a non-leaf Tensor); use --bf16, or leave it out",
+    ),
+    Rule(
+        "use_torch_fsdp2",
+        lambda run: not torch.cuda.is_available(),
+        "needs CUDA devices, to which torch's fully_shard moves parameters; use --use-megatron-fsdp, or leave it out",
     ),
     Rule(
         "use_megatron_fsdp",

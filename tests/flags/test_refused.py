@@ -1,8 +1,10 @@
 """Flags of layers, data and optimizers that are refused before any GPU work, in both ways of starting."""
 
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
@@ -335,6 +337,14 @@ ALLOWED = {
 @pytest.mark.parametrize("name", ALLOWED)
 def test_allowed_beside_what_is_refused(name, without):
     check_allowed(ALLOWED[name], without)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_torchs_fsdp_needs_cuda(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    refused = pytest.raises(ValueError, match="--use-torch-fsdp2 needs CUDA devices.*use --use-megatron-fsdp")
+    with nullcontext() if cuda else refused:
+        refuse(model(), LightningOptions(), "zigzag", Namespace(use_torch_fsdp2=True))
 
 
 def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
