@@ -18,12 +18,14 @@ ifneq ($(filter test-main,$(MAKECMDGOALS)),)
 $(if $(strip $(MEGATRON)),,$(error MEGATRON is empty; name a checkout: make test-main MEGATRON=/path/to/Megatron-LM))
 endif
 
-.PHONY: help venv demo test test-main test-pairs quality-smoke check lint format types docs clean
+.PHONY: help venv demo test test-all test-main test-pairs quality-smoke check lint format types docs clean
 
 help:
 	@echo 'make demo    install, then train a small hybrid model on real text, plot the loss, continue a prompt'
 	@echo '             (about 5 minutes on 2 CPU cores; on a GPU where there is one)'
-	@echo 'make test    install, then lint, types and all tests (those marked gpu are skipped without a GPU)'
+	@echo 'make test    install, then lint, types and tests (those marked gpu are skipped without a GPU); of tests with many'
+	@echo '             slow cases some are drawn by a seed'
+	@echo 'make test-all    all cases of them, too'
 	@echo 'make test-main MEGATRON=/path/to/Megatron-LM'
 	@echo '             all tests with Megatron of that checkout instead of the installed megatron-core'
 	@echo 'make test-pairs  options together: PAIRS=250 training runs, SHARD=1/2 of them, about an hour on 2 idle cores'
@@ -78,8 +80,9 @@ format: $(STAMP)
 types: $(STAMP)
 	@$(PY) -m mypy
 
-test: lint types
-	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist worksteal $(PYTEST); status=$$?; \
+test: DRAWN := --drawn=tests/drawn.txt
+test test-all: lint types
+	@start=$$(date +%s); $(PY) -m pytest tests -n $(JOBS) --dist worksteal $(DRAWN) $(PYTEST); status=$$?; \
 	echo "==> tests took $$(( $$(date +%s) - start )) s"; exit $$status
 
 test-main: $(STAMP)

@@ -7,6 +7,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and threads that wait for each other spin
 
@@ -14,6 +15,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 pytest.register_assert_rewrite("tests.helpers")  # failed asserts there show values, as in test modules
+
+from tests.helpers import drawn  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
@@ -34,7 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--drawn", type=Path, metavar="FILE", help="of the tests in FILE, only so many cases, by the seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (path := config.getoption("--drawn")) is not None:
+        out = drawn.left_out(items, drawn.read(path), SEED)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
+        items[:] = [item for item in items if item.nodeid not in out]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -204,9 +204,11 @@ def test_pytest_arguments_are_words_as_in_a_shell(checkout: Checkout) -> None:
     checkout.installed()
     run = checkout.make("test", "PYTEST=-x -k 'one or two'")
     assert run.returncode == 0, run.stderr
-    assert checkout.calls[-1] == ["-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "-x", "-k", "one or two"]
+    command = ["-m", "pytest", "tests", "-n", "2", "--dist", "worksteal"]
+    assert checkout.calls[-1] == [*command, "--drawn=tests/drawn.txt", "-x", "-k", "one or two"]
     modules = [call[1] for call in checkout.calls if call[0] == "-m"]
     assert modules == ["ruff", "ruff", "mypy", "pytest"]
+    assert checkout.make("test-all").returncode == 0 and checkout.calls[-1] == command
 
 
 def test_check_runs_lint_types_and_quick_tests(checkout: Checkout) -> None:
@@ -258,7 +260,7 @@ def test_docs_are_built_strictly(checkout: Checkout) -> None:
 
 def test_help_names_every_command() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    commands = ("demo", "test", "test-main", "quality-smoke", "check")
+    commands = ("demo", "test", "test-all", "test-main", "quality-smoke", "check")
     commands += ("docs", "venv", "lint", "format", "types", "clean")
     assert all(f"make {command} " in text for command in commands)
 

@@ -1,0 +1,41 @@
+"""tests/drawn.txt, and what is drawn of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers import drawn
+
+ROOT = Path(__file__).parents[1]
+LIST = ROOT / "tests/drawn.txt"
+
+
+def item(nodeid: str, gpu: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: gpu and name == "gpu")
+
+
+def test_so_many_cases_of_each_are_drawn_and_in_time_all():
+    ids = [f"tests/a.py::test_x[{n}]" for n in range(6)]
+    items = [*map(item, ids), item("tests/a.py::test_x[gpu]", gpu=True), item("tests/a.py::test_y[0]")]
+    seen = set()
+    for seed in range(50):
+        out = drawn.left_out(items, {"tests/a.py::test_x": 2, "tests/a.py::test_z": 1}, seed)
+        assert out < set(ids) and len(out) == 4
+        assert out == drawn.left_out(items[::-1], {"tests/a.py::test_x": 2}, seed), "workers must draw the same"
+        seen |= set(ids) - out
+    assert seen == set(ids)
+    assert drawn.left_out(items, {"tests/a.py::test_x": 6}, 0) == set()
+
+
+def test_the_list_names_tests(request: pytest.FixtureRequest):
+    """With more cases than are drawn. Those that this session has not collected itself are collected by another."""
+    counts = drawn.read(LIST)
+    assert counts
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *counts]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr
+    for name, count in counts.items():
+        assert sum(line.startswith(f"{name}[") for line in run.stdout.splitlines()) > count, f"{name} has no more cases"
