@@ -51,7 +51,7 @@ def _share_state(s_buf, b_s, turn, shared, FIRST: gl.constexpr, ROWS: gl.constex
 
 @gluon.jit
 def _gradient(
-    inputs, buffers, d_o, o_buf, s_buf, bars, shared, b_ld, split_grads, dfinal, dinitial, sizes, scale,
+    inputs, buffers, d_o, o_buf, s_buf, bars, done, shared, b_ld, split_grads, dfinal, dinitial, sizes, scale,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     SPLIT_GRADS: gl.constexpr, DFINAL: gl.constexpr, INITIAL: gl.constexpr, AFTER_STATES: gl.constexpr,
     FOR_K: gl.constexpr,
@@ -107,33 +107,36 @@ def _gradient(
         mbarrier.wait(shared, turn)
         s_s = s_buf.index(turn) if FOR_K else s_buf.index(turn).permute([1, 0])
         b_o = warpgroup_mma(s_a, s_s, zero_o, use_acc=False, is_async=True)  # [BC, BO]
-        if not FOR_K:  # both are done with the chunk before this: their states have come
-            then = i_c + STAGES - 1
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            ahead = begin + (chunks - 1 - then) * BC
-            _fetch_all(inputs, buffers, free, ahead, bars.index(free), BYTES, then < chunks)
         b_v = s_do.slice(FIRST, ROWS, 1).permute([1, 0]).load(WRITE)
         b_v = _rounded(b_v.to(gl.float32) * b_write[None, :])
-        b_a = warpgroup_mma_wait(1, deps=[b_a])
+        b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
+        b_s = warpgroup_mma(b_v, s_q, b_s, is_async=True)
+        b_a = warpgroup_mma_wait(2, deps=[b_a])
         b_a = b_a * b_w
         b_p = _rounded(b_a)
         b_r = _rounded(b_a - b_p.to(gl.float32))  # what rounding cut off
         b_read = gl.exp2(ld2 * gl.maximum(n - 1 - p_read, 0).to(gl.float32))
-        b_o = warpgroup_mma_wait(0, deps=[b_o])
+        b_o = warpgroup_mma_wait(1, deps=[b_o])
         b_o = b_o * b_read[:, None]
         b_o = warpgroup_mma(gl.convert_layout(b_p, WEIGHTS), s_c, b_o, is_async=True)
         b_o = warpgroup_mma(gl.convert_layout(b_r, WEIGHTS), s_c, b_o, is_async=True)
-        b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
-        b_s = warpgroup_mma(b_v, s_q, b_s, is_async=True)
-        b_o = warpgroup_mma_wait(1, deps=[b_o])
+        b_s = warpgroup_mma_wait(2, deps=[b_s])
+        _share_state(s_buf, b_s, turn ^ 1, shared, FIRST, ROWS)
+        if not FOR_K:  # the chunk before this is done with here, and is waited for where the other warpgroup is not yet
+            then = i_c + STAGES - 1
+            free = gl.where(stage == 0, STAGES - 1, stage - 1)
+            mbarrier.wait(done.index(free), gl.where(stage == 0, phase ^ 1, phase), pred=(i_c > 0) & (then < chunks))
+            ahead = begin + (chunks - 1 - then) * BC
+            _fetch_all(inputs, buffers, free, ahead, bars.index(free), BYTES, then < chunks)
+        b_o = warpgroup_mma_wait(0, deps=[b_o])
         tma.store_wait(0)
         gl.thread_barrier()
+        if FOR_K:
+            mbarrier.arrive(done.index(stage), count=1)
         o_buf.store(_rounded(b_o))
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(d_o, [start, 0], o_buf)
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
-        _share_state(s_buf, b_s, turn ^ 1, shared, FIRST, ROWS)
         stage += 1
         wrapped = stage == STAGES
         stage = gl.where(wrapped, 0, stage)
@@ -181,7 +184,7 @@ def hopper_fused_kernel(
                    K, V, BK, BV, BC, STAGES, SPLIT_STATES, INITIAL, AFTER_STATES, 0)),
             (_dq, (heads, strides, b_ld, split_states, initial, sizes, scale,
                    K, V, BK, BV, BC, STAGES, SPLIT_STATES, INITIAL, AFTER_STATES, 1)),
-        ], [4], [240])  # fmt: skip
+        ], [4], [256])  # fmt: skip
     else:
         SK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], dtype)
         SV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BV], dtype)
@@ -204,9 +207,11 @@ def hopper_fused_kernel(
         dv_buf = gl.allocate_shared_memory(dtype, [BC, BV], SV)
         s_buf = gl.allocate_shared_memory(dtype, [2, BV, BK], SS)
         bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         both = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
             mbarrier.init(bars.index(s), count=1)
+            mbarrier.init(done.index(s), count=1)
         mbarrier.init(both, count=2)
         fence_async_shared()
         gl.thread_barrier()
@@ -217,13 +222,14 @@ def hopper_fused_kernel(
         buffers = (q_buf, k_buf, v_buf, do_buf)
         sizes = (i_b, i_h, begin, end, T, H, split_len, split_rows, split_first)
         gl.warp_specialize([
-            (_gradient, (inputs, buffers, d_dv, dv_buf, s_buf, bars, both, b_ld, split_grads, dfinal, dinitial, sizes,
+            (_gradient, (inputs, buffers, d_dv, dv_buf, s_buf, bars, done, both, b_ld, split_grads, dfinal, dinitial, sizes,
                          scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, False)),
-            (_gradient, (inputs, buffers, d_dk, dk_buf, s_buf, bars, both, b_ld, split_grads, dfinal, dinitial, sizes,
+            (_gradient, (inputs, buffers, d_dk, dk_buf, s_buf, bars, done, both, b_ld, split_grads, dfinal, dinitial, sizes,
                          scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, True)),
-        ], [4], [240])  # fmt: skip
+        ], [4], [256])  # fmt: skip
         for s in gl.static_range(STAGES):
             mbarrier.invalidate(bars.index(s))
+            mbarrier.invalidate(done.index(s))
         mbarrier.invalidate(both)
 
 
