@@ -109,13 +109,13 @@ def _gradient(
         b_o = warpgroup_mma(s_a, s_s, zero_o, use_acc=False, is_async=True)  # [BC, BO]
         b_v = s_do.slice(FIRST, ROWS, 1).permute([1, 0]).load(WRITE)
         b_v = _rounded(b_v.to(gl.float32) * b_write[None, :])
-        b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
-        b_s = warpgroup_mma(b_v, s_q, b_s, is_async=True)
-        b_a = warpgroup_mma_wait(2, deps=[b_a])
+        b_a = warpgroup_mma_wait(1, deps=[b_a])
         b_a = b_a * b_w
         b_p = _rounded(b_a)
         b_r = _rounded(b_a - b_p.to(gl.float32))  # what rounding cut off
         b_read = gl.exp2(ld2 * gl.maximum(n - 1 - p_read, 0).to(gl.float32))
+        b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
+        b_s = warpgroup_mma(b_v, s_q, b_s, is_async=True)
         b_o = warpgroup_mma_wait(1, deps=[b_o])
         b_o = b_o * b_read[:, None]
         b_o = warpgroup_mma(gl.convert_layout(b_p, WEIGHTS), s_c, b_o, is_async=True)
