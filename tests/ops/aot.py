@@ -64,6 +64,7 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True), SINGLE),
         (dict(dtype=torch.bfloat16, K=64, V=256, T=_LONG, overlapped=True), SINGLE),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True, one_walk=True), ("gradients",)),
     ],
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128, _FP16_128],

@@ -11,7 +11,7 @@ from lightning_megatron.ops.triton.launch import Launch
 
 from . import gluon
 from .cases import Impl, check, make_case
-from .launches import HOPPER
+from .launches import FUSED, HOPPER
 
 BF16 = Impl("triton", torch.bfloat16)
 SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a segment
@@ -22,20 +22,30 @@ SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a se
     "wide-values": (1, 150, 2, 2, 96, 208, 128),
     "three-quarters": (1, 130, 1, 1, 192, 176, None),
 }
+ONE_WALK = {  # which fused.py takes
+    "segments": (1, 420, 2, 1, 128, 128, 128),
+    "short": (1, 40, 1, 1, 128, 128, None),
+    "padded": (2, 170, 1, 1, 80, 112, None),
+}
+
+
+@pytest.fixture
+def turns():
+    return gluon.Turns(0, greedy=True)
 
 
 @pytest.fixture(params=[False, True], ids=["early", "late"])
-def machine(request, monkeypatch):
+def machine(request, monkeypatch, turns):
     """Launches of Hopper's kernels go to ``gluon.run``. The names of those that were."""
     launched = []
 
     class OnCpu(Launch):
         def __call__(self, *tensors):
-            if self._kernel.fn.__name__ in HOPPER:
+            if self._kernel.fn.__name__ in (*HOPPER, FUSED):
                 launched.append(self._kernel.fn.__name__)
                 assert self._options.get("launch_pdl", False) == self._rest[-1]
                 warps = self._options["num_warps"]
-                gluon.run(self._kernel, self.grid, (*tensors, *self._rest), warps, request.param)
+                gluon.run(self._kernel, self.grid, (*tensors, *self._rest), warps, request.param, turns)
             else:  # Triton's interpreter cannot multiply bf16
                 super().__call__(*(x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in tensors))
 
@@ -56,3 +66,19 @@ def test_equals_the_recurrence(name, initial, machine, rng, cut):
     case = make_case(rng, BF16, B=B, T=T, H=H, Hkv=Hkv, K=K, V=V, initial=initial)
     check(BF16, case)
     assert machine == list(HOPPER)
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
+@pytest.mark.parametrize(
+    "turns", [gluon.Turns(0, True), gluon.Turns(1, True), gluon.Turns(0, False)], ids=["first", "second", "in turn"]
+)
+@pytest.mark.parametrize("name", ONE_WALK)
+def test_one_walk_for_dk_and_dv(name, turns, initial, machine, rng, cut, monkeypatch):
+    """Whichever warpgroup runs ahead."""
+    monkeypatch.setattr(tiling, "FUSED", True)
+    B, T, H, Hkv, K, V, segment = ONE_WALK[name]
+    if segment:
+        cut(segment)
+    case = make_case(rng, BF16, B=B, T=T, H=H, Hkv=Hkv, K=K, V=V, initial=initial)
+    check(BF16, case)
+    assert machine == [HOPPER[0], FUSED]

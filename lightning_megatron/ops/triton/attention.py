@@ -124,6 +124,7 @@ class _Backward:
         self._by_row = by_row(documents)
         self.has_tokens = T > 0 and B > 0
         self._overlapped = self.has_tokens and tiling.overlaps(q, k, v, do, packed=self._packed, K=K, V=V)
+        self._fused = self._overlapped and tiling.fuses(K, V)
         tiles = self._tiles()
         # tensor descriptors need splits of whole chunks
         self._descriptors = (
@@ -157,13 +158,14 @@ class _Backward:
         (B, T, H, K, V), (by_v, by_k), cut = self._sizes, self._tiles(), self._cut
         wide = by_v if by_v.BK >= by_k.BK else by_k
         n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
+        programs, programs_q = (1, 1) if self._fused else (n_k + n_v, n_k)
         segments, segments_q = (
             cdiv(T, cut.split_len * n) if wanted else 0
             for n, wanted in ((cut.splits_grad, for_kv), (cut.splits, for_q))
         )
         given = self._rows > 0, split_rows > 0, self._initial, dfinal
         launch = Launch(
-            kernels(self._overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            kernels(self._overlapped, self._fused)[1], (programs * segments + programs_q * segments_q) * H * B,
             (*self._strides, *[n for x in self._results for n in x.strides[:2]], H // self._kv_heads, self._pieces,
              self._documents, T, H, cut.split_len, cut.splits_grad, segments, split_rows,
              first_row(split_rows, segments, cut.splits_grad, True), cut.splits, segments_q, self._rows, self._scale),

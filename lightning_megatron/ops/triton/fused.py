@@ -208,11 +208,11 @@ def hopper_fused_kernel(
         s_buf = gl.allocate_shared_memory(dtype, [2, BV, BK], SS)
         bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        both = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        both = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         for s in gl.static_range(STAGES):
             mbarrier.init(bars.index(s), count=1)
             mbarrier.init(done.index(s), count=1)
-        mbarrier.init(both, count=2)
+        mbarrier.init(both.index(0), count=2)
         fence_async_shared()
         gl.thread_barrier()
         i_s = segments - 1 - i_s
@@ -222,15 +222,15 @@ def hopper_fused_kernel(
         buffers = (q_buf, k_buf, v_buf, do_buf)
         sizes = (i_b, i_h, begin, end, T, H, split_len, split_rows, split_first)
         gl.warp_specialize([
-            (_gradient, (inputs, buffers, d_dv, dv_buf, s_buf, bars, done, both, b_ld, split_grads, dfinal, dinitial, sizes,
+            (_gradient, (inputs, buffers, d_dv, dv_buf, s_buf, bars, done, both.index(0), b_ld, split_grads, dfinal, dinitial, sizes,
                          scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, False)),
-            (_gradient, (inputs, buffers, d_dk, dk_buf, s_buf, bars, done, both, b_ld, split_grads, dfinal, dinitial, sizes,
+            (_gradient, (inputs, buffers, d_dk, dk_buf, s_buf, bars, done, both.index(0), b_ld, split_grads, dfinal, dinitial, sizes,
                          scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, True)),
         ], [4], [256])  # fmt: skip
         for s in gl.static_range(STAGES):
             mbarrier.invalidate(bars.index(s))
             mbarrier.invalidate(done.index(s))
-        mbarrier.invalidate(both)
+        mbarrier.invalidate(both.index(0))
 
 
 @gluon.jit

@@ -14,6 +14,8 @@ PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
+# One walk for dk and dv (``fused.py``): compiled and emulated, not yet measured. Plans remember what it was.
+FUSED = False
 
 
 class Tiles(NamedTuple):
@@ -64,6 +66,8 @@ def plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
 def plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> SplitPlan:
     few = bool(T <= 16)
     columns_v, columns_k = cdiv(V, tiles_of(dtype, K, V, few).BV), cdiv(K, tiles_of(dtype, V, K, few).BV)
+    if dtype == torch.bfloat16 and fuses(K, V):  # one program in the place of two
+        columns_k = 0
     return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
 
 
@@ -108,6 +112,11 @@ def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
 def o_gains(K: int, V: int) -> bool:
     """Whether ``hopper.py`` is faster for o, too. With heads of 64, and of more than 128, it takes 2 to 4% longer."""
     return max(pad(K), pad(V)) == 128
+
+
+def fuses(K: int, V: int) -> bool:
+    """Whether dk and dv have one walk where ``overlaps`` says yes."""
+    return FUSED and pad(K) == pad(V) == 128
 
 
 @functools.cache
