@@ -6,7 +6,8 @@ as late as it may, when it is waited for. A buffer that is filled while it is st
 gives other results in one of the two. What was not waited for cannot be computed with. What threads have stored may be
 read by what is asynchronous after a fence and a barrier.
 
-Warpgroups that run apart take turns: one runs until it waits for another, or until it has told something to another.
+Warpgroups that run apart take turns: one that leads runs until it waits for another, one that does not until it has told
+something to another, so that what the leader no longer waits for is as far behind as it may be.
 """
 
 from __future__ import annotations
@@ -145,13 +146,10 @@ class Product:
 
 
 class Turns:
-    """Of threads that run one at a time, as the warpgroups of a program: they and the first of them are numbered.
+    """Of threads that run one at a time, as the warpgroups of a program, which are numbered."""
 
-    ``greedy``: one runs as long as it can.
-    """
-
-    def __init__(self, first: int, greedy: bool) -> None:
-        self.first, self.greedy = first, greedy
+    def __init__(self, leader: int | None) -> None:
+        self.leader = leader
         self.tokens: list[threading.Semaphore] = []
         self.running, self.failed = [], False
 
@@ -176,7 +174,7 @@ class Turns:
         threads = [threading.Thread(target=one, args=(i,)) for i in range(len(functions))]
         for thread in threads:
             thread.start()
-        self.tokens[self.first % len(functions)].release()
+        self.tokens[self.leader or 0].release()
         for thread in threads:
             thread.join()
         self.tokens = []
@@ -257,7 +255,7 @@ class Machine:
 
     def arrive(self, barrier: Barrier, count: int) -> None:
         barrier.arrived(count, 0)
-        if not self.turns.greedy:
+        if self.turns.leader != self.group:
             self.turns.give(self.group)
 
     def expect(self, barrier: Barrier, count: int, pred: Any = True) -> None:

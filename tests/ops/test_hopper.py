@@ -31,7 +31,7 @@ ONE_WALK = {  # which fused.py takes
 
 @pytest.fixture
 def turns():
-    return gluon.Turns(0, greedy=True)
+    return gluon.Turns(None)
 
 
 @pytest.fixture(params=[False, True], ids=["early", "late"])
@@ -69,12 +69,10 @@ def test_equals_the_recurrence(name, initial, machine, rng, cut):
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
-@pytest.mark.parametrize(
-    "turns", [gluon.Turns(0, True), gluon.Turns(1, True), gluon.Turns(0, False)], ids=["first", "second", "in turn"]
-)
+@pytest.mark.parametrize("turns", [gluon.Turns(x) for x in (0, 1, None)], ids=["dv", "dk", "none"])
 @pytest.mark.parametrize("name", ONE_WALK)
 def test_one_walk_for_dk_and_dv(name, turns, initial, machine, rng, cut, monkeypatch):
-    """Whichever warpgroup runs ahead."""
+    """Whichever warpgroup leads."""
     monkeypatch.setattr(tiling, "FUSED", True)
     B, T, H, Hkv, K, V, segment = ONE_WALK[name]
     if segment:

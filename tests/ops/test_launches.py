@@ -14,6 +14,7 @@ from lightning_megatron.ops.triton import tiling
 from .aot import SHARED
 from .launches import (
     DECODING,
+    FUSED,
     HOPPER,
     SEGMENTED,
     SINGLE,
@@ -45,7 +46,10 @@ def test_compiles_and_fits(gpu, compiled):
     shared = [int(re.search(r"shared=(\d+)", line)[1]) for line in lines]
     assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
-    # walks that overlap spill outside of their loop over chunks alone (tests/benchmarks/NOTES.md)
+    # walks that overlap spill outside of their loop over chunks alone
+    overlapped = [line for line in lines if " overlapped " in line]
+    assert len(overlapped) == (4 if gpu == "sm_90" else 0)
+    assert all(line.endswith("spills=0") for line in overlapped), overlapped
     usual = [line for line in lines if "bfloat16 128x128" in line and " overlapped " not in line]
     for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words
         stack = int(re.search(r"stack=(\d+)", line)[1])
@@ -113,6 +117,18 @@ def test_overlapped_walks(K, V):
     for other in (dict(T=16), dict(documents=3), dict(descriptors=False), dict(dtype=torch.float16)):
         options = dict(dtype=BF16, T=1000, K=K, V=V, descriptors=True, overlapped=True) | other
         assert not {x.kernel for x in record(**options)} & set(HOPPER)
+
+
+@pytest.mark.parametrize("K, V, fits", [(128, 128, True), (80, 112, True), (64, 128, False), (128, 192, False)])
+def test_one_walk_for_dk_and_dv(K, V, fits):
+    """Where it is turned on, for its head dims: one program for dk and dv, and one for all columns of dq."""
+    for T, names in ((17, SINGLE), (10**5, SEGMENTED)):
+        launch = record(dtype=BF16, T=T, H=8, K=K, V=V, descriptors=True, overlapped=True, one_walk=True)[-1]
+        assert launch.kernel == (FUSED if fits else HOPPER[1])
+        if fits:
+            found = launch.arguments
+            assert launch.grid[0] == 8 * (found["segments"] + found["segments_q"]) and launch.options["num_warps"] == 4
+            assert launch.options.get("launch_pdl", False) == found["AFTER_STATES"] == (names == SEGMENTED)
 
 
 @pytest.mark.parametrize("options", [dict(fused=True), dict(fused=True, normed=False), dict(fused=False, S=4)], ids=str)
