@@ -45,8 +45,8 @@ def _share_state(s_buf, b_s, turn, shared, FIRST: gl.constexpr, ROWS: gl.constex
     """Round these rows for both warpgroups; ``shared`` says when both have."""
     s_buf.index(turn).slice(FIRST, ROWS, 0).store(_rounded(b_s))
     fence_async_shared()
-    mbarrier.arrive(shared, count=1)
     gl.thread_barrier()
+    mbarrier.arrive(shared, count=1)
 
 
 @gluon.jit
