@@ -6,8 +6,8 @@ as late as it may, when it is waited for. A buffer that is filled while it is st
 gives other results in one of the two. What was not waited for cannot be computed with. What threads have stored may be
 read by what is asynchronous after a fence and a barrier.
 
-Warpgroups that run apart take turns: one that leads runs until it waits for another, one that does not until it has told
-something to another, so that what the leader no longer waits for is as far behind as it may be.
+Warpgroups that run apart take turns: one that leads runs until it waits for another, one that does not until it has
+told something to another, so that what the leader no longer waits for is as far behind as it may be.
 """
 
 from __future__ import annotations
@@ -228,8 +228,9 @@ class Machine:
         for group, count in enumerate(warps, 1):
             groups.append(Machine(self.program, self.programs, count, self.late, self.turns, group))
             groups[-1].stored = self.stored
-        functions = [functools.partial(group.world()[f.__name__], *given) for group, (f, given) in zip(groups, parts)]
-        self.turns.run(functions)
+        self.turns.run(
+            [functools.partial(x.world()[f.__name__], *given) for x, (f, given) in zip(groups, parts, strict=True)]
+        )
         for group in groups[1:]:
             group.wait_for_stores(0)
 

@@ -69,11 +69,13 @@ def test_equals_the_recurrence(name, initial, machine, rng, cut):
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
-@pytest.mark.parametrize("turns", [gluon.Turns(x) for x in (0, 1, None)], ids=["dv", "dk", "none"])
-@pytest.mark.parametrize("name", ONE_WALK)
-def test_one_walk_for_dk_and_dv(name, turns, initial, machine, rng, cut, monkeypatch):
+@pytest.mark.parametrize(
+    "name, leader", [*(("segments", x) for x in (0, 1, None)), ("short", 0), ("padded", 1)]
+)  # fmt: skip
+def test_one_walk_for_dk_and_dv(name, leader, turns, initial, machine, rng, cut, monkeypatch):
     """Whichever warpgroup leads."""
     monkeypatch.setattr(tiling, "FUSED", True)
+    turns.leader = leader
     B, T, H, Hkv, K, V, segment = ONE_WALK[name]
     if segment:
         cut(segment)

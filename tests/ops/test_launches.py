@@ -48,7 +48,7 @@ def test_compiles_and_fits(gpu, compiled):
     assert max(shared) <= SHARED[gpu] * KIB
     # walks that overlap spill outside of their loop over chunks alone
     overlapped = [line for line in lines if " overlapped " in line]
-    assert len(overlapped) == (4 if gpu == "sm_90" else 0)
+    assert len(overlapped) == (5 if gpu == "sm_90" else 0)
     assert all(line.endswith("spills=0") for line in overlapped), overlapped
     usual = [line for line in lines if "bfloat16 128x128" in line and " overlapped " not in line]
     for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words

@@ -76,7 +76,6 @@ def _gradient(
     b_w = gl.where(b_d >= 0, gl.exp2(ld2 * gl.maximum(b_d, 0).to(gl.float32)), 0.0) * scale
     p_read = gl.arange(0, BC, gl.SliceLayout(1, LO))
     p_write = gl.arange(0, BC, gl.SliceLayout(0, WRITE))
-    b_write = gl.exp2(ld2 * (p_write + 1).to(gl.float32)) * scale
 
     chunks = gl.cdiv(end - begin, BC)
     BYTES: gl.constexpr = 4 * BC * (BK + BV)
@@ -93,8 +92,8 @@ def _gradient(
     _share_state(s_buf, b_s, 0, shared, FIRST, ROWS)
     zero_a = gl.zeros([BC, BC], gl.float32, LA)
     zero_o = gl.zeros([BC, BO], gl.float32, LO)
-    stage, phase = 0, 0
     for i_c in range(chunks):
+        stage, phase = i_c % STAGES, i_c // STAGES & 1
         start = begin + (chunks - 1 - i_c) * BC
         n = gl.minimum(BC, end - start)
         s_q, s_k, s_v, s_do = q_buf.index(stage), k_buf.index(stage), v_buf.index(stage), do_buf.index(stage)
@@ -107,6 +106,8 @@ def _gradient(
         mbarrier.wait(shared, turn)
         s_s = s_buf.index(turn) if FOR_K else s_buf.index(turn).permute([1, 0])
         b_o = warpgroup_mma(s_a, s_s, zero_o, use_acc=False, is_async=True)  # [BC, BO]
+        # 16 numbers that would be kept in registers if they did not depend on n: tokens from there on are 0
+        b_write = gl.exp2(ld2 * gl.minimum(p_write + 1, n).to(gl.float32)) * scale
         b_v = s_do.slice(FIRST, ROWS, 1).permute([1, 0]).load(WRITE)
         b_v = _rounded(b_v.to(gl.float32) * b_write[None, :])
         b_a = warpgroup_mma_wait(1, deps=[b_a])
@@ -124,8 +125,8 @@ def _gradient(
         _share_state(s_buf, b_s, turn ^ 1, shared, FIRST, ROWS)
         if not FOR_K:  # the chunk before this is done with here, and is waited for where the other warpgroup is not yet
             then = i_c + STAGES - 1
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            mbarrier.wait(done.index(free), gl.where(stage == 0, phase ^ 1, phase), pred=(i_c > 0) & (then < chunks))
+            free = then % STAGES
+            mbarrier.wait(done.index(free), then // STAGES - 1 & 1, pred=(i_c > 0) & (then < chunks))
             ahead = begin + (chunks - 1 - then) * BC
             _fetch_all(inputs, buffers, free, ahead, bars.index(free), BYTES, then < chunks)
         b_o = warpgroup_mma_wait(0, deps=[b_o])
@@ -137,10 +138,6 @@ def _gradient(
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(d_o, [start, 0], o_buf)
-        stage += 1
-        wrapped = stage == STAGES
-        stage = gl.where(wrapped, 0, stage)
-        phase = gl.where(wrapped, phase ^ 1, phase)
     tma.store_wait(0)
     if INITIAL:
         if begin == 0:
