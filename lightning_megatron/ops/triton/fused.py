@@ -32,7 +32,7 @@ from .hopper import _COUNTS, LOG2E, _incoming_state, _rounded, _state_tile, walk
 def _fetch_all(inputs, buffers, stage, start, bar, BYTES: gl.constexpr, there):
     """Ask for the chunk from ``start`` on, if it is ``there``; ``bar`` says when it has come."""
     d_q, d_k, d_v, d_do = inputs
-    q_buf, k_buf, v_buf, do_buf = buffers
+    q_buf, k_buf, v_buf, do_buf, s_buf = buffers
     mbarrier.expect(bar, BYTES, pred=there)
     tma.async_copy_global_to_shared(d_k, [start, 0], bar, k_buf.index(stage), pred=there)
     tma.async_copy_global_to_shared(d_q, [start, 0], bar, q_buf.index(stage), pred=there)
@@ -51,13 +51,18 @@ def _share_state(s_buf, b_s, turn, shared, FIRST: gl.constexpr, ROWS: gl.constex
 
 @gluon.jit
 def _gradient(
-    inputs, buffers, d_o, o_buf, s_buf, bars, done, shared, b_ld, split_grads, dfinal, dinitial, sizes, scale,
+    inputs, buffers, d_o, o_buf, barriers, b_ld, split_grads, dfinal, dinitial, sizes, scale,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     SPLIT_GRADS: gl.constexpr, DFINAL: gl.constexpr, INITIAL: gl.constexpr, AFTER_STATES: gl.constexpr,
     FOR_K: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's part: dk or dv, and half of the state's rows."""
-    q_buf, k_buf, v_buf, do_buf = buffers
+    """A warpgroup's part: dk or dv, and half of the state's rows.
+
+    ``bars`` say which chunks have come, ``done`` with which the warpgroup for dk is done, ``shared`` that both have
+    shared the state.
+    """
+    q_buf, k_buf, v_buf, do_buf, s_buf = buffers
+    bars, done, shared = barriers
     i_b, i_h, begin, end, T, H, split_len, split_rows, split_first = sizes
     BO: gl.constexpr = BK if FOR_K else BV
     ROWS: gl.constexpr = BV // 2
@@ -80,7 +85,7 @@ def _gradient(
     chunks = gl.cdiv(end - begin, BC)
     BYTES: gl.constexpr = 4 * BC * (BK + BV)
     if not FOR_K:
-        for i in gl.static_range(STAGES - 1):
+        for i in gl.static_range(STAGES):
             start = begin + (chunks - 1 - i) * BC
             _fetch_all(inputs, buffers, i, start, bars.index(i), BYTES, i < chunks)
     if AFTER_STATES:  # the launch that computes them is the one before this, and may still run
@@ -125,10 +130,10 @@ def _gradient(
         _share_state(s_buf, b_s, turn ^ 1, shared, FIRST, ROWS)
         if not FOR_K:  # the chunk before this is done with here, and is waited for where the other warpgroup is not yet
             then = i_c + STAGES - 1
-            free = then % STAGES
-            mbarrier.wait(done.index(free), then // STAGES - 1 & 1, pred=(i_c > 0) & (then < chunks))
+            there, free = (i_c > 0) & (then < chunks), then % STAGES
+            mbarrier.wait(done.index(free), then // STAGES - 1 & 1, pred=there)
             ahead = begin + (chunks - 1 - then) * BC
-            _fetch_all(inputs, buffers, free, ahead, bars.index(free), BYTES, then < chunks)
+            _fetch_all(inputs, buffers, free, ahead, bars.index(free), BYTES, there)
         b_o = warpgroup_mma_wait(0, deps=[b_o])
         tma.store_wait(0)
         gl.thread_barrier()
@@ -144,6 +149,23 @@ def _gradient(
             gl.store(_state_tile(dinitial, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
+@gluon.jit
+def _dq(
+    heads, strides, b_ld, split_states, initial, sizes, scale,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT_STATES: gl.constexpr, INITIAL: gl.constexpr, AFTER_STATES: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's part: half of dq's columns."""
+    p_do, p_v, p_k, p_dq = heads
+    do_st, v_st, k_st, dq_st = strides
+    i_b, i_h, i_s, T, H, split_len, splits, segments, split_rows = sizes
+    walk(
+        p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, None, i_b, i_h, HALF, i_s,
+        T, H, split_len, splits, segments, split_rows, 0, scale, 1.0,
+        V, K, BV, BK // 2, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, AFTER_STATES,
+    )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=(*_COUNTS, "splits_q", "segments_q", "split_rows_q"))
 def hopper_fused_kernel(
     q, k, v, do, dq, dk, dv, log_decay, split_states, split_grads, initial, dfinal, dinitial,
@@ -156,6 +178,7 @@ def hopper_fused_kernel(
     SPLIT_STATES: gl.constexpr, SPLIT_GRADS: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr,
     AFTER_STATES: gl.constexpr,
 ):  # fmt: skip
+    """As ``hopper_gradients_kernel``, whose parameters it has; programs have all columns."""
     dtype: gl.constexpr = v.dtype.element_ty
     programs_q = gl.num_programs(0) // (segments + segments_q) * segments_q
     i = gl.program_id(0)
@@ -216,32 +239,16 @@ def hopper_fused_kernel(
         begin = i_s * splits * split_len
         end = gl.minimum(T, begin + splits * split_len)
         inputs = (d_q, d_k, d_v, d_do)
-        buffers = (q_buf, k_buf, v_buf, do_buf)
+        buffers = (q_buf, k_buf, v_buf, do_buf, s_buf)
+        barriers = (bars, done, both.index(0))
         sizes = (i_b, i_h, begin, end, T, H, split_len, split_rows, split_first)
         gl.warp_specialize([
-            (_gradient, (inputs, buffers, d_dv, dv_buf, s_buf, bars, done, both.index(0), b_ld, split_grads, dfinal, dinitial, sizes,
-                         scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, False)),
-            (_gradient, (inputs, buffers, d_dk, dk_buf, s_buf, bars, done, both.index(0), b_ld, split_grads, dfinal, dinitial, sizes,
-                         scale, K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, True)),
+            (_gradient, (inputs, buffers, d_dv, dv_buf, barriers, b_ld, split_grads, dfinal, dinitial, sizes, scale,
+                         K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, False)),
+            (_gradient, (inputs, buffers, d_dk, dk_buf, barriers, b_ld, split_grads, dfinal, dinitial, sizes, scale,
+                         K, V, BK, BV, BC, STAGES, SPLIT_GRADS, DFINAL, INITIAL, AFTER_STATES, True)),
         ], [4], [256])  # fmt: skip
         for s in gl.static_range(STAGES):
             mbarrier.invalidate(bars.index(s))
             mbarrier.invalidate(done.index(s))
         mbarrier.invalidate(both.index(0))
-
-
-@gluon.jit
-def _dq(
-    heads, strides, b_ld, split_states, initial, sizes, scale,
-    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
-    SPLIT_STATES: gl.constexpr, INITIAL: gl.constexpr, AFTER_STATES: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup's part: half of dq's columns."""
-    p_do, p_v, p_k, p_dq = heads
-    do_st, v_st, k_st, dq_st = strides
-    i_b, i_h, i_s, T, H, split_len, splits, segments, split_rows = sizes
-    walk(
-        p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, None, i_b, i_h, HALF, i_s,
-        T, H, split_len, splits, segments, split_rows, 0, scale, 1.0,
-        V, K, BV, BK // 2, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, AFTER_STATES,
-    )  # fmt: skip
