@@ -10,8 +10,8 @@ from lightning_megatron.ops.triton import plans, tiling
 from lightning_megatron.ops.triton.launch import Launch
 
 from . import gluon
-from .cases import Impl, check, make_case
-from .launches import FUSED, HOPPER
+from .cases import Impl, check, evaluate, judge, make_case
+from .launches import FUSED, HOPPER, forget_plans
 
 BF16 = Impl("triton", torch.bfloat16)
 SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a segment
@@ -82,3 +82,19 @@ def test_one_walk_for_dk_and_dv(name, leader, turns, initial, machine, rng, cut,
     case = make_case(rng, BF16, B=B, T=T, H=H, Hkv=Hkv, K=K, V=V, initial=initial)
     check(BF16, case)
     assert machine == [HOPPER[0], FUSED]
+
+
+def test_one_walk_is_as_exact(machine, rng, monkeypatch):
+    """As two, which multiply what rounding cut off of weights, too."""
+    case = make_case(rng, BF16, B=1, T=64, H=2, K=128, V=128, initial=False)
+    errors, true = [], judge(case, ["o"])
+    for one in (False, True):
+        monkeypatch.setattr(tiling, "FUSED", one)
+        forget_plans()
+        found = evaluate(BF16.attn, case, ["o"])
+        errors.append(
+            [float((found[x] - true[x]).double().norm() / true[x].double().norm()) for x in ("dk", "dv", "dq")]
+        )
+    print(errors)
+    assert machine[1::2] == [HOPPER[1], FUSED]
+    assert all(b < 1.1 * a for a, b in zip(*errors, strict=True))
