@@ -153,15 +153,17 @@ def _walk_by_chunk(
     zero_o = gl.zeros([BV, BC], gl.float32, LO)
     stage, phase = 0, 0
     if VARLEN:
-        current, c_start, c_end = -1, -1, -1  # no document yet
+        c_start, c_end = -1, -1  # no document yet
     for i_c in range(chunks):
         start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
         n = gl.minimum(BC, end - start)
         bar, s_q, s_k, s_v = bars.index(stage), q_buf.index(stage), k_buf.index(stage), v_buf.index(stage)
         if VARLEN:
+            # a chunk inside one document need not know which one
             inside, first, last, source, r_edge, w_edge, current, c_start, c_end = chunk_documents(
-                doc, cu_seqlens, start, n, T, current, c_start, c_end, REVERSE
+                doc, cu_seqlens, start, n, T, gl.to_tensor(0), c_start, c_end, REVERSE
             )
+            goes_on = source == current
         mbarrier.wait(bar, phase)
         s_qt, s_vt = s_q.permute([1, 0]), s_v.permute([1, 0])
         if WIDE:
@@ -177,9 +179,10 @@ def _walk_by_chunk(
         b_a = b_a * b_w
         if VARLEN:
             if not inside:
-                b_j = gl.load(doc + start + p_j, mask=p_j < n, other=-1)
-                b_i = gl.load(doc + start + p_i, mask=p_i < n, other=-1)
-                b_a = gl.where(b_j[:, None] == b_i[None, :], b_a, 0.0)
+                # with the bounds of j's document: to load that of i, too, would take registers
+                b_n = gl.load(doc + start + p_j, mask=p_j < n, other=0)
+                b_from, b_to = gl.load(cu_seqlens + b_n) - start, gl.load(cu_seqlens + b_n + 1) - start
+                b_a = gl.where((p_i[None, :] >= b_from[:, None]) & (p_i[None, :] < b_to[:, None]), b_a, 0.0)
         b_p = _rounded(b_a)
         p_buf.index(0).store(b_p)
         p_buf.index(1).store(_rounded(b_a - b_p.to(gl.float32)))  # what rounding cut off
@@ -187,7 +190,9 @@ def _walk_by_chunk(
         e_read = gl.maximum(n - 1 - p_read, 0) if REVERSE else p_read + 1
         b_read = gl.exp2(ld2 * e_read.to(gl.float32)) * read_scale
         if VARLEN:
-            b_read = gl.where((start + p_read >= r_edge) if REVERSE else (start + p_read < r_edge), b_read, 0.0)
+            if not inside:
+                m_read = (p_read >= r_edge - start) if REVERSE else (p_read < r_edge - start)
+                b_read = gl.where(m_read, b_read, 0.0)
         b_o = warpgroup_mma_wait(0, deps=[b_o])
         b_o = b_o * b_read[None, :]
         gl.thread_barrier()
@@ -197,8 +202,10 @@ def _walk_by_chunk(
         b_write = gl.exp2(ld2 * e_write.to(gl.float32)) * write_scale
         b_carry = gl.exp2(ld2 * n.to(gl.float32))
         if VARLEN:
-            b_write = gl.where((start + p_write < w_edge) if REVERSE else (start + p_write >= w_edge), b_write, 0.0)
-            b_carry = gl.where(source == current, b_carry, 0.0)
+            if not inside:
+                m_write = (p_write < w_edge - start) if REVERSE else (p_write >= w_edge - start)
+                b_write = gl.where(m_write, b_write, 0.0)
+                b_carry = gl.where(goes_on, b_carry, 0.0)
         b_v = _rounded(s_vt.load(WRITE).to(gl.float32) * b_write[None, :])
         b_s = b_s * b_carry
         b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
