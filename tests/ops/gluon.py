@@ -34,10 +34,13 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.offset + offset)
 
-    def load(self, mask: torch.Tensor | None) -> torch.Tensor:
+    def __sub__(self, offset: Any) -> Pointer:
+        return self + -offset
+
+    def load(self, mask: torch.Tensor | None, other: float = 0) -> torch.Tensor:
         if mask is None:
             return self.memory[self.offset]
-        return torch.where(mask, self.memory[torch.where(mask, self.offset, 0)], 0)
+        return torch.where(mask, self.memory[torch.where(mask, self.offset, 0)], other)
 
     def store(self, value: torch.Tensor, mask: torch.Tensor) -> None:
         self.memory[self.offset[mask]] = value[mask]
@@ -121,6 +124,7 @@ class Machine:
         self.program, self.programs, self.warps, self.late = program, programs, warps, late
         self.products: list[Product] = []
         self.stores: list[Callable] = []
+        self.read: list[Callable] = []
 
     def language(self) -> SimpleNamespace:
         layout = lambda *args, **kwargs: None
@@ -128,6 +132,8 @@ class Machine:
         number = lambda x: torch.tensor(x) if not isinstance(x, torch.Tensor) else x
         return SimpleNamespace(
             NVMMADistributedLayout=layout, NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+            BlockedLayout=layout, to_tensor=number, cast=lambda x, dtype: x.to(dtype),
+            sum=lambda x, axis: x.sum(axis),
             float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
             num_warps=lambda: self.warps, num_programs=lambda axis: torch.tensor(self.programs),
             program_id=lambda axis: torch.tensor(self.program), thread_barrier=lambda: None,
@@ -138,7 +144,7 @@ class Machine:
             minimum=lambda a, b: torch.minimum(number(a), number(b)),
             maximum=lambda a, b: torch.maximum(number(a), number(b)),
             convert_layout=lambda x, layout: x,
-            load=lambda p, mask=None, other=None: p.load(mask), store=lambda p, x, mask: p.store(x, mask),
+            load=lambda p, mask=None, other=0: p.load(mask, other), store=lambda p, x, mask: p.store(x, mask),
             allocate_shared_memory=self.allocate,
         )  # fmt: skip
 
@@ -186,12 +192,23 @@ class Machine:
 
     def copy_out(self, descriptor: Descriptor, start: list[Any], source: Shared) -> None:
         places, inside = descriptor.places(start)
-        store = lambda: Pointer(descriptor.base.memory, places).store(source.data, inside)
-        self.stores.append(store) if self.late else store()
+
+        def read() -> Callable:
+            data = source.data.clone()
+            return lambda: Pointer(descriptor.base.memory, places).store(data, inside)
+
+        self.stores.append(read) if self.late else read()()
 
     def wait_for_stores(self, pending: int) -> None:
+        """Their buffers have been read then; ``arrived`` waits until they are in memory."""
         while len(self.stores) > pending:
-            self.stores.pop(0)()
+            self.read.append(self.stores.pop(0)())
+
+    def arrived(self, i: torch.Tensor) -> torch.Tensor:
+        self.wait_for_stores(0)
+        while self.read:
+            self.read.pop(0)()
+        return i
 
     def multiply(self, a: Any, b: Shared, into: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async and (not isinstance(a, Product)) and a is not None
@@ -218,7 +235,7 @@ class Machine:
 
 def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool) -> None:
     """All programs of a kernel. ``arguments`` are CPU tensors, numbers and None, in the order of its parameters."""
-    functions = {name: x.fn for name, x in vars(hopper).items() if hasattr(x, "fn")}
+    functions = {name: x.fn for name, x in (vars(walk) | vars(hopper)).items() if hasattr(x, "fn")}
     given = [
         pointer(x) if x is None or isinstance(x, torch.Tensor)
         else torch.tensor(x) if type(x) is int and not parameter.is_constexpr else x
@@ -234,6 +251,6 @@ def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool) -> Non
         )  # fmt: skip
         for name, function in functions.items():
             world[name] = types.FunctionType(function.__code__, world, name, function.__defaults__)
-        world["_rounded"] = lambda x: x.to(torch.bfloat16)
+        world |= dict(_rounded=lambda x: x.to(torch.bfloat16), _stored=machine.arrived)
         world[kernel.fn.__name__](*given)
-        machine.wait_for_stores(0)
+        machine.arrived(machine.program)

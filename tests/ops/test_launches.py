@@ -115,6 +115,18 @@ def test_overlapped_walks(K, V):
         assert not {x.kernel for x in record(**options)} & set(HOPPER)
 
 
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 64)])
+def test_overlapped_walks_of_documents(K, V, monkeypatch):
+    """Those of Hopper, but for states of documents."""
+    monkeypatch.setattr(tiling, "PACKED_OVERLAP", True)
+    options = dict(dtype=BF16, T=10**4, H=8, K=K, V=V, documents=3, descriptors=True, overlapped=True)
+    taken = {HOPPER[1], *HOPPER[: K == V == 128]}
+    for states, wanted in (dict(states=False), taken), (dict(by_row=True), taken), ({}, set()):
+        launches = record(**options, **states)
+        assert {x.kernel for x in launches} & set(HOPPER) == wanted
+        assert all(x.arguments["VARLEN"] for x in launches if x.what in SEGMENTED)
+
+
 @pytest.mark.parametrize("options", [dict(fused=True), dict(fused=True, normed=False), dict(fused=False, S=4)], ids=str)
 def test_decoding(options):
     """One launch, whose constants depend on neither requests nor heads, nor on the number of tokens; within limits."""
