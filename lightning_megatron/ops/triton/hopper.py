@@ -201,13 +201,14 @@ def _walk_by_chunk(
         b_o = warpgroup_mma(s_vt, p_buf.index(1), b_o, is_async=True)
         e_write = p_write + 1 if REVERSE else gl.maximum(n - 1 - p_write, 0)
         b_write = gl.exp2(ld2 * e_write.to(gl.float32)) * write_scale
-        b_carry = gl.exp2(ld2 * n.to(gl.float32))
         if VARLEN:
             if not inside:
                 m_write = (p_write < w_edge - start) if REVERSE else (p_write >= w_edge - start)
                 b_write = gl.where(m_write, b_write, 0.0)
-                b_carry = gl.where(goes_on, b_carry, 0.0)
         b_v = _rounded(s_vt.load(WRITE).to(gl.float32) * b_write[None, :])
+        b_carry = gl.exp2(ld2 * n.to(gl.float32))
+        if VARLEN:
+            b_carry = gl.where(goes_on, b_carry, 0.0)
         b_s = b_s * b_carry
         b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
         b_o = warpgroup_mma_wait(1, deps=[b_o])
