@@ -106,6 +106,7 @@ def record(
         _patch(stack, launches)
         stack.enter_context(patch.object(tiling, "has_descriptors", lambda *tensors: descriptors))
         stack.enter_context(patch.object(tiling, "has_wgmma", lambda device: overlapped))
+        stack.enter_context(patch.object(tiling, "PACKED_OVERLAP", overlapped))
         recorders, kernels_of = tuple(_Recorder(name, launches) for name in HOPPER), plans.kernels
         for module in (plans, triton_backend):
             stack.enter_context(patch.object(module, "kernels", lambda x: recorders if x else kernels_of(x)))

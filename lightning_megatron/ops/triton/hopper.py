@@ -159,12 +159,6 @@ def _walk_by_chunk(
         start = begin + (chunks - 1 - i_c if REVERSE else i_c) * BC
         n = gl.minimum(BC, end - start)
         bar, s_q, s_k, s_v = bars.index(stage), q_buf.index(stage), k_buf.index(stage), v_buf.index(stage)
-        if VARLEN:
-            # a chunk inside one document need not know which one
-            inside, first, last, source, r_edge, w_edge, current, c_start, c_end = chunk_documents(
-                doc, cu_seqlens, start, n, T, gl.to_tensor(0), c_start, c_end, REVERSE
-            )
-            goes_on = source == current
         mbarrier.wait(bar, phase)
         s_qt, s_vt = s_q.permute([1, 0]), s_v.permute([1, 0])
         if WIDE:
@@ -176,6 +170,12 @@ def _walk_by_chunk(
             b_r = gl.convert_layout(_rounded(b_s), READ)
         b_a = _sum_over_k(s_k, s_qt, zero_a, BK, PARTS)  # [BC of j, BC of i]
         b_o = _sum_over_k(b_r, s_qt, zero_o, BK, PARTS)  # [BV, BC]
+        if VARLEN:
+            # a chunk inside one document need not know which one
+            inside, first, last, source, r_edge, w_edge, current, c_start, c_end = chunk_documents(
+                doc, cu_seqlens, start, n, T, gl.to_tensor(0), c_start, c_end, REVERSE
+            )
+            goes_on = source == current
         b_a = warpgroup_mma_wait(PARTS, deps=[b_a])
         b_a = b_a * b_w
         if VARLEN:
