@@ -10,6 +10,7 @@ import torch
 from . import torch_backend
 from .backend import Backend, Documents, choose, device_of
 from .checks import check_shapes, check_values, state_dtype_of
+from .kept import keep
 
 DENSE = torch.contiguous_format
 
@@ -84,7 +85,6 @@ class _Call(NamedTuple):
 
 
 _calls: dict[Hashable, _Call] = {}
-KEPT = 2048  # calls: lengths that never return must not fill the memory
 
 
 def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend) -> _Call:
@@ -103,10 +103,8 @@ def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, b
     if call is None:
         check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
         call = _call(q, scale, need_final, backend)
-        if len(_calls) >= KEPT:
-            _calls.clear()
         if key is not None:
-            _calls[key] = call
+            keep(_calls, key, call)
     check_values(log_decay, cu_seqlens, q.shape[1])
     return call
 

@@ -10,9 +10,10 @@ import torch
 import triton
 from triton.backends.nvidia import driver
 
-from lightning_megatron.ops import checks
+from lightning_megatron.ops import checks, kept
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import launch as launching
+from lightning_megatron.ops.triton import plans, tiling
 from lightning_megatron.ops.triton.launch import Launch
 
 from .cases import Impl, assert_same_bits, check, evaluate, make_case
@@ -80,9 +81,39 @@ def test_saved_tensors_may_come_back_in_another_layout(triton_impl, rng, cut):
     assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("call", ["forward", "backward", "final_states"])
+def test_other_addresses_are_another_plan(monkeypatch, call):
+    """Of the same sizes and strides: Hopper's copy engine reads only from addresses that are multiples of 16."""
+    names = []
+
+    class Named(Launch):
+        def __call__(self, *tensors):
+            names.append(self._kernel.fn.__name__)
+
+    for module in (plans, triton_backend):
+        monkeypatch.setattr(module, "Launch", Named)
+    for name in ("has_wgmma", "has_copy_engine"):
+        monkeypatch.setattr(tiling, name, lambda device: True)
+    memory, log_decay = torch.zeros(4, 1 + 100 * 2 * 128, dtype=torch.bfloat16), torch.full((2,), -0.1)
+    wanted = {"backward": "gradients_kernel"}.get(call, "walk_kernel")
+    for offset in (0, 1, 0):
+        q, k, v, do = (x[offset:][: 100 * 2 * 128].view(1, 100, 2, 128) for x in memory)
+        q, k, v, do = (x.clone() if offset == 0 else x for x in (q, k, v, do))
+        assert (q.data_ptr() % 16 == 0) == (offset == 0)
+        names.clear()
+        if call == "final_states":
+            triton_backend.final_states(k, v, log_decay, None, None)
+        else:
+            *_, saved, cut = triton_backend.forward(q, k, v, log_decay, 1.0, None, None, False)
+            if call == "backward":
+                names.clear()
+                triton_backend.backward(q, k, v, log_decay, 1.0, None, None, saved, cut, do, None)
+        assert names == [f"hopper_{wanted}" if offset == 0 else wanted]
+
+
 def test_plans_do_not_fill_the_memory(rng, cut, monkeypatch):
     cut(32)
-    monkeypatch.setattr(launching, "KEPT", 2)
+    monkeypatch.setattr(kept, "KEPT", 2)
     impl = Impl("triton", torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     for T in (17, 18, 19, 20):
         check(impl, make_case(rng, impl, B=1, T=T))
@@ -297,4 +328,5 @@ def test_profilers_see_launches_on_a_gpu(rng):
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(hook)
     assert_same_bits(got, want)
-    assert names == ["walk_kernel", "walk_kernel", "walk_kernel", "gradients_kernel"]
+    gradients = "hopper_gradients_kernel" if tiling.has_wgmma(case.q.device) else "gradients_kernel"
+    assert names == ["walk_kernel", "walk_kernel", "walk_kernel", gradients]

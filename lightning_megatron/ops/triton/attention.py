@@ -10,10 +10,11 @@ from collections.abc import Hashable
 
 import torch
 
+from ..kept import keep
 from . import tiling
 from .documents import count_documents, decay_factors, find_documents, ids_and_bounds
 from .final import final_states, local_states
-from .launch import ALIGNED, Launch, cdiv, keep
+from .launch import ALIGNED, Launch, cdiv
 from .plans import (
     SplitStates,
     by_row,
@@ -88,8 +89,9 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     )  # fmt: skip
     plan = _forwards.get(key)
     if plan is None:
-        plan = _Forward(q, k, v, scale, initial_state is not None, documents, need_final, rows, pieces)
-        keep(_forwards, key, plan)
+        plan = keep(
+            _forwards, key, _Forward(q, k, v, scale, initial_state is not None, documents, need_final, rows, pieces)
+        )  # fmt: skip
     initial_state = None if initial_state is None else initial_state.contiguous()
     return plan(q, k, v, log_decay, initial_state, documents, split_states)
 
@@ -214,8 +216,10 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
     )  # fmt: skip
     found = _backwards.get(key)
     if found is None:
-        found = _Backward(q, k, v, do, scale, initial_state is not None, documents, rows, plan, pieces)
-        keep(_backwards, key, found)
+        found = keep(
+            _backwards, key,
+            _Backward(q, k, v, do, scale, initial_state is not None, documents, rows, plan, pieces),
+        )  # fmt: skip
     initial_state = None if initial_state is None else initial_state.contiguous()
     return found(q, k, v, log_decay, initial_state, documents, split_states, do, dfinal, split_grads)
 

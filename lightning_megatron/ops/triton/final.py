@@ -7,9 +7,10 @@ from collections.abc import Hashable
 import torch
 
 from ..backend import Destination
+from ..kept import keep
 from . import tiling
 from .documents import count_documents, ids_and_bounds
-from .launch import Launch, cdiv, keep
+from .launch import ALIGNED, Launch, cdiv
 from .plans import SplitStates, by_row, kind_of, leaving_state, rows_of, tokens_like, walk
 from .states import reduce_splits
 
@@ -43,8 +44,9 @@ def local_states(
     key = (*_key(k, v, H, initial_state, documents, reverse, scale), pieces)
     plan = _local_states.get(key)
     if plan is None:
-        plan = _LocalStates(k, v, H, initial_state is not None, documents, reverse, scale, pieces)
-        keep(_local_states, key, plan)
+        plan = keep(
+            _local_states, key, _LocalStates(k, v, H, initial_state is not None, documents, reverse, scale, pieces)
+        )  # fmt: skip
     initial_state = None if initial_state is None else initial_state.contiguous()
     split_states = plan.states(k, v, log_decay, initial_state, documents)
     states = reduce_splits(
@@ -59,6 +61,7 @@ def _key(k, v, H, initial_state, documents, reverse, scale) -> tuple[Hashable, .
     return (
         k.dtype, k.device, k.shape, k.stride(), v.shape, v.stride(), H, initial_state is None, kind_of(documents),
         reverse, scale, torch.are_deterministic_algorithms_enabled(),
+        (k.data_ptr() | v.data_ptr()) % ALIGNED == 0,
     )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import triton
 
+from ..kept import keep
+
 logger = logging.getLogger(__name__)
 
-KEPT = 2048  # entries of a cache at most: lengths that never return must not fill the memory
 ALIGNED = 16  # bytes: Triton compiles a kernel for addresses that are multiples, and another one for those that are not
 
 
@@ -24,14 +25,6 @@ def cdiv(a: int, b: int) -> int:
 def pad(dim: int) -> int:
     """The power of two that holds ``dim`` columns, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def keep[T](cache: dict[Hashable, T], key: Hashable, value: T) -> T:
-    """Put ``value`` into a cache of at most ``KEPT`` entries."""
-    if len(cache) >= KEPT:
-        cache.clear()
-    cache[key] = value
-    return value
 
 
 class Launch:
