@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 from examples import megatron_log
-from tests.helpers.mortal import end_with_parent, mortal
+from examples.mortal import end_with_parent, mortal
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.mortal import end_with_parent
+
 from . import ROOT, results, train
 from .variants import variant
 
@@ -35,7 +37,7 @@ def start(module: str, words: list[str], seconds: float) -> None:
     try:
         ended = subprocess.run(
             [sys.executable, "-m", module, *words], cwd=ROOT, env=env, timeout=max(1.0, seconds),
-            preexec_fn=train.end_with_parent,
+            preexec_fn=end_with_parent,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{module} did not end in {seconds:.0f} s") from error

@@ -18,7 +18,6 @@ the lines of steps behind it. A loss that is no number ends a run for good: it i
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import math
@@ -32,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from examples import megatron_log
+from examples.mortal import end_with_parent
 from examples.provenance import output, when
 
 from . import ROOT
@@ -76,14 +76,6 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     words += ["--exit-interval", str(options.stop_at)] if options.stop_at else []
     words += ["--bf16"] if gpu and not options.fp32 else []
     return words + options.flags
-
-
-_LIBC = ctypes.CDLL(None)
-
-
-def end_with_parent() -> None:
-    """Of a new process: it is killed when the thread that started it ends, however that ends."""
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from examples.mortal import mortal
 from tests.helpers.generate import NUMBERS, SIZE
-from tests.helpers.mortal import mortal
 from tests.launch import ENV, ROOT, run_pretrain
 
 SERVE = "lightning_megatron.inference.serve"

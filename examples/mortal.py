@@ -13,15 +13,15 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_LIBC = ctypes.CDLL(None, use_errno=True)  # before a fork, after which a child of threads should load nothing
 
 
 def end_with_parent(sign: int = signal.SIGKILL) -> None:
     """Have Linux send this signal when the thread ends that started this process, and with it any parent that dies.
 
-    A thread that starts a process must therefore wait for its end; all of launch.py do.
+    A thread that starts a process must therefore wait for its end.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, sign, 0, 0, 0):
+    if _LIBC.prctl(PR_SET_PDEATHSIG, sign, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
