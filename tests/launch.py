@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ SHIM = ROOT / "examples" / "cpu_shim.py"
 # A GPU, if there is one, is hidden: these runs are for the CPU. One thread, since ranks share the cores.
 ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 PRELOAD = "LIGHTNING_TESTS_PRELOAD"
+STARTING = threading.Lock()  # exec finds no environment (EFAULT) while another thread changes it, as _context() does
 GRACE = 10.0  # seconds for the other ranks to end, and show why, once one has failed
 
 
@@ -131,9 +133,10 @@ def _torchrun(argv: list[str], nproc: int, env: dict[str, str], log: Path, timeo
     """Run the shim under torchrun; return what went wrong, None for nothing."""
     command = mortal("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", str(SHIM), *argv)
     with open(log, "wb") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **ENV, **env}, stdout=out, stderr=out, start_new_session=True
-        )
+        with STARTING:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **ENV, **env}, stdout=out, stderr=out, start_new_session=True
+            )
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -162,12 +165,14 @@ def _fork(
     if gpus and torch.cuda.device_count() == 1 < nproc:
         hosts = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NCCL_SOCKET_IFNAME": "lo"}
         ranks = [{**variables, **hosts, "NCCL_HOSTID": f"host{rank}"} for rank, variables in enumerate(ranks)]
-    context = multiprocessing.get_context("spawn") if gpus else _context()  # the server's processes are for CPUs
+    with STARTING:
+        context = multiprocessing.get_context("spawn") if gpus else _context()  # the server's processes are for CPUs
     processes = [context.Process(target=_enter, args=(target, args, variables, log)) for variables in ranks]
     error, deadline = None, time.monotonic() + timeout
     try:
         for process in processes:
-            process.start()
+            with STARTING:
+                process.start()
         running = list(processes)
         while running:
             multiprocessing.connection.wait([p.sentinel for p in running], max(0.0, deadline - time.monotonic()))

@@ -107,7 +107,7 @@ def stays(folder, name):
 
 
 def start_and_stay(folder: str) -> None:
-    """Starts a process in each of the three ways, from three threads, and waits for them."""
+    """Starts a process in each of the three ways, from three threads, waits for them, and tells of any that ends."""
     script = Path(folder, "script.py")
     script.write_text(f"import os, time; open({folder!r} + f'/torchrun-{{os.getpid()}}', 'w'); time.sleep(600)")
     log = Path(folder, "log")
@@ -118,7 +118,7 @@ def start_and_stay(folder: str) -> None:
         lambda: run_pretrain([], script=script, torchrun=True, timeout=600),
     ]
     for way in ways:
-        threading.Thread(target=way).start()
+        threading.Thread(target=lambda way=way: print("ended:", way(), log.read_text(), flush=True)).start()
 
 
 def test_processes_end_with_a_parent_that_is_killed():

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from tests.helpers.conversations import write_conversations
 from tests.helpers.pairs import OWN, RELEASED, RUN, Row, cover
 from tests.helpers.training import gradient_norms
 from tests.launch import Run, run_pretrain
-from tests.tolerances import TRAINED_LOSSES, TRAINED_LOSSES_BF16, TRAINED_NORMS
+from tests.tolerances import NOISE, TRAINED_LOSSES, TRAINED_LOSSES_BF16, TRAINED_NORMS
 
 COUNT = int(os.environ.get("LIGHTNING_TEST_PAIRS") or 5)
 SHARD, SHARDS = map(int, (os.environ.get("LIGHTNING_TEST_SHARD") or "1/1").split("/"))
@@ -118,23 +120,38 @@ def flags_of(row: Row, data, folder: Path, alone: bool) -> list:
     ]  # fmt: skip
 
 
-def check(run: Run, want: Run, row: Row) -> None:
+def check(run: Run, want: Run, row: Row, noisy: Callable[[float], Run]) -> None:
     """fp32 as in test_parallel.py, where norms are near 3: a larger one has a larger error. Half precision: losses
-    alone, since models drawn at random make much of a rounding: norms of bf16 and fp32 differ by a fifth on one rank.
-    Megatron divides the loss of multi-token prediction by the tokens of each context-parallel rank, which differ.
+    alone, since norms of bf16 and fp32 differ by a fifth on one rank. Megatron divides the loss of multi-token
+    prediction by the tokens of each context-parallel rank, which differ.
+
+    Models drawn at random may make more of a rounding than that one. Where two runs differ by more than there, three
+    times as much is allowed as noise makes of this model until that step, as in test_tolerances.py; but of losses never
+    so much that gradients which ranks do not sum would pass.
     """
     norms, wanted = gradient_norms(run), gradient_norms(want)
     print("losses", run.losses, "alone", want.losses, "gradient norms", norms, "alone", wanted)
     assert len(want.losses) == len(run.losses) >= 2
+    half = row["precision"] != "fp32"
     uneven = row["cp"] != "1" and (row.get("mtp", "0") != "0" or row.get("released") == "ling-2.6-flash")
-    if row["precision"] != "fp32":
-        assert run.losses == pytest.approx(want.losses, abs=2 * TRAINED_LOSSES_BF16)
-    elif uneven:
-        assert run.losses == pytest.approx(want.losses, abs=1e-3)
-        assert norms == pytest.approx(wanted, rel=0.05)
-    else:
-        assert run.losses == pytest.approx(want.losses, abs=TRAINED_LOSSES)
-        assert norms == pytest.approx(wanted, abs=TRAINED_NORMS, rel=1e-3)
+    limits = [2 * TRAINED_LOSSES_BF16 if half else 1e-3 if uneven else TRAINED_LOSSES] * len(want.losses)
+    of_norms = [math.inf if half else max(TRAINED_NORMS, x * (0.05 if uneven else 1e-3)) for x in wanted]
+    if not (within(run.losses, want.losses, limits) and within(norms, wanted, of_norms)):
+        rounded = noisy(2.0**-8 if half else NOISE)
+        print("with noise", rounded.losses, gradient_norms(rounded))
+        limits = amplified(limits, rounded.losses, want.losses, most=10 * limits[0])
+        of_norms = amplified(of_norms, gradient_norms(rounded), wanted)
+    assert within(run.losses, want.losses, limits), limits
+    assert within(norms, wanted, of_norms), of_norms
+
+
+def within(got: list[float], want: list[float], limits: list[float]) -> bool:
+    return all(abs(a - b) <= limit for a, b, limit in zip(got, want, limits, strict=True))
+
+
+def amplified(limits: list[float], noisy: list[float], want: list[float], most: float = math.inf) -> list[float]:
+    seen = itertools.accumulate((abs(a - b) for a, b in zip(noisy, want, strict=True)), max)
+    return [max(limit, min(3 * x, most)) for limit, x in zip(limits, seen, strict=True)]
 
 
 @pytest.mark.parametrize("row", [row for _, row in rows()], ids=[name for name, _ in rows()])
@@ -143,5 +160,6 @@ def test_losses_are_those_of_one_process(row, data, initial):
     folder = initial(model_flags(row))
     flags = flags_of(row, data, folder, alone=False)
     print("python -m lightning_megatron.pretrain", *flags)
-    want = run_pretrain(flags_of(row, data, folder, alone=True))
-    check(run_pretrain(flags, pairs.ranks(row), timeout=200), want, row)
+    alone = functools.partial(run_pretrain, flags_of(row, data, folder, alone=True))
+    noisy = lambda size: alone(script="tests/helpers/perturbed_pretrain.py", env={"PERTURB_NOISE": str(size)})
+    check(run_pretrain(flags, pairs.ranks(row), timeout=200), alone(), row, noisy)

@@ -17,10 +17,9 @@ from tests.helpers.variants import VARIANTS
 from tests.launch import ROOT
 from tests.layers import SIZES, Variant, error, parameter_names, reference, with_gradients
 from tests.ops.cases import Case, Impl, evaluate, judge, make_case, randn
-from tests.tolerances import LAYERS, SMALLEST, TOLERANCES, TRAINED_LOSSES, TRAINED_NORMS, summed
+from tests.tolerances import LAYERS, NOISE, SMALLEST, TOLERANCES, TRAINED_LOSSES, TRAINED_NORMS, summed
 from tests.tolerances import error as head_error
 
-NOISE = 2.0**-20
 FP32 = Impl("torch", torch.float32)
 
 

@@ -123,6 +123,7 @@ LOGITS = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 # then noise of 2^-24, a single rounding, changes losses by up to 2e-5. Mistakes: a document's bound off by one 1.3e-2;
 # gradients of norms that tensor-parallel ranks do not sum 2e-4.
 TRAINED_LOSSES, TRAINED_NORMS = 1e-5, 1.5e-3
+NOISE = 2.0**-20
 # bf16 keeps 8 bits: three digits of the loss, and 2^-8 of a gradient norm of 3, ten times.
 TRAINED_LOSSES_BF16, TRAINED_NORMS_BF16 = 2e-2, 0.1
 # The same operations in the same order: what is printed of the second loss.
