@@ -128,6 +128,7 @@ class Machine:
         number = lambda x: torch.tensor(x) if not isinstance(x, torch.Tensor) else x
         return SimpleNamespace(
             NVMMADistributedLayout=layout, NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+            SwizzledSharedLayout=layout,
             float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
             num_warps=lambda: self.warps, num_programs=lambda axis: torch.tensor(self.programs),
             program_id=lambda axis: torch.tensor(self.program), thread_barrier=lambda: None,
@@ -208,12 +209,11 @@ class Machine:
             product.finish()
         return product
 
-    def wait_for_products(self, pending: int, deps: list[Product]) -> torch.Tensor:
+    def wait_for_products(self, pending: int, deps: list[Product]) -> torch.Tensor | tuple[torch.Tensor, ...]:
         while len(self.products) > pending:
             self.products.pop(0).finish()
-        (product,) = deps
-        assert product.value is not None, "what is waited for may still run"
-        return product.value
+        assert all(product.value is not None for product in deps), "what is waited for may still run"
+        return deps[0].value if len(deps) == 1 else tuple(product.value for product in deps)
 
 
 def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool) -> None:

@@ -4,9 +4,9 @@ Triton waits for every product before it goes on. Here the copy engine brings ch
 and a chunk's products overlap: the one with the state runs while the products of the chunk are weighted, rounded and
 stored, the state's update runs while outputs are stored.
 
-A program of 4 warps holds BV = 64 columns of the state in registers, [BV, BK], one of 8 warps 128, or 64 if BK is above
-128. Everything else, names included, is as in ``kernels.py``, but for two parameters: STAGES, and AFTER_STATES, which
-says that the launch before this one computes the states of splits and may still run.
+A program of 4 warps holds BV = 64 columns of the state in registers, [BV, BK], one of 8 warps 128. Everything else,
+names included, is as in ``kernels.py``, but for two parameters: STAGES, and AFTER_STATES, which says that the launch
+before this one computes the states of splits and may still run.
 """
 
 from __future__ import annotations
@@ -64,14 +64,13 @@ def _incoming_state(
 
 
 @gluon.jit
-def _sum_over_k(a, b, zero, BK: gl.constexpr, PARTS: gl.constexpr):
-    """a [., BK] b [BK, .], in flight; of 2 PARTS the last quarter of BK is left out."""
-    if PARTS == 1:
+def _sum_over_k(a, b, zero, FIRST: gl.constexpr, REST: gl.constexpr):
+    """a [., FIRST + REST] b [FIRST + REST, .], in flight; columns beyond are zeros."""
+    if REST == 0:
         return warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
     else:
-        half: gl.constexpr = BK // 2
-        first = warpgroup_mma(a.slice(0, half, 1), b.slice(0, half, 0), zero, use_acc=False, is_async=True)
-        return warpgroup_mma(a.slice(half, half // 2, 1), b.slice(half, half // 2, 0), first, is_async=True)
+        first = warpgroup_mma(a.slice(0, FIRST, 1), b.slice(0, FIRST, 0), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(a.slice(FIRST, REST, 1), b.slice(FIRST, REST, 0), first, is_async=True)
 
 
 @gluon.jit
@@ -94,22 +93,23 @@ def walk(
     dtype: gl.constexpr = v.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = WARPS // 4
-    # Warpgroups share BV = 64 columns: each has a part of K in registers, and all of it in bf16 in shared memory
-    WIDE: gl.constexpr = BK > 128
-    # Sums over K leave out the zeros of the last quarter of a tile
-    PARTS: gl.constexpr = 2 if WIDE and K <= BK - BK // 4 else 1
-    ROWS: gl.constexpr = 1 if WIDE else GROUPS
+    # What a wide state has beyond 128 of K is a tile of its own, b_t: only one of the two is in bf16 at a time
+    FIRST: gl.constexpr = 128 if BK > 128 else BK
+    REST: gl.constexpr = 0 if BK <= 128 else 64 if K <= 192 else 128
     LA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BC // GROUPS, 16])
-    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BC * ROWS // GROUPS, 16])
-    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * ROWS, GROUPS // ROWS], [16, BK * ROWS // GROUPS, 16])
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BC, 16])
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST if REST > 0 else BK, 16])
     READ: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
     WRITE: gl.constexpr = gl.DotOperandLayout(0, LS, 2)
     SK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BK], dtype)
     SV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BV], dtype)
     SP: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BC], dtype)
 
-    o_k, o_v = gl.arange(0, BK, gl.SliceLayout(0, LS)), i_v * BV + gl.arange(0, BV, gl.SliceLayout(1, LS))
+    o_k, o_v = gl.arange(0, FIRST, gl.SliceLayout(0, LS)), i_v * BV + gl.arange(0, BV, gl.SliceLayout(1, LS))
     m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
+    if REST > 0:
+        o_t = FIRST + gl.arange(0, REST, gl.SliceLayout(0, LS))
+        m_vt = (o_v < V)[:, None] & (o_t < K)[None, :]
     begin = i_s * splits * split_len
     end = gl.minimum(T, begin + splits * split_len)
     ld2 = b_ld * LOG2E
@@ -128,9 +128,10 @@ def walk(
     k_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BK], SK)
     v_buf = gl.allocate_shared_memory(dtype, [STAGES, BC, BV], SV)
     o_buf = gl.allocate_shared_memory(dtype, [BC, BV], SV)
-    if WIDE:
-        s_buf = gl.allocate_shared_memory(dtype, [BV, BK], gl.NVMMASharedLayout.get_default_for([BV, BK], dtype))
     p_buf = gl.allocate_shared_memory(dtype, [2, BC, BC], SP)
+    if REST == 128:  # registers are short
+        w_buf = gl.allocate_shared_memory(gl.float32, [BC, BC], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        w_buf.store(b_w)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
@@ -147,8 +148,15 @@ def walk(
         gdc_wait()
     b_s = _incoming_state(
         split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-        K, V, BK, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
+        K, V, FIRST, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
     )  # fmt: skip
+    if REST > 0:
+        b_t = _incoming_state(
+            split_states, split_rows, split_first, incoming, b_ld, i_b, i_h, o_t, o_v, m_vt, begin, end, T, H,
+            split_len, K, V, REST, BV, LS, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING,
+        )  # fmt: skip
+    else:
+        b_t = 0
     zero_a = gl.zeros([BC, BC], gl.float32, LA)
     zero_o = gl.zeros([BV, BC], gl.float32, LO)
     stage, phase = 0, 0
@@ -158,17 +166,12 @@ def walk(
         bar, s_q, s_k, s_v = bars.index(stage), q_buf.index(stage), k_buf.index(stage), v_buf.index(stage)
         mbarrier.wait(bar, phase)
         s_qt, s_vt = s_q.permute([1, 0]), s_v.permute([1, 0])
-        if WIDE:
-            s_buf.store(_rounded(b_s))
-            fence_async_shared()
-            gl.thread_barrier()
-            b_r = s_buf
-        else:
-            b_r = gl.convert_layout(_rounded(b_s), READ)
-        b_a = _sum_over_k(s_k, s_qt, zero_a, BK, PARTS)  # [BC of j, BC of i]
-        b_o = _sum_over_k(b_r, s_qt, zero_o, BK, PARTS)  # [BV, BC]
-        b_a = warpgroup_mma_wait(PARTS, deps=[b_a])
-        b_a = b_a * b_w
+        b_r = gl.convert_layout(_rounded(b_s), READ)
+        b_a = _sum_over_k(s_k, s_qt, zero_a, FIRST, REST)  # [BC of j, BC of i]
+        s_qf = s_qt.slice(0, FIRST, 0) if REST > 0 else s_qt
+        b_o = warpgroup_mma(b_r, s_qf, zero_o, use_acc=False, is_async=True)  # [BV, BC]
+        b_a = warpgroup_mma_wait(1, deps=[b_a])
+        b_a = b_a * (w_buf.load(LA) if REST == 128 else b_w)
         b_p = _rounded(b_a)
         p_buf.index(0).store(b_p)
         p_buf.index(1).store(_rounded(b_a - b_p.to(gl.float32)))  # what rounding cut off
@@ -176,6 +179,10 @@ def walk(
         e_read = gl.maximum(n - 1 - p_read, 0) if REVERSE else p_read + 1
         b_read = gl.exp2(ld2 * e_read.to(gl.float32)) * read_scale
         b_o = warpgroup_mma_wait(0, deps=[b_o])
+        if REST > 0:
+            b_r = gl.convert_layout(_rounded(b_t), READ)
+            b_o = warpgroup_mma(b_r, s_qt.slice(FIRST, REST, 0), b_o, is_async=True)
+            b_o = warpgroup_mma_wait(0, deps=[b_o])
         b_o = b_o * b_read[None, :]
         gl.thread_barrier()
         b_o = warpgroup_mma(s_vt, p_buf.index(0), b_o, is_async=True)
@@ -184,15 +191,24 @@ def walk(
         b_write = gl.exp2(ld2 * e_write.to(gl.float32)) * write_scale
         b_v = _rounded(s_vt.load(WRITE).to(gl.float32) * b_write[None, :])
         b_s = b_s * gl.exp2(ld2 * n.to(gl.float32))
-        b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
-        b_o = warpgroup_mma_wait(1, deps=[b_o])
+        if REST > 0:
+            b_t = b_t * gl.exp2(ld2 * n.to(gl.float32))
+            b_s = warpgroup_mma(b_v, s_k.slice(0, FIRST, 1), b_s, is_async=True)
+            b_t = warpgroup_mma(b_v, s_k.slice(FIRST, REST, 1), b_t, is_async=True)
+            b_o = warpgroup_mma_wait(2, deps=[b_o])
+        else:
+            b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
+            b_o = warpgroup_mma_wait(1, deps=[b_o])
         tma.store_wait(0)
         gl.thread_barrier()
         o_buf.permute([1, 0]).store(_rounded(b_o))
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(d_o, [start, i_v * BV], o_buf)
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        if REST > 0:
+            b_s, b_t = warpgroup_mma_wait(0, deps=[b_s, b_t])
+        else:
+            b_s = warpgroup_mma_wait(0, deps=[b_s])
         gl.thread_barrier()
         then = i_c + STAGES
         start = begin + (chunks - 1 - then if REVERSE else then) * BC
@@ -207,6 +223,8 @@ def walk(
     if OUTGOING:
         if i_s == (0 if REVERSE else segments - 1):
             gl.store(_state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
+            if REST > 0:
+                gl.store(_state_tile(outgoing, i_b, H, i_h, o_t, o_v, K, V, TRANSPOSED), b_t, mask=m_vt)
 
 
 _COUNTS = ("group", "pieces", "documents", "T", "H", "split_len", "splits", "segments", "split_rows", "split_first")

@@ -112,8 +112,8 @@ def o_gains(K: int, V: int) -> bool:
 
 @functools.cache
 def hopper_tiles(K: int, V: int) -> Tiles:
-    """Two programs of four warps fit a multiprocessor, or one of eight, of which each group of four has 64 columns of
-    the state's tile, or half of its K where that is wide. A program for o has as many warps as one for dk."""
+    """Each group of four warps has 64 columns of the state's tile. Two programs of one group fit a multiprocessor;
+    where K or V is wide, one of two groups. A program for o has as many warps as one for dk."""
     BK, BV = pad(K), pad(V)
     wide = max(BK, BV) > 128
-    return Tiles(BK, 128 if wide and BK <= 128 else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)
+    return Tiles(BK, 128 if wide else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)
