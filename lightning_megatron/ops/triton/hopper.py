@@ -130,7 +130,7 @@ def walk(
     o_buf = gl.allocate_shared_memory(dtype, [BC, BV], SV)
     p_buf = gl.allocate_shared_memory(dtype, [2, BC, BC], SP)
     if REST == 128:  # registers are short
-        w_buf = gl.allocate_shared_memory(gl.float32, [BC, BC], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        w_buf = gl.allocate_shared_memory(gl.float32, [BC, BC], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
         w_buf.store(b_w)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
