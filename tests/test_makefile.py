@@ -45,7 +45,8 @@ class Checkout:
         return self.folder / venv
 
     def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        variables = ("PYTHON", "VENV", "OUT", "JOBS", "PYTEST", "PAIRS", "SHARD", "MEGATRON")  # of the make around us
+        inherited = {n: value for n, value in os.environ.items() if not n.startswith("MAKE") and n not in variables}
         self.log.unlink(missing_ok=True)
         return subprocess.run(
             ["make", *arguments],
