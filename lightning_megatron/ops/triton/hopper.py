@@ -36,6 +36,12 @@ def _rounded(b_x):
     )
 
 
+@gluon.jit
+def _opaque(i):
+    """As in ``walk.py``: what is computed from it is not kept through a loop."""
+    return gl.inline_asm_elementwise("", "=r,0", [i], dtype=gl.int32, is_pure=False, pack=1)
+
+
 # the same in both languages
 _reach, _state_tile = gluon.jit(by_chunk._reach.fn), gluon.jit(by_chunk.state_tile.fn)
 

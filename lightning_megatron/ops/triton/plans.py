@@ -80,13 +80,14 @@ def leaving_state(
     return torch.zeros(like, device=device, dtype=torch.float32) if entering is None else entering.clone()
 
 
-def kernels(overlapped: bool) -> tuple:
+def kernels(overlapped: bool, fused: bool = False) -> tuple:
     """Those of a walk and of gradients."""
     if not overlapped:
         return walk_kernel, gradients_kernel
-    from . import hopper  # not under Triton's interpreter, nor with releases that lack Gluon
+    from . import fused as one_walk  # not under Triton's interpreter, nor with releases that lack Gluon
+    from . import hopper
 
-    return hopper.hopper_walk_kernel, hopper.hopper_gradients_kernel
+    return hopper.hopper_walk_kernel, one_walk.hopper_fused_kernel if fused else hopper.hopper_gradients_kernel
 
 
 def early(after_states: bool) -> dict[str, bool]:
