@@ -40,10 +40,13 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.offset + offset)
 
-    def load(self, mask: torch.Tensor | None) -> torch.Tensor:
+    def __sub__(self, offset: Any) -> Pointer:
+        return self + -offset
+
+    def load(self, mask: torch.Tensor | None, other: float = 0) -> torch.Tensor:
         if mask is None:
             return self.memory[self.offset]
-        return torch.where(mask, self.memory[torch.where(mask, self.offset, 0)], 0)
+        return torch.where(mask, self.memory[torch.where(mask, self.offset, 0)], other)
 
     def store(self, value: torch.Tensor, mask: torch.Tensor) -> None:
         self.memory[self.offset[mask]] = value[mask]
@@ -202,6 +205,7 @@ class Machine:
         self.stored: list[Stored] = []
         self.products: list[Product] = []
         self.stores: list[Callable] = []
+        self.read: list[Callable] = []
 
     def language(self) -> SimpleNamespace:
         layout = lambda *args, **kwargs: None
@@ -209,6 +213,8 @@ class Machine:
         number = lambda x: torch.tensor(x) if not isinstance(x, torch.Tensor) else x
         return SimpleNamespace(
             NVMMADistributedLayout=layout, NVMMASharedLayout=layout, DotOperandLayout=layout, SliceLayout=layout,
+            BlockedLayout=layout, to_tensor=number, cast=lambda x, dtype: x.to(dtype),
+            sum=lambda x, axis: x.sum(axis),
             float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
             num_warps=lambda: self.warps, num_programs=lambda axis: torch.tensor(self.programs),
             program_id=lambda axis: torch.tensor(self.program), thread_barrier=self.meet,
@@ -219,7 +225,7 @@ class Machine:
             minimum=lambda a, b: torch.minimum(number(a), number(b)),
             maximum=lambda a, b: torch.maximum(number(a), number(b)),
             convert_layout=lambda x, layout: x,
-            load=lambda p, mask=None, other=None: p.load(mask), store=lambda p, x, mask: p.store(x, mask),
+            load=lambda p, mask=None, other=0: p.load(mask, other), store=lambda p, x, mask: p.store(x, mask),
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
         )  # fmt: skip
 
@@ -232,7 +238,7 @@ class Machine:
             [functools.partial(x.world()[f.__name__], *given) for x, (f, given) in zip(groups, parts, strict=True)]
         )
         for group in groups[1:]:
-            group.wait_for_stores(0)
+            group.arrived(group.program)
 
     def fence(self) -> None:
         for x in self.stored:
@@ -297,12 +303,23 @@ class Machine:
     def copy_out(self, descriptor: Descriptor, start: list[Any], source: Shared) -> None:
         assert source.may_be_read(), "copies what lacks a fence or a barrier"
         places, inside = descriptor.places(start)
-        store = lambda: Pointer(descriptor.base.memory, places).store(source.data, inside)
-        self.stores.append(store) if self.late else store()
+
+        def read() -> Callable:
+            data = source.data.clone()
+            return lambda: Pointer(descriptor.base.memory, places).store(data, inside)
+
+        self.stores.append(read) if self.late else read()()
 
     def wait_for_stores(self, pending: int) -> None:
+        """Their buffers have been read then; ``arrived`` waits until they are in memory."""
         while len(self.stores) > pending:
-            self.stores.pop(0)()
+            self.read.append(self.stores.pop(0)())
+
+    def arrived(self, i: torch.Tensor) -> torch.Tensor:
+        self.wait_for_stores(0)
+        while self.read:
+            self.read.pop(0)()
+        return i
 
     def multiply(self, a: Any, b: Shared, into: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async and (not isinstance(a, Product)) and a is not None
@@ -330,7 +347,7 @@ class Machine:
 
     def world(self) -> dict[str, Any]:
         """The kernels' functions, for which Gluon's names are those of this machine."""
-        names = vars(hopper) | vars(fused)
+        names = vars(walk) | vars(hopper) | vars(fused)
         world = names | dict(
             gl=self.language(), tl=self.language(), tma=self.copies(), mbarrier=self.barriers(),
             warpgroup_mma=self.multiply, warpgroup_mma_wait=self.wait_for_products,
@@ -341,8 +358,7 @@ class Machine:
             if hasattr(function, "fn"):
                 code = function.fn
                 world[name] = types.FunctionType(code.__code__, world, name, code.__defaults__)
-        world["_opaque"] = lambda i: i
-        world["_rounded"] = lambda x: x.to(torch.bfloat16)
+        world |= dict(_opaque=lambda i: i, _rounded=lambda x: x.to(torch.bfloat16), _stored=self.arrived)
         return world
 
 
@@ -356,4 +372,4 @@ def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool, turns:
     for program in range(grid):
         machine = Machine(program, grid, warps, late, turns)
         machine.world()[kernel.fn.__name__](*given)
-        machine.wait_for_stores(0)
+        machine.arrived(machine.program)

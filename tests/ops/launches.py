@@ -109,6 +109,7 @@ def record(
         _patch(stack, launches)
         stack.enter_context(patch.object(tiling, "has_descriptors", lambda *tensors: descriptors))
         stack.enter_context(patch.object(tiling, "has_wgmma", lambda device: overlapped))
+        stack.enter_context(patch.object(tiling, "PACKED_OVERLAP", overlapped))
         stack.enter_context(patch.object(tiling, "FUSED", one_walk))
         o, two, one = (_Recorder(name, launches) for name in (*HOPPER, FUSED))
         kernels_of = plans.kernels

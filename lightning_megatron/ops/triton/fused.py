@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .hopper import _COUNTS, LOG2E, _incoming_state, _opaque, _rounded, _state_tile, walk
+from .hopper import _COUNTS, LOG2E, _opaque, _rounded, walk
+from .walk import incoming_state, state_tile
 
 
 @gluon.jit
@@ -90,9 +91,9 @@ def _gradient(
             _fetch_all(inputs, buffers, i, start, bars.index(i), BYTES, i < chunks)
     if AFTER_STATES:  # the launch that computes them is the one before this, and may still run
         gdc_wait()
-    b_s = _incoming_state(
-        split_grads, split_rows, split_first, dfinal, b_ld, i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-        K, V, BK, ROWS, LS, True, False, SPLIT_GRADS, DFINAL,
+    b_s = incoming_state(
+        gl.zeros([ROWS, BK], gl.float32, LS), split_grads, split_rows, split_first, dfinal, None, None, b_ld,
+        i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len, K, V, True, False, SPLIT_GRADS, DFINAL, False, True,
     )  # fmt: skip
     _share_state(s_buf, b_s, 0, shared, FIRST, ROWS)
     zero_a = gl.zeros([BC, BC], gl.float32, LA)
@@ -148,7 +149,7 @@ def _gradient(
         if begin == 0:
             o_k = _opaque(i_h * 0) + gl.arange(0, BK, gl.SliceLayout(0, LS))  # anew: the loop had no register for it
             m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
-            gl.store(_state_tile(dinitial, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
+            gl.store(state_tile(dinitial, i_b, H, i_h, o_k, o_v, K, V, False), b_s, mask=m_vk)
 
 
 @gluon.jit
@@ -162,9 +163,9 @@ def _dq(
     do_st, v_st, k_st, dq_st = strides
     i_b, i_h, i_s, T, H, split_len, splits, segments, split_rows = sizes
     walk(
-        p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, None, i_b, i_h, HALF, i_s,
-        T, H, split_len, splits, segments, split_rows, 0, scale, 1.0,
-        V, K, BV, BK // 2, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, AFTER_STATES,
+        p_do, p_v, p_k, p_dq, do_st, v_st, k_st, dq_st, b_ld, split_states, initial, None, None, None,
+        i_b, i_h, HALF, i_s, T, H, split_len, splits, segments, split_rows, 0, scale, 1.0,
+        V, K, BV, BK // 2, BC, STAGES, False, True, SPLIT_STATES, INITIAL, False, False, AFTER_STATES, False,
     )  # fmt: skip
 
 
@@ -178,9 +179,9 @@ def hopper_fused_kernel(
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     COLS_K: gl.constexpr, COLS_V: gl.constexpr, BC: gl.constexpr, STAGES: gl.constexpr,
     SPLIT_STATES: gl.constexpr, SPLIT_GRADS: gl.constexpr, INITIAL: gl.constexpr, DFINAL: gl.constexpr,
-    AFTER_STATES: gl.constexpr,
+    VARLEN: gl.constexpr, AFTER_STATES: gl.constexpr,
 ):  # fmt: skip
-    """As ``hopper_gradients_kernel``, whose parameters it has; programs have all columns."""
+    """As ``hopper_gradients_kernel``, whose parameters it has; programs have all columns, sequences are not packed."""
     dtype: gl.constexpr = v.dtype.element_ty
     programs_q = gl.num_programs(0) // (segments + segments_q) * segments_q
     i = gl.program_id(0)

@@ -16,6 +16,7 @@ MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
 # One walk for dk and dv (``fused.py``): compiled and emulated, not yet measured. Plans remember what it was.
 FUSED = False
+PACKED_OVERLAP = False  # whether the kernels of hopper.py take packed sequences: not yet measured
 
 
 class Tiles(NamedTuple):
@@ -103,7 +104,7 @@ def has_wgmma(device: torch.device) -> bool:
 def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
     """Whether the kernels of ``hopper.py`` take these tensors."""
     return (
-        not packed and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
+        (PACKED_OVERLAP or not packed) and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
         and all(64 <= pad(dim) <= 256 for dim in (K, V))
         and has_wgmma(tensors[0].device) and has_descriptors(*tensors)
     )  # fmt: skip
