@@ -250,6 +250,7 @@ def _walk_by_chunk(
         if i_s == (0 if REVERSE else segments - 1):
             if VARLEN:  # anew: the loop has no register for it
                 o_k = _opaque(i_h * 0) + gl.arange(0, BK, gl.SliceLayout(0, LS))
+                o_v = _opaque(i_v) * BV + gl.arange(0, BV, gl.SliceLayout(1, LS))
                 m_vk = (o_v < V)[:, None] & (o_k < K)[None, :]
             gl.store(state_tile(outgoing, i_b, H, i_h, o_k, o_v, K, V, TRANSPOSED), b_s, mask=m_vk)
     if VARLEN:  # as in ``walk.py``
