@@ -218,7 +218,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _shim():
-    """examples/cpu_shim.py as a module; examples/ is no package."""
+    """examples/cpu_shim.py by the name that scripts use, which find each other in their folder."""
     if "cpu_shim" not in sys.modules:
         spec = importlib.util.spec_from_file_location("cpu_shim", SHIM)
         sys.modules["cpu_shim"] = importlib.util.module_from_spec(spec)

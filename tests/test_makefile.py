@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkout import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = ".lightning_demo"  # examples/demo.py
 
@@ -45,7 +47,8 @@ class Checkout:
         return self.folder / venv
 
     def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        variables = ("PYTHON", "VENV", "OUT", "JOBS", "PYTEST", "PAIRS", "SHARD", "MEGATRON")  # of the make around us
+        inherited = {n: value for n, value in os.environ.items() if not n.startswith("MAKE") and n not in variables}
         self.log.unlink(missing_ok=True)
         return subprocess.run(
             ["make", *arguments],
@@ -275,3 +278,12 @@ def test_demo_refuses_a_marked_folder_around_the_checkout(checkout: Checkout) ->
     )
     assert run.returncode != 0 and f"{parent} holds this checkout" in run.stderr
     assert (checkout.folder / "setup.py").exists()
+
+
+def test_a_checkout_of_megatron_hides_none_of_our_packages(tmp_path: Path) -> None:
+    """Megatron-LM has packages examples and tests: a folder of ours without __init__.py would not be found."""
+    for name in ("examples", "tests"):
+        folder_with(tmp_path / name, "__init__.py")
+    code = "import examples.megatron_log, examples.quality, tests.helpers; print(*map(str, examples.__path__))"
+    run = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split() == [str(ROOT / "examples")], run.stderr

@@ -212,7 +212,7 @@ def _attention_backward(q, k, v, log_decay, initial_state, states, ids, bounds, 
     ids, bounds, states = (x if x.numel() else None for x in (ids, bounds, states))
     saved = q, k, v, log_decay.contiguous(), initial_state, ids, bounds, states
     with device_of(q):
-        *found, dinitial = _backward(call, saved, call.backend.plan_of(q, v), do, dfinal)
+        *found, dinitial = _backward(call, saved, call.backend.plan_of(q, v, bounds is not None), do, dfinal)
     found = [x.contiguous() if call.backend is torch_backend else x for x in found]
     return *found, _or_empty(dinitial, q)
 

@@ -162,7 +162,7 @@ class Backend(Protocol):
         """Without values, for torch.compile: dq, dk and dv as of ``backward``."""
         ...
 
-    def plan_of(self, q: torch.Tensor, v: torch.Tensor) -> Any:
+    def plan_of(self, q: torch.Tensor, v: torch.Tensor, packed: bool) -> Any:
         """The plan that ``forward`` returns last, of q and v in one piece."""
         ...
 

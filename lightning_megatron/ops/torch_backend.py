@@ -157,7 +157,7 @@ def forward(q, k, v, log_decay, scale, initial_state, documents, need_final, spl
     return result, final, (), None
 
 
-def plan_of(q, v) -> None:
+def plan_of(q, v, packed: bool) -> None:
     """See ``Backend.plan_of``."""
 
 

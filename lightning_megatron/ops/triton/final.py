@@ -20,7 +20,7 @@ class _LocalStates:
 
     def __init__(self, k, v, H: int, incoming: bool, documents, reverse, scale, pieces) -> None:
         (B, T), K, V = rows_of(k, pieces), k.shape[3], v.shape[-1]
-        cut = tiling.plan_for(B, T, H, K, V, v.dtype)
+        cut = tiling.plan_for(v, B, T, H, K, V, documents is not None)
         splits = cut.splits_grad if reverse else cut.splits
         self.size, self.split_len = (B, T, K, V), cut.split_len
         self.is_used = T > cut.split_len * splits  # one segment needs none

@@ -14,6 +14,9 @@ PROGRAMS = 256
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
+# One walk for dk and dv (``fused.py``): compiled and emulated, not yet measured. Plans remember what it was.
+FUSED = False
+PACKED_OVERLAP = False  # whether the kernels of hopper.py take packed sequences: not yet measured
 
 
 class Tiles(NamedTuple):
@@ -61,9 +64,12 @@ def plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
     return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
-def plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> SplitPlan:
-    few = bool(T <= 16)
+def plan_for(x: torch.Tensor, B: int, T: int, H: int, K: int, V: int, packed: bool) -> SplitPlan:
+    """Of tensors of the dtype and on the device of ``x``."""
+    few, dtype = bool(T <= 16), x.dtype
     columns_v, columns_k = cdiv(V, tiles_of(dtype, K, V, few).BV), cdiv(K, tiles_of(dtype, V, K, few).BV)
+    if fuses(x, packed=packed, K=K, V=V):  # one program in the place of two
+        columns_k = 0
     return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
 
 
@@ -98,7 +104,7 @@ def has_wgmma(device: torch.device) -> bool:
 def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
     """Whether the kernels of ``hopper.py`` take these tensors."""
     return (
-        not packed and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
+        (PACKED_OVERLAP or not packed) and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
         and all(64 <= pad(dim) <= 256 for dim in (K, V))
         and has_wgmma(tensors[0].device) and has_descriptors(*tensors)
     )  # fmt: skip
@@ -108,6 +114,16 @@ def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
 def o_gains(K: int, V: int) -> bool:
     """Whether ``hopper.py`` is faster for o, too. With heads of 64, and of more than 128, it takes 2 to 4% longer."""
     return max(pad(K), pad(V)) == 128
+
+
+def fuses(x: torch.Tensor, *, packed: bool, K: int, V: int) -> bool:
+    """Whether dk and dv of tensors like ``x`` have one walk if the copy engine can move them.
+
+    Strides do not count: plans of the forward and of states alone, which have other tensors, must be the same.
+    """
+    return (
+        FUSED and not packed and x.dtype == torch.bfloat16 and bool(pad(K) == pad(V) == 128) and has_wgmma(x.device)
+    )  # fmt: skip
 
 
 @functools.cache
