@@ -1,6 +1,7 @@
 """The comparison of qualities: corpus, tokens, variants and questions, against values by hand."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_pins():
     assert len(pins) > 200 and len(debian) > 20 and all(len(digest) == 64 for _, digest in debian.values())
     with pytest.raises(ValueError, match="line 1 is 'numpy'; write name==version"):
         packages.pip_pins("numpy")
+
+
+@pytest.mark.skipif(not shutil.which("apt-get"), reason="no apt-get")
+def test_a_version_that_debian_dropped_says_what_to_do(tmp_path):
+    pip, debian = tmp_path / "none.txt", tmp_path / "debian.txt"
+    pip.touch()
+    debian.write_text(f"python3.11-doc=0.0.1 {'0' * 64}\n", "utf-8")
+    with pytest.raises(SystemExit, match="python3.11-doc 0.0.1.*apt-get update.*snapshot.debian.org"):
+        packages.main([f"--out={tmp_path}", f"--pip={pip}", f"--debian={debian}"])
 
 
 def test_shards_are_small_and_join_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -75,8 +75,8 @@ def download(out: Path, pip_file: Path, debian_file: Path) -> None:
     """Bring what the two files pin into ``out``. pip and apt-get fetch, and pip checks hashes itself.
 
     Raises:
-        subprocess.CalledProcessError: a package is not to be had.
-        ValueError: a file of Debian has another sha256.
+        subprocess.CalledProcessError: pip does not find a wheel.
+        ValueError: apt-get does not find a package, or its file has another sha256.
     """
     out.mkdir(parents=True, exist_ok=True)
     if pip_pins(pip_file.read_text("utf-8")):
@@ -86,7 +86,11 @@ def download(out: Path, pip_file: Path, debian_file: Path) -> None:
     there = {path.name.partition("_")[0]: path for path in out.glob("*.deb")}
     for name, (version, digest) in debian_pins(debian_file.read_text("utf-8")).items():
         if name not in there or sha256(there[name]) != digest:
-            subprocess.run(["apt-get", "download", f"{name}={version}"], cwd=out, check=True)
+            if subprocess.run(["apt-get", "download", f"{name}={version}"], cwd=out).returncode:
+                raise ValueError(
+                    f"apt-get finds no {name} {version}, which {debian_file} pins: run apt-get update first; where "
+                    f"Debian's index has dropped that version, put its file of snapshot.debian.org into {out}"
+                )
             there[name] = next(path for path in out.glob("*.deb") if path.name.startswith(f"{name}_"))
         if (found := sha256(there[name])) != digest:
             raise ValueError(f"{there[name]} has sha256 {found}, and {debian_file} pins {digest}")
@@ -184,8 +188,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pip", type=Path, default=HERE / "packages.txt", help="pinned wheels (%(default)s)")
     parser.add_argument("--debian", type=Path, default=HERE / "debian.txt", help="pinned Debian packages (%(default)s)")
     options = parser.parse_args(argv)
-    download(options.out / "downloads", options.pip, options.debian)
-    found = pinned(options.out / "downloads", options.pip, options.debian)
+    try:
+        download(options.out / "downloads", options.pip, options.debian)
+        found = pinned(options.out / "downloads", options.pip, options.debian)
+    except ValueError as error:
+        raise SystemExit(f"packages: {error}") from error
     print(f"{len(found)} packages in {options.out / 'downloads'}")
 
 
