@@ -64,6 +64,10 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True), SINGLE),
         (dict(dtype=torch.bfloat16, K=64, V=256, T=_LONG, overlapped=True), SINGLE),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True, one_walk=True), ("gradients",)),
+        (dict(dtype=torch.bfloat16, K=96, V=80, T=_LONG, overlapped=True, one_walk=True), ("gradients",)),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, states=False, overlapped=True), SINGLE),
+        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, by_row=True, overlapped=True), SINGLE),
     ],
     "sm_100": [_BF16_128, _FP16_128],
     "gfx942": [_BF16_128, _FP16_128],
@@ -99,11 +103,13 @@ PAGED = [
 
 
 class Needs(NamedTuple):
-    """Of one kernel: bytes of shared memory per program; registers, and stack in bytes (AMD: registers) per thread."""
+    """Of one kernel: bytes of shared memory per program; registers, and stack in bytes (AMD: registers) per thread; and
+    instructions that touch the stack in loops of products by warpgroups."""
 
     shared: int
     registers: int
     stack: int
+    spills: int = 0
 
 
 def compile_launch(launch: Launch, gpu: str) -> triton.compiler.CompiledKernel:
@@ -141,18 +147,32 @@ def needs(compiled: triton.compiler.CompiledKernel) -> Needs:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, f"cuobjdump speaks otherwise now: {text}"
-    return Needs(compiled.metadata.shared, int(found[1]), int(found[2]))
+    return Needs(compiled.metadata.shared, int(found[1]), int(found[2]), spills_in_loops(text))
+
+
+def spills_in_loops(sass: str) -> int:
+    """In the innermost loops that have wgmma. What else jumps back, as to a loop from code behind the kernel's end that
+    waits for it, encloses or overlaps them."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)]
+    jumps = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"BRA.* 0x([0-9a-f]+)", text))]
+    inner: list[range] = []
+    for loop in sorted((range(to, at + 1) for to, at in jumps if to < at), key=len):
+        found = any("HGMMA" in text for at, text in lines if at in loop)
+        if found and not any(x.start < loop.stop and loop.start < x.stop for x in inner):
+            inner.append(loop)
+    return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for at, text in lines if any(at in x for x in inner))
 
 
 def main(arguments: list[str]) -> None:
     few = "--few" in arguments
     for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
         for config, wanted in FEW[gpu] if few else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
-            packed = "packed" if config.get("documents") else "overlapped" if config.get("overlapped") else "plain"
+            packed = "packed" if config.get("documents") else "plain"
+            packed += " overlapped" * config.get("overlapped", False) + " one walk" * config.get("one_walk", False)
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
                     report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)

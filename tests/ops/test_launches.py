@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_megatron.ops.triton import tiling
+from lightning_megatron.ops.backend import Documents
+from lightning_megatron.ops.triton import attention, final, tiling
 
 from .aot import SHARED
 from .launches import (
     DECODING,
+    FUSED,
     HOPPER,
     SEGMENTED,
     SINGLE,
@@ -39,7 +41,15 @@ def check_compiled(gpu: str) -> None:
     shared = [int(re.search(r"shared=(\d+)", line)[1]) for line in lines]
     assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
-    # walks that overlap spill outside of their loop over chunks alone (tests/benchmarks/NOTES.md)
+    # walks that overlap spill outside of their loop over chunks alone
+    overlapped = [line for line in lines if " overlapped " in line]
+    assert len(overlapped) == (10 if gpu == "sm_90" else 0)
+    assert all(line.endswith("spills=0") for line in overlapped), overlapped
+    # two programs of a multiprocessor, but for the one walk for dk and dv
+    pairs = [
+        int(re.search(r"shared=(\d+)", line)[1]) for line in overlapped if "128x128" in line and "one walk" not in line
+    ]
+    assert all(2 * (n + KIB) <= 228 * KIB for n in pairs), pairs
     usual = [line for line in lines if "bfloat16 128x128" in line and " overlapped " not in line]
     for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words
         stack = int(re.search(r"stack=(\d+)", line)[1])
@@ -116,6 +126,58 @@ def test_overlapped_walks(K, V):
     for other in (dict(T=16), dict(documents=3), dict(descriptors=False), dict(dtype=torch.float16)):
         options = dict(dtype=BF16, T=1000, K=K, V=V, descriptors=True, overlapped=True) | other
         assert not {x.kernel for x in record(**options)} & set(HOPPER)
+
+
+@pytest.mark.parametrize("K, V, fits", [(128, 128, True), (80, 112, True), (64, 128, False), (128, 192, False)])
+def test_one_walk_for_dk_and_dv(K, V, fits):
+    """Where it is turned on, for its head dims: one program for dk and dv, and one for all columns of dq."""
+    for T, names in ((17, SINGLE), (10**5, SEGMENTED)):
+        launch = record(dtype=BF16, T=T, H=8, K=K, V=V, descriptors=True, overlapped=True, one_walk=True)[-1]
+        assert launch.kernel == (FUSED if fits else HOPPER[1])
+        if fits:
+            found = launch.arguments
+            assert launch.grid[0] == 8 * (found["segments"] + found["segments_q"]) and launch.options["num_warps"] == 4
+            assert launch.options.get("launch_pdl", False) == found["AFTER_STATES"] == (names == SEGMENTED)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(documents=3), dict(documents=3, by_row=True), dict(overlapped=False), dict(dtype=torch.float16), dict(K=64)],
+    ids=str,
+)
+def test_one_walk_changes_nothing_elsewhere(other):
+    """Where another kernel computes dk and dv, their segments are as many as without."""
+    options = dict(dtype=BF16, T=10**5, H=8, K=128, V=128, descriptors=True, overlapped=True) | other
+    found = [
+        [(x.kernel, x.grid, x.arguments["splits"]) for x in record(**options, one_walk=one)] for one in (False, True)
+    ]
+    assert found[0] == found[1] and FUSED not in [name for name, *_ in found[0]]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_one_walk_has_one_plan(packed, monkeypatch):
+    """Of the forward, of states that ranks compute before a backward, and of a backward that is given no plan."""
+    monkeypatch.setattr(tiling, "FUSED", True)
+    monkeypatch.setattr(tiling, "has_wgmma", lambda device: True)
+    q, v = (torch.empty(1, 10**5, heads, 128, dtype=BF16, device="meta") for heads in (3, 1))
+    ids, bounds = (torch.empty(1, n, dtype=torch.int32, device="meta") for n in (10**5, 2))
+    documents = Documents(ids, bounds, by_row=False) if packed else None
+    cut = attention._Forward(q, v, v, 1.0, False, documents, False, None, 1).cut
+    states = final._LocalStates(q, q, 3, False, documents, True, 1.0, 1).states
+    assert attention.plan_of(q, v, packed) == cut
+    assert states.rows == -(-(10**5) // (cut.split_len * cut.splits_grad)) * cut.splits_grad
+    assert (attention.plan_of(q, v, not packed).splits_grad < cut.splits_grad) == packed
+
+
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 64)])
+def test_overlapped_walks_of_documents(K, V):
+    """Those of Hopper, but for states of documents."""
+    options = dict(dtype=BF16, T=10**4, H=8, K=K, V=V, documents=3, descriptors=True, overlapped=True)
+    taken = {HOPPER[1], *HOPPER[: K == V == 128]}
+    for states, wanted in (dict(states=False), taken), (dict(by_row=True), taken), ({}, set()):
+        launches = record(**options, **states)
+        assert {x.kernel for x in launches} & set(HOPPER) == wanted
+        assert all(x.arguments["VARLEN"] for x in launches if x.what in SEGMENTED)
 
 
 @pytest.mark.parametrize("options", [dict(fused=True), dict(fused=True, normed=False), dict(fused=False, S=4)], ids=str)

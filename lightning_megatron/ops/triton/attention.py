@@ -125,8 +125,8 @@ class _Backward:
         self._initial, self._packed, self._documents = initial, documents is not None, count_documents(documents)
         self._by_row = by_row(documents)
         self.has_tokens = T > 0 and B > 0
-        self._overlapped = self.has_tokens and tiling.overlaps(q, k, v, do, packed=self._packed, K=K, V=V)
-        tiles = self._tiles()
+        self._may_overlap = self.has_tokens and tiling.overlaps(q, k, v, do, K=K, V=V)
+        tiles = self._tiles(False)
         # tensor descriptors need splits of whole chunks
         self._descriptors = (
             self.has_tokens and cut.split_len % min(x.BC for x in tiles) == 0 and tiling.has_descriptors(q, k, v, do)
@@ -140,9 +140,9 @@ class _Backward:
             for given in (False, True)
         ]  # fmt: skip
 
-    def _tiles(self) -> tuple[tiling.Tiles, tiling.Tiles]:
+    def _tiles(self, overlapped: bool) -> tuple[tiling.Tiles, tiling.Tiles]:
         _, T, _, K, V = self._sizes
-        if self._overlapped:
+        if overlapped:
             return tiling.hopper_tiles(K, V), tiling.hopper_tiles(V, K)
         return tiling.tiles_of(self._dtype, K, V, T <= 16), tiling.tiles_of(self._dtype, V, K, T <= 16)
 
@@ -156,7 +156,8 @@ class _Backward:
         return self._walks(*key) if found is None else found
 
     def _walks(self, for_kv: bool, for_q: bool, split_rows: int, dfinal: bool, after_states: bool) -> Launch:
-        (B, T, H, K, V), (by_v, by_k), cut = self._sizes, self._tiles(), self._cut
+        overlapped = self._may_overlap and (self._by_row or not (self._initial or dfinal))
+        (B, T, H, K, V), (by_v, by_k), cut = self._sizes, self._tiles(overlapped), self._cut
         wide = by_v if by_v.BK >= by_k.BK else by_k
         n_k, n_v, BC = cdiv(K, by_k.BV), cdiv(V, by_v.BV), min(by_v.BC, by_k.BC)
         segments, segments_q = (
@@ -165,16 +166,16 @@ class _Backward:
         )
         given = self._rows > 0, split_rows > 0, self._initial, dfinal
         launch = Launch(
-            kernels(self._overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
+            kernels(overlapped)[1], ((n_k + n_v) * segments + n_k * segments_q) * H * B,
             (*self._strides, *[n for x in self._results for n in x.strides[:2]], H // self._kv_heads, self._pieces,
              self._documents, T, H, cut.split_len, cut.splits_grad, segments, split_rows,
              first_row(split_rows, segments, cut.splits_grad, True), cut.splits, segments_q, self._rows, self._scale),
-            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, wide.num_stages, *given, after_states)
-            if self._overlapped else
+            (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, wide.num_stages, *given, self._packed, after_states)
+            if overlapped else
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, *given, self._packed, self._by_row, self._descriptors,
              *precision(self._dtype)),
             num_warps=wide.num_warps, num_stages=wide.num_stages, scratch=self._descriptors,
-            **early(self._overlapped and after_states),
+            **early(overlapped and after_states),
         )  # fmt: skip
         self._gradients[for_kv, for_q, split_rows, dfinal, after_states] = launch
         return launch

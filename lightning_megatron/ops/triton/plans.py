@@ -106,7 +106,10 @@ def walk(
     """
     (B, T), (heads, K), V = rows_of(k, pieces), k.shape[2:], v.shape[-1]
     segments, states_only, packed = cdiv(T, split_len * splits), q is None, documents is not None
-    overlapped = not states_only and tiling.o_gains(K, V) and tiling.overlaps(q, k, v, packed=packed, K=K, V=V)
+    overlapped = (
+        not states_only and tiling.o_gains(K, V) and (by_row(documents) or not (incoming or outgoing))
+        and tiling.overlaps(q, k, v, K=K, V=V)
+    )  # fmt: skip
     tiles = (
         tiling.hopper_tiles(K, V) if overlapped
         else tiling.tiles_of(v.dtype, K, V, T <= 16, states_only and not packed)
@@ -117,7 +120,7 @@ def walk(
         (*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(o), H // heads, pieces, count_documents(documents),
          T, H, split_len, splits, segments, rows, first_row(rows, segments, splits, reverse),
          1.0 if reverse else scale, scale if reverse else 1.0),
-        (K, V, tiles.BK, tiles.BV, tiles.BC, tiles.num_stages, reverse, *given, after_states) if overlapped else
+        (K, V, tiles.BK, tiles.BV, tiles.BC, tiles.num_stages, reverse, *given, packed, after_states) if overlapped else
         (K, V, tiles.BK, tiles.BV, tiles.BC, reverse, states_only, *given, packed, by_row(documents),
          *precision(v.dtype)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, scratch=overlapped,

@@ -25,8 +25,9 @@ def _local_state(
         doc += i_b * T
         cu_seqlens += i_b * (documents + 1)
     return incoming_state(
-        split_states, split_rows, 0, None, doc, cu_seqlens, b_ld, i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
-        K, V, BK, BV, REVERSE, False, SPLIT_STATES, False, VARLEN, True,
+        tl.zeros([BV, BK], dtype=tl.float32), split_states, split_rows, 0, None, doc, cu_seqlens, b_ld,
+        i_b, i_h, o_k, o_v, m_vk, at, at, T, H, split_len,
+        K, V, REVERSE, False, SPLIT_STATES, False, VARLEN, True,
     )  # fmt: skip
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 
 from .launch import cdiv, launcher_is_known, pad
 
-# Programs that fill a GPU of about 130 multiprocessors. A constant, so that results do not depend on the GPU.
-PROGRAMS = 256
+# Programs that a GPU of 132 multiprocessors runs at a time, two on each. A constant, so that results do not depend on
+# the GPU; with wide heads a program of hopper.py takes the place of two.
+PROGRAMS = 264
+STATE_PROGRAMS = 1024  # those that compute states of splits are short
+STATE_PASS = 0.5  # time of the states of splits, in that of a walk over all tokens that fills the GPU
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
@@ -46,25 +50,60 @@ class SplitPlan(NamedTuple):
     splits_grad: int  # for dk and dv
 
 
-def plan_splits(T: int, programs: int, programs_grad: int) -> SplitPlan:
-    """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
+def _walks(queries: int, segments: int, others: int, segments_others: int, slots: int) -> float:
+    """Time of a launch, in that of a program that walks a whole sequence: ``queries`` programs of one of ``segments``
+    each, and then ``others``, as slots get free."""
+    rounds, rest = divmod(queries * segments, slots)
+    first, last = rounds / segments, (rounds + bool(rest)) / segments
+    for n in range(cdiv(others * segments_others, slots - rest) + 1):  # after n programs of some slot
+        for start in (first, last):
+            end = max(last, start + n / segments_others)
+            ran = [int((end - x) * segments_others + 1e-6) for x in (first, last)]
+            if (slots - rest) * ran[0] + rest * ran[1] >= others * segments_others:
+                return end
+    raise AssertionError("the loop ends where the first slots run all")
+
+
+@functools.cache
+def _segments(programs: int, programs_grad: int, slots: int) -> tuple[int, int]:
+    """Into how many segments sequences of any length are cut, for o and dq, and for dk and dv.
+
+    More of them fill the GPU to its last round of programs, and cost more states: all but the last segment's.
+    """
+    states = lambda n: STATE_PASS * (1 - 1 / n) * programs / slots
+    counts = range(1, MAX_SEGMENTS + 1)
+    best = min(counts, key=lambda n: cdiv(programs * n, slots) / n + states(n))
+    queries = programs_grad - programs
+    fitting = [n for n in counts if math.lcm(n, best) <= MAX_SPLITS]
+    return best, min(fitting, key=lambda n: _walks(queries, best, programs_grad, n, slots) + states(n))
+
+
+def plan_splits(T: int, programs: int, programs_grad: int, slots: int = PROGRAMS) -> SplitPlan:
+    """Where sequences are cut, if one segment has ``programs`` programs (``programs_grad`` for dk and dv), and the GPU
+    runs ``slots`` at a time.
 
     Splits are shorter than segments, so that more programs compute their states. Another plan rounds differently. Under
     ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the same bits in any batch, and
     a head on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
-        programs, programs_grad = PROGRAMS // 8, PROGRAMS // 4
+        programs, programs_grad, slots = 32, 64, PROGRAMS
     most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
-    segments, segments_grad = (min(cdiv(PROGRAMS, n), most) for n in (programs, programs_grad))
-    count = max(segments, min(cdiv(4 * PROGRAMS, programs), T // MIN_SPLIT, MAX_SPLITS))
+    wanted = _segments(int(programs), int(programs_grad), slots)  # torch.compile may have symbols for numbers
+    segments, segments_grad = (min(n, most) for n in wanted)
+    whole = math.lcm(*wanted)  # so that segments have equally many splits
+    fit = min(T // MIN_SPLIT, MAX_SPLITS)
+    count = max(segments, min(cdiv(min(cdiv(STATE_PROGRAMS, programs), fit), whole), fit // whole) * whole)
     return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
 def plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> SplitPlan:
     few = bool(T <= 16)
-    columns_v, columns_k = cdiv(V, tiles_of(dtype, K, V, few).BV), cdiv(K, tiles_of(dtype, V, K, few).BV)
-    return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)))
+    tiles, tiles_grad, slots = tiles_of(dtype, K, V, few), tiles_of(dtype, V, K, few), PROGRAMS
+    if is_wide(K, V) and dtype == torch.bfloat16:
+        tiles, tiles_grad, slots = hopper_tiles(K, V), hopper_tiles(V, K), PROGRAMS // 2
+    columns_v, columns_k = cdiv(V, tiles.BV), cdiv(K, tiles_grad.BV)
+    return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)), slots)
 
 
 @functools.cache
@@ -95,10 +134,10 @@ def has_wgmma(device: torch.device) -> bool:
     return launcher_is_known() and has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def overlaps(*tensors: torch.Tensor, packed: bool, K: int, V: int) -> bool:
+def overlaps(*tensors: torch.Tensor, K: int, V: int) -> bool:
     """Whether the kernels of ``hopper.py`` take these tensors."""
     return (
-        not packed and tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
+        tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
         and all(64 <= pad(dim) <= 256 for dim in (K, V))
         and has_wgmma(tensors[0].device) and has_descriptors(*tensors)
     )  # fmt: skip
@@ -110,10 +149,15 @@ def o_gains(K: int, V: int) -> bool:
     return max(pad(K), pad(V)) == 128
 
 
+def is_wide(K: int, V: int) -> bool:
+    """Whether a state takes the registers of two groups of warps."""
+    return max(pad(K), pad(V)) > 128
+
+
 @functools.cache
 def hopper_tiles(K: int, V: int) -> Tiles:
-    """Two programs of four warps fit a multiprocessor, or one of eight, of which each group of four has 64 columns of
-    the state's tile, or half of its K where that is wide. A program for o has as many warps as one for dk."""
+    """Each group of four warps has 64 columns of the state's tile. Two programs of one group fit a multiprocessor;
+    where K or V is wide, one of two groups. A program for o has as many warps as one for dk."""
     BK, BV = pad(K), pad(V)
-    wide = max(BK, BV) > 128
-    return Tiles(BK, 128 if wide and BK <= 128 else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)
+    wide = is_wide(K, V)
+    return Tiles(BK, 128 if wide else 64, 64, 8 if wide else 4, 3 if max(BK, BV) == 64 else 2)

@@ -116,18 +116,18 @@ def stores_arrived(DESCRIPTORS: tl.constexpr):
 
 @triton.jit
 def incoming_state(
-    split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+    b_s, split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
     i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr,
     VARLEN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """State [BV, BK] that enters the segment from ``begin`` to ``end``: the decayed sum of the splits before it.
+    """State [BV, BK] that enters the segment from ``begin`` to ``end``: b_s, zeros, and the decayed sum of the splits
+    before it.
 
     Splits too far away for their decay to leave anything are not read, nor are those of other documents. (T, T),
     reversed (0, 0), gives the state that leaves the sequence.
     """
-    b_s = tl.zeros([BV, BK], dtype=tl.float32)
     if VARLEN and (SPLIT_STATES or (INCOMING and BY_ROW)):  # the document that crosses into this segment
         if REVERSE:  # ends here
             d_edge = tl.load(cu_seqlens + tl.load(doc + tl.minimum(end, T - 1)) + 1)
@@ -167,32 +167,29 @@ def opaque(i):
         return i
 
 
-@triton.jit(noinline=True)
-def _walk_by_token(
-    q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
-    i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+@triton.jit
+def walk_by_token(
+    o_k, o_v, b_s, q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
+    i_b, i_h, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+    K: tl.constexpr, V: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
     SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Walk one packed segment (STATE_ONLY: one split) anew, token by token.
+    """Walk one packed segment (STATE_ONLY: one split) anew, token by token, from b_s on: zeros [BV of o_v, BK of o_k].
 
     Chunks multiply what belongs to another document by 0, and 0 times NaN is NaN. Here tokens of other documents are
-    never touched. Inlined, this would take registers from the loop over chunks, which has none to spare.
+    never touched.
     """
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     m_vk = m_v[:, None] & m_k[None, :]
     tokens = split_len if STATE_ONLY else splits * split_len
     begin = i_s * tokens
     end = tl.minimum(T, begin + tokens)
-    if STATE_ONLY:
-        b_s = tl.zeros([BV, BK], dtype=tl.float32)
-    else:
+    if not STATE_ONLY:
         b_s = incoming_state(
-            split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+            b_s, split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
             i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-            K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, True, BY_ROW,
+            K, V, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, True, BY_ROW,
         )  # fmt: skip
     b_decay = tl.exp(b_ld)
     previous = tl.load(doc + (tl.minimum(end, T - 1) if REVERSE else tl.maximum(begin - 1, 0)))
@@ -228,6 +225,23 @@ def _walk_by_token(
         tl.store(p_e, b_s, mask=m_vk & (i_s == (0 if REVERSE else segments - 1)))
 
 
+@triton.jit(noinline=True)
+def _walk_by_token(
+    q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
+    i_b, i_h, i_v, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, STATE_ONLY: tl.constexpr,
+    SPLIT_STATES: tl.constexpr, INCOMING: tl.constexpr, OUTGOING: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """``walk_by_token``, not inlined: that would take registers from the loop over chunks, which has none to spare."""
+    walk_by_token(
+        tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.zeros([BV, BK], dtype=tl.float32),
+        q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
+        i_b, i_h, i_s, T, H, split_len, splits, segments, split_rows, split_first, read_scale, write_scale,
+        K, V, REVERSE, TRANSPOSED, STATE_ONLY, SPLIT_STATES, INCOMING, OUTGOING, BY_ROW,
+    )  # fmt: skip
+
+
 @triton.jit
 def _walk_by_chunk(
     q, k, v, o, q_st, k_st, v_st, o_st, b_ld, split_states, incoming, outgoing, doc, cu_seqlens,
@@ -247,6 +261,7 @@ def _walk_by_chunk(
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     m_vk = m_v[:, None] & m_k[None, :]
+    b_s = tl.zeros([BV, BK], dtype=tl.float32)
     if STATE_ONLY:
         begin = i_s * split_len
         end = tl.minimum(T, begin + split_len)
@@ -256,15 +271,14 @@ def _walk_by_chunk(
         used = between < _reach(b_ld) // split_len + 2
         skip = tl.maximum(end - begin - _reach(b_ld), 0) // BC  # decayed to nothing at the end
         skip = tl.where(used, skip, tl.cdiv(split_len, BC))
-        b_s = tl.zeros([BV, BK], dtype=tl.float32)
     else:
         begin = i_s * splits * split_len
         end = tl.minimum(T, begin + splits * split_len)
         skip = 0
         b_s = incoming_state(
-            split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
+            b_s, split_states, split_rows, split_first, incoming, doc, cu_seqlens, b_ld,
             i_b, i_h, o_k, o_v, m_vk, begin, end, T, H, split_len,
-            K, V, BK, BV, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
+            K, V, REVERSE, TRANSPOSED, SPLIT_STATES, INCOMING, VARLEN, BY_ROW,
         )  # fmt: skip
         # distance from j to i of every pair of the chunk that may attend, and its decay
         b_d = (p[:, None] - p[None, :]) if REVERSE else (p[None, :] - p[:, None])  # [BC of j, BC of i]
