@@ -64,8 +64,6 @@ FEW = {
         (dict(dtype=torch.bfloat16, K=128, V=128, T=1), DECODING),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True), SINGLE),
         (dict(dtype=torch.bfloat16, K=64, V=256, T=_LONG, overlapped=True), SINGLE),
-        (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, overlapped=True, one_walk=True), ("gradients",)),
-        (dict(dtype=torch.bfloat16, K=96, V=80, T=_LONG, overlapped=True, one_walk=True), ("gradients",)),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, states=False, overlapped=True), SINGLE),
         (dict(dtype=torch.bfloat16, K=128, V=128, T=_LONG, documents=4, by_row=True, overlapped=True), SINGLE),
     ],
@@ -172,7 +170,7 @@ def main(arguments: list[str]) -> None:
     for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
         for config, wanted in FEW[gpu] if few else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
             packed = "packed" if config.get("documents") else "plain"
-            packed += " overlapped" * config.get("overlapped", False) + " one walk" * config.get("one_walk", False)
+            packed += " overlapped" * config.get("overlapped", False)
             for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
                 if launch.what in wanted:
                     report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)

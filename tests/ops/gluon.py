@@ -1,20 +1,14 @@
-"""Runs the kernels of ``ops/triton/hopper.py`` and ``fused.py`` on CPU tensors, one program after the other.
+"""Runs the kernels of ``ops/triton/hopper.py`` on CPU tensors, one program after the other.
 
 Triton's interpreter does not know Gluon. These are the few operations that the kernels use, on torch's tensors: shared
 memory, copies by the copy engine, products. What is asynchronous happens as early as it may, when it is asked for, or
 as late as it may, when it is waited for. A buffer that is filled while it is still read, or read before it is filled,
-gives other results in one of the two. What was not waited for cannot be computed with. What threads have stored may be
-read by what is asynchronous after a fence and a barrier.
-
-Warpgroups that run apart take turns: one that leads runs until it waits for another, one that does not until it has
-told something to another, so that what the leader no longer waits for is as far behind as it may be.
+gives other results in one of the two. What was not waited for cannot be computed with.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.ops.triton import fused, hopper, walk
+from lightning_megatron.ops.triton import hopper, walk
 
 
 @dataclass
@@ -61,29 +55,19 @@ def pointer(x: torch.Tensor | None) -> Pointer | None:
 
 
 @dataclass
-class Stored:
-    """What a warpgroup has stored."""
-
-    places: range
-    by: int
-    is_fenced: bool = False
-
-
-@dataclass
 class Shared:
-    """Shared memory, of which views are others. ``stored``: what threads have stored that is not yet for all to see."""
+    """Shared memory, of which views are others."""
 
     data: torch.Tensor
-    stored: list[Stored]
 
     def index(self, i: int) -> Shared:
-        return Shared(self.data[int(i)], self.stored)
+        return Shared(self.data[int(i)])
 
     def permute(self, order: list[int]) -> Shared:
-        return Shared(self.data.permute(order), self.stored)
+        return Shared(self.data.permute(order))
 
     def slice(self, start: int, length: int, dim: int) -> Shared:
-        return Shared(self.data.narrow(dim, start, length), self.stored)
+        return Shared(self.data.narrow(dim, start, length))
 
     def load(self, layout: Any) -> torch.Tensor:
         return self.data.clone()
@@ -91,34 +75,19 @@ class Shared:
     def store(self, value: torch.Tensor) -> None:
         assert value.dtype == self.data.dtype and value.shape == self.data.shape
         self.data.copy_(value)
-        self.stored.append(Stored(self.places(), threading.get_ident()))
-
-    def places(self) -> range:
-        """From the first to the last."""
-        first, steps = self.data.data_ptr(), zip(self.data.shape, self.data.stride(), strict=True)
-        return range(first, first + self.data.element_size() * (1 + sum((n - 1) * step for n, step in steps)))
-
-    def may_be_read(self) -> bool:
-        here = self.places()
-        return not any(x.places.start < here.stop and here.start < x.places.stop for x in self.stored)
 
 
 @dataclass
 class Barrier:
-    """Counts phases: one ends when as many as it counts have arrived, and all bytes that it expects have come."""
+    """Counts phases: one ends when all bytes that it expects have come."""
 
-    count: int = 0
     phases: int = 0
-    arrivals: int = 0
     missing: int = 0
     copies: list[Callable] = field(default_factory=list)  # not yet done
 
-    def arrived(self, arrivals: int, count: int) -> None:
-        self.arrivals += arrivals
+    def arrived(self, count: int) -> None:
         self.missing -= count
-        assert self.arrivals <= self.count, "more arrivals than are counted"
-        if self.arrivals == self.count and self.missing == 0:
-            self.phases, self.arrivals = self.phases + 1, 0
+        self.phases += self.missing == 0
 
 
 @dataclass
@@ -148,61 +117,11 @@ class Product:
         return self.value
 
 
-class Turns:
-    """Of threads that run one at a time, as the warpgroups of a program, which are numbered."""
-
-    def __init__(self, leader: int | None) -> None:
-        self.leader = leader
-        self.tokens: list[threading.Semaphore] = []
-        self.running, self.failed = [], False
-
-    def run(self, functions: list[Callable]) -> None:
-        self.tokens = [threading.Semaphore(0) for _ in functions]
-        self.running, errors = list(range(len(functions))), []
-
-        def one(me: int) -> None:
-            self.tokens[me].acquire()
-            try:
-                if not self.failed:
-                    with torch.no_grad():  # threads do not inherit it
-                        functions[me]()
-            except BaseException as error:
-                self.failed = True
-                errors.append(error)
-            following = self.after(me)
-            self.running.remove(me)
-            if following != me:
-                self.tokens[following].release()
-
-        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(functions))]
-        for thread in threads:
-            thread.start()
-        self.tokens[self.leader or 0].release()
-        for thread in threads:
-            thread.join()
-        self.tokens = []
-        if errors:
-            raise errors[0]
-
-    def after(self, me: int) -> int:
-        return self.running[(self.running.index(me) + 1) % len(self.running)]
-
-    def give(self, me: int) -> None:
-        """To the next; comes back when it is this one's turn again."""
-        following = self.after(me)
-        if following != me:
-            self.tokens[following].release()
-            self.tokens[me].acquire()
-        assert not self.failed, "another warpgroup has failed"
-
-
 class Machine:
-    """One program, or a warpgroup of it: its number, and what it has begun and not finished."""
+    """One program: its number, and what it has begun and not finished."""
 
-    def __init__(self, program: int, programs: int, warps: int, late: bool, turns: Turns, group: int = 0) -> None:
+    def __init__(self, program: int, programs: int, warps: int, late: bool) -> None:
         self.program, self.programs, self.warps, self.late = program, programs, warps, late
-        self.turns, self.group = turns, group
-        self.stored: list[Stored] = []
         self.products: list[Product] = []
         self.stores: list[Callable] = []
         self.read: list[Callable] = []
@@ -218,7 +137,7 @@ class Machine:
             sum=lambda x, axis: x.sum(axis),
             float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
             num_warps=lambda: self.warps, num_programs=lambda axis: torch.tensor(self.programs),
-            program_id=lambda axis: torch.tensor(self.program), thread_barrier=self.meet,
+            program_id=lambda axis: torch.tensor(self.program), thread_barrier=lambda: None,
             arange=lambda start, end, layout=None: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             cdiv=lambda a, b: -(-a // b), exp=torch.exp, exp2=torch.exp2,
@@ -227,60 +146,31 @@ class Machine:
             maximum=lambda a, b: torch.maximum(number(a), number(b)),
             convert_layout=lambda x, layout: x,
             load=lambda p, mask=None, other=0: p.load(mask, other), store=lambda p, x, mask: p.store(x, mask),
-            allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
+            allocate_shared_memory=self.allocate,
         )  # fmt: skip
-
-    def specialize(self, parts: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
-        groups = [self]
-        for group, count in enumerate(warps, 1):
-            groups.append(Machine(self.program, self.programs, count, self.late, self.turns, group))
-            groups[-1].stored = self.stored
-        self.turns.run(
-            [functools.partial(x.world()[f.__name__], *given) for x, (f, given) in zip(groups, parts, strict=True)]
-        )
-        for group in groups[1:]:
-            group.arrived(group.program)
-
-    def fence(self) -> None:
-        for x in self.stored:
-            x.is_fenced |= x.by == threading.get_ident()
-
-    def meet(self) -> None:
-        me = threading.get_ident()
-        self.stored[:] = [x for x in self.stored if x.by != me or not x.is_fenced]
 
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
         if dtype == torch.int64:  # barriers
             barriers = [Barrier() for _ in range(shape[0])]
             return SimpleNamespace(index=lambda i: barriers[int(i)])
-        return Shared(torch.full(shape, math.nan, dtype=dtype), self.stored)
+        return Shared(torch.full(shape, math.nan, dtype=dtype))
 
     def barriers(self) -> SimpleNamespace:
         return SimpleNamespace(
-            MBarrierLayout=lambda: None, init=lambda b, count: setattr(b, "count", count), invalidate=lambda b: None,
-            expect=self.expect, wait=self.wait_for_phase, arrive=self.arrive,
+            MBarrierLayout=lambda: None, init=lambda b, count: None, invalidate=lambda b: None,
+            expect=self.expect, wait=self.wait_for_copies,
         )  # fmt: skip
-
-    def arrive(self, barrier: Barrier, count: int) -> None:
-        barrier.arrived(count, 0)
-        if self.turns.leader != self.group:
-            self.turns.give(self.group)
 
     def expect(self, barrier: Barrier, count: int, pred: Any = True) -> None:
         if pred:
             assert barrier.missing == 0, "the phase before has not ended"
-            barrier.arrived(1, -count)
+            barrier.missing = count
 
-    def wait_for_phase(self, barrier: Barrier, phase: Any, pred: Any = True) -> None:
-        if not pred:
-            return
-        for turn in range(100):
-            while barrier.copies:
-                barrier.copies.pop(0)()
-            if barrier.phases % 2 != int(phase):
-                return
-            assert turn < 99 and self.turns.tokens, "waits for a phase that nothing ends"
-            self.turns.give(self.group)
+    def wait_for_copies(self, barrier: Barrier, phase: Any) -> None:
+        for copy in barrier.copies:
+            copy()
+        barrier.copies.clear()
+        assert barrier.phases % 2 != int(phase), "waits for a phase that nothing ends"
 
     def copies(self) -> SimpleNamespace:
         return SimpleNamespace(
@@ -295,14 +185,13 @@ class Machine:
         places, inside = descriptor.places(start)
 
         def copy() -> None:
-            to.data.copy_(Pointer(descriptor.base.memory, places).load(inside))
-            barrier.arrived(0, to.data.numel() * to.data.element_size())
+            to.store(Pointer(descriptor.base.memory, places).load(inside))
+            barrier.arrived(to.data.numel() * to.data.element_size())
 
         to.data.fill_(math.nan)  # from now on nobody may read what was there
         barrier.copies.append(copy) if self.late else copy()
 
     def copy_out(self, descriptor: Descriptor, start: list[Any], source: Shared) -> None:
-        assert source.may_be_read(), "copies what lacks a fence or a barrier"
         places, inside = descriptor.places(start)
 
         def read() -> Callable:
@@ -324,8 +213,6 @@ class Machine:
 
     def multiply(self, a: Any, b: Shared, into: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async and (not isinstance(a, Product)) and a is not None
-        for x in (a, b):
-            assert not isinstance(x, Shared) or x.may_be_read(), "multiplies what lacks a fence or a barrier"
 
         def compute() -> torch.Tensor:
             x = (a.data if isinstance(a, Shared) else a).float() @ b.data.float()
@@ -347,11 +234,11 @@ class Machine:
 
     def world(self) -> dict[str, Any]:
         """The kernels' functions, for which Gluon's names are those of this machine."""
-        names = vars(walk) | vars(hopper) | vars(fused)
+        names = vars(walk) | vars(hopper)
         world = names | dict(
             gl=self.language(), tl=self.language(), tma=self.copies(), mbarrier=self.barriers(),
             warpgroup_mma=self.multiply, warpgroup_mma_wait=self.wait_for_products,
-            fence_async_shared=self.fence, gdc_wait=lambda: None,
+            fence_async_shared=lambda: None, gdc_wait=lambda: None,
             UNDERFLOW=walk.UNDERFLOW.value, LOG2E=hopper.LOG2E.value,
         )  # fmt: skip
         for name, function in names.items():
@@ -362,7 +249,7 @@ class Machine:
         return world
 
 
-def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool, turns: Turns) -> None:
+def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool) -> None:
     """All programs of a kernel. ``arguments`` are CPU tensors, numbers and None, in the order of its parameters."""
     given = [
         pointer(x) if x is None or isinstance(x, torch.Tensor)
@@ -370,6 +257,6 @@ def run(kernel: Any, grid: int, arguments: tuple, warps: int, late: bool, turns:
         for parameter, x in zip(kernel.params, arguments, strict=True)
     ]  # fmt: skip
     for program in range(grid):
-        machine = Machine(program, grid, warps, late, turns)
+        machine = Machine(program, grid, warps, late)
         machine.world()[kernel.fn.__name__](*given)
         machine.arrived(machine.program)

@@ -15,14 +15,13 @@ from lightning_megatron.ops import pointwise
 from lightning_megatron.ops.backend import Destination, Documents
 from lightning_megatron.ops.triton import attention as triton_backend
 from lightning_megatron.ops.triton import documents as documents_kernels
-from lightning_megatron.ops.triton import final, fused, hopper, kernels, paged, plans, states, step, symmetric, tiling
+from lightning_megatron.ops.triton import final, hopper, kernels, paged, plans, states, step, symmetric, tiling
 from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 HOPPER = ("hopper_walk_kernel", "hopper_gradients_kernel")
-FUSED = "hopper_fused_kernel"  # with tiling.FUSED in the place of the second
 SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
@@ -40,7 +39,6 @@ MODULES = {
     documents_kernels: DERIVED,
     kernels: ("walk_kernel", "gradients_kernel"),
     hopper: HOPPER,
-    fused: (FUSED,),
     step: ("step_kernel",),
     paged: PAGED,
 }
@@ -93,11 +91,10 @@ def _patch(stack: ExitStack, launches: list[tuple]) -> None:
 def record(
     *, dtype: torch.dtype, T: int, B: int = 1, H: int = 32, Hkv: int | None = None, K: int, V: int, documents: int = 0,
     states: bool = True, descriptors: bool = False, by_row: bool = False, overlapped: bool = False,
-    one_walk: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """Launches of a forward and a backward, packed if ``documents`` is not 0; states of documents or ``by_row``.
 
-    ``overlapped``: on a Hopper GPU; ``one_walk``: with ``tiling.FUSED``.
+    ``overlapped``: on a Hopper GPU.
     """
     Hkv, N = Hkv or H, (not by_row and documents) or B
     q, k, v, do = (torch.empty(B, T, h, d, dtype=dtype, device="meta") for h, d in ((H, K), (Hkv, K), (Hkv, V), (H, V)))
@@ -109,13 +106,9 @@ def record(
         _patch(stack, launches)
         stack.enter_context(patch.object(tiling, "has_descriptors", lambda *tensors: descriptors))
         stack.enter_context(patch.object(tiling, "has_wgmma", lambda device: overlapped))
-        stack.enter_context(patch.object(tiling, "PACKED_OVERLAP", overlapped))
-        stack.enter_context(patch.object(tiling, "FUSED", one_walk))
-        o, two, one = (_Recorder(name, launches) for name in (*HOPPER, FUSED))
-        kernels_of = plans.kernels
-        recorders = lambda x, fused=False: (o, one if fused else two) if x else kernels_of(x)
+        recorders, kernels_of = tuple(_Recorder(name, launches) for name in HOPPER), plans.kernels
         for module in (plans, triton_backend):
-            stack.enter_context(patch.object(module, "kernels", recorders))
+            stack.enter_context(patch.object(module, "kernels", lambda x: recorders if x else kernels_of(x)))
         *_, saved, plan = triton_backend.forward(q, k, v, log_decay, 1.0, state, packed, states)
         triton_backend.backward(q, k, v, log_decay, 1.0, state, packed, saved, plan, do, state)
     return [Launch(_what(*launch[::2]), *launch) for launch in launches]
@@ -256,5 +249,5 @@ def _what(kernel: str, arguments: dict[str, Any]) -> str:
         return "dstate" if arguments["REVERSE"] else "state"
     if kernel == "local_state_kernel":
         return "send" if arguments["SEND"] else "local state"
-    names = {"walk_kernel": "o", "gradients_kernel": "gradients", "fused_kernel": "gradients", "step_kernel": "step"}
+    names = {"walk_kernel": "o", "gradients_kernel": "gradients", "step_kernel": "step"}
     return names.get(kernel.removeprefix("hopper_"), kernel)

@@ -11,9 +11,9 @@ from lightning_megatron.ops.triton.launch import Launch
 
 from ..tolerances import assert_close
 from . import gluon
-from .cases import Impl, check, evaluate, judge, make_case, pick
+from .cases import Impl, check, make_case, pick
 from .isolation import check_isolated, check_pieces, packed, without_states
-from .launches import FUSED, HOPPER, forget_plans
+from .launches import HOPPER
 from .parts import check_parts, draw
 
 BF16 = Impl("triton", torch.bfloat16)
@@ -25,18 +25,6 @@ SHAPES = {  # batch, tokens, query heads, heads of k and v, K, V; tokens of a se
     "wide-values": (1, 150, 2, 2, 96, 208, 128),
     "three-quarters": (1, 130, 1, 1, 192, 176, None),
 }
-ONE_WALK = {  # which fused.py takes
-    "segments": (1, 420, 2, 1, 128, 128, 128),
-    "short": (1, 40, 1, 1, 128, 128, None),
-    "padded": (2, 170, 1, 1, 80, 112, None),
-}
-
-
-@pytest.fixture
-def turns():
-    return gluon.Turns(None)
-
-
 DOCUMENTS = {  # K, V; tokens of a segment; lengths
     "one": (64, 64, None, (70,)),
     "many in a chunk": (64, 64, None, (0, 1, 1, 3, 20, 0, 0, 40, 2, 60, 33, 0)),
@@ -49,17 +37,17 @@ DOCUMENTS = {  # K, V; tokens of a segment; lengths
 
 
 @pytest.fixture(params=[False, True], ids=["early", "late"])
-def machine(request, monkeypatch, turns):
+def machine(request, monkeypatch):
     """Launches of Hopper's kernels go to ``gluon.run``. The names of those that were."""
     launched = []
 
     class OnCpu(Launch):
         def __call__(self, *tensors):
-            if self._kernel.fn.__name__ in (*HOPPER, FUSED):
+            if self._kernel.fn.__name__ in HOPPER:
                 launched.append(self._kernel.fn.__name__)
                 assert self._options.get("launch_pdl", False) == self._rest[-1]
                 warps = self._options["num_warps"]
-                gluon.run(self._kernel, self.grid, (*tensors, *self._rest), warps, request.param, turns)
+                gluon.run(self._kernel, self.grid, (*tensors, *self._rest), warps, request.param)
             else:  # Triton's interpreter cannot multiply bf16
                 super().__call__(*(x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in tensors))
 
@@ -82,80 +70,42 @@ def test_equals_the_recurrence(name, initial, machine, rng, cut):
     assert machine == list(HOPPER)
 
 
-@pytest.mark.parametrize("initial", [False, True], ids=["", "initial"])
-@pytest.mark.parametrize(
-    "name, leader", [*(("segments", x) for x in (0, 1, None)), ("short", 0), ("padded", 1)]
-)  # fmt: skip
-def test_one_walk_for_dk_and_dv(name, leader, turns, initial, machine, rng, cut, monkeypatch):
-    """Whichever warpgroup leads."""
-    monkeypatch.setattr(tiling, "FUSED", True)
-    turns.leader = leader
-    B, T, H, Hkv, K, V, segment = ONE_WALK[name]
-    if segment:
-        cut(segment)
-    case = make_case(rng, BF16, B=B, T=T, H=H, Hkv=Hkv, K=K, V=V, initial=initial)
-    check(BF16, case)
-    assert machine == [HOPPER[0], FUSED]
-
-
-def test_one_walk_is_as_exact(machine, rng, monkeypatch):
-    """As two, which multiply what rounding cut off of weights, too."""
-    case = make_case(rng, BF16, B=1, T=64, H=2, K=128, V=128, initial=False)
-    errors, true = [], judge(case, ["o"])
-    for one in (False, True):
-        monkeypatch.setattr(tiling, "FUSED", one)
-        forget_plans()
-        found = evaluate(BF16.attn, case, ["o"])
-        errors.append(
-            [float((found[x] - true[x]).double().norm() / true[x].double().norm()) for x in ("dk", "dv", "dq")]
-        )
-    print(errors)
-    assert machine[1::2] == [HOPPER[1], FUSED]
-    assert all(b < 1.1 * a for a, b in zip(*errors, strict=True))
-
-
-@pytest.fixture
-def overlapped(machine, monkeypatch):
-    monkeypatch.setattr(tiling, "PACKED_OVERLAP", True)
-    return machine
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_documents(name, overlapped, rng, cut):
+def test_documents(name, machine, rng, cut):
     """As in training: no states, which would be those of documents."""
     K, V, segment, documents = DOCUMENTS[name]
     if segment:
         cut(segment)
     case = make_case(rng, BF16, documents=documents, H=2, Hkv=1, K=K, V=V, initial=False, log_decay=(-0.02, 0.0))
     got, want = without_states(BF16)(case), without_states(Impl("torch", torch.float64))(case.to(dtype=torch.float64))
-    assert overlapped == list(HOPPER)
+    assert machine == list(HOPPER)
     assert_close(got, want, BF16.backend, BF16.dtype)
 
 
 @pytest.mark.parametrize("rows, T, segment", [(1, 300, 128), (3, 100, None), (2, 192, 128)])
 @pytest.mark.parametrize("split", [False, True], ids=["", "states apart"])
-def test_states_are_of_rows(split, rows, T, segment, overlapped, rng, cut):
+def test_states_are_of_rows(split, rows, T, segment, machine, rng, cut):
     """As with context parallelism: documents go on over the edges of rows."""
     if segment:
         cut(segment)
     case, bounds = draw(rng, BF16, rows, T, *pick(rng, ((64, 64), (128, 128), (128, 64))))
     check_parts(BF16, case, bounds, split)
-    assert set(overlapped) == set(HOPPER)
+    assert set(machine) == set(HOPPER)
 
 
 @pytest.mark.parametrize("name", ["many in a chunk", "on chunk borders", "over segments", "on segment borders"])
-def test_not_finite_stays_in_its_document(name, overlapped, rng, cut):
+def test_not_finite_stays_in_its_document(name, machine, rng, cut):
     K, V, segment, documents = DOCUMENTS[name]
     if segment:
         cut(segment)
     case = make_case(rng, BF16, documents=documents, H=1, K=K, V=V, log_decay=(pick(rng, (-0.02, 0.0)),))
     alone = [x._replace(enters=None, leaves=None) for x in packed(documents)]
     check_isolated(BF16, without_states(BF16), case, alone, rng)
-    assert set(overlapped) == set(HOPPER)
+    assert set(machine) == set(HOPPER)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["", "states apart"])
-def test_not_finite_stays_in_its_row(split, overlapped, rng, cut):
+def test_not_finite_stays_in_its_row(split, machine, rng, cut):
     cut(128)
     check_pieces(BF16, rng, [[0, 20, 20, 140, 200], [0, 0, 64, 192, 200], [0, 200, 200, 200, 200]], split, 64, 64)
-    assert set(overlapped) == set(HOPPER)
+    assert set(machine) == set(HOPPER)

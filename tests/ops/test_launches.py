@@ -1,5 +1,7 @@
 """The kernels without running them: what is launched, and whether it compiles for GPUs that are not here, and fits."""
 
+import heapq
+import math
 import os
 import re
 import subprocess
@@ -9,13 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_megatron.ops.backend import Documents
-from lightning_megatron.ops.triton import attention, final, tiling
+from lightning_megatron.ops.triton import tiling
 
 from .aot import SHARED
 from .launches import (
     DECODING,
-    FUSED,
     HOPPER,
     SEGMENTED,
     SINGLE,
@@ -41,14 +41,13 @@ def check_compiled(gpu: str) -> None:
     shared = [int(re.search(r"shared=(\d+)", line)[1]) for line in lines]
     assert max(shared) > 40 * KIB, "the kernels that need most are not among them"
     assert max(shared) <= SHARED[gpu] * KIB
-    # walks that overlap spill outside of their loop over chunks alone
+    # walks that overlap spill outside of their loop over chunks alone, but for a few words of wide states
     overlapped = [line for line in lines if " overlapped " in line]
-    assert len(overlapped) == (10 if gpu == "sm_90" else 0)
-    assert all(line.endswith("spills=0") for line in overlapped), overlapped
-    # two programs of a multiprocessor, but for the one walk for dk and dv
-    pairs = [
-        int(re.search(r"shared=(\d+)", line)[1]) for line in overlapped if "128x128" in line and "one walk" not in line
-    ]
+    assert len(overlapped) == (8 if gpu == "sm_90" else 0)
+    for line in overlapped:
+        assert int(re.search(r"spills=(\d+)", line)[1]) <= (20 if "64x256" in line else 0), line
+    # two programs of a multiprocessor
+    pairs = [int(re.search(r"shared=(\d+)", line)[1]) for line in overlapped if "128x128" in line]
     assert all(2 * (n + KIB) <= 228 * KIB for n in pairs), pairs
     usual = [line for line in lines if "bfloat16 128x128" in line and " overlapped " not in line]
     for line in usual:  # sine and cosine of angles beyond 105615 take an array of 7 words
@@ -128,47 +127,6 @@ def test_overlapped_walks(K, V):
         assert not {x.kernel for x in record(**options)} & set(HOPPER)
 
 
-@pytest.mark.parametrize("K, V, fits", [(128, 128, True), (80, 112, True), (64, 128, False), (128, 192, False)])
-def test_one_walk_for_dk_and_dv(K, V, fits):
-    """Where it is turned on, for its head dims: one program for dk and dv, and one for all columns of dq."""
-    for T, names in ((17, SINGLE), (10**5, SEGMENTED)):
-        launch = record(dtype=BF16, T=T, H=8, K=K, V=V, descriptors=True, overlapped=True, one_walk=True)[-1]
-        assert launch.kernel == (FUSED if fits else HOPPER[1])
-        if fits:
-            found = launch.arguments
-            assert launch.grid[0] == 8 * (found["segments"] + found["segments_q"]) and launch.options["num_warps"] == 4
-            assert launch.options.get("launch_pdl", False) == found["AFTER_STATES"] == (names == SEGMENTED)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [dict(documents=3), dict(documents=3, by_row=True), dict(overlapped=False), dict(dtype=torch.float16), dict(K=64)],
-    ids=str,
-)
-def test_one_walk_changes_nothing_elsewhere(other):
-    """Where another kernel computes dk and dv, their segments are as many as without."""
-    options = dict(dtype=BF16, T=10**5, H=8, K=128, V=128, descriptors=True, overlapped=True) | other
-    found = [
-        [(x.kernel, x.grid, x.arguments["splits"]) for x in record(**options, one_walk=one)] for one in (False, True)
-    ]
-    assert found[0] == found[1] and FUSED not in [name for name, *_ in found[0]]
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_one_walk_has_one_plan(packed, monkeypatch):
-    """Of the forward, of states that ranks compute before a backward, and of a backward that is given no plan."""
-    monkeypatch.setattr(tiling, "FUSED", True)
-    monkeypatch.setattr(tiling, "has_wgmma", lambda device: True)
-    q, v = (torch.empty(1, 10**5, heads, 128, dtype=BF16, device="meta") for heads in (3, 1))
-    ids, bounds = (torch.empty(1, n, dtype=torch.int32, device="meta") for n in (10**5, 2))
-    documents = Documents(ids, bounds, by_row=False) if packed else None
-    cut = attention._Forward(q, v, v, 1.0, False, documents, False, None, 1).cut
-    states = final._LocalStates(q, q, 3, False, documents, True, 1.0, 1).states
-    assert attention.plan_of(q, v, packed) == cut
-    assert states.rows == -(-(10**5) // (cut.split_len * cut.splits_grad)) * cut.splits_grad
-    assert (attention.plan_of(q, v, not packed).splits_grad < cut.splits_grad) == packed
-
-
 @pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 64)])
 def test_overlapped_walks_of_documents(K, V):
     """Those of Hopper, but for states of documents."""
@@ -195,20 +153,49 @@ def test_decoding(options):
 LENGTHS = [*range(1, 5000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0, 1))]
 
 
-@pytest.mark.parametrize("programs", [1, 2, 24, 64, 255, 256, 5000])
+PROGRAMS = [1, 2, 14, 24, 40, 48, 64, 80, 160, 255, 256, 5000]  # of o, where sequences are not cut
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
 def test_plan(programs):
-    """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts that fill the GPU."""
+    """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts."""
     for T in LENGTHS:
         part, *parts = tiling.plan_splits(T, programs, 2 * programs)
         segments = [-(-T // (part * n)) for n in parts]
         count = -(-T // part)
         assert part % 64 == 0 and count <= 32
         assert count == 1 or part >= (256 if count == segments[0] else 1024)
-        assert 1 <= segments[1] <= segments[0] <= 32
-        assert segments[0] == 1 or (segments[0] - 1) * programs < tiling.PROGRAMS
+        assert all(1 <= n <= 32 for n in segments)
         if T >= 2**20:
-            assert segments[0] == 32 or segments[0] * programs >= tiling.PROGRAMS
+            assert tuple(segments) == tiling._segments(programs, 2 * programs, tiling.PROGRAMS)
         assert T >= 1024 or segments == [1, 1]
+
+
+def ends(lengths: list[float], slots: int) -> float:
+    """When the last of programs that start in this order ends, if ``slots`` run at a time."""
+    free = [0.0] * slots
+    for length in lengths:
+        heapq.heappush(free, heapq.heappop(free) + length)
+    return max(free)
+
+
+@pytest.mark.parametrize("slots", [tiling.PROGRAMS, tiling.PROGRAMS // 2])
+@pytest.mark.parametrize("programs", PROGRAMS[:-1])
+def test_segments_fill_the_gpu(programs, slots):
+    """Their programs, one by one on a GPU's slots, end as soon as is foretold, and no more than 3% after those of any
+    other number of segments."""
+    times = {}
+    for n in range(1, 33):
+        states = tiling.STATE_PASS * (1 - 1 / n) * programs / slots
+        times[n] = ends([1 / n] * (programs * n), slots) + states, states
+    o, grads = tiling._segments(programs, 2 * programs, slots)
+    assert times[o][0] <= 1.03 * min(time for time, _ in times.values())
+    both = {}
+    for n in {1, 2, 4, 8, grads}:
+        both[n] = ends([1 / o] * (programs * o) + [1 / n] * (2 * programs * n), slots)
+        assert both[n] == pytest.approx(tiling._walks(programs, o, 2 * programs, n, slots))
+    others = [both[n] + times[n][1] for n in both if math.lcm(n, o) <= 32]
+    assert both[grads] + times[grads][1] <= 1.03 * min(others)
 
 
 def test_plan_of_deterministic_algorithms():
