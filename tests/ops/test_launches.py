@@ -45,7 +45,7 @@ def check_compiled(gpu: str) -> None:
     overlapped = [line for line in lines if " overlapped " in line]
     assert len(overlapped) == (8 if gpu == "sm_90" else 0)
     for line in overlapped:
-        assert int(re.search(r"spills=(\d+)", line)[1]) <= (20 if "64x256" in line else 0), line
+        assert int(re.search(r"spills=(\d+)", line)[1]) <= (48 if "64x256" in line else 0), line
     # two programs of a multiprocessor
     pairs = [int(re.search(r"shared=(\d+)", line)[1]) for line in overlapped if "128x128" in line]
     assert all(2 * (n + KIB) <= 228 * KIB for n in pairs), pairs
@@ -113,7 +113,7 @@ def test_overlapped_walks(K, V):
         launches = record(dtype=BF16, T=T, H=8, K=K, V=V, descriptors=True, overlapped=True)
         assert tuple(x.what for x in launches) == names
         forward, backward = (x for x in launches if x.what in SINGLE)
-        overlapped = [K <= 128 == max(K, V), True]
+        overlapped = [max(K, V) >= 128, True]
         assert [x.kernel for x in (forward, backward)] == [HOPPER[0] if overlapped[0] else "walk_kernel", HOPPER[1]]
         given, found = forward.arguments, backward.arguments
         assert given["BK"] >= K and forward.grid[0] == -(-V // given["BV"]) * 8 * given["segments"]
@@ -122,7 +122,7 @@ def test_overlapped_walks(K, V):
         for launch in [x for x, is_so in zip((forward, backward), overlapped, strict=True) if is_so]:
             # states that a launch before it computes
             assert launch.options.get("launch_pdl", False) == launch.arguments["AFTER_STATES"] == (names == SEGMENTED)
-    for other in (dict(T=16), dict(documents=3), dict(descriptors=False), dict(dtype=torch.float16)):
+    for other in (dict(T=16), dict(descriptors=False), dict(dtype=torch.float16)):
         options = dict(dtype=BF16, T=1000, K=K, V=V, descriptors=True, overlapped=True) | other
         assert not {x.kernel for x in record(**options)} & set(HOPPER)
 
@@ -131,7 +131,7 @@ def test_overlapped_walks(K, V):
 def test_overlapped_walks_of_documents(K, V):
     """Those of Hopper, but for states of documents."""
     options = dict(dtype=BF16, T=10**4, H=8, K=K, V=V, documents=3, descriptors=True, overlapped=True)
-    taken = {HOPPER[1], *HOPPER[: K == V == 128]}
+    taken = {HOPPER[1], *HOPPER[: max(K, V) >= 128]}
     for states, wanted in (dict(states=False), taken), (dict(by_row=True), taken), ({}, set()):
         launches = record(**options, **states)
         assert {x.kernel for x in launches} & set(HOPPER) == wanted

@@ -5,9 +5,9 @@ and a chunk's products overlap: the one with the state runs while the products o
 stored, the state's update runs while outputs are stored.
 
 A program of 4 warps holds BV = 64 columns of the state in registers, [BV, BK], one of 8 warps 128. States are those of
-sequences (BY_ROW): those of documents would enter and leave inside chunks. Everything else,
-names included, is as in ``kernels.py``, but for two parameters: STAGES, and AFTER_STATES, which says that the launch
-before this one computes the states of splits and may still run.
+sequences (BY_ROW): those of documents would enter and leave inside chunks. Everything else, names included, is as in
+``kernels.py``, but for two parameters: STAGES, and AFTER_STATES, which says that the launch before this one computes
+the states of splits and may still run.
 """
 
 from __future__ import annotations
