@@ -131,7 +131,7 @@ def test_overlapped_walks(K, V):
 def test_overlapped_walks_of_documents(K, V):
     """Those of Hopper, but for states of documents."""
     options = dict(dtype=BF16, T=10**4, H=8, K=K, V=V, documents=3, descriptors=True, overlapped=True)
-    taken = {HOPPER[1], *HOPPER[: max(K, V) >= 128]}
+    taken = set(HOPPER)
     for states, wanted in (dict(states=False), taken), (dict(by_row=True), taken), ({}, set()):
         launches = record(**options, **states)
         assert {x.kernel for x in launches} & set(HOPPER) == wanted
@@ -156,46 +156,51 @@ LENGTHS = [*range(1, 5000, 7), *(2**n + d for n in range(10, 24) for d in (-1, 0
 PROGRAMS = [1, 2, 14, 24, 40, 48, 64, 80, 160, 255, 256, 5000]  # of o, where sequences are not cut
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["pairs", "alone"])
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_plan(programs):
-    """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts."""
+def test_plan(programs, alone):
+    """Parts of whole chunks, few of them, long enough to be worth it; segments of whole parts that fill the GPU."""
     for T in LENGTHS:
-        part, *parts = tiling.plan_splits(T, programs, 2 * programs)
+        part, *parts = tiling.plan_splits(T, programs, 2 * programs, alone)
         segments = [-(-T // (part * n)) for n in parts]
         count = -(-T // part)
         assert part % 64 == 0 and count <= 32
-        assert count == 1 or part >= (256 if count == segments[0] else 1024)
+        assert count == 1 or part >= (256 if count == max(segments) else 1024)
         assert all(1 <= n <= 32 for n in segments)
-        if T >= 2**20:
-            assert tuple(segments) == tiling._segments(programs, 2 * programs, tiling.PROGRAMS)
         assert T >= 1024 or segments == [1, 1]
+        if alone:
+            assert T < 2**20 or tuple(segments) == tiling._segments_alone(programs, 2 * programs)
+        else:
+            assert segments[1] <= segments[0]
+            assert segments[0] == 1 or (segments[0] - 1) * programs < tiling.PROGRAMS
+            assert T < 2**20 or segments[0] == 32 or segments[0] * programs > 0.85 * tiling.PROGRAMS
 
 
-def ends(lengths: list[float], slots: int) -> float:
-    """When the last of programs that start in this order ends, if ``slots`` run at a time."""
-    free = [0.0] * slots
+def ends(lengths: list[float]) -> float:
+    """When the last of programs that start in this order ends, if each multiprocessor runs one at a time."""
+    free = [0.0] * tiling.ALONE
     for length in lengths:
         heapq.heappush(free, heapq.heappop(free) + length)
     return max(free)
 
 
-@pytest.mark.parametrize("slots", [tiling.PROGRAMS, tiling.PROGRAMS // 2])
+@pytest.mark.parametrize("kinds", [(1, 2), (1, 3), (2, 3)], ids=str)  # as many of o as of dk and dv; of V, K columns
 @pytest.mark.parametrize("programs", PROGRAMS[:-1])
-def test_segments_fill_the_gpu(programs, slots):
-    """Their programs, one by one on a GPU's slots, end as soon as is foretold, and no more than 3% after those of any
+def test_segments_fill_the_gpu(programs, kinds):
+    """Their programs, one by one on all multiprocessors, end as soon as is foretold, and not 3% after those of any
     other number of segments."""
+    o, grads = (programs * n for n in kinds)
+    states = lambda n: tiling.STATE_PASS * (1 - 1 / n) * o / tiling.ALONE
+    best, best_grads = tiling._segments_alone(o, grads)
+    times = {n: ends([1 / n] * (o * n)) + states(n) for n in range(1, 33)}
+    assert times[best] <= 1.03 * min(times.values())
     times = {}
-    for n in range(1, 33):
-        states = tiling.STATE_PASS * (1 - 1 / n) * programs / slots
-        times[n] = ends([1 / n] * (programs * n), slots) + states, states
-    o, grads = tiling._segments(programs, 2 * programs, slots)
-    assert times[o][0] <= 1.03 * min(time for time, _ in times.values())
-    both = {}
-    for n in {1, 2, 4, 8, grads}:
-        both[n] = ends([1 / o] * (programs * o) + [1 / n] * (2 * programs * n), slots)
-        assert both[n] == pytest.approx(tiling._walks(programs, o, 2 * programs, n, slots))
-    others = [both[n] + times[n][1] for n in both if math.lcm(n, o) <= 32]
-    assert both[grads] + times[grads][1] <= 1.03 * min(others)
+    for n in {1, 2, 4, 8, best_grads}:
+        if math.lcm(n, best) <= 32:
+            end = ends([1 / best] * ((grads - o) * best) + [1 / n] * (grads * n))
+            assert end == pytest.approx(tiling._ends(grads - o, best, grads, n))
+            times[n] = end + states(n)
+    assert times[best_grads] <= 1.03 * min(times.values())
 
 
 def test_plan_of_deterministic_algorithms():

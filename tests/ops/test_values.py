@@ -40,7 +40,7 @@ def test_real_segments(triton_impl, rng):
 
 @pytest.mark.parametrize("documents", [None, (90, 0, 30, 200)])
 def test_parts_out_of_reach(triton_impl, rng, cut, documents):
-    """Decays from none to so strong that earlier parts and chunks are skipped: -1 reaches 88 tokens back."""
+    """Decays from none to so strong that earlier parts and chunks are skipped: -1 reaches 50 tokens back."""
     cut(128)
     decays = (0.0, -0.001, -0.3, -1.0, -5.0, -1e9)
     check(triton_impl, make_case(rng, triton_impl, B=1, T=320, H=6, log_decay=decays, documents=documents))

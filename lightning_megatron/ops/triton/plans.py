@@ -107,7 +107,7 @@ def walk(
     (B, T), (heads, K), V = rows_of(k, pieces), k.shape[2:], v.shape[-1]
     segments, states_only, packed = cdiv(T, split_len * splits), q is None, documents is not None
     overlapped = (
-        not states_only and tiling.o_gains(K, V) and (by_row(documents) or not (incoming or outgoing))
+        not states_only and tiling.o_gains(K, V, packed) and (by_row(documents) or not (incoming or outgoing))
         and tiling.overlaps(q, k, v, K=K, V=V)
     )  # fmt: skip
     tiles = (

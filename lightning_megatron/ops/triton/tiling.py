@@ -10,10 +10,10 @@ import torch
 
 from .launch import cdiv, launcher_is_known, pad
 
-# Programs that a GPU of 132 multiprocessors runs at a time, two on each. A constant, so that results do not depend on
-# the GPU; with wide heads a program of hopper.py takes the place of two.
-PROGRAMS = 264
-STATE_PROGRAMS = 1024  # those that compute states of splits are short
+# Programs that fill a GPU of 132 multiprocessors, two on each or one alone. Constants, so that results do not depend on
+# the GPU.
+PROGRAMS = 256
+ALONE = 132
 STATE_PASS = 0.5  # time of the states of splits, in that of a walk over all tokens that fills the GPU
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
@@ -38,7 +38,7 @@ def tiles_of(dtype: torch.dtype, K: int, V: int, few_tokens: bool, long_chunks: 
     if dtype == torch.float32:  # plain fp32 arithmetic: correct, not fast
         return Tiles(BK, min(BV, 32), 16 if BK > 128 else 32, 4, 1)
     if BK > 128:
-        return Tiles(BK, min(BV, 64), 16, 4, 3)
+        return Tiles(BK, min(BV, 64), 32 if long_chunks else 16, 4, 3)
     return Tiles(BK, min(BV, 64), 16 if few_tokens else 64 if long_chunks else 32, 4, 4)
 
 
@@ -50,60 +50,63 @@ class SplitPlan(NamedTuple):
     splits_grad: int  # for dk and dv
 
 
-def _walks(queries: int, segments: int, others: int, segments_others: int, slots: int) -> float:
-    """Time of a launch, in that of a program that walks a whole sequence: ``queries`` programs of one of ``segments``
-    each, and then ``others``, as slots get free."""
-    rounds, rest = divmod(queries * segments, slots)
+def _ends(queries: int, segments: int, others: int, segments_others: int) -> float:
+    """When a launch ends, in the time of a program that walks a whole sequence: ``queries`` programs of one of
+    ``segments`` each, and then ``others``, as multiprocessors get free."""
+    rounds, rest = divmod(queries * segments, ALONE)
     first, last = rounds / segments, (rounds + bool(rest)) / segments
-    for n in range(cdiv(others * segments_others, slots - rest) + 1):  # after n programs of some slot
-        for start in (first, last):
-            end = max(last, start + n / segments_others)
-            ran = [int((end - x) * segments_others + 1e-6) for x in (first, last)]
-            if (slots - rest) * ran[0] + rest * ran[1] >= others * segments_others:
-                return end
-    raise AssertionError("the loop ends where the first slots run all")
+    most = cdiv(others * segments_others, ALONE - rest)  # that those which get free first would run of the others
+    for end in sorted(max(last, x + n / segments_others) for x in (first, last) for n in range(most + 1)):
+        ran = [int((end - x) * segments_others + 1e-6) for x in (first, last)]
+        if (ALONE - rest) * ran[0] + rest * ran[1] >= others * segments_others:
+            return end
+    raise AssertionError("the last of these is late enough")
 
 
 @functools.cache
-def _segments(programs: int, programs_grad: int, slots: int) -> tuple[int, int]:
-    """Into how many segments sequences of any length are cut, for o and dq, and for dk and dv.
+def _segments_alone(programs: int, programs_grad: int) -> tuple[int, int]:
+    """Into how many segments long sequences are cut, for o and dq, and for dk and dv, if a multiprocessor runs one
+    program at a time.
 
     More of them fill the GPU to its last round of programs, and cost more states: all but the last segment's.
     """
-    states = lambda n: STATE_PASS * (1 - 1 / n) * programs / slots
+    states = lambda n: STATE_PASS * (1 - 1 / n) * programs / ALONE
     counts = range(1, MAX_SEGMENTS + 1)
-    best = min(counts, key=lambda n: cdiv(programs * n, slots) / n + states(n))
+    best = min(counts, key=lambda n: cdiv(programs * n, ALONE) / n + states(n))
     queries = programs_grad - programs
     fitting = [n for n in counts if math.lcm(n, best) <= MAX_SPLITS]
-    return best, min(fitting, key=lambda n: _walks(queries, best, programs_grad, n, slots) + states(n))
+    return best, min(fitting, key=lambda n: _ends(queries, best, programs_grad, n) + states(n))
 
 
-def plan_splits(T: int, programs: int, programs_grad: int, slots: int = PROGRAMS) -> SplitPlan:
-    """Where sequences are cut, if one segment has ``programs`` programs (``programs_grad`` for dk and dv), and the GPU
-    runs ``slots`` at a time.
+def plan_splits(T: int, programs: int, programs_grad: int, alone: bool = False) -> SplitPlan:
+    """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
 
-    Splits are shorter than segments, so that more programs compute their states. Another plan rounds differently. Under
-    ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the same bits in any batch, and
-    a head on any tensor-parallel rank.
+    What two programs of a multiprocessor leave of a last round runs faster, and does not matter; that of programs which
+    run ``alone`` does. Splits are shorter than segments, so that more programs compute their states. Another plan
+    rounds differently. Under ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the
+    same bits in any batch, and a head on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
-        programs, programs_grad, slots = 32, 64, PROGRAMS
+        programs, programs_grad, alone = PROGRAMS // 8, PROGRAMS // 4, False
+    if alone:
+        wanted = _segments_alone(int(programs), int(programs_grad))  # torch.compile may have symbols for numbers
+        whole = math.lcm(*wanted)  # so that segments have equally many splits
+    else:
+        wanted, whole = (cdiv(PROGRAMS, programs), cdiv(PROGRAMS, programs_grad)), 1
     most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
-    wanted = _segments(int(programs), int(programs_grad), slots)  # torch.compile may have symbols for numbers
     segments, segments_grad = (min(n, most) for n in wanted)
-    whole = math.lcm(*wanted)  # so that segments have equally many splits
     fit = min(T // MIN_SPLIT, MAX_SPLITS)
-    count = max(segments, min(cdiv(min(cdiv(STATE_PROGRAMS, programs), fit), whole), fit // whole) * whole)
+    count = max(segments, min(cdiv(min(cdiv(4 * PROGRAMS, programs), fit), whole), fit // whole) * whole)
     return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
 def plan_for(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype) -> SplitPlan:
-    few = bool(T <= 16)
-    tiles, tiles_grad, slots = tiles_of(dtype, K, V, few), tiles_of(dtype, V, K, few), PROGRAMS
-    if is_wide(K, V) and dtype == torch.bfloat16:
-        tiles, tiles_grad, slots = hopper_tiles(K, V), hopper_tiles(V, K), PROGRAMS // 2
+    few, alone = bool(T <= 16), is_wide(K, V) and dtype == torch.bfloat16
+    tiles, tiles_grad = tiles_of(dtype, K, V, few), tiles_of(dtype, V, K, few)
+    if alone:
+        tiles, tiles_grad = hopper_tiles(K, V), hopper_tiles(V, K)
     columns_v, columns_k = cdiv(V, tiles.BV), cdiv(K, tiles_grad.BV)
-    return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)), slots)
+    return plan_splits(T, max(1, B * H * columns_v), max(1, B * H * (columns_v + columns_k)), alone)
 
 
 @functools.cache
@@ -144,9 +147,9 @@ def overlaps(*tensors: torch.Tensor, K: int, V: int) -> bool:
 
 
 @functools.cache
-def o_gains(K: int, V: int) -> bool:
-    """Whether ``hopper.py`` is faster for o, too. With heads of 64 it takes 2% longer."""
-    return max(pad(K), pad(V)) >= 128
+def o_gains(K: int, V: int, packed: bool) -> bool:
+    """Whether ``hopper.py`` is faster for o, too. With heads of 64 it takes 4% longer for sequences not packed."""
+    return packed or max(pad(K), pad(V)) >= 128
 
 
 def is_wide(K: int, V: int) -> bool:
