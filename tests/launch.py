@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"
 # A GPU, if there is one, is hidden: these runs are for the CPU. One thread, since ranks share the cores.
 ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+GPU_ENV = {name: value for name, value in ENV.items() if name != "CUDA_VISIBLE_DEVICES"}
 PRELOAD = "LIGHTNING_TESTS_PRELOAD"
 STARTING = threading.Lock()  # exec finds no environment (EFAULT) while another thread changes it, as _context() does
 GRACE = 10.0  # seconds for the other ranks to end, and show why, once one has failed

@@ -16,8 +16,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers.generate import EVERYTHING, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
-from tests.launch import ENV, ROOT, Run, run_pretrain, spawn
+from examples.mortal import mortal
+from tests.helpers.generate import (
+    DEVICES,
+    EVERYTHING,
+    LOCAL,
+    MOE,
+    NUMBERS,
+    SCRIPT,
+    SIZE,
+    VOCAB,
+    Numbers,
+    decided,
+    logits_of,
+    save_bf16,
+)
+from tests.launch import ENV, GPU_ENV, ROOT, Run, run_pretrain, spawn
+from tests.tolerances import LOGITS
 
 PROMPT = "7 1 200 33 33 5 90 18 2"
 CHECKPOINTS = {
@@ -100,6 +115,61 @@ def test_started_by_torchrun_as_a_user_does(checkpoint):
     found = json.loads(run.stdout)
     alone = generate(checkpoint("hybrid"), *flags[2:], "--prompt", PROMPT)
     assert found["tokens"] == json.loads(alone.log.splitlines()[-1])["tokens"] and found["prompt"] == PROMPT
+
+
+# ---- a pipe ----------------------------------------------------------------------------------------------------------
+
+MODULE = "lightning_megatron.inference.generate"
+
+
+def read_as_it_comes(command: list[str], env: dict[str, str]) -> list[tuple[str, bool]]:
+    """What each read of a command's standard output finds, and whether the command still ran then."""
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True) as process:
+        found = []
+        while piece := os.read(process.stdout.fileno(), 1 << 16):
+            found.append((piece.decode(), process.poll() is None))
+    assert process.returncode == 0
+    return found
+
+
+def assert_streams(found: list[tuple[str, bool]], prompt: str, tokens: int) -> list[int]:
+    """The first tokens arrive before half of all are there, and the others in many parts; returns the tokens."""
+    text = "".join(piece for piece, _ in found)
+    assert text.startswith(prompt), text[:200]
+    numbers = [int(x) for x in text.removeprefix(prompt).partition("\n")[0].split()]
+    assert len(numbers) == tokens
+    arrived, first, parts = "", None, 0
+    for piece, running in found:
+        arrived += piece
+        count = len(arrived.removeprefix(prompt).partition("\n")[0].split())
+        if arrived.startswith(prompt) and count:
+            first, parts = first or (count, running), parts + 1
+    assert first is not None and first[1] and first[0] < tokens / 2 and parts > 5, (first, parts, tokens)
+    return numbers
+
+
+@pytest.mark.parametrize("gpus", DEVICES)
+def test_text_arrives_before_the_end(gpus, tmp_path):
+    """Through a pipe, which Python fills in blocks of 8 KiB unless it is told; in bf16, with the tokens of passes
+    without caches.
+    """
+    prompt, count = [int(x) for x in PROMPT.split()], 100
+    save_bf16(tmp_path, gpus, *EVERYTHING.split())
+    env = os.environ | (GPU_ENV if gpus else ENV)
+    env.pop("PYTHONUNBUFFERED")
+    ask = ("--load", str(tmp_path), "--prompt", PROMPT, "--tokens", str(count), "--temperature", "0", *LOCAL)
+    tokens = assert_streams(read_as_it_comes(mortal("-m", MODULE, *ask), env), PROMPT, count)
+    (logits,) = logits_of(tmp_path, [prompt + tokens], gpus)
+    assert decided(logits, prompt, tokens, 2 * LOGITS[torch.bfloat16]) >= 64
+
+
+def test_text_of_ranks_arrives_before_the_end(checkpoint):
+    """Through torchrun, too."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ask = ("--load", str(checkpoint("hybrid")), "--prompt", PROMPT, "--tokens", "100", "--temperature", "0")
+    env = os.environ | ENV
+    env.pop("PYTHONUNBUFFERED")
+    assert_streams(read_as_it_comes([*torchrun, "-m", MODULE, *ask, *TP2.split()], env), PROMPT, 100)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import random
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.generate import EVERYTHING, NUMBERS, SIZE, VOCAB
+from examples.mortal import mortal
+from tests.helpers.generate import DEVICES, EVERYTHING, LOCAL, NUMBERS, SIZE, VOCAB, logits_of, save_bf16
 from tests.helpers.training import LATENT
-from tests.launch import Run, run_pretrain, spawn
+from tests.launch import ENV, GPU_ENV, ROOT, Run, run_pretrain, spawn
 
 MODULE = "lightning_megatron.inference.perplexity"
 LENGTH = 300  # tokens, in chunks that do not divide it
@@ -197,6 +200,28 @@ def test_buckets_of_positions(checkpoint, tmp_path):
     ]
     assert found["tokens"] == 2499 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
     assert sum(b["nll"] * b["tokens"] for b in found["buckets"]) / 2499 == pytest.approx(found["nll"])
+
+
+@pytest.mark.parametrize("gpus", DEVICES)
+def test_a_process_in_bf16(gpus, tmp_path):
+    """As a user starts it: what passes without caches lose, up to rounding, and no further from fp32 than they are."""
+    text = ids(500)
+    (tmp_path / "text").write_text(" ".join(map(str, text)))
+    save_bf16(tmp_path / "run", gpus, *EVERYTHING.split())
+    ask = ("--load", str(tmp_path / "run"), "--text", str(tmp_path / "text"), "--chunk", "37", "--json", *LOCAL)
+    env = os.environ | (GPU_ENV if gpus else ENV)
+    run = subprocess.run(mortal("-m", MODULE, *ask), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert ("no GPU, so it runs on the CPU" in run.stderr) != gpus
+    found = json.loads(run.stdout)
+    rough, exact = (
+        float(torch.nn.functional.cross_entropy(logits_of(tmp_path / "run", [text[:-1]], gpus, dtype=dtype)[0].double(),
+                                                torch.tensor(text[1:])))
+        for dtype in (None, torch.float32)
+    )  # fmt: skip
+    print(found["nll"], rough, exact)
+    assert found["tokens"] == len(text) - 1
+    assert abs(found["nll"] - rough) < 1e-2 and abs(found["nll"] - exact) < 1e-2
 
 
 def test_command_says_what_is_kept_and_has_a_limit(checkpoint, tmp_path):

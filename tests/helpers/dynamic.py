@@ -1,14 +1,17 @@
 """Megatron's dynamic inference engine in a process of `spawn`: models, engines, what a run computed, and its judge.
 
 The judge is one forward pass without any cache over a request's prompt and the tokens that the engine added: the engine
-is right if its logits at every position are those, and every token the largest of them.
+is right if its logits at every position are those, and every token the largest of them. Where a token takes its last
+expert by less than rounding, the judge takes the engine's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
+import sys
 import zlib
 from collections import defaultdict
 from types import SimpleNamespace
@@ -37,6 +40,8 @@ from tests.helpers.models import gpt
 
 NOISE = 1e-5  # of logits in fp32, relative to the largest of a position: what users are promised
 VOCAB = 64  # of helpers.models.gpt
+Experts = tuple[torch.Tensor, torch.Tensor]
+"""Each expert's share of a token, and whether it gets the token; ``[tokens or layers, experts]``."""
 EVERYTHING = dict(num_kv_heads=2, qk_norm=True, rope=True, norm="all", decay="minimax")
 MOE = dict(num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2, moe_router_load_balancing_type="none")
 PADDED = dict(moe_token_dispatcher_type="alltoall", moe_pad_experts_for_cuda_graph_inference=True)
@@ -153,9 +158,15 @@ class Run:
         self.prompts: dict[int, list[int]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.logits: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
+        self.experts: dict[int, dict[int, Experts]] = defaultdict(dict)
         self.repeated = 0.0  # largest difference of logits that were computed more than once
+        self.changed = False  # whether a token went to other experts when it was computed once more
         self.most_paused = 0
-        self.handle = model.register_forward_hook(self._keep)
+        self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+        self.routed: dict[TopKRouter, Experts] = {}  # of this pass; steps that are CUDA graphs call no hooks
+        note = lambda router, inputs, outputs: self.routed.update({router: outputs})
+        self.handles = [router.register_forward_hook(note) for router in self.routers]
+        self.handles.append(model.register_forward_hook(self._keep))
 
     @staticmethod
     def _bytes(config, states, blocks: int, how: dict) -> int:
@@ -169,12 +180,18 @@ class Run:
 
     def _keep(self, module, inputs, logits) -> None:
         context, n = self.context, self.context.active_token_count
+        routed, self.routed = [self.routed.get(router) for router in self.routers], {}
         if not module.post_process:
             return  # another pipeline stage has the logits
         owners = context.request_ids[context.token_to_request_idx[:n].long()].tolist()
-        for row, owner, place in zip(
-            logits[0, :n].float().cpu(), owners, context.token_to_pos_ids[:n].tolist(), strict=True
-        ):
+        places = context.token_to_pos_ids[:n].tolist()
+        if routed and all(x is not None and len(x[0]) >= n for x in routed):  # sequence parallelism has parts of them
+            shares, chosen = (torch.stack([x[:n].cpu() for x in every], 1) for every in zip(*routed, strict=True))
+            for i, (owner, place) in enumerate(zip(owners, places, strict=True)):
+                before = self.experts[owner].get(place)
+                self.changed |= before is not None and not torch.equal(before[1], chosen[i])
+                self.experts[owner][place] = shares[i], chosen[i]
+        for row, owner, place in zip(logits[0, :n].float().cpu(), owners, places, strict=True):
             before = self.logits[owner].get(place)
             if before is not None:
                 self.repeated = max(self.repeated, float((row - before).abs().max() / before.abs().max()))
@@ -195,7 +212,7 @@ class Run:
     def reset(self) -> None:
         """Whatever runs is forgotten."""
         self.engine.reset()
-        for mine in (self.prompts, self.tokens, self.logits):
+        for mine in (self.prompts, self.tokens, self.logits, self.experts):
             mine.clear()
 
     def finish(self, most: int = 100_000) -> None:
@@ -206,28 +223,24 @@ class Run:
     @torch.inference_mode()  # or Megatron would make a graph of this pass where engines have some
     def judge(self) -> dict[str, float]:
         """Largest difference of logits to a pass without caches, relative to the largest of the position; and numbers
-        of tokens that are not the largest logit, and of those whose logit is within NOISE of it (a tie). From where an
-        expert is chosen by less than that on, a request is not compared.
+        of tokens that are the largest logit (``tokens``), of those that are not, and of those whose logit is within
+        NOISE of it (``ties``). ``swapped``: experts that the engine chose otherwise, by less than NOISE. Where it is
+        not known what the engine chose, as in CUDA graphs, a request is compared up to there; ``left`` is the rest.
         """
         InferenceMode.unset_active()
-        worst, wrong, ties, positions, left, skipped, noisy = 0.0, 0, 0, 0, 0, 0, 0
-        margins: list[torch.Tensor] = []
-        routers = [m for m in self.model.modules() if isinstance(m, TopKRouter)]
-        note = lambda router, inputs, outputs: margins.append(_margins(router, inputs[0]))
-        hooks = [router.register_forward_hook(note) for router in routers]
+        worst, wrong, ties, compared, positions, left, skipped, noisy, swapped = 0.0, 0, 0, 0, 0, 0, 0, 0, 0
         for number, prompt in self.prompts.items():
             new = self.tokens.get(number)
             if new is None:
                 continue  # it never began
             whole = prompt + new
-            margins.clear()
+            replay = Replay(self, number)
             tokens, places = (x[None].to("cuda") for x in (torch.tensor(whole), torch.arange(len(whole))))
             want = self.model(tokens, places, None)[0].float().cpu()
             largest, end = want.abs().amax(-1), len(whole) - 1
             got = self.logits[number]
             skipped += end - len(set(got) & set(range(end)))
-            if margins and (close := (torch.stack(margins).cpu().amin(0) < NOISE).nonzero()).numel():
-                left, end = left + max(end - int(close[0]), 0), min(end, int(close[0]))
+            left, end = left + max(end - replay.end, 0), min(end, replay.end)
             there = [i for i in range(end) if i in got]
             rows = torch.stack([got[i] for i in there]) if there else want[:0]
             error = difference(rows, want[there])
@@ -237,16 +250,17 @@ class Run:
                 noisy, error = noisy + 1, 0.0 if mine < 4 * other < 4 * NOISE else error
             worst = max(worst, error)
             positions += len(rows)
-            for i, token in enumerate(new, start=len(prompt) - 1):
-                if i < end and token != int(want[i].argmax()):
-                    tie = want[i].max() - want[i, token] < NOISE * largest[i]
-                    ties, wrong = ties + bool(tie), wrong + (not tie)
-        for hook in hooks:
-            hook.remove()
-        repeated = 0.0 if left else self.repeated
+            for i, token in list(enumerate(new, start=len(prompt) - 1))[: max(end - len(prompt) + 1, 0)]:
+                tie = want[i].max() - want[i, token] < NOISE * largest[i]
+                right = token == int(want[i].argmax())
+                compared, ties, wrong = compared + right, ties + bool(tie and not right), wrong + (not tie)
+            swapped += replay.remove()
+        repeated = 0.0 if left or self.changed else self.repeated
         assert self.context.enable_prefix_caching or not skipped, f"{skipped} positions have no logits"
-        numbers = dict(wrong=wrong, ties=ties, positions=positions, left=left, skipped=skipped, noisy=noisy)
-        return dict(worst=worst, repeated=repeated) | numbers
+        return dict(
+            worst=worst, repeated=repeated, wrong=wrong, ties=ties, tokens=compared, positions=positions, left=left,
+            skipped=skipped, noisy=noisy, swapped=swapped,
+        )  # fmt: skip
 
     def _exact(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
         """Logits of a pass in fp64, by the torch backend; None for bf16 weights."""
@@ -275,20 +289,81 @@ class Run:
                     norm.backend = backend
 
     def close(self) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         InferenceMode.unset_active()
 
 
-def _margins(router: TopKRouter, hidden: torch.Tensor) -> torch.Tensor:
-    """By how much the last expert of each token was chosen, relative to the largest logit; hidden ``[s, 1, h]``."""
-    logits = (hidden.float() @ router.weight.float().T).flatten(0, -2)
-    best = logits.topk(router.topk + 1, -1).values
-    return (best[:, -2] - best[:, -1]) / logits.abs().amax(-1)
+class Replay:
+    """The judge's routers take the experts of a run's request where theirs are as good to within NOISE.
+
+    Else a token whose second and third expert are equal to seven digits would show that the engine rounds otherwise,
+    and so would all later tokens, of which it is the past. ``end`` is the first position where the engine's choice
+    would have to be known, and is not.
+    """
+
+    def __init__(self, run: Run, number: int):
+        self.run, self.number, self.end, self.swapped = run, number, sys.maxsize, set()
+        self.whole = run.prompts[number] + run.tokens[number]
+        self.hooks = [
+            router.register_forward_hook(functools.partial(self._choose, layer))
+            for layer, router in enumerate(run.routers)
+        ]
+
+    def remove(self) -> int:
+        """Returns how many experts were the engine's and not the judge's."""
+        for hook in self.hooks:
+            hook.remove()
+        return len(self.swapped)
+
+    def _choose(self, layer: int, router: TopKRouter, inputs: tuple[torch.Tensor, ...], outputs: Experts) -> Experts:
+        shares, chosen = (x.clone() for x in outputs)
+        logits = (inputs[0].float() @ router.weight.float().T).flatten(0, -2)
+        best, near = logits.topk(router.topk + 1, -1).values, NOISE * logits.abs().amax(-1)
+        for i in (best[:, -2] - best[:, -1] < near).nonzero().flatten().tolist():
+            theirs = self._theirs(i)
+            if theirs is None:
+                self.end = min(self.end, i)
+            elif not torch.equal(theirs[1][layer], chosen[i].cpu()):
+                as_good = logits[i] >= best[i, -2] - near[i]
+                if as_good[theirs[1][layer].to(as_good.device)].all():  # else the logits will show what is wrong
+                    shares[i], chosen[i] = theirs[0][layer].to(shares), theirs[1][layer].to(chosen)
+                    self.swapped.add((layer, i))
+        return shares, chosen
+
+    def _theirs(self, place: int) -> Experts | None:
+        """What the engine chose at this place of the request, or of one that began alike, and whose states it took."""
+        run, begin = self.run, self.whole[: place + 1]
+        for number in (self.number, *(run.prompts if run.context.enable_prefix_caching else ())):
+            if (
+                place in run.experts[number]
+                and (run.prompts[number] + run.tokens.get(number, []))[: place + 1] == begin
+            ):
+                return run.experts[number][place]
+        return None
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest of all positions, relative to the largest logit of the position."""
     return float(((got - want).abs().amax(-1) / want.abs().amax(-1)).max()) if len(got) else 0.0
+
+
+def agree(mine: list[int], other: list[int], rows: torch.Tensor, logits: torch.Tensor) -> int:
+    """How many tokens two runs have in common, up to the first that both may choose: a tie.
+
+    Args:
+        rows, logits: of either run, before each token, ``[tokens, vocabulary]``.
+
+    Raises:
+        AssertionError: their logits differ by more than twice ``NOISE``, or tokens do that are no tie.
+    """
+    same = next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))
+    error = difference(rows[: same + 1], logits[: same + 1])
+    assert error < 2 * NOISE, error
+    if same < len(mine):
+        gap = float((logits[same, other[same]] - logits[same, mine[same]]) / logits[same].abs().max())
+        assert gap < 2 * NOISE, f"token {same} is {mine[same]}, not {other[same]}, by {gap} of the largest logit"
+    return same
 
 
 def prompts_of(lengths: list[int], seed: int) -> list[list[int]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.launch import ROOT
+from tests.launch import ROOT, run_pretrain, spawn
 
 SCRIPT = ROOT / "examples" / "generate.py"
 SIZE = (
@@ -21,6 +22,9 @@ EVERYTHING = (
     "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
     "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
 )
+DEVICES = [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=pytest.mark.gpu)]
+"""Values of ``gpus``, for tests that run on either."""
+LOCAL = "--transformer-impl local --no-rope-fusion".split()  # whether TransformerEngine is installed or not
 MOE = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none --disable-bias-linear"
 
 
@@ -44,3 +48,44 @@ def greedy(rank: int, world: int, folder: Path, prompt: list[int], count: int, v
     with loading.loaded_model(loading.read_checkpoint(folder), vocab_size=vocabulary) as model:
         logits = model(torch.tensor([prompt]), torch.arange(len(prompt))[None], None)[0, :, :vocabulary].float()
         return logits, loading.greedy(model, prompt, count, vocabulary)
+
+
+# ---- in bf16, on CPU or GPU ------------------------------------------------------------------------------------------
+
+
+def save_bf16(folder: Path, gpus: bool, *flags: str) -> None:
+    """A checkpoint in bf16, of a training on the device on which it will be used."""
+    run_pretrain([*SIZE, *NUMBERS.split(), *flags, "--bf16", *LOCAL, "--save", folder], gpus=gpus)
+
+
+@torch.inference_mode()
+def _logits(rank: int, world: int, folder: Path, texts: list[list[int]], vocabulary: int, dtype) -> list[torch.Tensor]:
+    from lightning_megatron.inference.loading import loaded_model, read_checkpoint
+
+    with loaded_model(read_checkpoint(folder), vocab_size=vocabulary, flags=LOCAL, dtype=dtype) as model:
+        found = []
+        for text in texts:
+            tokens, places = torch.tensor([text], device="cuda"), torch.arange(len(text), device="cuda")[None]
+            found.append(model(tokens, places, None)[0, :, :vocabulary].float().cpu())
+        return found
+
+
+def logits_of(folder: Path, texts: list[list[int]], gpus: bool, vocabulary: int = VOCAB, dtype=None):
+    """Logits [tokens, vocabulary] by a pass without caches over each text, in the checkpoint's dtype or another."""
+    return spawn(_logits, 1, folder, texts, vocabulary, dtype, gpus=gpus)[0]
+
+
+def decided(logits: torch.Tensor, prompt: list[int], tokens: list[int], noise: float) -> int:
+    """How many of the tokens after a prompt are the largest logit of a pass over all of them.
+
+    Args:
+        logits: of that pass, ``[tokens, vocabulary]``.
+        noise: by how much two logits may differ that are equal but for rounding, relative to the largest.
+
+    Raises:
+        AssertionError: another token is larger by more than that.
+    """
+    rows = logits[len(prompt) - 1 : len(prompt) + len(tokens) - 1]
+    gaps = (rows.amax(-1) - rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]) / rows.abs().amax(-1)
+    assert len(gaps) == len(tokens) and gaps.max() < noise, gaps
+    return int((gaps == 0).sum())

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.mortal import mortal
 from tests.helpers.generate import NUMBERS, SIZE
-from tests.launch import ENV, ROOT, run_pretrain
+from tests.launch import ENV, GPU_ENV, ROOT, run_pretrain
 
 SERVE = "lightning_megatron.inference.serve"
 WORDS = [f"w{i}" for i in range(246)]  # the table has 256 rows
@@ -36,9 +36,9 @@ COUNT = 12
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 
-def save_served(folder: Path) -> None:
-    """A small model and its tokenizer, which has a chat template."""
-    run_pretrain([*SIZE, *NUMBERS.split(), *MODEL.split(), "--save", folder / NAME])
+def save_served(folder: Path, *more: str, gpus: bool = False) -> None:
+    """A small model and its tokenizer, which has a chat template; ``more`` flags of the training."""
+    run_pretrain([*SIZE, *NUMBERS.split(), *MODEL.split(), *more, "--save", folder / NAME], gpus=gpus)
     tokenizer = Tokenizer(
         models.WordLevel(
             {word: i for i, word in enumerate(["<|im_start|>", "<|im_end|>", "user", "<unk>", *WORDS])},
@@ -62,13 +62,13 @@ def flags(folder: Path) -> list[str]:
 class Server:
     """The command, as a user starts it."""
 
-    def __init__(self, folder: Path, *more: str):
+    def __init__(self, folder: Path, *more: str, gpus: bool = False):
         command = mortal("-m", SERVE, *flags(folder), *more)
         self.log = folder / "log"
         with open(self.log, "wb") as out:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **ENV, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=out,
-                start_new_session=True,
+                command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, **(GPU_ENV if gpus else ENV), "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while (found := re.search(r"at (http://127\.0\.0\.1:\d+)/v1", self.log.read_text())) is None:
@@ -120,6 +120,15 @@ def follow(rank: int, world: int, folder: Path, asked: list[list[int]]) -> list[
     return found
 
 
+ALL_WORDS = ["<|im_start|>", "<|im_end|>", "user", "<unk>", *WORDS]
+
+
 def text_of(tokens: list[int]) -> str:
     """As the tokenizer has it: one word a token, and no spaces."""
-    return "".join(["<|im_start|>", "<|im_end|>", "user", "<unk>", *WORDS][token] for token in tokens)
+    return "".join(ALL_WORDS[token] for token in tokens)
+
+
+def tokens_of(text: str) -> list[int]:
+    words = re.findall(r"<\|im_start\|>|<\|im_end\|>|user|<unk>|w\d+", text)
+    assert "".join(words) == text, text
+    return [ALL_WORDS.index(word) for word in words]

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
 
+import openai
+import pytest
 import torch
 
-from tests.helpers.serve import COUNT, GREEDY, LIMIT, NAME, WORDS, later, prompts, text_of
+from tests.helpers.generate import DEVICES, LOCAL, decided, logits_of
+from tests.helpers.serve import (
+    COUNT,
+    GREEDY,
+    LIMIT,
+    NAME,
+    VOCAB,
+    WORDS,
+    Server,
+    later,
+    prompts,
+    save_served,
+    text_of,
+    tokens_of,
+)
+from tests.tolerances import LOGITS
 
 
 def test_requests_at_once_get_what_each_gets_alone(server, alone):
@@ -104,3 +123,45 @@ def test_padded_rows_are_never_drawn(client):
     )
     tokens = [token for choice in made.choices for token in choice.logprobs.tokens]
     assert len(tokens) == 6 * (LIMIT - 1) and "" not in tokens and len(set(tokens)) > 150
+
+
+@pytest.mark.parametrize("gpus", DEVICES)
+def test_in_bf16(gpus, tmp_path):
+    """Requests at once, half of them as streams, have tokens of passes without caches; on a GPU from CUDA graphs."""
+    save_served(tmp_path, "--bf16", *LOCAL, gpus=gpus)
+    made = Server(tmp_path, *LOCAL, "--max-requests=4", *["--cuda-graphs=3"] * gpus, gpus=gpus)
+
+    async def ask(client, i: int, prompt: list[int]) -> list[str]:
+        asked = dict(prompt=prompt, max_tokens=COUNT, logprobs=None if i % 2 else 0, **GREEDY)
+        if i % 2:
+            return [part.choices[0].text async for part in await client.completions.create(stream=True, **asked)]
+        return (await client.completions.create(**asked)).choices[0].logprobs.tokens
+
+    async def all_at_once() -> list[list[str]]:
+        async with later(made) as client:
+            found = await asyncio.gather(*(ask(client, i, prompt) for i, prompt in enumerate(prompts())))
+            chat = await client.chat.completions.create(
+                messages=[{"role": "user", "content": "w3"}], max_tokens=COUNT, **GREEDY
+            )
+            assert chat.usage.completion_tokens == COUNT
+            with pytest.raises(openai.BadRequestError, match="maximum context length is 128 tokens"):
+                await client.completions.create(prompt=[5] * 128, **GREEDY)
+            return found
+
+    try:
+        texts = ["".join(parts) for parts in asyncio.run(all_at_once())]
+        assert ("no GPU, so it runs on the CPU" in made.log.read_text()) != gpus
+        assert made.idle()["known"] == 0
+        made.process.send_signal(signal.SIGINT)
+        assert made.process.wait(30) == 0, made.log.read_text()
+    finally:
+        if made.process.poll() is None:
+            os.killpg(made.process.pid, signal.SIGKILL)
+    answers = [tokens_of(text) for text in texts]
+    assert [len(answer) for answer in answers] == [COUNT] * len(prompts())
+    every = logits_of(tmp_path / NAME, [p + a for p, a in zip(prompts(), answers, strict=True)], gpus, VOCAB)
+    right = [
+        decided(logits, prompt, answer, 2 * LOGITS[torch.bfloat16])
+        for logits, prompt, answer in zip(every, prompts(), answers, strict=True)
+    ]
+    assert sum(right) >= 0.8 * COUNT * len(answers), right
