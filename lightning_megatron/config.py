@@ -12,6 +12,7 @@ DECAY_PRESETS = ("tnl", "minimax", "bailing", "paper", "alibi", "none")
 FEATURE_MAPS = ("silu", "silu-qkv", "none")
 NORMS = ("head", "group", "all", "none")
 GATES = ("none", "sigmoid", "linear")
+KINDS = ("softmax", "lightning")
 BACKENDS = ("auto", "triton", "torch")
 RESIDUAL_FACTORS = ("attn_alpha", "attn_beta", "softmax_alpha", "softmax_beta", "mlp_alpha", "mlp_beta")
 CP_EXCHANGES = ("auto", "direct", "all-gather", "ring", "pipelined", "scan")
@@ -79,6 +80,11 @@ class LightningOptions:
     layernorm_affine: bool = _option(True, "give layer norms and the final norm a weight (TransNormerLLM's have none)")
     bilinear_glu: bool = _option(False, "with --swiglu: no activation, W3 (W1 x * W2 x) (TransNormerLLM)")
     embedding_scale: float = _option(1.0, "factor on the embeddings where they enter the first layer (TransNormerLLM)")
+    mtp_attention: str = _option(
+        "softmax",
+        "attention of multi-token prediction layers (--mtp-num-layers); lightning ones decay as the last layer does",
+        KINDS,
+    )
     backend: str = _option(
         "auto", "implementation of the operator and around it; auto is triton on a GPU, torch elsewhere", BACKENDS
     )
@@ -331,6 +337,19 @@ def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[boo
     if any(entry not in (0, 1) for entry in freq):
         raise ValueError(f"--linear-attention-freq {list(freq)} may hold only 1 (lightning) and 0 (softmax)")
     return [bool(entry) for entry in freq]
+
+
+def mtp_pattern(count: int | None, options: LightningOptions) -> list[bool]:
+    """Which layers of multi-token prediction (``--mtp-num-layers``) are lightning: all or none of them."""
+    return [options.mtp_attention == "lightning"] * (count or 0)
+
+
+def lightning_depths(pattern: list[bool], ahead: list[bool]) -> list[int]:
+    """Of every lightning layer the index, from 0, that its decay follows from.
+
+    ``pattern`` of the model, ``ahead`` of its layers of multi-token prediction, which decay as the last layer does.
+    """
+    return [layer for layer, lightning in enumerate(pattern) if lightning] + [len(pattern) - 1] * sum(ahead)
 
 
 def expert_pattern(freq: int | list[int], num_layers: int, experts: int | None) -> list[bool]:

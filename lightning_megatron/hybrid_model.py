@@ -78,6 +78,11 @@ def lightning_stack(config: Any, given: ModuleSpec, pattern: str) -> ModuleSpec:
 
 def checked(config: Any, options: LightningOptions, pattern: str) -> Any:
     """``as_transformer``, and refuses options that HybridModel cannot honour."""
+    if options.mtp_attention != "softmax":
+        raise ValueError(
+            f"--lightning-mtp-attention {options.mtp_attention} is not supported in HybridModel, whose "
+            f"{FLAG} says what stands behind /; leave it out, or use GPTModel and --mtp-num-layers"
+        )
     for name, none in (("recompute_chunk", None), ("embedding_scale", 1.0)):
         if getattr(options, name) != none:
             raise ValueError(
@@ -129,7 +134,10 @@ def _refuse(config: Any, layers: str, ahead: str) -> None:
     if Symbols.MOE in layers and not config.num_moe_experts:
         raise ValueError(f"{FLAG} {layers}: E needs --num-experts")
     if LETTER in ahead:
-        raise ValueError(f"{FLAG}: layers of multi-token prediction (behind /) cannot be lightning; use * there")
+        raise ValueError(
+            f"{FLAG}: layers of multi-token prediction (behind /) cannot be lightning in HybridModel; use * there, or "
+            "GPTModel with --mtp-num-layers and --lightning-mtp-attention lightning"
+        )
     if ahead and not te:
         raise ValueError(
             f"{FLAG}: multi-token prediction (behind /) has parts of TransformerEngine, which does not import: leave "

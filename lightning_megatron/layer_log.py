@@ -30,26 +30,33 @@ class StateSums:
         return values
 
 
-def lightning_layers(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Each lightning attention whose norms are logged, with Megatron's DDP around its part of the model."""
+def lightning_layers(
+    chunks: Iterable[torch.nn.Module], layers: int
+) -> Iterator[tuple[torch.nn.Module, torch.nn.Module, int]]:
+    """Each lightning attention whose norms are logged, with Megatron's DDP around its part of the model, and its index.
+
+    Layers of multi-token prediction, which count by themselves, follow the ``layers`` of the model.
+    """
     for chunk in chunks:
-        yield from ((chunk, module) for module in chunk.modules() if getattr(module, "state_sums", None) is not None)
+        for name, module in chunk.named_modules():
+            if getattr(module, "state_sums", None) is not None:
+                yield chunk, module, module.layer_number - 1 + layers * ("mtp.layers." in name)
 
 
-def squares(chunks: Iterable[torch.nn.Module], count: int, loss_scale: float) -> torch.Tensor:
+def squares(chunks: Iterable[torch.nn.Module], layers: int, ahead: int, loss_scale: float) -> torch.Tensor:
     """What this rank adds to the sums over all ranks.
 
     Args:
         chunks: Megatron's DDP modules, with the gradients that the optimizer will take.
-        count: layers of the model.
+        layers, ahead: of the model, and of multi-token prediction.
         loss_scale: factor on these gradients (fp16), which is taken out.
 
     Returns:
-        fp64 ``[3, count]``: squares of states, number of states, squares of gradients, for every layer of the model.
+        fp64 ``[3, layers + ahead]``: squares of states, number of states, squares of gradients, for every layer.
     """
-    found = torch.zeros(3, count, dtype=torch.float64, device=torch.cuda.current_device())
-    for ddp, attention in lightning_layers(chunks):
-        row, tp = found[:, attention.layer_number - 1], attention.tp_group.size()
+    found = torch.zeros(3, layers + ahead, dtype=torch.float64, device=torch.cuda.current_device())
+    for ddp, attention, index in lightning_layers(chunks, layers):
+        row, tp = found[:, index], attention.tp_group.size()
         states = attention.state_sums.take()
         if states is not None:
             # Each rank has all sequences of its own heads: a state counts once for tp ranks, its squares as they are.

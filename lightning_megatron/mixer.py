@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -72,7 +73,9 @@ class LightningAttention(MegatronModule):
         options: what Megatron's config does not say (``lightning_megatron.config``).
         layout: which tokens a context-parallel rank holds, as the data loader cuts them (``parallel.lightning_attn``).
         pg_collection: process groups; tp and cp are used.
-        depth: its index from 0 and their number, for the decay, where MLPs are layers of their own, too (HybridModel).
+        depth: its index from 0 and their number, for the decay, where layer_number counts other layers: MLPs, too
+            (HybridModel), or those of multi-token prediction alone.
+        attn_mask_type: causal. Megatron asks specs of multi-token prediction layers for it.
 
     Raises:
         ValueError: sizes that do not divide, or arguments that a lightning layer cannot honour.
@@ -91,9 +94,12 @@ class LightningAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         depth: tuple[int, int] | None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         **unknown: Any,
     ):
         super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal:
+            unknown["attn_mask_type"] = attn_mask_type
         _refuse_unknown("LightningAttention.__init__", unknown)
         del cp_comm_type  # a scheme of softmax attention
         self.options = options = options or LightningOptions()

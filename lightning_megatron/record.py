@@ -23,7 +23,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import __version__
-from .config import RESIDUAL_FACTORS, LightningOptions, expert_pattern, lightning_pattern, resolve_shape
+from .config import (
+    RESIDUAL_FACTORS,
+    LightningOptions,
+    expert_pattern,
+    lightning_depths,
+    lightning_pattern,
+    mtp_pattern,
+    resolve_shape,
+)
 from .decay import log_decay
 
 FORMAT = 1
@@ -53,6 +61,8 @@ class Model:
         self.options = options
         freq, layers = self.get("linear_attention_freq"), self.get("num_layers")
         self.pattern = lightning_pattern(freq, layers) if options else [False] * layers
+        count = self.known("mtp_num_layers", None)
+        self.ahead = mtp_pattern(count, options) if options else [False] * (count or 0)
         self.shape = resolve_shape(config, options, tp=1) if options else None
 
     def get(self, name: str) -> Any:
@@ -67,13 +77,16 @@ class Model:
         except _Unknown:
             return otherwise
 
-    # Which rows apply. A multi-token prediction layer is a softmax layer.
+    # Which rows apply.
 
     def always(self) -> bool:
         return True
 
     def softmax(self) -> bool:
-        return not all(self.pattern) or bool(self.known("mtp_num_layers", None))
+        return not all(self.pattern + self.ahead)
+
+    def mtp(self) -> bool:
+        return bool(self.ahead)
 
     def rope(self) -> bool:
         if self.latent():  # whatever GPTModel passes to its layers
@@ -125,8 +138,7 @@ def _decay(model: Model) -> list:
     options, heads, layers = model.options, model.shape.num_heads, len(model.pattern)
     every = (
         log_decay(options.decay, heads, layer, layers, offset=options.decay_offset).tolist()
-        for layer, lightning in enumerate(model.pattern)
-        if lightning
+        for layer in lightning_depths(model.pattern, model.ahead[:1])
     )
     values = " ".join(f"{value:.5e}" for layer in every for value in layer)
     return [options.decay, options.decay_offset, hashlib.sha256(values.encode()).hexdigest()[:12]]
@@ -239,6 +251,8 @@ ROWS = (
     Row("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights"),
     Row("mup", "--use-mup, --mup-embedding-mult, --mup-output-mult, --mup-base-hidden-size", read=_mup),
     Row("mtp_num_layers", "--mtp-num-layers", read=lambda m: m.get("mtp_num_layers") or None),
+    Row("mtp_attention", "--lightning-mtp-attention", "mtp",
+        lambda m: "lightning" if any(m.ahead) else "softmax", before="softmax"),
     Row("mtp_use_repeated_layer", "--mtp-use-repeated-layer",
         read=lambda m: bool(m.get("mtp_num_layers") and m.get("mtp_use_repeated_layer"))),
     Row("position_embedding_type", "--position-embedding-type", read=_position_embedding),
@@ -352,8 +366,10 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, A
 
 
 def _equal(key: str, saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    if key == "mtp_attention" and None in (saved.get("mtp_num_layers"), now.get("mtp_num_layers")):
+        return True  # without any layer on one side
     if key == "decay":  # the digest is over lightning layers: where those differ, the difference is named already
-        same_layers = saved["layers"] == now["layers"]
+        same_layers = all(saved.get(name) == now.get(name) for name in ("layers", "mtp_num_layers", "mtp_attention"))
         return saved[key][-1] == now[key][-1] if same_layers else saved[key][:-1] == now[key][:-1]
     return saved[key] == now[key]
 

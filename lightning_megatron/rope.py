@@ -62,8 +62,13 @@ def rotate(
         group, layout: the ranks that share this batch, and which tokens each holds.
 
     Raises:
-        ValueError: no angles, or more channels than K.
+        ValueError: no angles, angles of other tokens, or more channels than K.
     """
+    if layout == "contiguous" and cu_seqlens is None and group is not None and group.size() > 1:
+        raise ValueError(
+            "lightning rope with layout='contiguous' over context-parallel ranks takes packed documents only: "
+            "Megatron's GPTModel gives others the angles of layout='zigzag'; use that layout, or rope=False"
+        )
     freqs = _angles(rotary_pos_emb, q.shape[-1], config, layer_number)
     if freqs is None:
         return q, k

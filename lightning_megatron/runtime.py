@@ -19,6 +19,7 @@ from .config import (
     facts,
     lightning_pattern,
     mark_prepared,
+    mtp_pattern,
     prepared_with,
     resolve_shape,
 )
@@ -119,11 +120,12 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     if args is not None:
         refuse_parts(args)
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
-    if config.context_parallel_size > 1 and (not all(pattern) or config.mtp_num_layers):
+    ahead = mtp_pattern(config.mtp_num_layers, options)
+    if config.context_parallel_size > 1 and not all(pattern + ahead):
         if layout == "contiguous":
             raise ValueError(
                 "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
-                "or leave --linear-attention-freq and --mtp-num-layers out"
+                "or leave --linear-attention-freq out, and --mtp-num-layers without --lightning-mtp-attention lightning"
             )
     if options.rotary_percent is not None and not config.multi_latent_attention:
         raise ValueError(
@@ -133,11 +135,10 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     for message in messages_of_refusal(config, options, layout, args):
         raise ValueError(message)
     if config.transformer_impl == "local":
-        for number, lightning in enumerate(pattern, start=1):
-            if not lightning:
-                refuse_unsupported(config, number)
-        for number in range(config.mtp_num_layers or 0):  # which count by themselves
-            refuse_unsupported(config, number + 1)
+        for layers in (pattern, ahead):  # which count by themselves
+            for number, lightning in enumerate(layers, start=1):
+                if not lightning:
+                    refuse_unsupported(config, number)
 
 
 def _refuse_head_dims(shape: LightningShape) -> None:
@@ -184,8 +185,8 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
         recompute,
     )
 
-    mtp = bool(config.mtp_num_layers)
-    softmax = mtp or not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
+    mtp, ahead = bool(config.mtp_num_layers), mtp_pattern(config.mtp_num_layers, options)
+    softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers) + ahead)
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
     if mtp:
         mtp_without_te.apply()

@@ -27,7 +27,7 @@ check_megatron()
 try:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
     from megatron.core.transformer.attention import SelfAttention
-    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.enums import AttnMaskType, LayerType
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -38,7 +38,7 @@ try:
         get_transformer_layer_offset,
     )
 
-    from .config import LightningOptions, expert_pattern, lightning_pattern
+    from .config import LightningOptions, expert_pattern, lightning_pattern, mtp_pattern
     from .layer import ChunkedLayer
     from .mixer import LightningAttention, LightningAttentionSubmodules
     from .mlp import BilinearMLP
@@ -113,11 +113,7 @@ def get_hybrid_layer_specs(
 
 def _layer_specs(config, options: LightningOptions, layout: str, pattern: list[bool]) -> list[ModuleSpec]:
     """``get_hybrid_layer_specs`` for a pattern: True for a lightning layer."""
-    softmax_specs = lightning_specs = _megatron_specs(config)
-    if config.multi_latent_attention:  # whose layers have other projections
-        plain = copy.copy(config)
-        plain.multi_latent_attention = False
-        lightning_specs = _megatron_specs(plain)
+    softmax_specs, lightning_specs = (_megatron_specs(config, lightning) for lightning in (False, True))
     experts = expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)
     specs: list[ModuleSpec] = []
     for lightning, dense, *both in zip(pattern, map(not_, experts), softmax_specs, lightning_specs, strict=True):
@@ -212,7 +208,11 @@ def _set_residuals(layer, options: LightningOptions, lightning: bool) -> None:
             setattr(layer, connection, scaled_residual(*factors))
 
 
-def _megatron_specs(config) -> list[ModuleSpec]:
+def _megatron_specs(config, lightning: bool) -> list[ModuleSpec]:
+    """Megatron's softmax layers, or those that lightning ones are made from."""
+    if lightning and config.multi_latent_attention:  # whose layers have other projections
+        config = copy.copy(config)
+        config.multi_latent_attention = False
     return get_gpt_decoder_layer_specs(
         config, config.transformer_impl == "transformer_engine", config.normalization, config.qk_l2_norm
     )
@@ -269,9 +269,9 @@ def get_mtp_block_spec(
     """The multi-token prediction layers (``--mtp-num-layers``) of one (virtual) pipeline stage, for GPTModel.
 
     Layer k (DeepSeek-V3, arXiv 2412.19437, section 2.2) joins the states before it with the embeddings of the tokens k
-    places ahead, h' = W [norm(e), norm(h)], and is then like the softmax layers of the model, with the MLP or experts
-    of its last layer. Megatron's own spec of it knows neither this package's parts nor options. In Megatron's training
-    loop it is found by itself (patches/mtp_spec.py).
+    places ahead, h' = W [norm(e), norm(h)], and is then like the softmax or the lightning layers of the model, by
+    ``options.mtp_attention``, with the MLP or experts of its last layer, and its decay. Megatron's own spec of it knows
+    neither this package's parts nor options. In Megatron's training loop it is found by itself (patches/mtp_spec.py).
 
     Args:
         config, options, vp_stage, pp_rank, layout: as of ``get_hybrid_block_spec``.
@@ -290,8 +290,13 @@ def get_mtp_block_spec(
     options = options or LightningOptions()
     refuse(config, options, layout)
     dense = not expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)[-1]
+    lightning = any(mtp_pattern(config.mtp_num_layers, options))
     # Not in chunks (ChunkedLayer): the norm behind it is recomputed with it, and needs its values.
-    layer = _layer_spec(config, options, layout, _megatron_specs(config)[-1], lightning=False, dense=dense)
+    layer = _layer_spec(config, options, layout, _megatron_specs(config, lightning)[-1], lightning, dense)
+    if lightning:
+        layer.submodules.self_attention.params |= {
+            "depth": (config.num_layers - 1, config.num_layers), "attn_mask_type": AttnMaskType.causal,
+        }  # fmt: skip
     use_te = config.transformer_impl == "transformer_engine"
     block = get_gpt_mtp_block_spec(config, layer, use_te, vp_stage=vp_stage, pp_rank=pp_rank)
     if block is not None:

@@ -8,7 +8,14 @@ import torch
 
 from . import __version__
 from .compat import version
-from .config import RESIDUAL_FACTORS, LightningOptions, lightning_pattern, resolve_shape
+from .config import (
+    RESIDUAL_FACTORS,
+    LightningOptions,
+    lightning_depths,
+    lightning_pattern,
+    mtp_pattern,
+    resolve_shape,
+)
 from .decay import log_decay
 from .norm import norm_name
 
@@ -67,8 +74,7 @@ def layer_map(config, options: LightningOptions) -> str:
     rows = "\n".join(f"  {start:4d}  " + marks[start : start + 64] for start in range(0, len(marks), 64))
     decays = [
         log_decay(options.decay, shape.num_heads, layer, config.num_layers, offset=options.decay_offset)
-        for layer, lightning in enumerate(pattern)
-        if lightning
+        for layer in lightning_depths(pattern, mtp_pattern(config.mtp_num_layers, options))
     ]
     lightning_size, softmax_size = attention_parameters(config, options)
     te = config.transformer_impl == "transformer_engine"
@@ -113,7 +119,7 @@ def _other_parts(config, options: LightningOptions) -> list[str]:
     parts += ["layer norms without weights"] * (not options.layernorm_affine)
     parts += ["bilinear GLU"] * options.bilinear_glu
     mtp = config.mtp_num_layers or 0
-    parts += [f"{mtp} more softmax layer{'s' * (mtp > 1)} for multi-token prediction"] * bool(mtp)
+    parts += [f"{mtp} more {options.mtp_attention} layer{'s' * (mtp > 1)} for multi-token prediction"] * bool(mtp)
     return [f"  {', '.join(parts)}"] if parts else []
 
 

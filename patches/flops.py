@@ -15,7 +15,7 @@ heads of head dims K and V; P = columns of the fused q, gate, k, v projection):
 Megatron's count. Inside a chunk of C = 64 tokens, q k^T and its product with v touch C/2 earlier tokens on average;
 between chunks, q S and k^T v cost K V each. Norm, decay, gate and activation are elementwise and not counted, as in
 Megatron. C is the chunk of the published count, whichever block sizes a kernel picks. Megatron's own function keeps
-counting MLP, MoE, embedding, MTP and the softmax layers; the layers of an MTP block are softmax layers.
+counting MLP, MoE, embedding and the softmax layers, those of multi-token prediction, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..config import LightningOptions, lightning_pattern, resolve_shape
+from ..config import LightningOptions, lightning_depths, lightning_pattern, mtp_pattern, resolve_shape
 from ._replace import replace
 from .hybrid_symbol import LETTER
 
@@ -78,24 +78,25 @@ def _wrap(original: Callable[..., float]) -> Callable[..., float]:
     ) -> float:
         total = original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
         letters = getattr(args, "hybrid_layer_pattern", None)
+        assert _options is not None
         if letters is not None:  # of HybridModel: the layers of MTP, behind /, are none of ours
-            pattern = [x == LETTER for x in letters.partition("/")[0] if x not in "-E|"]
+            depths = lightning_depths([x == LETTER for x in letters.partition("/")[0] if x not in "-E|"], [])
         else:
             pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
-        if not any(pattern):
+            depths = lightning_depths(pattern, mtp_pattern(args.mtp_num_layers, _options))
+        if not depths:
             return total
-        assert _options is not None
         tokens, squared = total_real_tokens_in_batch, seqlen_squared_sum_in_batch
         if tokens is None:
             tokens = batch_size * args.seq_length
         if squared is None:
             squared = batch_size * args.seq_length**2
-        with_lrpe = sum(pattern[: _options.lrpe_layers])
+        with_lrpe = sum(depth < _options.lrpe_layers for depth in depths)
         plain, lrpe = (lightning_layer_flops(args, _options, tokens, lrpe=lrpe) for lrpe in (False, True))
         if letters is not None:  # of a letter that it does not know, Megatron counts nothing
-            return total + sum(pattern) * plain + with_lrpe * (lrpe - plain)
+            return total + len(depths) * plain + with_lrpe * (lrpe - plain)
         softmax = (latent_layer_flops if args.multi_latent_attention else softmax_layer_flops)(args, tokens, squared)
-        return total + sum(pattern) * (plain - softmax) + with_lrpe * (lrpe - plain)
+        return total + len(depths) * (plain - softmax) + with_lrpe * (lrpe - plain)
 
     return num_floating_point_operations
 

@@ -34,20 +34,20 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
         args = get_args()
         if (args.curr_iteration + 1) % args.tensorboard_log_interval == 0:
-            write(model, args.curr_iteration + 1, args.num_layers)
+            write(model, args.curr_iteration + 1, args.num_layers, args.mtp_num_layers or 0)
         return result
 
     return finalize_model_grads
 
 
-def write(model: list[torch.nn.Module], iteration: int, layers: int) -> None:
+def write(model: list[torch.nn.Module], iteration: int, layers: int, ahead: int) -> None:
     """Sum over all ranks, and write on the one that writes."""
     from megatron.core.utils import get_model_config
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     scaled = get_model_config(model[0]).grad_scale_func
     scale = 1.0 if scaled is None else float(scaled(torch.ones(1, device=torch.cuda.current_device())))
-    total = squares(model, layers, scale)
+    total = squares(model, layers, ahead, scale)
     torch.distributed.all_reduce(total)
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     if not writer:

@@ -89,6 +89,8 @@ BAD = (
     ("--bf16 --fp16", "--bf16 and --fp16 .*leave out one"),
     ("--fp16-lm-cross-entropy", "only support in fp16.*--fp16-lm-cross-entropy.*change one of them"),
     ("--mtp-num-layers 1", "--mtp-num-layers 1 .*use rope or none"),
+    ("--lightning-mtp-attention lightning", "--lightning-mtp-attention lightning .*add --mtp-num-layers"),
+    ("--mtp-num-layers 1 --lightning-mtp-attention sparse", "--lightning-mtp-attention: .*choose from 'softmax'"),
     (
         "2|--mtp-num-layers 1 --pipeline-model-parallel-size 2 --save {folder} --save-interval 1 "
         "--position-embedding-type rope",

@@ -39,7 +39,11 @@ CHECKPOINTS = {
     "hybrid": (1, EVERYTHING),
     "learned": (1, "--linear-attention-freq 2 --position-embedding-type learned_absolute"),
     "experts": (1, f"--linear-attention-freq 4 {MOE}"),
-    "mtp": (1, "--linear-attention-freq 2 --mtp-num-layers 1 --untie-embeddings-and-output-weights"),
+    "mtp": (
+        1,
+        "--linear-attention-freq 2 --mtp-num-layers 1 --lightning-mtp-attention lightning "
+        "--untie-embeddings-and-output-weights",
+    ),
 }
 
 

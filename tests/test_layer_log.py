@@ -103,11 +103,11 @@ def check_values(rank: int, world: int) -> None:
         factors = torch.exp(decay * torch.arange(len(x) - 1, -1, -1).double()[:, None])
         expected += torch.einsum("sh,sbhk,sbhv->bhkv", factors, k, v).square().sum().item() / 4
     gradients = sum(p.main_grad.double().square().sum() for p in mixer.parameters()).item()
-    state, gradient = norms(squares([model], mixer.config.num_layers, loss_scale=8.0))
+    state, gradient = norms(squares([model], mixer.config.num_layers, 0, loss_scale=8.0))
     assert state[1] == pytest.approx(math.sqrt(expected), rel=1e-5)
     assert gradient[1] == pytest.approx(math.sqrt(gradients) / 8, rel=1e-6) and gradients > 0
     assert all(math.isnan(x) for values in (state, gradient) for i, x in enumerate(values) if i != 1)
-    state, _ = norms(squares([model], mixer.config.num_layers, 1.0))
+    state, _ = norms(squares([model], mixer.config.num_layers, 0, 1.0))
     assert math.isnan(state[1]), "sums begin at 0 again"
 
 

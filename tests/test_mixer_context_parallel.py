@@ -111,6 +111,9 @@ def check_refusals(rank: int, world: int) -> None:
         with pytest.raises(ValueError, match="cp_partition_mode is 'contiguous', and this layer .* to zigzag"):
             call()
     assert sharing_group(packed, mixer.pg_collection.cp, contiguous=True) is mixer.pg_collection.cp
+    rope = Variant(dict(rope=True))
+    with pytest.raises(ValueError, match="the angles of layout='zigzag'; use that layout, or rope=False"):
+        layers.build_mixer(rope, layout="contiguous")(x, None, rotary_pos_emb=layers.rotary(rope, 16))
 
 
 def test_refusals():

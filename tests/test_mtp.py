@@ -138,6 +138,10 @@ def roll(rank: int, world: int, layout: str, bounds: torch.Tensor, seed: int) ->
     ]
     mine = tokens_of(rank, world, layout, [length // world] * world, bounds)
     wanted = torch.cat(wanted, 1)[:, mine]
+    if layout != "zigzag-documents":  # without documents
+        found, total = multi_token_prediction.roll_tensor(x[:, mine], cp_group=group)
+        assert found.tolist() == torch.nn.functional.pad(x[:, 1:], (0, 1))[:, mine].tolist()
+        assert int(total) == int(found.sum())
     found, total = multi_token_prediction.roll_tensor(x[:, mine], cp_group=group, packed_seq_params=packed)
     assert found.tolist() == wanted.tolist() and int(total) == int(wanted.sum())
     if "return_sum" in inspect.signature(multi_token_prediction.roll_tensor).parameters:  # in megatron-core 0.20
@@ -145,14 +149,14 @@ def roll(rank: int, world: int, layout: str, bounds: torch.Tensor, seed: int) ->
             x[:, mine], cp_group=group, packed_seq_params=packed, return_sum=False
         )
         assert found.tolist() == wanted.tolist() and total is None
-    other = {"zigzag": "zigzag-documents", "zigzag-documents": "zigzag"}[layout]
+    other = "zigzag-documents" if layout == "zigzag" else "zigzag"
     with pytest.raises(ValueError, match=f"cut as '{other}', and those of another model"):
         packed_roll.apply(other)
 
 
-@pytest.mark.parametrize("world, layout", [(3, "zigzag"), (2, "zigzag-documents")])
+@pytest.mark.parametrize("world, layout", [(3, "zigzag"), (3, "contiguous"), (2, "zigzag-documents")])
 def test_tokens_ahead_in_packed_documents(world, layout, rng):
-    """Within documents that cross chunks anywhere, and (Megatron's own) that are cut one by one."""
-    bounds = draw_documents(rng, 12 * world) if layout == "zigzag" else torch.tensor([0, 8, 8, 12, 32])
+    """Within documents that cross chunks anywhere, in two chunks a rank or one, and (Megatron's own) cut one by one."""
+    bounds = draw_documents(rng, 12 * world) if layout != "zigzag-documents" else torch.tensor([0, 8, 8, 12, 32])
     print(bounds.tolist())
     spawn(roll, world, layout, bounds.to(torch.int32), rng.initial_seed())

@@ -171,9 +171,14 @@ def test_layers_are_counted_as_in_gpt_model():
         ("L-+-", {}, r"\+ has parts of TransformerEngine"),
         ("L-D-", {}, "D is not supported beside L"),
         ("LELE", {}, "E needs --num-experts"),
-        ("L-L-/L", {}, "multi-token prediction .* cannot be lightning"),
+        ("L-L-/L", {}, "multi-token prediction .* cannot be lightning .*--lightning-mtp-attention lightning"),
         ("L-L-/*", {}, "multi-token prediction .* has parts of TransformerEngine"),
         ("L-L-", dict(recompute_chunk=64), "recompute_chunk=64 is not supported in HybridModel"),
+        (
+            "L-L-",
+            dict(mtp_attention="lightning"),
+            "--lightning-mtp-attention lightning is not supported in HybridModel",
+        ),
         ("L-L-", dict(embedding_scale=2.0), "embedding_scale=2.0 is not supported in HybridModel"),
     ],
 )

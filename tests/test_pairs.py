@@ -69,7 +69,7 @@ def layout_of_stages(row: Row) -> str:
     """A second stage with one layer, and what predicts tokens."""
     layers, mtp = {
         "ring-mini-linear-2.0": (5, 0), "ling-2.6-flash": (8, 1), "minimax-m1": (8, 0), "tnl-385m": (3, 0),
-    }.get(row.get("released", ""), (4, int(row.get("mtp", 0))))  # fmt: skip
+    }.get(row.get("released", ""), (4, int(row.get("mtp", "0").split()[0])))  # fmt: skip
     return f"E{'t' * (layers - 1)}|t{'m' * mtp}L"
 
 

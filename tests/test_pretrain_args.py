@@ -485,6 +485,15 @@ def test_flops_leave_the_rest_alone(count):
         assert other[1] - other[0] == dense[1] - dense[0]
 
 
+def test_flops_of_multi_token_prediction(count):
+    """Lightning layers by hand, as above; with LRPE, where all layers have it, K is twice as large in the operator."""
+    flags = "--mtp-num-layers 2 --position-embedding-type rope"
+    for lrpe, each, more in ((0, 4, 0), (2, 3, 1), (3, 0, 4)):
+        lightning, twice = (6 * 64 * (64 * (256 + 64) + 4 * (32 * (k + 16) + 2 * k * 16)) for k in (16, 32))
+        original, patched, _ = count(flags, LightningOptions(mtp_attention="lightning", lrpe_layers=lrpe))
+        assert patched == original + each * lightning + more * twice - 4 * 7_077_888
+
+
 @pytest.mark.parametrize("sums", [{}, {"seqlen_squared_sum_in_batch": 700, "total_real_tokens_in_batch": 50}])
 def test_flops_of_a_softmax_model_are_megatrons(count, sums):
     original, patched, _ = count("--linear-attention-freq ([0]*3) --swiglu", **sums)

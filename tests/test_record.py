@@ -11,7 +11,7 @@ import pytest
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from lightning_megatron.config import RESIDUAL_FACTORS, LightningOptions
+from lightning_megatron.config import KINDS, RESIDUAL_FACTORS, LightningOptions
 from lightning_megatron.record import (
     FREE_OPTIONS,
     ROWS,
@@ -164,6 +164,7 @@ CHANGES = {
     "untie_embeddings_and_output_weights": ("args", "untie_embeddings_and_output_weights", True),
     "mup": ("config", "mup_embedding_mult", 2.0),
     "mtp_num_layers": ("config", "mtp_num_layers", 2),
+    "mtp_attention": ("options", "mtp_attention", "lightning"),
     "mtp_use_repeated_layer": ("config", "mtp_use_repeated_layer", True),
     "position_embedding_type": ("args", "position_embedding_type", "learned_absolute"),
     "rotary_base": ("args", "rotary_base", 500000),
@@ -288,6 +289,28 @@ def test_records_without_a_row_stand_for_what_their_version_did(row):
     assert differences(before, function_record(*parts(row.key))) == []
     before["options"] = {}  # a spec of one's own, whose options are not known
     assert differences(before, after) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_multi_token_prediction_that_come_or_go_have_no_kind_to_compare(kind):
+    """Nor do their decays: the last layer of the model, whose decay they have, is a softmax layer."""
+    options = LightningOptions(mtp_attention=kind)
+    records = [function_record(transformer_config(mtp_num_layers=n), options, flags()) for n in (None, 1)]
+    assert differences(*records) == [("--mtp-num-layers", None, 1)]
+    assert [record["values"].get("mtp_attention") for record in records] == [None, kind]
+
+
+def test_decays_of_lightning_layers_of_multi_token_prediction_count():
+    """Also where the model has no other lightning layer."""
+    config = transformer_config(linear_attention_freq=[0] * 4)
+    options = [LightningOptions(mtp_attention="lightning", decay=decay) for decay in ("tnl", "minimax", "bailing")]
+    digests = [function_record(config, x, flags())["values"]["decay"][-1] for x in options]
+    assert len(set(digests)) == 3
+    plain = function_record(config, LightningOptions(), flags())["values"]
+    assert "qk_layernorm" in function_record(config, options[0], flags())["values"] and "qk_layernorm" in plain
+    config.linear_attention_freq = None
+    assert "qk_layernorm" not in function_record(config, options[0], flags())["values"]
+    assert "qk_layernorm" in function_record(config, LightningOptions(), flags())["values"]
 
 
 def test_older_checkpoints_of_experts_are_refused():

@@ -114,6 +114,20 @@ def test_layer_map_says_what_is_trained():
     assert "for softmax layers" not in text
 
 
+def test_layer_map_has_layers_of_multi_token_prediction():
+    """Lightning ones decay as the last layer does, here a softmax layer."""
+    config = transformer_config(linear_attention_freq=[1, 0, 0, 0], mtp_num_layers=2)
+    assert "\n  2 more softmax layers for multi-token prediction\n" in layer_map(config, LightningOptions())
+    options = LightningOptions(mtp_attention="lightning", decay="alibi")
+    assert "\n  2 more lightning layers for multi-token prediction\n" in layer_map(config, options)
+    options = LightningOptions(mtp_attention="lightning", decay="paper")
+    lowest, highest = decay_of(options, 4, 1, 4).min(), decay_of(options, 4, 4, 4).max()
+    assert f"log_decay {float(lowest):.3g} to {float(highest):.3g} per" in layer_map(config, options)
+    config.linear_attention_freq = [0] * 4
+    text = layer_map(config, options)
+    assert f"log_decay {float(decay_of(options, 4, 4, 4).min()):.3g} to" in text and "layer: lightning " in text
+
+
 def test_layer_map_of_softmax_layers_alone():
     text = layer_map(transformer_config(linear_attention_freq=[0] * 4), LightningOptions())
     assert "0 lightning layers (L), 4 softmax layers (s)" in text and "ssss" in text

@@ -80,7 +80,7 @@ def warnings_of(config, options: LightningOptions, layout: str, args: Namespace 
                 f"--num-query-groups {config.num_query_groups} (for lightning layers: --lightning-num-kv-heads)"
             )
         if given:
-            besides = " besides its MTP layers" if config.mtp_num_layers else ""
+            besides = " besides its MTP layers" if run.attends else ""
             lines.append(", ".join(given) + f": act on softmax layers only; this model has none{besides}")
     if run.get("position_embedding_type") is not None and not run.rotates:
         if given := _given(ROTARY_ONLY, run):

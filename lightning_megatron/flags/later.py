@@ -32,6 +32,11 @@ REFUSED = (
         "would mix hidden states of different documents; leave it out, or --dataloader-inter-document-masking",
     ),
     Rule(
+        "mtp_hsm",
+        lambda run: run.config.context_parallel_size > 1 and run.layout == "contiguous",
+        "moves hidden states as layout='zigzag' has them; use that, or leave it out",
+    ),
+    Rule(
         "cp_partition_mode",  # of Megatron's branch dev
         lambda run: run.config.context_parallel_size > 1 and run.get("cp_partition_mode") != "zigzag",
         "cuts sequences in a way that this version does not know; use zigzag",

@@ -195,6 +195,12 @@ REFUSED = (
         "attn_norm and mlp_norm out",
     ),
     Rule(
+        "lightning_mtp_attention",
+        lambda run: run.options.mtp_attention == "lightning" and not run.mtp,
+        "is that of multi-token prediction layers, and this model has none; add --mtp-num-layers, or leave it out "
+        "(softmax)",
+    ),
+    Rule(
         "mtp_num_layers",
         lambda run: (
             run.config.pipeline_model_parallel_size > 1

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LightningOptions, projection_cut
+from ..config import LightningOptions, mtp_pattern, projection_cut
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -37,12 +37,17 @@ class Run(NamedTuple):
 
     @property
     def mtp(self) -> bool:
-        return bool(self.config.mtp_num_layers)
+        return bool(self.ahead)
+
+    @property
+    def ahead(self) -> list[bool]:
+        """Which layers of multi-token prediction are lightning."""
+        return mtp_pattern(self.config.mtp_num_layers, self.options)
 
     @property
     def attends(self) -> bool:
-        """Whether some layer has softmax attention; those of multi-token prediction always have."""
-        return bool(self.softmax) or self.mtp
+        """Whether some layer has softmax attention, of multi-token prediction, too."""
+        return bool(self.softmax) or not all(self.ahead)
 
     @property
     def packed(self) -> bool:

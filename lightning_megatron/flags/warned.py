@@ -12,7 +12,7 @@ from .rules import ROTARY, Rule
 WARNED = (
     Rule(
         "linear_attention_freq",
-        lambda run: run.softmax == run.config.num_layers,
+        lambda run: run.softmax == run.config.num_layers and not any(run.ahead),
         "makes all layers softmax layers, for comparison; --lightning-* options of lightning layers act on nothing",
     ),
     Rule(

@@ -199,6 +199,9 @@ REFUSED = {
         dict(dataloader_inter_document_masking=True),
         "--mtp-hsm with --sequence-parallel and .* different documents; leave it out",
     ),
+    "mtp-lightning": (
+        {}, dict(mtp_attention="lightning"), {}, "--lightning-mtp-attention lightning is .*add --mtp-num-layers",
+    ),
     "mtp-tied": (
         dict(mtp_num_layers=1, pipeline_model_parallel_size=2), {},
         dict(save="there", untie_embeddings_and_output_weights=False),
@@ -323,6 +326,7 @@ ALLOWED = {
             gdp_num_chunk_states_to_recompute=2,
         ), {}, {},
     ),
+    "mtp-lightning": (dict(mtp_num_layers=1), dict(mtp_attention="lightning"), {}),
     "mtp-mixed": (
         dict(mtp_num_layers=2, mtp_hsm=True, context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True),
     ),

@@ -37,7 +37,8 @@ OWN = {
         "gelu": "", "swiglu": "--swiglu", "bilinear": "--swiglu --lightning-bilinear-glu", "relu2": "--squared-relu",
         "moe": EXPERTS, "moe-shared": f"{EXPERTS} {SHARED} --swiglu",
     },
-    "mtp": {"0": "", "1": "--mtp-num-layers 1", "2": "--mtp-num-layers 2"},
+    "mtp": {"0": "", "1": "--mtp-num-layers 1", "2": "--mtp-num-layers 2",
+        "1 lightning": "--mtp-num-layers 1 --lightning-mtp-attention lightning"},
     "bias": {"none": "--disable-bias-linear", "all": "", "qkv": "--disable-bias-linear --add-qkv-bias"},
     "layer norm": {
         "layer": "", "rms": "--normalization RMSNorm", "rms-1p": "--normalization RMSNorm --apply-layernorm-1p",
@@ -198,7 +199,10 @@ CHUNKS = "chunk|chunk, host"
 # values -> what the message says
 REFUSED = (
     ({"softmax": "mla"} | NO_SOFTMAX, "--multi-latent-attention is the attention of softmax layers"),
-    ({"residual": "factors", "mtp": "0"} | NO_SOFTMAX, "--lightning-softmax-alpha 0.7 is a factor of softmax layers"),
+    (
+        {"residual": "factors", "mtp": "0|1 lightning"} | NO_SOFTMAX,
+        "--lightning-softmax-alpha 0.7 is a factor of softmax layers",
+    ),
     ({"positions": "lrpe", "heads": "2"}, "lrpe_layers=2 has angles for every head"),
     ({"mtp": "!0", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
     ({"released": "ling-2.6-flash", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
