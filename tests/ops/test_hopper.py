@@ -109,3 +109,12 @@ def test_not_finite_stays_in_its_row(split, machine, rng, cut):
     cut(128)
     check_pieces(BF16, rng, [[0, 20, 20, 140, 200], [0, 0, 64, 192, 200], [0, 200, 200, 200, 200]], split, 64, 64)
     assert set(machine) == set(HOPPER)
+
+
+def test_segments_of_whole_chunks(machine, rng, cut):
+    """Others would be written by two programs: Triton's walks take them."""
+    for tokens, overlapped in ((32, False), (96, False), (128, True)):
+        cut(tokens)
+        without_states(BF16)(make_case(rng, BF16, documents=(40, 110), H=1, K=64, V=64, initial=False))
+        assert set(machine) == (set(HOPPER) if overlapped else set()), tokens
+        machine.clear()

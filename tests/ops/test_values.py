@@ -48,8 +48,9 @@ def test_parts_out_of_reach(triton_impl, rng, cut, documents):
 
 @pytest.mark.parametrize("K, V", HEAD_DIMS)
 def test_head_dims(impl, rng, cut, K, V):
-    cut(32)
-    check(impl, make_case(rng, impl, B=1, T=35, K=K, V=V, H=1))
+    scale = 1 if impl.device == "cpu" else 4  # the walks of Hopper have segments of whole chunks of 64
+    cut(32 * scale)
+    check(impl, make_case(rng, impl, B=1, T=35 * scale, K=K, V=V, H=1))
 
 
 @pytest.mark.parametrize("K, V", [(48, 80), (256, 256)])

@@ -125,7 +125,8 @@ class _Backward:
         self._initial, self._packed, self._documents = initial, documents is not None, count_documents(documents)
         self._by_row = by_row(documents)
         self.has_tokens = T > 0 and B > 0
-        self._may_overlap = self.has_tokens and tiling.overlaps(q, k, v, do, K=K, V=V)
+        segments = cut.split_len * cut.splits, cut.split_len * cut.splits_grad
+        self._may_overlap = self.has_tokens and tiling.overlaps(q, k, v, do, K=K, V=V, segments=segments)
         tiles = self._tiles(False)
         # tensor descriptors need splits of whole chunks
         self._descriptors = (
@@ -174,7 +175,7 @@ class _Backward:
             if overlapped else
             (K, V, by_v.BK, by_k.BK, by_k.BV, by_v.BV, BC, *given, self._packed, self._by_row, self._descriptors,
              *precision(self._dtype)),
-            num_warps=wide.num_warps, num_stages=wide.num_stages, scratch=self._descriptors,
+            num_warps=wide.num_warps, num_stages=wide.num_stages, scratch=overlapped or self._descriptors,
             **early(overlapped and after_states),
         )  # fmt: skip
         self._gradients[for_kv, for_q, split_rows, dfinal, after_states] = launch

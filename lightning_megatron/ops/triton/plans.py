@@ -108,7 +108,7 @@ def walk(
     segments, states_only, packed = cdiv(T, split_len * splits), q is None, documents is not None
     overlapped = (
         not states_only and tiling.o_gains(K, V, packed) and (by_row(documents) or not (incoming or outgoing))
-        and tiling.overlaps(q, k, v, K=K, V=V)
+        and tiling.overlaps(q, k, v, K=K, V=V, segments=(split_len * splits,))
     )  # fmt: skip
     tiles = (
         tiling.hopper_tiles(K, V) if overlapped

@@ -137,10 +137,12 @@ def has_wgmma(device: torch.device) -> bool:
     return launcher_is_known() and has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def overlaps(*tensors: torch.Tensor, K: int, V: int) -> bool:
-    """Whether the kernels of ``hopper.py`` take these tensors."""
+def overlaps(*tensors: torch.Tensor, K: int, V: int, segments: tuple[int, ...]) -> bool:
+    """Whether the kernels of ``hopper.py`` take these tensors, and ``segments`` of so many tokens: copies and stores are
+    of whole chunks, and would cross into the next segment if that began inside of one."""
     return (
         tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
+        and all(tokens % hopper_tiles(K, V).BC == 0 for tokens in segments)
         and all(64 <= pad(dim) <= 256 for dim in (K, V))
         and has_wgmma(tensors[0].device) and has_descriptors(*tensors)
     )  # fmt: skip
