@@ -261,7 +261,7 @@ def check_places(rank: int, world: int) -> None:
     config.mtp_hsm = True  # a field in megatron-core 0.20
     with pytest.raises(ValueError, match="--mtp-hsm moves hidden states as layout='zigzag' has them; use that"):
         refuse(config, options, "contiguous")
-    with pytest.raises(ValueError, match="--lightning-mtp-attention lightning .*; add --mtp-num-layers, or leave"):
+    with pytest.raises(ValueError, match="mtp-attention lightning .*; add --mtp-num-layers, or give softmax"):
         refuse(transformer_config(**CONFIG), options, "zigzag")
 
 

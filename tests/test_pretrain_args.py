@@ -70,7 +70,7 @@ EVERY_OPTION = (
         lrpe_layers=2, attn_alpha=3.5, attn_beta=0.5, softmax_alpha=2.5, softmax_beta=0.25, mlp_alpha=1.5,
         mlp_beta=0.75, layernorm_affine=False, bilinear_glu=True, embedding_scale=8.0,
         recompute_qkv=True, recompute_chunk=64, offload_activations=True, log_norms=True, peak_tflops=165.0,
-        checksums=False,
+        checksums=False, mtp_attention="lightning",
     ),
 )  # fmt: skip
 

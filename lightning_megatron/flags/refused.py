@@ -197,8 +197,8 @@ REFUSED = (
     Rule(
         "lightning_mtp_attention",
         lambda run: run.options.mtp_attention == "lightning" and not run.mtp,
-        "is that of multi-token prediction layers, and this model has none; add --mtp-num-layers, or leave it out "
-        "(softmax)",
+        "is that of multi-token prediction layers, and this model has none; add --mtp-num-layers, or give softmax, "
+        "the default",
     ),
     Rule(
         "mtp_num_layers",

@@ -75,6 +75,7 @@ CASES = {
         f"{LATENTS} --rope-type yarn --q-lora-rank 64 --rotary-scaling-factor 4 --no-lightning-rope"
     ),
     "mtp-lightning": Case(f"{ALL} --mtp-num-layers 2 {MEGATRON}"),
+    "mtp-of-lightning": Case(f"{HYBRID} --mtp-num-layers 2 --lightning-mtp-attention lightning {MEGATRON}"),
     "mtp-hybrid": Case(f"{HYBRID} --mtp-num-layers 1 {MEGATRON}"),
     "packed-lightning": Case(ALL, packed=True),
     "packed-hybrid": Case(HYBRID, packed=True),
