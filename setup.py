@@ -18,7 +18,20 @@ DEMO = [*TRAIN, "matplotlib"]
 CONVERT = [TRAIN[0], "safetensors>=0.5", "tqdm"]
 SERVE = [TRAIN[0], "hypercorn>=0.18", "msgpack", "pyzmq", "quart>=0.22"]
 QUALITY = [*DEMO, "datasketch>=2"]  # examples/quality
-TEST = [*QUALITY, *CONVERT, *SERVE, "httpx", "mypy", "openai", "pytest", "pytest-xdist", "ruff", "transformers"]
+OPTIMIZERS = ["absl-py", "einops", "emerging-optimizers>=0.3"]  # of Megatron-FSDP and muon
+TEST = [
+    *QUALITY,
+    *CONVERT,
+    *SERVE,
+    *OPTIMIZERS,
+    "httpx",
+    "mypy",
+    "openai",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "transformers",
+]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(

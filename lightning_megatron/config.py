@@ -287,20 +287,29 @@ def check_latent_sizes(config: Any) -> None:
                 )
 
 
-def projection_cut(config: Any, options: LightningOptions) -> str:
-    """How Megatron's optimizers that treat q, k and v one by one cut the projection of lightning layers.
+def mark_parts(weight: Any, shape: LightningShape) -> None:
+    """Say on a fused projection's weight which rows are q, gate, k and v, where Megatron's Muon looks for it.
 
-    They cut every ``linear_qkv`` as softmax layers have theirs, wherever its number of rows allows it.
+    Muon then takes each of them as a matrix of its own, unless ``--muon-no-split-qkv`` is given.
 
-    Returns:
-        "right"; "wrong"; or "uncut", where the number of rows does not allow it.
+    Args:
+        weight: ``[rows, hidden_size]`` of this rank; None of a layer of the caller's own, which is left alone.
+    """
+    if weight is not None:
+        weight.is_qkv, weight.qkv_split_shapes = True, [rows for rows in shape.group_dims if rows]
+
+
+def cut_as_softmax(config: Any, options: LightningOptions) -> bool:
+    """Whether Megatron's Muon would cut the projections of lightning layers in wrong places.
+
+    It cuts every ``linear_qkv`` as softmax layers have theirs, wherever the number of rows allows that, and forgets
+    what ``mark_parts`` wrote. That is right where lightning layers have the same parts.
     """
     queries = config.num_attention_heads // config.num_query_groups * config.kv_channels
     cut = [queries] * (1 + bool(config.attention_output_gate)) + [config.kv_channels] * 2
     shape = resolve_shape(config, options, tp=1)
-    if [rows for rows in shape.group_dims if rows] == cut:
-        return "right"
-    return "uncut" if shape.projection_dim // config.tensor_model_parallel_size % sum(cut) else "wrong"
+    same = [rows for rows in shape.group_dims if rows] == cut
+    return not same and shape.projection_dim // config.tensor_model_parallel_size % sum(cut) == 0
 
 
 def lightning_pattern(freq: int | list[int] | None, num_layers: int) -> list[bool]:

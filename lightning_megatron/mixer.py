@@ -20,7 +20,7 @@ from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
 from .caches.dynamic import RequestStates
 from .caches.static import StaticStates
-from .config import LightningOptions, prepared_with, resolve_shape
+from .config import LightningOptions, mark_parts, prepared_with, resolve_shape
 from .decay import log_decay
 from .layer_log import StateSums
 from .norm import HeadNorm, OutputNorm
@@ -134,6 +134,7 @@ class LightningAttention(MegatronModule):
             tp_group=self.tp_group,
             name=None if name is None else name + ".linear_qkv",
         )
+        mark_parts(getattr(self.linear_qkv, "weight", None), shape)
         self.q_norm = self.k_norm = self.out_norm = self.lrpe = None
         if options.qk_norm:
             self.q_norm, self.k_norm = (

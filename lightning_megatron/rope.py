@@ -176,6 +176,8 @@ class LRPE(torch.nn.Module):
         theta = (10000 ** (-2 / (channels * tp_group.size()) * i)).reshape(heads, dim)
         self.theta = torch.nn.Parameter(theta.to(torch.cuda.current_device(), dtype))
         set_tensor_model_parallel_attributes(self.theta, is_parallel=True, dim=0, stride=1)
+        # Angles, no matrix that multiplies: by this mark Muon leaves them to its optimizer of vectors and embeddings.
+        self.theta.is_embedding_or_output_parameter = True
 
     def forward(
         self,

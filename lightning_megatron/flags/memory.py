@@ -93,6 +93,21 @@ _EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 OPTIMIZERS = (
     Rule(
         "optimizer",
+        lambda run: run.get("optimizer") in _EMERGING and run.config.fp16,
+        "has no loss scale in Megatron, and --fp16 needs one; use --bf16",
+    ),
+    Rule(
+        "optimizer",
+        lambda run: (
+            run.get("optimizer") in _EMERGING
+            and not run.config.bf16
+            and any(run.get(x) for x in ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer"))
+        ),
+        "ends Megatron 0.19 in an AttributeError (get_loss_scale) where it is distributed in fp32; use --bf16, or "
+        "leave --use-distributed-optimizer out",
+    ),
+    Rule(
+        "optimizer",
         lambda run: run.get("optimizer") in _EMERGING and not importable("emerging_optimizers"),
         "needs the package emerging-optimizers, and it does not import; pip install emerging-optimizers, or use adam "
         "or sgd",

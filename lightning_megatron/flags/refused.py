@@ -71,7 +71,7 @@ REFUSED = (
     ),
     Rule(
         "optimizer",
-        lambda run: run.muon_cut == "wrong",
+        lambda run: run.muon_cuts_wrong,
         "would cut the fused projection of lightning layers into q, k and v where softmax layers have theirs; use "
         "--muon-no-split-qkv",
     ),

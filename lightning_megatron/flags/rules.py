@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LightningOptions, mtp_pattern, projection_cut
+from ..config import LightningOptions, cut_as_softmax, mtp_pattern
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -73,10 +73,10 @@ class Run(NamedTuple):
         return bool(self.config.apply_residual_connection_post_layernorm or other)
 
     @property
-    def muon_cut(self) -> str:
-        """How Muon would cut the fused projection of lightning layers: ``projection_cut``; right without Muon."""
+    def muon_cuts_wrong(self) -> bool:
+        """Whether Muon would cut the fused projection of lightning layers where softmax layers have their parts."""
         muon = self.get("optimizer") in ("muon", "dist_muon", "adaptive_muon") and self.get("muon_split_qkv")
-        return projection_cut(self.config, self.options) if muon else "right"
+        return bool(muon) and cut_as_softmax(self.config, self.options)
 
     @property
     def rotates(self) -> bool:

@@ -16,9 +16,9 @@ WARNED = (
         "makes all layers softmax layers, for comparison; --lightning-* options of lightning layers act on nothing",
     ),
     Rule(
-        "optimizer",
-        lambda run: run.muon_cut == "uncut",
-        "takes the fused projection of lightning layers, whose parts are not those of softmax layers, as one matrix",
+        "decoupled_lr",
+        lambda run: run.options.lrpe_layers,
+        "holds for the angles of --lightning-lrpe-layers, too",
     ),
     Rule(
         "offload_modules",

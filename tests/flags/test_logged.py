@@ -22,7 +22,7 @@ from tests.helpers.flags import CHUNK, FULL, HYBRID, LATER, MUON, OWN, TE, model
 from tests.layers import transformer_config
 
 LOGGED = {
-    "muon": ({}, {}, OWN | MUON, ["--optimizer muon", "as one matrix"]),
+    "angles": ({}, dict(lrpe_layers=1), OWN | dict(decoupled_lr=1e-4), ["--decoupled-lr 0.0001 holds for the angles"]),
     "chunk-cp": (
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
         ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
@@ -154,6 +154,7 @@ QUIET = {
     "key-dims": (dict(linear_key_head_dim=32), dict(key_head_dim=32), OWN),
     "a-hybrid-of-ones-own": (HYBRID | dict(rotary_interleaved=True), {}, {}),
     "spec-with-128": (dict(kv_channels=128), {}, {"rank": 0}),
+    "muon": ({}, {}, OWN | MUON),
     "muon-same-parts": ({}, dict(gate="none"), OWN | MUON),
     "muon-same-parts-gated": (HYBRID | dict(attention_output_gate=True), {}, OWN | MUON),
     "spec-with-option": ({}, dict(key_head_dim=128), {"rank": 0}),

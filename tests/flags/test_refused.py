@@ -253,6 +253,18 @@ REFUSED = {
         dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(optimizer="adaptive_muon"),
         "--optimizer adaptive_muon would cut",
     ),
+    "muon-distributed-fp32": (
+        {}, {}, dict(optimizer="muon", use_distributed_optimizer=True),
+        "--optimizer muon ends Megatron 0.19 .* in fp32; use --bf16, or leave --use-distributed-optimizer out",
+    ),
+    "lion-distributed-fp32": (
+        {}, {}, dict(optimizer="lion", use_layer_wise_distributed_optimizer=True),  # what Megatron makes of the flag
+        "--optimizer lion ends Megatron 0.19",
+    ),
+    "muon-fp16": (
+        dict(fp16=True), {}, dict(optimizer="adaptive_muon"),
+        "--optimizer adaptive_muon has no loss scale .*; use --bf16",
+    ),
     "fsdp-fp32": (
         SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
         "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
@@ -294,6 +306,11 @@ ALLOWED = {
     "precision-file-kitchen": (dict(use_kitchen=True), {}, dict(te_precision_config_file="some.yaml")),
     "batch-invariant": (TE | dict(batch_invariant_mode=True, deterministic_mode=True), {}, {}),
     "muon-whole": (dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(muon_split_qkv=False)),
+    "muon-distributed": (
+        dict(bf16=True), {}, dict(optimizer="muon", use_layer_wise_distributed_optimizer=True),
+    ),
+    "muon-fp32": ({}, {}, dict(optimizer="muon", use_distributed_optimizer=False)),
+    "adam-distributed": ({}, {}, dict(optimizer="adam", use_distributed_optimizer=True)),
     "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
     "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),

@@ -138,8 +138,10 @@ def has_wgmma(device: torch.device) -> bool:
 
 
 def overlaps(*tensors: torch.Tensor, K: int, V: int, segments: tuple[int, ...]) -> bool:
-    """Whether the kernels of ``hopper.py`` take these tensors, and ``segments`` of so many tokens: copies and stores are
-    of whole chunks, and would cross into the next segment if that began inside of one."""
+    """Whether the kernels of ``hopper.py`` take these tensors, and ``segments`` of so many tokens.
+
+    Copies and stores are of whole chunks, and would cross into a segment that began inside of one.
+    """
     return (
         tensors[0].dtype == torch.bfloat16 and tensors[0].shape[1] > 16
         and all(tokens % hopper_tiles(K, V).BC == 0 for tokens in segments)
