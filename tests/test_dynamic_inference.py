@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tests import layers
 from tests.conftest import SEED
 from tests.helpers import dynamic
+from tests.helpers.dynamic_ranks import EXPERTS, RANKS, on_ranks
 from tests.launch import spawn
 
 STATES = {field.name for field in dataclasses.fields(MambaInferenceStateConfig)}
@@ -142,39 +143,9 @@ def test_prefix_caching(case, policy, chunk):
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
-LENGTHS = [1, 7, 90, 3, 64, 150]
-
-
-def on_ranks(rank: int, world: int, case: str, layout: dict, config: dict, seed: int, **inference):
-    """Tokens, and logits of the last stage: request -> [positions, vocabulary]."""
-    dynamic.start(**layout)
-    run = dynamic.Run(dynamic.build(case, **layout, **config), max_requests=4, **inference)
-    for number, prompt in enumerate(dynamic.prompts_of(LENGTHS, seed)):
-        run.add(number, prompt, 20)
-    run.finish()
-    return run.tokens, {number: torch.stack([x[i] for i in sorted(x)]) for number, x in run.logits.items()}
-
 
 def on_ranks_small(rank, world, case, layout, config, seed):
     return on_ranks(rank, world, case, layout, config, seed)
-
-
-EXPERTS = dict(moe_token_dispatcher_type="alltoall", inference_moe_token_dispatcher_type="nccl")
-RANKS = {
-    "tp2": ("everything", dict(tp=2), dict()),
-    "tp2-sp": ("everything", dict(tp=2), dict(sequence_parallel=True)),
-    "tp2-gqa": ("gqa", dict(tp=2), dict()),
-    "tp2-gqa-sp": ("gqa", dict(tp=2), dict(sequence_parallel=True)),
-    "tp2-mla": ("mla", dict(tp=2), dict()),
-    "tp2-lrpe": ("lrpe", dict(tp=2), dict()),
-    "pp2": ("everything", dict(pp=2), dict()),
-    "pp2-lrpe": ("lrpe", dict(pp=2), dict()),  # states of another shape on each stage
-    "pp2-gqa": ("gqa", dict(pp=2), dict()),
-    "pp2-one-softmax": ("moe-gqa", dict(pp=2), dict()),  # all of its softmax layers are on the second stage
-    "pp2-apart": ("apart", dict(pp=2), dict()),  # a stage has no softmax layer, the other no lightning layer
-    "ep2": ("moe", dict(ep=2), EXPERTS),
-    "ep2-gqa": ("moe-gqa", dict(ep=2), EXPERTS),
-}
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -11,8 +11,8 @@ from megatron.core.transformer.moe import moe_utils
 
 from tests.conftest import SEED
 from tests.helpers import dynamic
+from tests.helpers.dynamic_ranks import RANKS, on_ranks
 from tests.launch import spawn
-from tests.test_dynamic_inference import RANKS, on_ranks
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [1, 7, 500, 3, 64, 65, 129, 2]
