@@ -61,10 +61,34 @@ def sample_of(dataset_class, tokenizer, rows, length, cp=1, index=0):
     return dataset_class(rows, "data.jsonl", np.arange(len(rows)), 1, Split.train, config)[index]
 
 
-def train(model: str, layout: str, data: list):
-    nproc, flags = LAYOUTS[layout]
+# the layout pp2-cp2 has a distributed optimizer, which takes Adam only
+SGD = {"pp2-cp2-sgd": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2")}
+
+
+def train(model: str, layout: str, data: list, flags: str = ""):
+    nproc, layout_flags = (LAYOUTS | SGD)[layout]
     size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
-    return run_pretrain([*size, *TRAIN, *MODELS[model].split(), *flags.split(), *data], nproc)
+    flags = [*TRAIN, *MODELS[model].split(), *layout_flags.split(), *flags.split()]
+    return run_pretrain([*size, *flags, *data], nproc)
+
+
+@pytest.fixture(scope="module")
+def hybrid(data, tmp_path_factory):
+    """Flags that load the same initial values of freq4 into every layout, and the run of one process by SGD."""
+    folder = tmp_path_factory.mktemp("initial")
+    train("freq4", "one", data, f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim")
+    # where Adam would make rounding larger
+    flags = f"--optimizer sgd --lr 0.1 --load {folder} --finetune --no-load-optim --no-load-rng"
+    one = train("freq4", "one", data, flags)
+    assert one.losses[-1] < one.losses[0] - 0.05
+    return flags, one
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-cp2-sgd"])
+def test_pipeline_stages_train_as_one(layout, data, hybrid):
+    """Every stage learns where documents end, and cuts them over context-parallel ranks."""
+    flags, one = hybrid
+    assert_same_training(train("freq4", layout, data, flags), one, losses=5e-6)
 
 
 @pytest.mark.parametrize("model", ["all", "freq4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
@@ -29,11 +30,12 @@ MODELS = {
 }
 
 
-def build(model: str, layout: str, tp: int = 1, sp: bool = False, cp: int = 1):
-    """The same values in every layout of tensor-parallel ranks."""
+def build(model: str, layout: str, tp: int = 1, sp: bool = False, cp: int = 1, pp: int = 1):
+    """The same values in every layout of tensor-parallel ranks; of a pipeline stage ``fill`` sets them."""
     options, config = MODELS[model]
     make = layers.latent_config if config.get("multi_latent_attention") else layers.transformer_config
-    config = make(**config, **layers.layout(tp, sp), context_parallel_size=cp)
+    stages = dict(pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32) if pp > 1 else {}
+    config = make(**config, **layers.layout(tp, sp), **stages, context_parallel_size=cp)
     prepare(config, LightningOptions(**options), layout=layout)
     built = gpt(config, functools.partial(block, options=options, layout=layout))
     rank, rng = parallel_state.get_tensor_model_parallel_rank(), torch.Generator().manual_seed(3)
@@ -49,6 +51,16 @@ def build(model: str, layout: str, tp: int = 1, sp: bool = False, cp: int = 1):
     return built
 
 
+def fill(built, values: dict[str, torch.Tensor]) -> None:
+    """The values of this stage's parameters, of those of the whole model."""
+    first = built.decoder.layers[0].layer_number - 1
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            whole = re.sub(r"(?<=decoder\.layers\.)\d+", lambda found: str(int(found[0]) + first), name)
+            tied = "embedding.word_embeddings.weight" if whole == "output_layer.weight" else whole
+            parameter.copy_(values[whole] if whole in values else values[tied])
+
+
 def block(config, vp_stage=None, *, options: dict, layout: str):
     return get_hybrid_block_spec(config.transformer, LightningOptions(**options), vp_stage=vp_stage, layout=layout)
 
@@ -57,6 +69,12 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, labels = torch.randint(64, (2, 1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     return tokens, labels, positions, torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+
+
+def values_of(rank: int, world: int, model: str) -> dict[str, torch.Tensor]:
+    """All parameters of the whole model."""
+    layers.start()
+    return {name: parameter.detach() for name, parameter in build(model, "zigzag").named_parameters()}
 
 
 def alone(rank: int, world: int, model: str) -> torch.Tensor:
@@ -69,11 +87,15 @@ def alone(rank: int, world: int, model: str) -> torch.Tensor:
 
 
 def packed_losses(built, mine: torch.Tensor, **groups) -> torch.Tensor:
+    return packed_outputs(built, mine, **groups)[0]
+
+
+def packed_outputs(built, mine: torch.Tensor, **groups) -> torch.Tensor:
+    """Losses ``[1, tokens]``, or hidden states ``[tokens, 1, hidden]`` of a stage that is not the last."""
     tokens, labels, positions, bounds = batch()
     longest = max(LENGTHS)
     packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, **groups)
-    losses = built(tokens[:, mine], positions[:, mine], None, labels=labels[:, mine], packed_seq_params=packed)
-    return losses[0].detach()
+    return built(tokens[:, mine], positions[:, mine], None, labels=labels[:, mine], packed_seq_params=packed).detach()
 
 
 def over_ranks(rank: int, world: int, model: str, tp: int, sp: bool, cp: int, wanted: torch.Tensor) -> float:
@@ -83,6 +105,22 @@ def over_ranks(rank: int, world: int, model: str, tp: int, sp: bool, cp: int, wa
     cp_rank, tokens = parallel_state.get_context_parallel_rank(), sum(LENGTHS)
     mine = tokens_of(cp_rank, cp, "zigzag-documents", [tokens // cp] * cp, batch()[3])
     return float((packed_losses(built, mine) - wanted[mine]).abs().max())
+
+
+def over_stages(rank: int, world: int, model: str, cp: int, values: dict, wanted: torch.Tensor) -> float | None:
+    """As --sft cuts, two layers on each of two pipeline stages; None on the first, which has no losses."""
+    layers.start(pp=2, cp=cp)
+    built = build(model, "zigzag-documents", cp=cp, pp=2)
+    fill(built, values)
+    cp_rank, tokens = parallel_state.get_context_parallel_rank(), sum(LENGTHS)
+    mine = tokens_of(cp_rank, cp, "zigzag-documents", [tokens // cp] * cp, batch()[3])
+    if parallel_state.is_pipeline_first_stage():
+        dist.send(packed_outputs(built, mine).contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+    hidden = torch.empty(len(mine), 1, 64)
+    dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+    built.set_input_tensor(hidden)
+    return float((packed_outputs(built, mine)[0] - wanted[mine]).abs().max())
 
 
 def over_dynamic_groups(rank: int, world: int, model: str, layout: str, cp: int, wanted: torch.Tensor) -> list[float]:
@@ -111,6 +149,16 @@ def test_documents_over_ranks(tp, sp, cp, model, losses):
     errors = spawn(over_ranks, tp * cp, model, tp, sp, cp, losses(model))
     print(errors)
     assert max(errors) < 5e-6
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cp", [1, 2], ids=["pp2", "pp2-cp2"])
+def test_documents_over_stages(cp, model, losses):
+    (values,) = spawn(values_of, 1, model)
+    errors = spawn(over_stages, 2 * cp, model, cp, values, losses(model))
+    print(errors)
+    found = [error for error in errors if error is not None]
+    assert len(found) == cp and max(found) < 5e-6
 
 
 @pytest.mark.parametrize("model", MODELS)

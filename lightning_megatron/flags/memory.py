@@ -108,6 +108,11 @@ OPTIMIZERS = (
     ),
     Rule(
         "optimizer",
+        lambda run: run.get("optimizer") == "sgd" and run.get("use_distributed_optimizer"),
+        "does not go with --use-distributed-optimizer (an assertion in Megatron 0.19); leave that out, or use adam",
+    ),
+    Rule(
+        "optimizer",
         lambda run: run.get("optimizer") in _EMERGING and not importable("emerging_optimizers"),
         "needs the package emerging-optimizers, and it does not import; pip install emerging-optimizers, or use adam "
         "or sgd",

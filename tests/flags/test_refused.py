@@ -253,6 +253,10 @@ REFUSED = {
         dict(num_attention_heads=6, num_query_groups=6), {}, MUON | dict(optimizer="adaptive_muon"),
         "--optimizer adaptive_muon would cut",
     ),
+    "sgd-distributed": (
+        dict(bf16=True), {}, dict(optimizer="sgd", use_distributed_optimizer=True),
+        "--optimizer sgd does not go with --use-distributed-optimizer .*; leave that out, or use adam",
+    ),
     "muon-distributed-fp32": (
         {}, {}, dict(optimizer="muon", use_distributed_optimizer=True),
         "--optimizer muon ends Megatron 0.19 .* in fp32; use --bf16, or leave --use-distributed-optimizer out",
