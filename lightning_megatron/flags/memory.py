@@ -110,6 +110,11 @@ OPTIMIZERS = (
         "ends Megatron 0.19 in a ValueError in fp32 (can't optimize a non-leaf Tensor); use --bf16, or leave it out",
     ),
     Rule(
+        "async_save",  # without --use-persistent-ckpt-worker Megatron saves at once, and says so
+        lambda run: run.get("use_persistent_ckpt_worker") and not torch.cuda.is_available(),
+        "needs CUDA devices, without which its worker dies and the run hangs (Megatron 0.19); leave it out",
+    ),
+    Rule(
         "use_torch_fsdp2",
         lambda run: not torch.cuda.is_available(),
         "needs CUDA devices, to which torch's fully_shard moves parameters; use --use-megatron-fsdp, or leave it out",

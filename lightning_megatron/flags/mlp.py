@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megatron.core.activations import quick_gelu
-from megatron.core.fusions import fused_bias_swiglu
-from torch.nn.functional import silu
-
-from ..compat import importable
+from ..compat import importable, version
 from ..config import expert_pattern
 from .rules import TE, Rule, Run
+
+
+def _activation(run: Run) -> str:
+    return getattr(run.config.activation_func, "__name__", "")
 
 
 def _plain(run: Run) -> bool:
@@ -19,7 +19,7 @@ def _plain(run: Run) -> bool:
 def _fused_swiglu(run: Run) -> bool:
     """Whether the activation is the kernel that does not clamp; that of 0.20 does."""
     fused = run.config.bias_activation_fusion and not run.options.bilinear_glu
-    return fused and run.config.activation_func == silu and not hasattr(fused_bias_swiglu, "clamped_swiglu")
+    return fused and _activation(run) == "silu" and version("megatron-core").startswith("0.19")
 
 
 def _ungrouped(run: Run) -> bool:
@@ -47,7 +47,7 @@ REFUSED = (
     ),
     Rule(
         "bias_activation_fusion",
-        lambda run: run.config.activation_func == quick_gelu and _dense(run),
+        lambda run: _activation(run) == "quick_gelu" and _dense(run),
         "has a fused activation for routed experts only, and other MLPs end in a ValueError in the first step "
         "(Megatron 0.19); add --no-bias-gelu-fusion",
         "--quick-geglu",

@@ -410,11 +410,17 @@ def test_allowed_beside_what_is_refused(name, without):
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_torchs_fsdp_needs_cuda(cuda, monkeypatch):
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(use_torch_fsdp2=True), "--use-torch-fsdp2 needs CUDA devices.*use --use-megatron-fsdp"),
+        (dict(async_save=True, use_persistent_ckpt_worker=True), "--async-save needs CUDA devices.*leave it out"),
+    ],
+)
+def test_needs_cuda(args, message, cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    refused = pytest.raises(ValueError, match="--use-torch-fsdp2 needs CUDA devices.*use --use-megatron-fsdp")
-    with nullcontext() if cuda else refused:
-        refuse(model(), LightningOptions(), "zigzag", Namespace(use_torch_fsdp2=True))
+    with nullcontext() if cuda else pytest.raises(ValueError, match=message):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
 
 
 def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):

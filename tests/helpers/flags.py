@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
