@@ -228,7 +228,9 @@ def enable_pretrain() -> None:
     training.set_jit_fusion_options = lambda tp_size=None: None
     # A checkpoint's first save spawns a helper process that imports the main module, and so Megatron: 5 s for
     # nothing. Without CUDA it can be forked.
-    filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+    filesystem_async.get_write_results_queue = functools.partial(
+        filesystem_async.get_write_results_queue, mp_mode="fork"
+    )
 
 
 @functools.cache

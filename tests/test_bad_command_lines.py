@@ -28,6 +28,12 @@ BAD = (
     ("--attention-backend local", "--attention-backend local .*use --transformer-impl local"),
     ("--exit-signal TERM", "--exit-signal: TERM is unknown; choose from .*SIGTERM"),
     ("--cp-comm-type p3p", "--cp-comm-type p3p is unknown: choose from p2p"),
+    ("--no-position-embedding", "--no-position-embedding .*use --position-embedding-type none"),
+    ("--init-method-xavier-uniform", "--init-method-xavier-uniform ends .*leave it out"),
+    (
+        "--position-embedding-type mrope --mrope-section 1 1 2",
+        "--position-embedding-type mrope needs positions of three axes.*use rope",
+    ),
     ("--batch-size 4", "--batch-size .*use --micro-batch-size"),
     ("--checkpoint-activations", "--checkpoint-activations is no option any more: use --recompute-granularity full"),
     ("--step-batch-size-schedule foo", '"THRESHOLD:BATCH_SIZE".*--step-batch-size-schedule foo'),

@@ -355,6 +355,10 @@ WRONG = {
     "unknown": ("--temprature 1", "unrecognized arguments: --temprature 1"),
     "cp": ("--context-parallel-size 2", "--context-parallel-size 2: states are carried from token to token by one"),
     "sp": ("--sequence-parallel", "--sequence-parallel: single tokens cannot be split over ranks; leave it out"),
+    "engine": (
+        "--inference-dynamic-batching-max-requests 8",
+        "--inference-dynamic-batching-max-requests is of Megatron's own engines and servers, and is not read here",
+    ),
     "ranks": (TP2, "1 process for a model over 2 (--tensor-model-parallel-size 2, --pipeline-model-parallel-size 1"),
 }
 

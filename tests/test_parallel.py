@@ -82,6 +82,39 @@ def test_bf16(layout, initial, alone):
     assert run.losses != alone("freq4").losses
 
 
+# Options that change no loss: model, layout, flags.
+FREE = {
+    "gradients": (
+        "freq4", "dp2",
+        "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5000 "
+        "--ddp-pad-buckets-for-high-nccl-busbw --no-align-grad-reduce --no-align-param-gather "
+        "--ddp-average-in-collective --check-weight-hash-across-dp-replicas-interval 2",
+    ),
+    "stages": (
+        "freq4", "pp2",
+        "--num-virtual-stages-per-pipeline-rank 2 --overlap-p2p-communication-warmup-flush "
+        "--microbatch-group-size-per-virtual-pipeline-stage 2",
+    ),
+    "uneven-stages": ("freq4", "pp2", "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3"),
+    "order-of-ranks": ("all", "pp2-dp2", "--use-tp-pp-dp-mapping"),
+    "recompute": ("freq4", "one", "--recompute-activations"),
+    "recompute-experts": ("moe", "one", "--moe-layer-recompute"),
+    "kernels": (
+        "freq4", "one",
+        "--no-bias-swiglu-fusion --no-bias-dropout-fusion --disable-jit-fuser --no-masked-softmax-fusion "
+        "--attention-softmax-in-fp32 --no-clone-scatter-output-in-embedding --mlp-chunks-for-training 2 "
+        "--deterministic-mode",
+    ),
+    "kernels-of-biases": ("freq2", "one", "--no-bias-gelu-fusion --no-bias-dropout-fusion"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_free_options_change_no_loss(name, initial, alone):
+    model, layout, flags = FREE[name]
+    assert_same_training(train(model, layout, flags, load=initial(model)), alone(model))
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 MOVES = [
@@ -117,6 +150,18 @@ def test_training_goes_on_in_another_layout(model, before, after, initial, alone
 @pytest.mark.parametrize("before, after", MOVES_OF_SHARDED_OPTIMIZER, ids=map("-".join, MOVES_OF_SHARDED_OPTIMIZER))
 def test_training_goes_on_with_sharded_optimizer(before, after, initial, alone, tmp_path):
     check_move("freq4", before, after, "--use-distributed-optimizer", initial, alone, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--ckpt-fully-parallel-load --ckpt-assume-constant-structure --dist-ckpt-workers 2",
+        "--no-ckpt-fully-parallel-save --no-ckpt-load-validate-sharding-integrity --auto-detect-ckpt-format",
+    ],
+    ids=["parallel", "plain"],
+)
+def test_training_goes_on_however_it_is_written(flags, initial, alone, tmp_path):
+    check_move("freq4", "dp2", "dp2", flags, initial, alone, tmp_path)
 
 
 # ---- packed documents ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Ways to hold and step parameters: FSDP of Megatron and torch, muon, an optimizer on the host. Training as without.
 
-Megatron-FSDP needs the package einops, muon emerging-optimizers, the others a GPU: without them they are skipped.
+Megatron-FSDP and instances of the distributed optimizer need the package einops, muon emerging-optimizers, the others a
+GPU: without them they are skipped.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ def test_megatron_fsdp(model):
     """Parameters, gradients and optimizer cut over two ranks."""
     run = train(model, "dp2", FSDP, env=CONNECTIONS)
     assert_same_training(run, train(model, "dp2", UNTIED))
+
+
+@fsdp
+def test_instances_of_the_distributed_optimizer():
+    """Each of two holds the whole optimizer."""
+    flags = "--num-distributed-optimizer-instances 2"
+    assert_same_training(train("all", "dp2", flags), train("all", "dp2"))
 
 
 @fsdp

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from ..compat import importable
 from ..config import LightningOptions, lightning_pattern
-from . import experts, fp8, latent, later, log, memory, refused, warned
+from . import experts, fp8, latent, later, log, memory, mlp, refused, warned
 from .refused import REFUSED_ALWAYS
 from .rules import TE, Rule, Run, flag_of, shown
 from .unread import ROTARY_ONLY, SOFTMAX_ONLY
@@ -27,11 +27,12 @@ REFUSED = (
     *latent.REFUSED,
     *memory.REFUSED,
     *experts.REFUSED,
+    *mlp.REFUSED,
     *memory.GRAPHS,
     *memory.OPTIMIZERS,
     *log.REFUSED,
 )
-WARNED = (*latent.WARNED, *memory.WARNED, *warned.WARNED)
+WARNED = (*latent.WARNED, *memory.WARNED, *mlp.WARNED, *warned.WARNED)
 
 
 def refuse_parts(asked) -> None:

@@ -62,6 +62,13 @@ REFUSED = (
         )
     ),
     Rule(
+        "cpu_offloading",
+        lambda run: not importable(TE),
+        f"needs TransformerEngine, and it does not import; use --lightning-offload-activations with {_FULL}, or "
+        "install it",
+        "--cpu-offloading-num-layers",
+    ),
+    Rule(
         _CHUNK,
         lambda run: run.config.context_parallel_size > 1 and not run.options.cp_keep_states,
         "keeps states for the recomputation; leave --no-lightning-cp-keep-states out",
@@ -123,6 +130,11 @@ OPTIMIZERS = (
         "ends Megatron 0.19 in a ValueError in fp32 (can't optimize a non-leaf Tensor); use --bf16, or leave it out",
     ),
     Rule(
+        "async_save",  # without --use-persistent-ckpt-worker Megatron saves at once, and says so
+        lambda run: run.get("use_persistent_ckpt_worker") and not torch.cuda.is_available(),
+        "needs CUDA devices, without which its worker dies and the run hangs (Megatron 0.19); leave it out",
+    ),
+    Rule(
         "use_torch_fsdp2",
         lambda run: not torch.cuda.is_available(),
         "needs CUDA devices, to which torch's fully_shard moves parameters; use --use-megatron-fsdp, or leave it out",
@@ -140,10 +152,15 @@ OPTIMIZERS = (
         "hangs when it saves the states of torch's Adam, which a rank has only of parameters that it holds a part of "
         "(Megatron 0.19); add --no-save-optim, or install TransformerEngine or apex for their Adam",
     ),
-    Rule(
-        "use_megatron_fsdp",
-        lambda run: not importable("einops"),
-        "needs the package einops, and it does not import; pip install einops",
+    *(
+        Rule(name, when, "needs the package einops, and it does not import; pip install einops")
+        for name, when in (
+            ("use_megatron_fsdp", lambda run: not importable("einops")),
+            (
+                "num_distributed_optimizer_instances",
+                lambda run: run.get("num_distributed_optimizer_instances") > 1 and not importable("einops"),
+            ),
+        )
     ),
 )
 

@@ -24,7 +24,8 @@ _NEEDS_TE = (
 
 _TE_ALONE = (  # Megatron's local layers do not read them
     "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
-    "te_precision_config_file",
+    "te_precision_config_file", "overlap_dispatch_backward_with_experts_wgrad", "symmetric_ar_type",
+    "use_grouped_gemm_for_dense_mlp", "use_grouped_gemm_for_shared_expert",
 )  # fmt: skip
 
 _OTHER_ATTENTION = (
@@ -45,6 +46,8 @@ REFUSED_ALWAYS = {
     "--step-batch-size-schedule",
     "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers, and in later versions writes no "
     "checkpoints; leave it out, and evaluate with --skip-train",
+    "init_method_xavier_uniform": "ends Megatron 0.19 in a TypeError; leave it out, and choose --init-method-std",
+    "openai_gelu": "is not read by Megatron 0.19; leave it out",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
     "one --valid-data-path",
@@ -62,6 +65,15 @@ REFUSED = (
             "--transformer-impl transformer_engine, or leave it out",
         )
         for name in _TE_ALONE
+    ),
+    *(
+        Rule(
+            f"{kind}tensor_parallel_num_weight_shards",
+            lambda run, kind=kind: run.local and (run.get(f"{kind}gtp_weight_remat_size") or 1) > 1,
+            "shards weights of TransformerEngine's layers only, and --transformer-impl local would keep them whole; "
+            "use --transformer-impl transformer_engine, or leave it out",
+        )
+        for kind in ("", "expert_")
     ),
     Rule(
         "batch_invariant_mode",
@@ -128,6 +140,11 @@ REFUSED = (
         "position_embedding_type",
         lambda run: run.options.rope and run.get("position_embedding_type") not in ROTARY,
         "gives no angles to --lightning-rope, or make_spec(rope=True); use --position-embedding-type rope",
+    ),
+    Rule(
+        "position_embedding_type",
+        lambda run: run.get("position_embedding_type") == "relative",
+        "is a bias of T5's attention, which no layer of this model has; use rope, or none",
     ),
     Rule(
         "linear_conv_kernel_dim",

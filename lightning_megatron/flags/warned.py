@@ -40,6 +40,12 @@ WARNED = (
         lambda run: run.options.qk_norm and run.softmax,
         "decays the norms of softmax layers only; those of --lightning-qk-norm get no weight decay",
     ),
+    Rule("use_flash_attn", lambda run: True, "is not read by Megatron 0.19; use --attention-backend flash"),
+    Rule(
+        "flash_attention_version",
+        lambda run: run.local and run.attends,
+        "is not read by softmax layers on torch's SDPA, whose FlashAttention is torch's own",
+    ),
     Rule(
         "apply_query_key_layer_scaling",
         lambda run: run.local and run.attends,

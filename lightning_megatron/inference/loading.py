@@ -52,6 +52,7 @@ _LAYOUT = {  # Megatron's names of the sizes that a run may choose, and their fl
     "expert_model_parallel_size": "--expert-model-parallel-size",
     "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
 }
+_READ = ("cuda_graph_modules", "cuda_graph_scope_deprecated")  # by layers, of Megatron's group "inference"
 
 
 class LoadError(ValueError):
@@ -144,6 +145,12 @@ def check_flags(flags: Sequence[str], world: int) -> None:
         )
     if args.sequence_parallel:
         raise ValueError("--sequence-parallel: single tokens cannot be split over ranks; leave it out")
+    for action in next(group for group in parser()._action_groups if group.title == "inference")._group_actions:
+        if action.dest not in _READ and getattr(args, action.dest) != action.default:
+            raise ValueError(
+                f"{action.option_strings[0]} is of Megatron's own engines and servers, and is not read here; leave it "
+                "out, and see --help for options of this command"
+            )
     tp, pp, ep, etp = (getattr(args, name) for name in _LAYOUT)
     wanted = pp * math.lcm(tp, ep * (etp or tp) if ep > 1 or etp else 1)
     if world != wanted:

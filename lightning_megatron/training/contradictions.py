@@ -211,6 +211,14 @@ CONTRADICTIONS = (
         "or none",
     ),
     Contradiction(
+        lambda args: (
+            not args.add_position_embedding
+            and args.position_embedding_type != "rope"
+            and not args.use_rotary_position_embeddings
+        ),
+        "--no-position-embedding is an older name: use --position-embedding-type none",
+    ),
+    Contradiction(
         lambda args: args.bf16 and args.fp16,
         "--bf16 and --fp16 are both given: leave out one",
     ),
@@ -326,6 +334,20 @@ CONTRADICTIONS = (
         lambda args: args.non_persistent_ckpt_type == "local" and not importable("nvidia_resiliency_ext"),
         "--non-persistent-ckpt-type local needs the package nvidia_resiliency_ext, which does not import: install it, "
         "or use global",
+    ),
+    Contradiction(
+        lambda args: (
+            args.async_save
+            and args.use_persistent_ckpt_worker  # without, Megatron saves at once, and says so
+            and args.async_strategy == "nvrx"
+            and not importable("nvidia_resiliency_ext")
+        ),
+        "--async-strategy nvrx, Megatron's default for --async-save, needs the package nvidia_resiliency_ext, which "
+        "does not import: install it, or use mcore",
+    ),
+    Contradiction(
+        lambda args: args.position_embedding_type == "mrope",
+        "--position-embedding-type mrope needs positions of three axes, and data of this entry point has one: use rope",
     ),
     Contradiction(
         lambda args: args.async_save and args.ckpt_format not in ("torch_dist", "fsdp_dtensor"),

@@ -60,6 +60,18 @@ LOGGED = {
         HYBRID | dict(apply_query_key_layer_scaling=True), {}, OWN,
         ["--apply-query-key-layer-scaling is not read by softmax layers on torch's SDPA"],
     ),
+    "flash-attention": ({}, {}, OWN | dict(use_flash_attn=True), ["--use-flash-attn is not read", "--attention-back"]),
+    "flash-attention-version": (
+        HYBRID | dict(flash_attention_version=3), {}, OWN,
+        ["--flash-attention-version 3 is not read by softmax layers on torch's SDPA"],
+    ),
+    **{
+        name: (
+            {name: True, "num_moe_experts": 4}, {}, OWN,
+            [f"--{name.replace('_', '-')} is not read by experts of --transformer-impl local"],
+        )
+        for name in ("moe_grouped_gemm", "use_fused_weighted_squared_relu")
+    },
     "op-fuser": (
         TE | dict(use_transformer_engine_op_fuser=True), {}, OWN,
         ["--use-transformer-engine-op-fuser does not reach dense MLPs"],

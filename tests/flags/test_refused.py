@@ -8,7 +8,7 @@ import torch
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
-from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, SWIGLU, TE, check_allowed, check_refused, model
+from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, QUICK, SWIGLU, TE, check_allowed, check_refused, model
 
 # config, options, flags, and what the message says
 REFUSED = {
@@ -20,8 +20,65 @@ REFUSED = {
         )
         for name in (
             "tp_comm_overlap", "use_te_activation_func", "fused_residual_rmsnorm", "use_transformer_engine_op_fuser",
+            "overlap_dispatch_backward_with_experts_wgrad", "use_grouped_gemm_for_dense_mlp",
+            "use_grouped_gemm_for_shared_expert", "symmetric_ar_type",
         )
     },
+    "clamp": (
+        SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=True), {}, {},
+        "--activation-func-clamp-value 7.0 is read by .*add --no-bias-swiglu-fusion",
+    ),
+    "clamp-without-gate": (
+        dict(activation_func_clamp_value=7.0, bias_activation_fusion=False), {}, {},
+        "--activation-func-clamp-value 7.0 is read by gated",
+    ),
+    "clamp-te": (
+        SWIGLU | TE
+        | dict(activation_func_clamp_value=7.0, bias_activation_fusion=False, use_te_activation_func=True), {}, {},
+        "--activation-func-clamp-value 7.0 is read by gated",
+    ),
+    "glu-offset": (
+        dict(glu_linear_offset=1.0, bias_activation_fusion=False), {}, {},
+        "--glu-linear-offset 1.0 is added in gated .*add --quick-geglu",
+    ),
+    **{
+        f"quick-geglu-{name}": (
+            QUICK | dict(bias_activation_fusion=True, **fields), {}, {},
+            "--quick-geglu has a fused activation for routed experts only.*add --no-bias-gelu-fusion",
+        )
+        for name, fields in (
+            ("dense", {}), ("mixed", dict(num_moe_experts=4, moe_layer_freq=2)),
+            ("shared", dict(num_moe_experts=4, moe_shared_expert_intermediate_size=32)),
+        )
+    },
+    "interleaved-experts": (
+        SWIGLU | dict(num_moe_experts=4, moe_mlp_glu_interleave_size=32, moe_grouped_gemm=True), {}, {},
+        "--moe-mlp-glu-interleave-size 32 is the order .*add --moe-grouped-gemm",
+    ),
+    "interleaved-sequential-experts": (
+        SWIGLU | TE | dict(num_moe_experts=4, moe_mlp_glu_interleave_size=32), {}, {},
+        "--moe-mlp-glu-interleave-size 32 is the order .*add --moe-grouped-gemm",
+    ),
+    "interleaved-shared": (
+        SWIGLU | TE | dict(num_moe_experts=4, moe_shared_expert_glu_interleave_size=32), {}, {},
+        "--moe-shared-expert-glu-interleave-size 32 is the order .*add that",
+    ),
+    "router-fusion": (
+        dict(num_moe_experts=4, moe_router_fusion=True), {}, {},
+        "--moe-router-fusion needs TransformerEngine's kernels.*leave it out",
+    ),
+    **{
+        f"{kind}weight-shards": (
+            {f"{kind}tensor_parallel_num_weight_shards": 2, f"{kind}gtp_weight_remat_size": 2}, {}, {},
+            "tensor-parallel-num-weight-shards 2 shards weights of TransformerEngine's layers only.*leave it out",
+        )
+        for kind in ("", "expert_")
+    },
+    "xavier": ({}, {}, dict(init_method_xavier_uniform=True), "--init-method-xavier-uniform ends .*--init-method-std"),
+    "openai-gelu": ({}, {}, dict(openai_gelu=True), "--openai-gelu is not read by Megatron 0.19; leave it out"),
+    "relative": (
+        TE, {}, dict(position_embedding_type="relative"), "--position-embedding-type relative is a bias of T5's",
+    ),
     "precision-file": (
         {}, {}, dict(te_precision_config_file="some.yaml"),
         "--te-precision-config-file some.yaml acts in TransformerEngine's",
@@ -299,6 +356,19 @@ def test_refused_in_both_ways(name, without):
 
 
 ALLOWED = {
+    "clamp": (SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=False), {}, {}),
+    "clamp-bilinear": (
+        SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=True), dict(bilinear_glu=True), {},
+    ),
+    "glu-offset": (QUICK | dict(glu_linear_offset=1.0, bias_activation_fusion=False), {}, {}),
+    "quick-geglu-experts": (QUICK | dict(bias_activation_fusion=True, num_moe_experts=4, moe_layer_freq=1), {}, {}),
+    "interleaved-experts": (
+        SWIGLU | TE | dict(num_moe_experts=4, moe_mlp_glu_interleave_size=32, moe_grouped_gemm=True), {}, {},
+    ),
+    "weight-shards-of-tensor-parallelism": (
+        dict(tensor_parallel_num_weight_shards=2, tensor_model_parallel_size=2, gtp_weight_remat_size=1), {}, {},
+    ),
+    "router-fusion-te": (TE | dict(num_moe_experts=4, moe_router_fusion=True), {}, {}),
     "norms-te": (
         SWIGLU | TE | dict(apply_residual_connection_post_layernorm=True),
         dict(embedding_scale=2.0, layernorm_affine=False, bilinear_glu=True), {},
@@ -365,11 +435,17 @@ def test_allowed_beside_what_is_refused(name, without):
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_torchs_fsdp_needs_cuda(cuda, monkeypatch):
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(use_torch_fsdp2=True), "--use-torch-fsdp2 needs CUDA devices.*use --use-megatron-fsdp"),
+        (dict(async_save=True, use_persistent_ckpt_worker=True), "--async-save needs CUDA devices.*leave it out"),
+    ],
+)
+def test_needs_cuda(args, message, cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    refused = pytest.raises(ValueError, match="--use-torch-fsdp2 needs CUDA devices.*use --use-megatron-fsdp")
-    with nullcontext() if cuda else refused:
-        refuse(model(), LightningOptions(), "zigzag", Namespace(use_torch_fsdp2=True))
+    with nullcontext() if cuda else pytest.raises(ValueError, match=message):
+        refuse(model(), LightningOptions(), "zigzag", Namespace(**args))
 
 
 def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
@@ -388,6 +464,7 @@ def test_saving_with_megatron_fsdp_needs_a_fused_adam(without):
         ("emerging_optimizers", dict(optimizer="muon", muon_split_qkv=False)),
         ("emerging_optimizers", dict(optimizer="lion")),
         ("einops", dict(use_megatron_fsdp=True)),
+        ("einops", dict(num_distributed_optimizer_instances=2)),
     ],
 )
 def test_packages_of_optimizers(package, args, without):

@@ -28,6 +28,10 @@ REFUSED = {
     "offload-fp32": (
         {}, {}, dict(optimizer_cpu_offload=True), "--optimizer-cpu-offload ends Megatron .* in fp32 .*; use --bf16",
     ),
+    "cpu-offloading": (
+        dict(cpu_offloading=True), {}, {},
+        "--cpu-offloading-num-layers needs TransformerEngine.*use --lightning-offload-activations",
+    ),
     "chunk-alone": (
         {}, CHUNK, {},
         "--lightning-recompute-chunk 64 acts on layers that are recomputed; add --recompute-granularity full .*leave",

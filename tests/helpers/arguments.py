@@ -10,7 +10,7 @@ from lightning_megatron.training import arguments, refusals
 from lightning_megatron.training.arguments import add_arguments
 
 # Modules that ask which packages import.
-ASKING = (arguments, refusals, tables, tables.refused, tables.memory)
+ASKING = (arguments, refusals, tables, tables.refused, tables.memory, tables.mlp)
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
@@ -13,6 +14,7 @@ HYBRID = dict(linear_attention_freq=2)
 LATENT = dict(multi_latent_attention=True)
 TE = dict(transformer_impl="transformer_engine")
 SWIGLU = dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
+QUICK = dict(gated_linear_unit=True, activation_func=quick_gelu)
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 CHUNK, HOST = dict(recompute_chunk=64), dict(offload_activations=True)
 LATER = {  # fields and flags of later versions of Megatron

@@ -35,6 +35,7 @@ OWN = {
     },
     "mlp": {
         "gelu": "", "swiglu": "--swiglu", "bilinear": "--swiglu --lightning-bilinear-glu", "relu2": "--squared-relu",
+        "quick-geglu": "--quick-geglu --no-bias-gelu-fusion --glu-linear-offset 1 --activation-func-clamp-value 7",
         "moe": EXPERTS, "moe-shared": f"{EXPERTS} {SHARED} --swiglu",
     },
     "mtp": {"0": "", "1": "--mtp-num-layers 1", "2": "--mtp-num-layers 2",
