@@ -24,10 +24,6 @@ REFUSED = {
             "use_grouped_gemm_for_shared_expert", "symmetric_ar_type",
         )
     },
-    "clamp": (
-        SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=True), {}, {},
-        "--activation-func-clamp-value 7.0 is read by .*add --no-bias-swiglu-fusion",
-    ),
     "clamp-without-gate": (
         dict(activation_func_clamp_value=7.0, bias_activation_fusion=False), {}, {},
         "--activation-func-clamp-value 7.0 is read by gated",
@@ -427,6 +423,15 @@ ALLOWED = {
     "freq": (dict(linear_attention_freq=4), {}, {}),
     "packed-cp": (HYBRID | dict(context_parallel_size=2), {}, dict(dataloader_inter_document_masking=True)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_fused_swiglu_clamps_since_0_20(later, monkeypatch):
+    monkeypatch.setattr("lightning_megatron.flags.mlp.version", lambda name: "0.20.0" if later else "0.19.2")
+    config = model(**SWIGLU, activation_func_clamp_value=7.0, bias_activation_fusion=True)
+    message = "--activation-func-clamp-value 7.0 is read by .*add --no-bias-swiglu-fusion"
+    with nullcontext() if later else pytest.raises(ValueError, match=message):
+        refuse(config, LightningOptions(), "zigzag")
 
 
 @pytest.mark.parametrize("name", ALLOWED)
