@@ -24,6 +24,7 @@ from .config import (
     resolve_shape,
 )
 from .flags import messages_of_refusal, refuse_parts, warnings_of
+from .logs import restore_settings
 from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
 from .parallel import LAYOUTS, mark_by
 from .peak import peak_tflops
@@ -60,6 +61,7 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
         model = GPTModel(config, get_hybrid_block_spec(config, options, layout=layout), ...)
     """
     options, args = options or LightningOptions(), training_args()
+    restore_settings(getattr(args, "logging_level", None))
     loaded = loader_layout(args)
     if args is not None and layout not in (None, loaded):
         raise ValueError(

@@ -12,7 +12,7 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops", "peak", "layer_log", "integrity"},
+    {"__init__", "config", "compat", "packed", "ops", "peak", "layer_log", "logs", "integrity"},
     {"models"},
     {"cpu"},
     {"parallel"},
@@ -38,6 +38,7 @@ ONLY = {
     "decay": {"config"},
     "flags": {"config", "compat"},
     "layer_log": set(),
+    "logs": set(),
     "peak": set(),
     "models": {"config"},
     "caches": {"config", "ops"},
@@ -65,6 +66,7 @@ OUTSIDE = {
     "inference": {"torch", "megatron", "quart", "hypercorn", "werkzeug", "msgpack"},
     "peak": set(),
     "layer_log": {"torch"},
+    "logs": {"megatron"},
     "integrity": set(),
     "ops": {"torch", "triton"},
     "decay": {"torch"},

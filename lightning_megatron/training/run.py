@@ -35,6 +35,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from ..config import LightningOptions
 from ..hybrid_model import add_letter, checked, make_stack_spec
+from ..logs import restore_settings
 from ..norm import norm_name
 from ..resume import check_folder
 from ..runtime import loader_layout
@@ -71,6 +72,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         ValueError, AssertionError: the command line asks for something that cannot work.
     """
     raw, add, brought = parse_args(add_arguments), add_arguments, {}
+    restore_settings(raw.logging_level)
     if raw.hybrid_layer_pattern is not None:
         add_letter()  # Megatron reads the pattern while it validates
     if raw.released_model == LIST:
