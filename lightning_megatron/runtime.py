@@ -127,7 +127,7 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         if layout == "contiguous":
             raise ValueError(
                 "layout='contiguous' has no softmax attention, and this model has softmax layers; use layout='zigzag', "
-                "or leave --linear-attention-freq out, and --mtp-num-layers without --lightning-mtp-attention lightning"
+                "or leave --linear-attention-freq out; with --mtp-num-layers add --lightning-mtp-attention lightning"
             )
     if options.rotary_percent is not None and not config.multi_latent_attention:
         raise ValueError(

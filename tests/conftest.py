@@ -126,3 +126,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory):
+    """initial(model): a checkpoint of its initial values, written by one process; layouts would draw others."""
+    from tests.helpers.training import train
+
+    @functools.cache
+    def write(model: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"initial-{model}")
+        train(model, "one", f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng")
+        return folder
+
+    return write

@@ -34,19 +34,6 @@ CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
 
 
 @pytest.fixture(scope="module")
-def initial(tmp_path_factory):
-    """initial(model): a checkpoint of its initial values, written by one process."""
-
-    @functools.cache
-    def write(model: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"initial-{model}")
-        train(model, "one", f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng")
-        return folder
-
-    return write
-
-
-@pytest.fixture(scope="module")
 def alone(initial):
     """alone(model): the run of one process."""
 

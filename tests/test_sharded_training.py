@@ -7,7 +7,6 @@ GPU: without them they are skipped.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,19 +65,6 @@ MUON = "--optimizer muon --muon-fp32-matmul-prec high"
 WHOLE = "--muon-tp-mode duplicated"  # else Megatron takes the slice of each tensor-parallel rank as a matrix
 # Megatron would cut 2 heads of k and v as it does those of softmax layers, which is refused.
 FREQ4 = "--muon-no-split-qkv"
-
-
-@pytest.fixture(scope="module")
-def initial(tmp_path_factory):
-    """initial(model): a checkpoint of its initial values, which layouts draw anew."""
-
-    @functools.cache
-    def write(model: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"initial-{model}")
-        train(model, "one", f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng")
-        return folder
-
-    return write
 
 
 @pytest.fixture(scope="module")
