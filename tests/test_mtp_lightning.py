@@ -254,7 +254,7 @@ def check_places(rank: int, world: int) -> None:
     kinds = [type(x.self_attention) for x in (*model.decoder.layers, model.mtp.layers[0].mtp_model_layer)]
     assert kinds == [LightningAttention, LatentAttention, LightningAttention]
     contiguous = dict(CONFIG, context_parallel_size=2, mtp_num_layers=1)
-    with pytest.raises(ValueError, match="contiguous.* --mtp-num-layers without --lightning-mtp-attention lightning"):
+    with pytest.raises(ValueError, match="contiguous.* with --mtp-num-layers add --lightning-mtp-attention lightning"):
         refuse(transformer_config(**contiguous), LightningOptions(), "contiguous")
     config = transformer_config(**contiguous)
     refuse(config, options, "contiguous")
