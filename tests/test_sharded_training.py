@@ -1,4 +1,5 @@
-"""Ways to hold and step parameters: FSDP of Megatron and torch, muon, an optimizer on the host. Training as without.
+"""Ways to hold, step and save parameters: FSDP of Megatron and torch, muon, an optimizer on the host, saves beside the
+training. It trains as without.
 
 Megatron-FSDP and instances of the distributed optimizer need the package einops, muon emerging-optimizers, the others a
 GPU: without them they are skipped.
@@ -15,13 +16,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from lightning_megatron.compat import importable
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.integrity import verify
 from lightning_megatron.runtime import prepare
 from lightning_megatron.spec import get_hybrid_block_spec
 from tests import layers
 from tests.helpers.models import gpt
 from tests.helpers.training import MODELS, SIZE, TRAIN, assert_same_training, gradient_norms, train
 from tests.launch import run_pretrain, spawn
-from tests.tolerances import NOISE, TRAINED_LOSSES_BF16, TRAINED_NORMS_BF16
+from tests.tolerances import NOISE, TRAINED_LOSSES, TRAINED_LOSSES_BF16, TRAINED_NORMS_BF16
 
 UNTIED = "--untie-embeddings-and-output-weights"
 FSDP = (
@@ -29,6 +31,7 @@ FSDP = (
     "--ckpt-format fsdp_dtensor --no-gradient-reduce-div-fusion"  # gloo has no such sum
 )
 CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}  # Megatron-FSDP refuses 1
+TE, NVRX = "transformer_engine.pytorch", "nvidia_resiliency_ext"
 fsdp = pytest.mark.skipif(not importable("einops"), reason="needs einops")
 muon = pytest.mark.skipif(not importable("emerging_optimizers"), reason="needs emerging-optimizers")
 
@@ -171,6 +174,46 @@ def test_torch_fsdp2(model):
     assert want.losses[-1] < want.losses[0] - 0.1
     assert run.losses == pytest.approx(want.losses, abs=1e-4)
     assert gradient_norms(run) == pytest.approx(gradient_norms(want), rel=1e-3)
+
+
+@pytest.mark.gpu
+@fsdp
+@pytest.mark.skipif(not (importable(TE) or importable("apex.optimizers")), reason="needs a fused Adam: TE's or apex's")
+@pytest.mark.parametrize("model", ["all", "freq4"])
+def test_megatron_fsdp_goes_on(model, tmp_path):
+    """With the states of the optimizer, which a checkpoint of torch's Adam cannot hold."""
+    flags = [*SIZE, *TRAIN, *MODELS[model].split(), "--mock-data", *FSDP.split()]
+    run = functools.partial(run_pretrain, nproc=2, gpus=True, env=CONNECTIONS)
+    want = run(flags)
+    first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
+    again = run([*flags, "--load", tmp_path])
+    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
+    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
+    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "mcore",
+        pytest.param("nvrx", marks=pytest.mark.skipif(not importable(NVRX), reason="needs nvidia_resiliency_ext")),
+    ],
+)
+def test_saves_beside_the_training(strategy, tmp_path):
+    """A process of its own writes while ranks train on: every checkpoint is whole, and goes on as nothing had been."""
+    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", "--use-distributed-optimizer"]
+    beside = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", strategy]
+    saving = [*beside, "--save", tmp_path, *"--save-interval 2 --exit-interval 4".split()]
+    want, first = (run_pretrain([*flags, *more], 2, gpus=True) for more in ([], saving))
+    assert "an async checkpoint save at iteration" in first.log
+    assert first.losses == pytest.approx(want.losses[:4], abs=TRAINED_LOSSES)
+    for iteration in (2, 4):
+        verify(tmp_path / f"iter_{iteration:07d}")
+    for step in (2, 4):
+        again = run_pretrain([*flags, *beside, "--load", tmp_path, "--ckpt-step", str(step)], 2, gpus=True)
+        assert again.losses == pytest.approx(want.losses[step:], abs=TRAINED_LOSSES)
 
 
 @pytest.mark.gpu
