@@ -154,10 +154,15 @@ def measure(name: str, attention: str, lengths: list[int], options: argparse.Nam
         yield cell(name, attention, left[0], options) | {"error": error}
 
 
+def in_one_process(options: argparse.Namespace) -> bool:
+    """Whether all lengths share a process: not with CUDA graphs, which Megatron keeps as long as its process lives."""
+    return options.in_process and not options.cuda_graph
+
+
 def sweep(name: str, attention: str, options: argparse.Namespace) -> Iterator[dict]:
     """Rows of all lengths, ascending. Beyond one that does not fit none is tried: microbatches are no smaller there."""
     left = sorted(options.lengths)
-    together = options.in_process and not options.cuda_graph  # Megatron keeps a graph as long as its process lives
+    together = in_one_process(options)
     while left:
         count = 0
         for row in measure(name, attention, left if together else left[:1], options):
@@ -337,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         for model, attention, chosen in runs(options):
             lengths = sorted(options.lengths)
-            for group in [lengths] if options.in_process else [[length] for length in lengths]:
+            for group in [lengths] if in_one_process(chosen) else [[length] for length in lengths]:
                 print(shlex.join(command(model, attention, group, chosen)))
         return 0
     path, about, old = options.out / "training.json", machine(options.cpu), []
