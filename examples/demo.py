@@ -35,7 +35,7 @@ from plot_loss import final_loss, read_losses  # noqa: E402
 MARKER = ".lightning_demo"  # this folder is ours to overwrite
 PROMPT = "    def read_line(self, "
 
-VOCABULARY, ITERATIONS, BATCH, SHOW_INTERVAL = 1024, 1800, 4, 100
+VOCABULARY, ITERATIONS, BATCH, SHOW_INTERVAL = 1024, 900, 4, 50
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --linear-attention-freq 4
     --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --untie-embeddings-and-output-weights
@@ -44,7 +44,7 @@ MODEL = """
 """
 TRAINING = f"""
     --global-batch-size {BATCH} --train-iters {ITERATIONS} --num-workers 0
-    --lr 8e-3 --min-lr 2e-4 --lr-warmup-iters 100 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
+    --lr 8e-3 --min-lr 2e-4 --lr-warmup-iters 50 --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95
     --eval-interval {ITERATIONS // 2} --eval-iters 32 --log-interval 10 --save-interval {ITERATIONS}
 """
 

@@ -13,7 +13,6 @@ Every process is new, runs one thing and ends: no state passes from one run to t
 environment while torch, triton or Megatron is imported needs `torchrun=True`, which starts everything afresh.
 """
 
-import argparse
 import contextlib
 import faulthandler
 import functools
@@ -233,13 +232,7 @@ def _preload() -> None:
         importlib.import_module("lightning_megatron.cpu").enable_pretrain()
         importlib.import_module("torch._dynamo")  # a first step of torch.optim imports it
         importlib.import_module("megatron.core.tokenizers.text")  # any tokenizer does; it brings transformers
-        arguments = importlib.import_module("megatron.training.arguments")
-    # Megatron makes its parser several times in a run, and each time reads help texts from the source of its classes:
-    # a quarter of a small run. They are read here, once.
-    factory = importlib.import_module("megatron.training.argument_utils").ArgumentGroupFactory
-    read = functools.partial(factory._get_field_docstrings, factory)
-    factory._get_field_docstrings = staticmethod(functools.cache(read))
-    arguments.add_megatron_arguments(argparse.ArgumentParser())
+        importlib.import_module("tests.helpers.parser").read_help_once()
     for name in ("training.run", "inference.engine", "hybrid_model"):  # these import all others that a run needs
         importlib.import_module(f"lightning_megatron.{name}")
     importlib.import_module("pytest")  # of test modules, whose functions spawn() runs

@@ -8,6 +8,9 @@ from megatron.training import arguments as megatron_arguments
 from lightning_megatron import flags as tables
 from lightning_megatron.training import arguments, refusals
 from lightning_megatron.training.arguments import add_arguments
+from tests.helpers.parser import read_help_once
+
+read_help_once()
 
 # Modules that ask which packages import.
 ASKING = (arguments, refusals, tables, tables.refused, tables.memory, tables.mlp)

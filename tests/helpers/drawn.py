@@ -1,10 +1,14 @@
 """Of tests with many slow cases, some are drawn by the seed: in a few runs each has its turn."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+CASES = pytest.StashKey[Counter[str]]()
+"""How many cases of each test function were collected, before some were drawn."""
 
 
 def read(path: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_grids_are_within_cuda_limits(T, B, H):
     for launch in record(dtype=BF16, T=T, B=B, H=H, K=256, V=256):
         x, *others = launch.grid
         assert 0 < x < 2**31 and all(0 < n < 2**16 for n in others), launch
+
+
+def test_plans_of_many_programs_cost_no_more():
+    """A plan is made in the first call of a shape, beside which the GPU waits."""
+    before = time.perf_counter()
+    assert tiling.plan_splits(8192, 10**7, 2 * 10**7, alone=True) == (8192, 1, 1)
+    assert time.perf_counter() - before < 0.1
 
 
 def test_no_recompiles():

@@ -55,8 +55,9 @@ def _ends(queries: int, segments: int, others: int, segments_others: int) -> flo
     ``segments`` each, and then ``others``, as multiprocessors get free."""
     rounds, rest = divmod(queries * segments, ALONE)
     first, last = rounds / segments, (rounds + bool(rest)) / segments
-    most = cdiv(others * segments_others, ALONE - rest)  # that those which get free first would run of the others
-    for end in sorted(max(last, x + n / segments_others) for x in (first, last) for n in range(most + 1)):
+    least = max(last, (queries + others) / ALONE)  # if none waited; programs are whole, so that it ends up to one later
+    ends = (x + (int((least - x) * segments_others) + n) / segments_others for x in (first, last) for n in range(3))
+    for end in sorted(max(last, x) for x in ends):
         ran = [int((end - x) * segments_others + 1e-6) for x in (first, last)]
         if (ALONE - rest) * ran[0] + rest * ran[1] >= others * segments_others:
             return end
