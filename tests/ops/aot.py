@@ -6,10 +6,12 @@ most. In a process of its own without TRITON_INTERPRET, which would replace the 
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -165,39 +167,63 @@ def spills_in_loops(sass: str) -> int:
     return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for at, text in lines if any(at in x for x in inner))
 
 
-def main(arguments: list[str]) -> None:
-    few = "--few" in arguments
-    for gpu in [a for a in arguments if a != "--few"] or ["sm_90"]:
-        for config, wanted in FEW[gpu] if few else [(config, SEGMENTED + DECODING) for config in CONFIGS]:
-            packed = "packed" if config.get("documents") else "plain"
-            packed += " overlapped" * config.get("overlapped", False)
-            for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
-                if launch.what in wanted:
-                    report(gpu, config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch)
-        paged = PAGED[1:4:2] if few else PAGED
-        for config in paged:
-            for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
-                report(gpu, config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch)
-        report_small(gpu)
+Part = Iterator[tuple[torch.dtype, str, Launch]]
+"""Dtype, what distinguishes it in the line that is printed, launch."""
 
 
-def report_small(gpu: str) -> None:
-    """Kernels that need little, whatever the GPU."""
+def parts(gpu: str, few: bool) -> list[Callable[[], Part]]:
+    """All kernels, in parts; with ``few`` one for each row of FEW, then two of kernels that need little."""
+    walks = FEW[gpu] if few else [(config, SEGMENTED + DECODING) for config in CONFIGS]
+    return [
+        *(functools.partial(_walks, gpu, *row) for row in walks),
+        functools.partial(_paged, gpu, PAGED[1:4:2] if few else PAGED),
+        functools.partial(_around, gpu),
+    ]
+
+
+def _walks(gpu: str, config: dict, wanted: tuple[str, ...]) -> Part:
+    packed = "packed" if config.get("documents") else "plain"
+    packed += " overlapped" * config.get("overlapped", False)
+    for launch in record(**config, descriptors=gpu in ("sm_90", "sm_100")):
+        if launch.what in wanted:
+            yield config["dtype"], f"{config['K']}x{config['V']} T={config['T']} {packed}", launch
+
+
+def _paged(gpu: str, configs: list[dict]) -> Part:
+    for config in configs:
+        for launch in record_paged(**config, shared=SHARED.get(gpu, 227)):
+            yield config["dtype"], f"paged {config['H']}/{config['Hkv']} {config['K']}x{config['V']}", launch
+
+
+def _around(gpu: str) -> Part:
     for config in AROUND:
         for launch in record_pointwise(**config):
-            report(gpu, config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch)
+            yield config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch
     for config in DECODE:
         for launch in record_decode(**config):
-            report(gpu, config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch)
+            yield config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch
     for documents in (0, 4):
         for launch in record_local_states(dtype=torch.bfloat16, T=_LONG, K=128, V=128, documents=documents):
             direct = ("send", "receive_kernel") if gpu.startswith("sm_") else ()  # with NVIDIA's clock
             if launch.what in ("local state", "combine_kernel", *direct):
-                report(gpu, torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch)
+                yield torch.bfloat16, f"128x128 T={_LONG} {'packed' if documents else 'plain'}", launch
     for launch in record_derived(T=_LONG, documents=4):
-        report(gpu, torch.int32, f"T={_LONG}", launch)
+        yield torch.int32, f"T={_LONG}", launch
     for launch in record_loss(dtype=torch.bfloat16, rows=_LONG, columns=32000):
-        report(gpu, torch.bfloat16, "columns=32000", launch)
+        yield torch.bfloat16, "columns=32000", launch
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gpus", nargs="*", default=["sm_90"], metavar="GPU", help="as sm_80 or gfx942")
+    parser.add_argument("--few", action="store_true", help="only those that need most")
+    parser.add_argument("--part", type=int, metavar="N", help="only so manyth of its parts, from 0")
+    options = parser.parse_args(argv)
+    for gpu in options.gpus:
+        every = parts(gpu, options.few)
+        for part in every if options.part is None else [every[options.part]]:
+            for dtype, details, launch in part():
+                report(gpu, dtype, details, launch)
 
 
 def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:
@@ -210,4 +236,4 @@ def report(gpu: str, dtype: torch.dtype, details: str, launch: Launch) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
