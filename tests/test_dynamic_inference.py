@@ -151,9 +151,9 @@ def on_ranks_small(rank, world, case, layout, config, seed):
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks_change_no_token(name):
     """Padding, waiting, chunks and one batch of all as on one rank."""
-    case, layout, config = RANKS[name]
+    world, case, layout, config = RANKS[name]
     ((want, logits),) = spawn(on_ranks_small, 1, case, {}, {}, SEED)
-    found = spawn(on_ranks_small, 2, case, layout, config, SEED)
+    found = spawn(on_ranks_small, world, case, layout, config, SEED)
     for tokens, rows in found:
         assert tokens == want
         for number, x in rows.items():
