@@ -192,6 +192,24 @@ def test_expert_ranks_with_other_requests():
         assert spawn(judge_tokens, 1, "moe", prompts, tokens) == [tokens]
 
 
+def build_on_expert_ranks(rank: int, world: int) -> list[int]:
+    from lightning_megatron.inference.engine import build_engine
+
+    dynamic.start(ep=world)
+    model = dynamic.build("moe", ep=world, moe_token_dispatcher_type="alltoall")
+    engine = build_engine(model, dynamic.Tokens(), max_requests=2, max_sequence_length=64)
+    assert model.config.inference_moe_token_dispatcher_type == "nvls", "Megatron's default, which is left as it is"
+    params = SamplingParams(num_tokens_to_generate=5, top_k=1, termination_id=-1)
+    (record,) = engine.generate(["1 2 3"], params)
+    return list(record.merge().generated_tokens)
+
+
+def test_build_engine_on_expert_ranks():
+    """Without memory that ranks share over NVLink, which Megatron's own inference layers need."""
+    (want,) = spawn(build_on_expert_ranks, 1)
+    assert spawn(build_on_expert_ranks, 2) == [want, want] and len(want) == 5
+
+
 # ---- rollouts between training steps ---------------------------------------------------------------------------------
 
 
