@@ -151,9 +151,9 @@ def on_ranks_small(rank, world, case, layout, config, seed):
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks_change_no_token(name):
     """Padding, waiting, chunks and one batch of all as on one rank."""
-    case, layout, config = RANKS[name]
+    world, case, layout, config = RANKS[name]
     ((want, logits),) = spawn(on_ranks_small, 1, case, {}, {}, SEED)
-    found = spawn(on_ranks_small, 2, case, layout, config, SEED)
+    found = spawn(on_ranks_small, world, case, layout, config, SEED)
     for tokens, rows in found:
         assert tokens == want
         for number, x in rows.items():
@@ -190,6 +190,24 @@ def judge_tokens(rank: int, world: int, case: str, prompts: dict, tokens: dict):
 def test_expert_ranks_with_other_requests():
     for prompts, tokens in spawn(one_rank_idles, 2, SEED):
         assert spawn(judge_tokens, 1, "moe", prompts, tokens) == [tokens]
+
+
+def build_on_expert_ranks(rank: int, world: int) -> list[int]:
+    from lightning_megatron.inference.engine import build_engine
+
+    dynamic.start(ep=world)
+    model = dynamic.build("moe", ep=world, moe_token_dispatcher_type="alltoall")
+    engine = build_engine(model, dynamic.Tokens(), max_requests=2, max_sequence_length=64)
+    assert model.config.inference_moe_token_dispatcher_type == "nvls", "Megatron's default, which is left as it is"
+    params = SamplingParams(num_tokens_to_generate=5, top_k=1, termination_id=-1)
+    (record,) = engine.generate(["1 2 3"], params)
+    return list(record.merge().generated_tokens)
+
+
+def test_build_engine_on_expert_ranks():
+    """Without memory that ranks share over NVLink, which Megatron's own inference layers need."""
+    (want,) = spawn(build_on_expert_ranks, 1)
+    assert spawn(build_on_expert_ranks, 2) == [want, want] and len(want) == 5
 
 
 # ---- rollouts between training steps ---------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def all_on_ranks(rank: int, world: int, seed: int) -> dict[str, tuple[dict, dict
     in_full_fp32()
     found = {}
     for name in LAYOUTS:
-        case, layout, config = RANKS[name]
+        _, case, layout, config = RANKS[name]
         layout, config = (layout, config) if world > 1 else ({}, {})
         found[name] = on_ranks(rank, world, case, layout, config, seed)
         parallel_state.destroy_model_parallel()

@@ -181,7 +181,7 @@ def test_text_of_ranks_arrives_before_the_end(checkpoint):
 
 def draws(how, logits: torch.Tensor, count: int = 300) -> set[int]:
     random = how.generator(0, 0, logits.device)
-    return {int(how.draw(logits, random)) for _ in range(count)}
+    return {int(how.draw(logits, [random])) for _ in range(count)}
 
 
 def test_drawn_tokens_are_those_allowed():
@@ -195,9 +195,26 @@ def test_drawn_tokens_are_those_allowed():
     assert draws(Sampling(temperature=1.0, top_k=5), logits) == {0, 1, 2, 3, 4}
     assert draws(Sampling(temperature=1.0, top_p=0.65), logits) == {2, 3}
     assert draws(Sampling(temperature=1.0, top_p=1.0), logits) == {0, 1, 2, 3, 4}
-    counts = [int(Sampling(temperature=2.0).draw(logits, torch.Generator().manual_seed(i))) for i in range(4000)]
+    counts = [int(Sampling(temperature=2.0).draw(logits, [torch.Generator().manual_seed(i)])) for i in range(4000)]
     want = logits.exp().sqrt()[0] / logits.exp().sqrt().sum()
     torch.testing.assert_close(torch.bincount(torch.tensor(counts)) / 4000, want, atol=0.03, rtol=0)
+
+
+def test_rows_are_drawn_as_megatron_draws_each_alone():
+    from megatron.core.inference.sampling.torch_sampling import TorchSampling
+
+    from lightning_megatron.inference.sampling import Sampling
+
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3)) * 3
+    for how in (Sampling(), Sampling(top_k=7), Sampling(top_p=0.8), Sampling(top_k=1), Sampling(temperature=0)):
+        mine, megatrons = ([how.generator(i, 0, logits.device) for i in range(5)] for _ in range(2))
+        for _ in range(20):
+            want = logits.argmax(-1)
+            if how.temperature:
+                given = how.temperature, how.top_k or 0, float(how.top_p or 0)
+                rows = zip(logits.split(1), megatrons, strict=True)
+                want = torch.cat([TorchSampling.sample_from_logits(x, *given, generator=g) for x, g in rows])
+            assert torch.equal(how.draw(logits, mine), want)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -344,6 +361,7 @@ def assert_ends_with(run: Run, message: str) -> None:
 
 WRONG = {
     "tokens": ("--tokens 0", "--tokens 0 must be at least 1"),
+    "batch": ("--batch 0", "--batch 0 must be at least 1"),
     "samples": ("--samples 0", "--samples 0 must be at least 1"),
     "temperature": ("--temperature -1", "--temperature -1.0 must be at least 0"),
     "top-k": ("--top-k 0", "--top-k 0 must be at least 1 token"),

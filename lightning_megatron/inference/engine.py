@@ -6,6 +6,7 @@ records = engine.generate(["one prompt", "another"], SamplingParams(num_tokens_t
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -231,10 +232,21 @@ def build_engine(
         # Without expert ranks to agree with, Megatron would make up to 20 empty steps after the last request.
         **({"ep_consensus_interval": 1} if parallel_state.get_expert_model_parallel_world_size() == 1 else {}),
     )
-    context = DynamicInferenceContext(model.config, config)
+    context = DynamicInferenceContext(_without_nvls(model.config), config)
     wrapper = _Wrapper(model, context)
     wrapper.vocab_size = tokenizer.vocab_size
     return Engine(TextGenerationController(inference_wrapped_model=wrapper, tokenizer=tokenizer), context)
+
+
+def _without_nvls(config: Any) -> Any:
+    """For a context that does not take buffers of a dispatcher over NVLink, which only Megatron's own inference layers
+    use, and which most machines cannot give.
+    """
+    if config.expert_model_parallel_size == 1 or config.transformer_impl == "inference_optimized":
+        return config
+    config = copy.copy(config)
+    config.inference_moe_token_dispatcher_type = "nccl"
+    return config
 
 
 def longest(engine: DynamicInferenceEngine) -> int:

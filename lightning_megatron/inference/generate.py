@@ -1,7 +1,7 @@
 """Continue prompts from a checkpoint, token by token: ``lightning-generate``.
 
     lightning-generate --load CKPT --prompt "def main(" --temperature 0.7 --top-p 0.9
-    lightning-generate --load CKPT --prompts-file questions.jsonl --samples 4 --json > answers.jsonl
+    lightning-generate --load CKPT --prompts-file questions.jsonl --samples 4 --batch 64 --json > answers.jsonl
     torchrun --nproc-per-node 2 -m lightning_megatron.inference.generate --load CKPT --prompt - \\
         --tensor-model-parallel-size 2 < prompt.txt
 
@@ -18,7 +18,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,28 +36,14 @@ from .command import (
 if TYPE_CHECKING:
     import torch
 
+    from .sample import Piece
     from .sampling import Sampling
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One token of one sample."""
-
-    request: int
-    sample: int
-    text: str
-    """What can be printed now: parts of a character, or of a stop word, wait for the next tokens."""
-    token: int
-    finish: str | None = None
-    """After the last token: length, stop or eod."""
-    cache: dict[str, int] | None = None
-    """After the last token: bytes that this rank keeps, by kind of layer."""
-
-
 def generate(
-    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int = 1
 ) -> Iterator[Piece]:
-    """Continue every prompt, one sample after the other.
+    """Continue every prompt. A sample depends on the seed and its number alone, up to rounding, and not on ``batch``.
 
     All ranks of the model call it with the same arguments, and get the same pieces.
 
@@ -68,35 +53,28 @@ def generate(
             parallelism: its rows from ``vocab_size`` on are no tokens, and are never drawn.
         prompts: token ids, at least one each.
         sampling: how to draw, and when to stop.
+        batch: samples at once. 1 reads with Megatron's static caches, one sample after the other; more read in steps
+            of the dynamic engine, whose pieces are those of several samples by turns.
+
+    Raises:
+        ValueError: the dynamic engine does not serve this model, or has no room; it says what to do.
     """
     import torch
 
-    from .reader import Reader, from_last_stage
-    from .sampling import Text
+    from .reader import one_by_one
+    from .sample import Sample
+    from .together import Together
 
     device = torch.empty(0, device=torch.cuda.current_device()).device
-    place = torch.zeros(1, dtype=torch.int64, device=device)
-    for request, prompt in enumerate(prompts):
-        reader = Reader(model, max_length=len(prompt) + sampling.tokens)
-        first = reader.read(prompt)
-        after_prompt = reader.place()
-        for sample in range(sampling.samples):
-            reader.go_back(after_prompt)
-            text, logits = Text(tokenizer, prompt, sampling.stop), first
-            random = sampling.generator(request, sample, device)
-            for count in range(1, sampling.tokens + 1):
-                drawn = None if logits is None else sampling.draw(logits[:, : tokenizer.vocab_size], random)
-                token = int(from_last_stage(drawn, place))
-                if sampling.stop_at_eod and token == tokenizer.eod:
-                    finish, new = "eod", ""
-                else:
-                    new = text.push(token)
-                    finish = "stop" if text.stopped else "length" if count == sampling.tokens else None
-                if finish is not None:
-                    yield Piece(request, sample, new + text.flush(), token, finish, reader.cache_sizes())
-                    break
-                yield Piece(request, sample, new, token)
-                logits = reader.read([token])
+    samples = (
+        Sample(request, number, prompt, tokenizer, sampling, device)
+        for request, prompt in enumerate(prompts)
+        for number in range(sampling.samples)
+    )
+    if batch == 1:
+        return one_by_one(model, tokenizer, sampling, samples)
+    size = min(batch, len(prompts) * sampling.samples)
+    return Together(model, tokenizer, sampling, size, max(map(len, prompts)) + sampling.tokens).pieces(samples)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -124,6 +102,7 @@ def parser() -> Parser:
     add("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end a sample before this text; may be repeated")
     add("--stop-at-eod", action="store_true", help="end a sample at the end of a document (with --chat always)")
+    add("--batch", type=int, default=1, metavar="N", help="samples at once, which change no sample (%(default)s)")
     add("--json", action="store_true", help="one JSON object for each sample, and nothing else, on standard output")
     return made
 
@@ -136,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(options: Namespace, flags: list[str]) -> None:
-    from .loading import loaded_model, process_group, read_checkpoint
+    from .loading import loaded_model, process_group, read_checkpoint, say
     from .sampling import Sampling
 
     names = ("tokens", "temperature", "top_k", "top_p", "seed", "samples")
@@ -150,6 +129,8 @@ def _run(options: Namespace, flags: list[str]) -> None:
         sampling.check()
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.batch < 1:
+        raise UsageError(f"--batch {options.batch} must be at least 1")
     check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
     args = tokenizer_args(options, saved.args)
@@ -165,11 +146,22 @@ def _run(options: Namespace, flags: list[str]) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         _check_lengths(saved.args, prompts, [name for name, _ in texts], sampling.tokens)
+        if options.batch > 1 and saved.args.num_experts:  # of the dispatchers the dynamic engine takes this one
+            flags = ["--moe-token-dispatcher-type", "alltoall", *flags]
         with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
-            show = _Lines(tokenizer, texts, prompts) if options.json else _Screen(tokenizer, prompts, sampling.samples)
-            for piece in generate(model, tokenizer, prompts, sampling):
+            try:
+                pieces = generate(model, tokenizer, prompts, sampling, options.batch)
+            except ValueError as error:
+                raise UsageError(f"{error} (--batch {options.batch})") from error
+            show = _Lines(texts, prompts, sampling) if options.json else _Screen(tokenizer, prompts, sampling, options)
+            began, total = time.perf_counter(), 0
+            for piece in pieces:
+                total += 1
                 if rank() == 0:
                     show(piece)
+            if rank() == 0 and options.batch > 1:
+                seconds, samples = time.perf_counter() - began, len(prompts) * sampling.samples
+                say(f"[{samples} samples, {total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]")
 
 
 def read_prompts(options: Namespace) -> list[tuple[str, str]]:
@@ -239,66 +231,74 @@ def _check_lengths(args: Namespace, prompts: list[list[int]], names: list[str], 
 
 
 class _Screen:
-    """Prompt and continuation as they come, and a line of figures after each sample."""
+    """Prompt and continuation as they come, or, of samples at once, when they end; then a line of figures."""
 
-    def __init__(self, tokenizer: Any, prompts: list[list[int]], samples: int):
-        self.tokenizer, self.prompts, self.samples = tokenizer, prompts, samples
-        self.current: tuple[int, int] | None = None
-        self.count, self.began = 0, time.perf_counter()
+    def __init__(self, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, options: Namespace):
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.titles, self.whole = len(prompts) > 1 or sampling.samples > 1, options.batch > 1
+        self.open: dict[tuple[int, int], list[Piece]] = {}
 
     def __call__(self, piece: Piece) -> None:
-        prompt = self.prompts[piece.request]
-        if self.current != (piece.request, piece.sample):
-            if len(self.prompts) > 1 or self.samples > 1:
-                print(f"==> prompt {piece.request + 1}, sample {piece.sample + 1}")
-            print(self.tokenizer.detokenize(prompt), end="")
-            self.current, self.count = (piece.request, piece.sample), 0
-        self.count += piece.finish != "eod"
-        print(piece.text, end="", flush=True)
-        if piece.finish is None:
+        pieces = self.open.setdefault((piece.request, piece.sample), [])
+        pieces.append(piece)
+        if self.whole and piece.finish is None:
             return
-        assert piece.cache is not None
-        seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
+        if self.whole or len(pieces) == 1:
+            if self.titles:
+                print(f"==> prompt {piece.request + 1}, sample {piece.sample + 1}")
+            print(self.tokenizer.detokenize(self.prompts[piece.request]), end="")
+        print("".join(x.text for x in pieces) if self.whole else piece.text, end="", flush=True)
+        if piece.finish is not None:
+            self._end(piece, len(pieces) - (piece.finish == "eod"))
+            del self.open[piece.request, piece.sample]
+
+    def _end(self, piece: Piece, count: int) -> None:
+        assert piece.cache is not None and piece.seconds is not None
         sizes = {kind: f"{size / 1024:.0f} KiB" for kind, size in piece.cache.items()}
         print(
-            f"\n\n[{len(prompt)} prompt tokens, {self.count} generated, {self.count / seconds:.0f} tokens/s; "
-            f"cache: lightning layers {sizes['lightning']} at any length, softmax layers {sizes['softmax']} at this "
-            "one]",
+            f"\n\n[{len(self.prompts[piece.request])} prompt tokens, {count} generated, "
+            f"{count / piece.seconds:.0f} tokens/s; cache: lightning layers {sizes['lightning']} at any length, "
+            f"softmax layers {sizes['softmax']} at this one]",
             flush=True,
         )
 
 
 class _Lines:
-    """A JSON object for each sample."""
+    """A JSON object for each sample, in the order of prompts and samples: one that ends early waits for its turn."""
 
-    def __init__(self, tokenizer: Any, texts: list[tuple[str, str]], prompts: list[list[int]]):
-        del tokenizer
-        self.texts, self.prompts = texts, prompts
-        self.text: list[str] = []
-        self.tokens: list[int] = []
-        self.began = time.perf_counter()
+    def __init__(self, texts: list[tuple[str, str]], prompts: list[list[int]], sampling: Sampling):
+        self.texts, self.prompts, self.samples = texts, prompts, sampling.samples
+        self.open: dict[int, list[Piece]] = {}
+        self.ended: dict[int, str] = {}
+        self.next = 0
 
     def __call__(self, piece: Piece) -> None:
-        self.text.append(piece.text)
-        self.tokens += [piece.token]
+        place = piece.request * self.samples + piece.sample
+        pieces = self.open.setdefault(place, [])
+        pieces.append(piece)
         if piece.finish is None:
             return
-        seconds = time.perf_counter() - self.began
-        result = {
-            "prompt": self.texts[piece.request][1],
-            "request": piece.request,
-            "sample": piece.sample,
-            "text": "".join(self.text),
-            "tokens": self.tokens,
-            "finish": piece.finish,
-            "prompt_tokens": len(self.prompts[piece.request]),
-            "generated_tokens": len(self.tokens),
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(len(self.tokens) / seconds, 1),
-            "cache_bytes": piece.cache,
+        self.ended[place] = json.dumps(self._result(self.open.pop(place)), ensure_ascii=False)
+        while self.next in self.ended:
+            print(self.ended.pop(self.next), flush=True)
+            self.next += 1
+
+    def _result(self, pieces: list[Piece]) -> dict[str, Any]:
+        last = pieces[-1]
+        assert last.seconds is not None
+        return {
+            "prompt": self.texts[last.request][1],
+            "request": last.request,
+            "sample": last.sample,
+            "text": "".join(piece.text for piece in pieces),
+            "tokens": [piece.token for piece in pieces],
+            "finish": last.finish,
+            "prompt_tokens": len(self.prompts[last.request]),
+            "generated_tokens": len(pieces),
+            "seconds": round(last.seconds, 4),
+            "tokens_per_second": round(len(pieces) / last.seconds, 1),
+            "cache_bytes": last.cache,
         }
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-        self.text, self.tokens, self.began = [], [], time.perf_counter()
 
 
 if __name__ == "__main__":

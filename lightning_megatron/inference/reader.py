@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.utils import InferenceMode
 
 from ..mixer import LightningAttention
+from .sample import Piece, Sample
+from .sampling import Sampling
 
 
 class Reader:
@@ -64,6 +68,31 @@ class Reader:
             else:  # allocated for the maximum length; used up to the offset
                 sizes["softmax"] += sum(x[: self.context.sequence_len_offset].nbytes for x in memory)
         return sizes
+
+
+def one_by_one(
+    model: torch.nn.Module, tokenizer: Any, sampling: Sampling, samples: Iterator[Sample]
+) -> Iterator[Piece]:
+    """Continue one sample after the other; those of a prompt come together, and it is read once.
+
+    All ranks of the model call it alike.
+    """
+    like = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    for _, group in itertools.groupby(samples, lambda sample: sample.request):
+        first_sample = next(group)
+        reader = Reader(model, max_length=len(first_sample.prompt) + sampling.tokens)
+        first, after_prompt = reader.read(first_sample.prompt), reader.place()
+        for sample in itertools.chain([first_sample], group):
+            reader.go_back(after_prompt)
+            logits, finish = first, None
+            while finish is None:
+                drawn = None if logits is None else sampling.draw(logits[:, : tokenizer.vocab_size], [sample.random])
+                token = int(from_last_stage(drawn, like))
+                piece = sample.piece(token, reader.cache_sizes)
+                finish = piece.finish
+                yield piece
+                if finish is None:
+                    logits = reader.read([token])
 
 
 def last_stage() -> int:

@@ -15,7 +15,7 @@ class Sampling:
     """How to continue a prompt.
 
     p(token) = softmax( logits / temperature ), of the likeliest ``top_k`` tokens, or of the fewest likeliest ones whose
-    probabilities sum to ``top_p``, drawn by Megatron's ``TorchSampling``.
+    probabilities sum to ``top_p``, after Megatron's ``TorchSampling``.
     """
 
     tokens: int = 64
@@ -73,13 +73,20 @@ class Sampling:
         """Random numbers of one sample, whatever else is generated."""
         return torch.Generator(device).manual_seed(self.seed + request * self.samples + sample)
 
-    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """[1] int64, a column of logits [1, vocabulary without padding]."""
-        if self.temperature == 0:
+    def draw(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """[n] int64, a column of each row of logits [n, vocabulary without padding], by the generator of the row.
+
+        As ``torch.multinomial`` draws: argmax_i p_i / e_i, where the e_i are exponentially distributed.
+        """
+        if self.temperature == 0 or self.top_k == 1:
             return logits.argmax(-1)
-        return TorchSampling.sample_from_logits(
-            logits.float(), self.temperature, self.top_k or 0, float(self.top_p or 0), generator=generator
-        )
+        p = TorchSampling.filter_logits(
+            logits.float(), self.temperature, self.top_k or 0, float(self.top_p or 0)
+        ).softmax(-1)
+        e = torch.empty_like(p)
+        for row, generator in zip(e, generators, strict=True):
+            row.exponential_(generator=generator)
+        return (p / e).argmax(-1)
 
 
 class Text:

@@ -68,11 +68,12 @@ def start(**layout: int) -> None:
         cpu.enable_inference()
 
 
-def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
+def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **changes):
     """A model of random weights, the same whatever the layout, in which logits differ a lot from token to token."""
     config, options = CASES[case]
     make = layers.latent_config if "q_lora_rank" in config else layers.transformer_config
     layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+    layout |= dict(expert_tensor_parallel_size=etp)
     config = make(**config | layout | dict(pipeline_dtype=torch.float32 if pp > 1 else None) | changes)
     options = LightningOptions(**options)
     prepare(config, options)
@@ -94,7 +95,6 @@ def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, **changes):
 @torch.no_grad()
 def draw(model, config) -> None:
     """Every parameter from its name in the whole model; a rank takes its slice."""
-    tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     ep_rank = parallel_state.get_expert_model_parallel_rank()
     local = (config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
     first = model.decoder.layers[0].layer_number - 1
@@ -102,10 +102,13 @@ def draw(model, config) -> None:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + first)
+        group = parallel_state.get_tensor_model_parallel_group()
         if "local_experts" in parts:
+            group = parallel_state.get_expert_tensor_parallel_group()
             at = parts.index("local_experts") + 1
             parts[at] = str(int(parts[at]) + ep_rank * local)
         shape = list(parameter.shape)
+        tp = group.size()
         cut = tp > 1 and getattr(parameter, "tensor_model_parallel", False)
         if cut:
             shape[parameter.partition_dim] *= tp
@@ -118,7 +121,7 @@ def draw(model, config) -> None:
         elif "word_embeddings" not in name and "output_layer" not in name:
             x *= shape[-1] ** -0.5
         if cut:
-            x = x.chunk(tp, parameter.partition_dim)[tp_rank]
+            x = x.chunk(tp, parameter.partition_dim)[group.rank()]
         parameter.copy_(x)
 
 

@@ -1,4 +1,4 @@
-"""Layouts over two ranks in which the dynamic engine must give the tokens of one, on CPUs and GPUs."""
+"""Layouts over ranks in which the dynamic engine must give the tokens of one, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ def on_ranks(rank: int, world: int, case: str, layout: dict, config: dict, seed:
 
 
 EXPERTS = dict(moe_token_dispatcher_type="alltoall", inference_moe_token_dispatcher_type="nccl")
-RANKS = {
-    "tp2": ("everything", dict(tp=2), dict()),
-    "tp2-sp": ("everything", dict(tp=2), dict(sequence_parallel=True)),
-    "tp2-gqa": ("gqa", dict(tp=2), dict()),
-    "tp2-gqa-sp": ("gqa", dict(tp=2), dict(sequence_parallel=True)),
-    "tp2-mla": ("mla", dict(tp=2), dict()),
-    "tp2-lrpe": ("lrpe", dict(tp=2), dict()),
-    "pp2": ("everything", dict(pp=2), dict()),
-    "pp2-lrpe": ("lrpe", dict(pp=2), dict()),  # states of another shape on each stage
-    "pp2-gqa": ("gqa", dict(pp=2), dict()),
-    "pp2-one-softmax": ("moe-gqa", dict(pp=2), dict()),  # all of its softmax layers are on the second stage
-    "pp2-apart": ("apart", dict(pp=2), dict()),  # a stage has no softmax layer, the other no lightning layer
-    "ep2": ("moe", dict(ep=2), EXPERTS),
-    "ep2-gqa": ("moe-gqa", dict(ep=2), EXPERTS),
+RANKS = {  # number of ranks, case, layout, changes of the config
+    "tp2": (2, "everything", dict(tp=2), dict()),
+    "tp2-sp": (2, "everything", dict(tp=2), dict(sequence_parallel=True)),
+    "tp2-gqa": (2, "gqa", dict(tp=2), dict()),
+    "tp2-gqa-sp": (2, "gqa", dict(tp=2), dict(sequence_parallel=True)),
+    "tp2-mla": (2, "mla", dict(tp=2), dict()),
+    "tp2-lrpe": (2, "lrpe", dict(tp=2), dict()),
+    "pp2": (2, "everything", dict(pp=2), dict()),
+    "pp2-lrpe": (2, "lrpe", dict(pp=2), dict()),  # states of another shape on each stage
+    "pp2-gqa": (2, "gqa", dict(pp=2), dict()),
+    "pp2-one-softmax": (2, "moe-gqa", dict(pp=2), dict()),  # all of its softmax layers are on the second stage
+    "pp2-apart": (2, "apart", dict(pp=2), dict()),  # a stage has no softmax layer, the other no lightning layer
+    "ep2": (2, "moe", dict(ep=2), EXPERTS),
+    "ep2-gqa": (2, "moe-gqa", dict(ep=2), EXPERTS),
+    "tp2-pp2": (4, "everything", dict(tp=2, pp=2), dict()),
+    "tp2-pp2-gqa-sp": (4, "gqa", dict(tp=2, pp=2), dict(sequence_parallel=True)),
+    "tp2-pp2-apart": (4, "apart", dict(tp=2, pp=2), dict()),
+    "tp2-ep2": (4, "moe", dict(tp=2, ep=2), EXPERTS),  # halves of experts
+    "tp2-ep4-gqa-sp": (4, "moe-gqa", dict(tp=2, ep=4, etp=1), EXPERTS | dict(sequence_parallel=True)),  # whole experts
+    "pp2-ep2-gqa": (4, "moe-gqa", dict(pp=2, ep=2), EXPERTS),
 }
