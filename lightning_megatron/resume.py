@@ -327,7 +327,8 @@ def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Nam
 
 def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) -> None:
     """What its assertions do not name: the flag, and that there are two to settle it."""
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    settled = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if settled and hasattr(args, "lightning_decay"):  # the own entry point: patches.chained_optimizer
         return
     from megatron.training.training import get_optimizer_param_scheduler
 
@@ -340,8 +341,14 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
     lines = [
         f"{flag}: {show(name, saved[name], batch[0])} in the checkpoint, {show(name, now[name], batch[1])} in this run"
         for name, flag in _SCHEDULER.items()
-        if name in saved and saved[name] != now[name]
+        if name in saved and saved[name] != now[name] and (not settled or name in ("max_lr", "min_lr"))
     ]
+    if lines and settled:
+        raise CheckpointError(
+            "\n  ".join(["Megatron finds the optimizer's state by rates that are others in the checkpoint:", *lines])
+            + "\nGive the checkpoint's; or go on without that state, with --no-load-optim; or train by "
+            "lightning_megatron.pretrain, which finds it"
+        )
     if lines:
         raise CheckpointError(
             "\n  ".join(["the schedule of learning rate and weight decay is another than the checkpoint's:", *lines])

@@ -331,10 +331,16 @@ def test_distributed_optimizer_or_not(before, now, tmp_path):
     assert "has another form. Go on with" in log and "--no-load-optim" in log and "Traceback" not in log
 
 
-@pytest.mark.parametrize("flag, losses", [("override", 4), ("use-checkpoint", 4)])
-def test_schedule_can_be_settled(flag, losses, saved):
-    run = start("own", f"{HYBRID} --train-iters 6 --{flag}-opt-param-scheduler", load=saved("own"))
-    assert len(run.losses) == losses
+@pytest.mark.parametrize("flag, rate", [("override", "1.000000E-03"), ("use-checkpoint", "2.000000E-03")])
+def test_schedule_can_be_settled(flag, rate, saved):
+    run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
+    assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+
+
+def test_another_rate_under_a_spec_is_refused(saved):
+    flags = f"{HYBRID} {SPEC} --lr 1e-3 --override-opt-param-scheduler"
+    log = refusal(start("gpt", flags, load=saved("gpt"), check=False))
+    assert "--lr: 0.002 in the checkpoint, 0.001 in this run" in log and "--no-load-optim" in log
 
 
 # ---- what cannot be found or read ------------------------------------------------------------------------------------
