@@ -116,6 +116,9 @@ def _wrap(original: Callable) -> Callable:
         state = regrouped(optimizers, state_dict)
         numbered = isinstance(state, dict) and all(isinstance(key, int) for key in state)
         states = [state[key] for key in sorted(state)] if numbered else state if isinstance(state, list) else [state]
+        if self.config.optimizer == "sgd":
+            for one in states:
+                _inner(one).setdefault("state", {})  # without momentum there is none
         rates = [
             rerate(optimizer.param_groups, _inner(one).get("param_groups", []))
             for optimizer, one in zip(optimizers, states, strict=False)  # Megatron says what is missing
