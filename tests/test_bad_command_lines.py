@@ -7,7 +7,10 @@ import re
 import shlex
 
 import pytest
+import torch
 
+from lightning_megatron import pretrain
+from lightning_megatron.training import run
 from tests.helpers.commands import WENT_ON, checker
 from tests.helpers.documents import write_equal_documents
 
@@ -210,17 +213,17 @@ def check(tmp_path_factory):
     (folder / "paths").write_text(f"1 {folder}/gone")
     (folder / "splits.json").write_text(json.dumps({"train": f"1 {folder}/text", "valid": None, "test": None}))
 
-    def run(line: str):
+    def one(line: str, **env: str):
         world, bar, flags = line.rpartition("|")
         words, given = shlex.split(flags.format(folder=folder)), MODEL.split()
         for word in [word for word in words if re.match(r"-[a-z]", word)]:
             words.remove(word)
             at = given.index("-" + word)
             del given[at : at + 1 + (not given[at + 1 : at + 2] or not given[at + 1].startswith("--"))]
-        return checked(given + words, int(world) if bar else 1)
+        return checked(given + words, int(world) if bar else 1, **env)
 
     with checker() as checked:
-        yield run
+        yield one
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line[:60] for line, _ in BAD])
@@ -237,3 +240,22 @@ def test_bad_command_line(line, words, check):
 def test_good_command_line(line, check):
     end = check(line)
     assert end.status == WENT_ON, f"status {end.status}\n{end.err}"
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"RANK": "1"}, "RANK=1, which is not below the number of processes .*start with torchrun"),
+    ({"RANK": "one"}, "RANK=one, which is no number: unset it"),
+])  # fmt: skip
+def test_half_of_the_variables_of_torchrun(env, words, check):
+    """Such a rank would wait for others that never come."""
+    end = check("", **env)
+    assert end.status == 2 and re.search(words, end.err) and "Traceback" not in end.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_a_machine_without_gpu(monkeypatch, capsys):
+    """Runs of other tests have the shim, and so its permission."""
+    monkeypatch.setattr(run, "configure", lambda: (None, None))
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert "lightning-pretrain: torch finds no CUDA device" in capsys.readouterr().err
