@@ -233,6 +233,11 @@ def enable_pretrain() -> None:
     )
 
 
+def can_train() -> bool:
+    """Whether pretrain() can start in this process: on a CUDA device, or after ``enable_pretrain()``."""
+    return torch.cuda.is_available() or bool(enable_pretrain.cache_info().currsize)
+
+
 @functools.cache
 def enable_inference() -> None:
     """enable(), and let pipeline stages exchange what they generate. Imports megatron.core.inference."""

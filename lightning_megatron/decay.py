@@ -93,7 +93,7 @@ def log_decay(
     values = [-slope for slope in _slopes(preset, num_heads, layer + offset, num_layers)]
     if max(values) > 0:
         raise ValueError(
-            f"decay preset {preset!r} with offset={offset} makes layer {layer} of {num_layers} grow (log_decay "
+            f"decay={preset!r} with decay_offset={offset} makes layer {layer} of {num_layers} grow (log_decay "
             f"{max(values):.3g} > 0); use a smaller offset"
         )
     local = num_heads // tp_size

@@ -20,6 +20,7 @@ _PROGRAM_START = time.time()  # Megatron reports how long the imports take
 
 def main() -> None:
     """Train. What cannot work ends every rank with status 2 and a message, before any of them waits for another."""
+    _check_ranks()
     if int(os.environ.get("RANK", "0")):  # what is not installed is worth telling once
         warnings.simplefilter("ignore", UserWarning)
     if "WORLD_SIZE" not in os.environ:  # started without torchrun: one process, and any free port
@@ -30,7 +31,7 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from . import hybrid_model, patches
+    from . import cpu, hybrid_model, patches
     from .resume import CheckpointError
     from .runtime import training_args
     from .training import failures, run
@@ -40,6 +41,11 @@ def main() -> None:
         container, options = run.configure()
     except (ValueError, AssertionError, OSError) as error:  # OSError: a folder without a tokenizer, by transformers
         _give_up(error)
+    if not cpu.can_train():
+        _give_up(
+            "torch finds no CUDA device (see nvidia-smi and CUDA_VISIBLE_DEVICES); a small model trains on a CPU with "
+            "python examples/cpu_shim.py -m lightning_megatron.pretrain and the same flags"
+        )
     patches.apply_all(options)
     if container.model.builder.endswith("HybridModelBuilder"):
         hybrid_model.apply()
@@ -59,9 +65,24 @@ def main() -> None:
         raise
 
 
-def _give_up(error: Exception) -> NoReturn:
-    # A check without a message, outside of what training/values.py rewords: show the check.
-    message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+def _check_ranks() -> None:
+    """Without torchrun's variables, or with half of them, ranks would wait for others that never come."""
+    ranks = {name: os.environ.get(name, usual) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    for name, value in ranks.items():
+        if not (value.isascii() and value.isdigit()):
+            _give_up(f"the environment has {name}={value}, which is no number: unset it; torchrun sets it by itself")
+    if int(ranks["RANK"]) >= int(ranks["WORLD_SIZE"]):
+        _give_up(
+            f"the environment has RANK={ranks['RANK']}, which is not below the number of processes (WORLD_SIZE, "
+            f"{ranks['WORLD_SIZE']} here): start with torchrun, which sets both; or unset RANK for one process"
+        )
+
+
+def _give_up(error: Exception | str) -> NoReturn:
+    message = str(error)
+    if isinstance(error, Exception) and not message:
+        # A check without a message, outside of what training/values.py rewords: show the check.
+        message = traceback.extract_tb(error.__traceback__)[-1].line or ""
     print(f"lightning-pretrain: {message}", file=sys.stderr)
     sys.exit(2)
 

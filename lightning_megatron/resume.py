@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -162,6 +163,33 @@ def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
     return None if args.exit_on_missing_checkpoint else CheckpointError(f"Megatron found nothing to load in {load_dir}")
 
 
+def misfit(error: BaseException, load_dir: str | None) -> CheckpointError | None:
+    """What torch says of a tensor that a checkpoint lacks, or has in another shape, in one line; None of other errors.
+
+    It names all tensors that are there, a page for each rank. ``check`` comes before: what is left are sizes that no
+    record holds, ``--finetune``, and states of the optimizer.
+    """
+    text = str(error)
+    if missing := re.search(r"KeyError: ['\"](\S+) from model not in state dict", text):
+        name, what = missing[1], "is not in it"
+    elif shapes := re.search(
+        r"loaded \(torch\.Size\((.*?)\)\) and expected \(\((.*?),?\)\) tensor for key (\S+)", text
+    ):
+        name, what = shapes[3], f"has the shape {shapes[1]} there, and [{shapes[2]}] in this run"
+    else:
+        return None
+    if name.startswith("optimizer."):
+        remedy = (
+            "Give the flags of the optimizer that saved it; or go on without its state: --no-load-optim --no-load-rng"
+        )
+    else:
+        remedy = (
+            "Give the sizes and layers of the checkpoint (its flags, or --use-checkpoint-args); --finetune takes "
+            "another function, and no other tensors"
+        )
+    return CheckpointError(f"the checkpoint in {load_dir} does not fit this run: {name} {what}. {remedy}")
+
+
 def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
     """Refuse to go on from a checkpoint with another function, or where Megatron would fail without naming a remedy.
 
@@ -217,10 +245,10 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
     if saved.softmax:
         what = f"the checkpoint in {load_dir} has {saved.softmax} where this run has {_count(now)}"
         if args.finetune:
-            return _log(f"--finetune: {what}; weights that fit are taken over")
+            return _log(f"--finetune: {what}; its weights are taken over")
         raise CheckpointError(
             f"{what}: it would go on training another function. Train it on with the program it comes from; or "
-            "start a new run from those of its weights that fit, with --finetune"
+            "start a new run from its weights, where their shapes are those of this model, with --finetune"
         )
     if saved.options is None:
         _log(
@@ -313,6 +341,12 @@ def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Nam
             f"form. Go on {said[0]}; or without the optimizer's state: --no-load-optim --no-load-rng, or --finetune to "
             "start at iteration 0"
         )
+    was, this = (_form_of_optimizer(x) for x in (saved, args))
+    if was != this:
+        raise CheckpointError(
+            f"the optimizer's state in {load_dir} is that of {was}, and this run has {this}. Go on with {was}; or "
+            "without the optimizer's state: --no-load-optim --no-load-rng, or --finetune to start at iteration 0"
+        )
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     before, now = (tuple(getattr(x, name, 1) for name in names) for x in (saved, args))
     if not args.use_distributed_optimizer or kind != "dp_reshardable" or before == now:
@@ -325,9 +359,23 @@ def _check_optimizer(state: dict[str, Any], saved: Any, load_dir: str, args: Nam
     )
 
 
+def _form_of_optimizer(args: Any) -> str:
+    """Flags that decide which tensors an optimizer keeps; the distributed one has fp32 weights in any precision."""
+    kind = getattr(args, "optimizer", "adam")
+    parts = [f"--optimizer {kind}"]
+    if "muon" in kind and (scalar := getattr(args, "muon_scalar_optimizer", None)):
+        parts.append(f"--muon-scalar-optimizer {scalar}")
+    if kind == "sgd" and not getattr(args, "sgd_momentum", None):
+        parts.append("--sgd-momentum 0")
+    if not getattr(args, "use_distributed_optimizer", False):
+        parts.append("--bf16 or --fp16" if getattr(args, "bf16", False) or getattr(args, "fp16", False) else "fp32")
+    return ", ".join(parts)
+
+
 def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) -> None:
     """What its assertions do not name: the flag, and that there are two to settle it."""
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    settled = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if settled and hasattr(args, "lightning_decay"):  # the own entry point: patches.chained_optimizer
         return
     from megatron.training.training import get_optimizer_param_scheduler
 
@@ -340,8 +388,14 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
     lines = [
         f"{flag}: {show(name, saved[name], batch[0])} in the checkpoint, {show(name, now[name], batch[1])} in this run"
         for name, flag in _SCHEDULER.items()
-        if name in saved and saved[name] != now[name]
+        if name in saved and saved[name] != now[name] and (not settled or name in ("max_lr", "min_lr"))
     ]
+    if lines and settled:
+        raise CheckpointError(
+            "\n  ".join(["Megatron finds the optimizer's state by rates that are others in the checkpoint:", *lines])
+            + "\nGive the checkpoint's; or go on without that state, with --no-load-optim; or train by "
+            "lightning_megatron.pretrain, which finds it"
+        )
     if lines:
         raise CheckpointError(
             "\n  ".join(["the schedule of learning rate and weight decay is another than the checkpoint's:", *lines])

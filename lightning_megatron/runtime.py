@@ -17,12 +17,14 @@ from .config import (
     LightningShape,
     check_latent_sizes,
     facts,
+    lightning_depths,
     lightning_pattern,
     mark_prepared,
     mtp_pattern,
     prepared_with,
     resolve_shape,
 )
+from .decay import log_decay
 from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .logs import restore_settings
 from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
@@ -123,6 +125,8 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
         refuse_parts(args)
     pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
     ahead = mtp_pattern(config.mtp_num_layers, options)
+    for depth in lightning_depths(pattern, ahead[:1]):
+        log_decay(options.decay, shape.num_heads, depth, config.num_layers, offset=options.decay_offset)
     if config.context_parallel_size > 1 and not all(pattern + ahead):
         if layout == "contiguous":
             raise ValueError(

@@ -24,10 +24,12 @@ from . import (
     packed_rope,
     paged_attention,
     recompute,
+    sgd_state,
 )
 
 PATCHES = (
-    dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, cross_entropy, flops, attention_variant,
+    dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, sgd_state, cross_entropy, flops,
+    attention_variant,
 )  # fmt: skip
 ALL = (
     *PATCHES, dynamic_inference, hybrid_symbol, layer_log, mfu, mtp_spec, mtp_without_te, packed_roll, packed_rope,
@@ -48,6 +50,7 @@ def apply_all(options: LightningOptions) -> None:
     checkpoint_args.apply()
     distributed_optimizer.apply()
     chained_optimizer.apply()
+    sgd_state.apply()
     cross_entropy.apply(options)
     flops.apply(options)
     attention_variant.apply()

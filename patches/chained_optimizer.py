@@ -1,12 +1,16 @@
-"""Resumes a model with experts at another expert-parallel size.
+"""Resumes a model with experts at another expert-parallel size, and any model with another learning rate.
 
 Symbol:   megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict
 Why:      experts have an optimizer of their own where expert parallelism is more than 1, and else that of all other
           parameters. A checkpoint holds the hyperparameters of the groups as one dict, or as a dict by number, and
           loading one as the other fails with KeyError 'optimizer' or "Expected 2 entries". The tensors have the same
           names in both.
+          Megatron finds the groups of a checkpoint by what they hold, the learning rates among it, so that with another
+          --lr or --min-lr it finds none and fails: --override-opt-param-scheduler and
+          --use-checkpoint-opt-param-scheduler, which settle the rest of the schedule, are looked at behind it.
 Versions: megatron-core 0.19, 0.20
-Can go:   when a checkpoint saved with --expert-model-parallel-size 2 resumes with 1, and the other way round.
+Can go:   when a checkpoint saved with --expert-model-parallel-size 2 resumes with 1, and the other way round; and any
+          with another --lr and either of the two flags, with the losses of the rate that the flag chooses.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from ._replace import replace
 
 SYMBOLS = ("megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",)
 _EXPERTS = "is_expert_parallel"
+_RATES = ("max_lr", "min_lr")
 
 
 def regrouped(optimizers: list[Any], state: Any) -> Any:
@@ -60,19 +65,43 @@ def _inner(state: dict[str, Any]) -> dict[str, Any]:
 
 def _of(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved group that holds what this one holds, with the parameters of this one."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
-    names = [name for name in param_group_identifier_keys if name != _EXPERTS]
-    key = [_value(group, name) for name in names]
-    found = [other for other in saved if [_value(other, name) for name in names] == key]
-    if not found:
+    found = _like(group, saved, (_EXPERTS, *_RATES))
+    if found is None:
         raise ValueError(
-            f"the optimizer of the checkpoint has no group of parameters with {dict(zip(names, key, strict=True))}, as "
-            "this run has: give the flags of learning rate and weight decay of that run; or go on without its state, "
+            f"the optimizer of the checkpoint has no group of parameters with {_held(group, (_EXPERTS, *_RATES))}, as "
+            "this run has: give the flags of optimizer and weight decay of that run; or go on without its state, "
             "with --no-load-optim"
         )
-    exact = [other for other in found if other.get(_EXPERTS) == group.get(_EXPERTS)]
-    return {**(exact or found)[0], "params": group["params"], _EXPERTS: group.get(_EXPERTS)}
+    return {**found, "params": group["params"], _EXPERTS: group.get(_EXPERTS)}
+
+
+def rerate(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the learning rates of ``groups`` into those of a checkpoint, by which Megatron looks for them.
+
+    Returns:
+        The checkpoint's rates for each of ``groups``; none for a group that it does not have.
+    """
+    before, rest = [], list(saved)
+    for group in groups:
+        found = _like(group, rest, _RATES)
+        before.append({} if found is None else {name: found[name] for name in _RATES if name in found})
+        if found is not None:
+            found.update((name, group[name]) for name in _RATES if name in group)
+            rest = [other for other in rest if other is not found]
+    return before
+
+
+def _like(group: dict[str, Any], saved: list[dict[str, Any]], free: tuple[str, ...]) -> dict[str, Any] | None:
+    """The saved group that holds the same but for ``free``, and of several the one with the same values of these."""
+    found = [other for other in saved if _held(other, free) == _held(group, free)]
+    return max(found, key=lambda other: sum(_value(other, name) == _value(group, name) for name in free), default=None)
+
+
+def _held(group: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+    """What tells a group from others."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    return {name: _value(group, name) for name in param_group_identifier_keys if name not in free}
 
 
 def _value(group: dict[str, Any], name: str) -> Any:
@@ -81,11 +110,28 @@ def _value(group: dict[str, Any], name: str) -> Any:
 
 def _wrap(original: Callable) -> Callable:
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        original(self, regrouped(self.chained_optimizers, state_dict))
+        from megatron.training.global_vars import get_args
+
+        optimizers = self.chained_optimizers
+        state = regrouped(optimizers, state_dict)
+        numbered = isinstance(state, dict) and all(isinstance(key, int) for key in state)
+        states = [state[key] for key in sorted(state)] if numbered else state if isinstance(state, list) else [state]
+        if self.config.optimizer == "sgd":
+            for one in states:
+                _inner(one).setdefault("state", {})  # without momentum there is none
+        rates = [
+            rerate(optimizer.param_groups, _inner(one).get("param_groups", []))
+            for optimizer, one in zip(optimizers, states, strict=False)  # Megatron says what is missing
+        ]
+        original(self, state)
+        if get_args().use_checkpoint_opt_param_scheduler:  # Megatron asks for it once it has the schedule
+            for optimizer, before in zip(optimizers, rates, strict=False):
+                for group, values in zip(optimizer.param_groups, before, strict=True):
+                    group.update(values)
 
     return load_state_dict
 
 
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
-    replace(SYMBOLS[0], ("self", "state_dict"), _wrap, "experts resume at another expert-parallel size")
+    replace(SYMBOLS[0], ("self", "state_dict"), _wrap, "another expert-parallel size or learning rate resumes")

@@ -5,7 +5,8 @@ Why:      Megatron compares a fixed list of arguments, after loading. Decay, sca
           shapes even which layers are lightning leave no trace in the weights, so a flag forgotten on resuming would go
           on training another model without a word. And where it does refuse (another schedule, the optimizer in another
           layout, a tracker file that cannot be read) it names no remedy, or the wrong one, or exits with status 0.
-          Files that are missing or cut off end it in a traceback, and flipped bits of weights load without a word.
+          Files that are missing or cut off end it in a traceback, and flipped bits of weights load without a word; a
+          tensor that is missing or has another shape, in a page of all names on every rank.
 Versions: megatron-core 0.19, 0.20
 Can go:   when Megatron lets a program check what a checkpoint says of itself before it is loaded.
 
@@ -19,8 +20,10 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
+from torch.distributed.checkpoint import CheckpointException
+
 from ..record import ATTRIBUTE
-from ..resume import check, gave_up, refuse_broken
+from ..resume import check, gave_up, misfit, refuse_broken
 from ._replace import replace
 
 SYMBOLS = ("megatron.training.checkpointing._load_base_checkpoint",)
@@ -43,6 +46,10 @@ def _wrap(original: Callable[..., tuple]) -> Callable[..., tuple]:
             if reason is None:
                 raise
             raise reason from stop
+        except CheckpointException as error:  # of torch, on all ranks
+            if (reason := misfit(error, load_dir)) is None:
+                raise
+            raise reason from error
         if first and result[0] is not None and hasattr(args, ATTRIBUTE):
             check(result[0], load_dir, args)
         return result

@@ -7,8 +7,12 @@ import re
 import shlex
 
 import pytest
+import torch
 
+from lightning_megatron import pretrain
+from lightning_megatron.training import run
 from tests.helpers.commands import WENT_ON, checker
+from tests.helpers.documents import write_equal_documents
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -58,6 +62,9 @@ BAD = (
     ),
     ("--lightning-norm-groups 3", "--lightning-norm-groups 3 .*use --lightning-norm group or leave"),
     ("--lightning-recompute-chunk 0", "--lightning-recompute-chunk 0 must be at least 1, or left out"),
+    ("--lightning-decay-offset 9", "--lightning-decay tnl with --lightning-decay-offset 9 .*use a smaller"),
+    ("--lightning-backend triton", "--lightning-backend triton needs a CUDA device.*use auto"),
+    ("--lightning-cp-exchange direct", "--lightning-cp-exchange direct needs a CUDA device.*use auto"),
     ("--lightning-key-head-dim 24", "--lightning-key-head-dim .* 24, .*multiples of 16 .*choose one"),
     # ---- flags that are missing
     *(
@@ -112,7 +119,9 @@ BAD = (
     # ---- recompute, optimizer, schedule
     ("--recompute-granularity full", "--recompute-granularity full needs --recompute-method .*add them"),
     ("--recompute-method uniform", "--recompute-method uniform .*without --recompute-granularity full: add"),
+    ("--recompute-modules core_attn", "--recompute-modules core_attn .*--recompute-granularity selective alone: add"),
     ("--recompute-granularity selective --recompute-modules mpl", "recompute_modules.*mlp.*--recompute-modules mpl"),
+    ("--train-iters 0", "--train-iters 0 trains nothing: give 1 or more, or --skip-train"),
     ("--train-samples 100", "--train-iters 1 and --train-samples 100 .*leave out one"),
     ("--min-lr 1", "--min-lr 1.0 is above --lr 0.001: give"),
     ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
@@ -130,6 +139,20 @@ BAD = (
     (f"{REAL} --data-path {{folder}}/text --split a,b,c", "--split a,b,c is no split: give .*969,30,1"),
     (f"{REAL} --train-data-path {{folder}}/text --split 9,1", "--split 9,1 .*leave it out"),
     (f"{REAL} --data-path {{folder}}/text --split 1,0,0 --eval-iters 3", "--eval-iters 3, but no validation.*give"),
+    (f"{REAL} --data-path {{folder}}/text --split 0,9,1", "no training data.*give --train-data-path, or a --split"),
+    (f"{REAL} --valid-data-path {{folder}}/text", "no training data.*give --train-data-path, or a --split"),
+    *(
+        (f"{REAL} --train-data-path {words}", f"--train-data-path .*{said}")
+        for words, said in (
+            ("0 {folder}/text 0 {folder}/text", "a weight before each path, no weight below 0"),
+            ("-1 {folder}/text 2 {folder}/text", "a weight before each path, no weight below 0"),
+            ("1 {folder}/text {folder}/text", "no 1.idx; give the path"),
+            ("{folder}/nothing", "nothing.bin.*copy it again"),
+            ("{folder}/empty", "empty.idx is no index of a dataset; copy it again"),
+            ("{folder}/index", "index.idx is cut off: it has .*; copy it again"),
+            ("{folder}/short", "short.bin is cut off: it has 9 of .*; copy it again"),
+        )
+    ),
     (f"{REAL} --data-args-path {{folder}}/paths", "--data-args-path .*: no .*/gone.idx; give"),
     (f"{REAL} --per-split-data-args-path {{folder}}/paths", "--per-split-data-.*give a file with JSON such as"),
     ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model"),
@@ -143,7 +166,8 @@ BAD = (
     ),
     ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such", "--tokenizer-model /no/such: no such file"),
     ("--vocab-file /no/such", "--vocab-file /no/such: no such file.*every node"),
-    ("--sft", "--sft needs --tokenizer-type SFTTokenizer"),
+    ("--sft", "--sft .*--mock-data.*give --data-path FILE.jsonl"),
+    (f"{REAL} --sft --data-path {{folder}}/paths", "--sft needs --tokenizer-type SFTTokenizer"),
     # ---- checkpoints and folders
     ("--load /no/such", "--load /no/such: no latest_checkpointed_iteration.txt .*leave --load out"),
     ("--pretrained-checkpoint /no/such", "--pretrained-checkpoint /no/such: .*give the folder"),
@@ -167,7 +191,8 @@ GOOD = (
     "--num-experts 4 --disable-bias-linear",
     "2|--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --position-embedding-type rope",
     "2|--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 1", "--skip-train -lr -train-iters",
-    "--save {folder}/new/er --save-interval 1", "--lr 0 --train-iters 0",
+    "--save {folder}/new/er --save-interval 1", "--lr 0 --train-iters 0 --skip-train",
+    "--lightning-decay-offset -9",
     f"{REAL} --data-path 0.5 {{folder}}/text 5e-1 {{folder}}/text --split 9,1", "--num-experts 0 --mtp-num-layers 0",
     f"{REAL} --per-split-data-args-path {{folder}}/splits.json", "--recompute-granularity selective",
 )  # fmt: skip
@@ -177,21 +202,28 @@ GOOD = (
 def check(tmp_path_factory):
     """check(line): how it ends."""
     folder = tmp_path_factory.mktemp("given")
-    (folder / "text.idx").touch()
+    write_equal_documents(folder)
+    index, data = (folder / "text.idx").read_bytes(), (folder / "text.bin").read_bytes()
+    for name, idx, bin_ in (
+        ("nothing", index, None), ("empty", b"", data), ("index", index[:-9], data), ("short", index, data[:9]),
+    ):  # fmt: skip
+        (folder / f"{name}.idx").write_bytes(idx)
+        if bin_ is not None:
+            (folder / f"{name}.bin").write_bytes(bin_)
     (folder / "paths").write_text(f"1 {folder}/gone")
     (folder / "splits.json").write_text(json.dumps({"train": f"1 {folder}/text", "valid": None, "test": None}))
 
-    def run(line: str):
+    def one(line: str, **env: str):
         world, bar, flags = line.rpartition("|")
         words, given = shlex.split(flags.format(folder=folder)), MODEL.split()
         for word in [word for word in words if re.match(r"-[a-z]", word)]:
             words.remove(word)
             at = given.index("-" + word)
             del given[at : at + 1 + (not given[at + 1 : at + 2] or not given[at + 1].startswith("--"))]
-        return checked(given + words, int(world) if bar else 1)
+        return checked(given + words, int(world) if bar else 1, **env)
 
     with checker() as checked:
-        yield run
+        yield one
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line[:60] for line, _ in BAD])
@@ -208,3 +240,22 @@ def test_bad_command_line(line, words, check):
 def test_good_command_line(line, check):
     end = check(line)
     assert end.status == WENT_ON, f"status {end.status}\n{end.err}"
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"RANK": "1"}, "RANK=1, which is not below the number of processes .*start with torchrun"),
+    ({"RANK": "one"}, "RANK=one, which is no number: unset it"),
+])  # fmt: skip
+def test_half_of_the_variables_of_torchrun(env, words, check):
+    """Such a rank would wait for others that never come."""
+    end = check("", **env)
+    assert end.status == 2 and re.search(words, end.err) and "Traceback" not in end.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_a_machine_without_gpu(monkeypatch, capsys):
+    """Runs of other tests have the shim, and so its permission."""
+    monkeypatch.setattr(run, "configure", lambda: (None, None))
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert "lightning-pretrain: torch finds no CUDA device" in capsys.readouterr().err

@@ -331,10 +331,46 @@ def test_distributed_optimizer_or_not(before, now, tmp_path):
     assert "has another form. Go on with" in log and "--no-load-optim" in log and "Traceback" not in log
 
 
-@pytest.mark.parametrize("flag, losses", [("override", 4), ("use-checkpoint", 4)])
-def test_schedule_can_be_settled(flag, losses, saved):
-    run = start("own", f"{HYBRID} --train-iters 6 --{flag}-opt-param-scheduler", load=saved("own"))
-    assert len(run.losses) == losses
+@pytest.mark.parametrize("flags, was, now", [
+    ("--optimizer muon", "adam, fp32", "muon, --muon-scalar-optimizer adam, fp32"),
+    ("--optimizer sgd --sgd-momentum 0", "adam, fp32", "sgd, --sgd-momentum 0, fp32"),
+    ("--bf16", "adam, fp32", "adam, --bf16 or --fp16"),
+])  # fmt: skip
+def test_another_optimizer_is_refused(flags, was, now, saved):
+    """Its tensors are others; Megatron lists all names of the checkpoint on every rank, and no flag."""
+    log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+    assert f"is that of --optimizer {was}, and this run has --optimizer {now}. Go on with" in log
+    assert "--no-load-optim" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("flags", ["", "--sgd-momentum 0", "--bf16"])
+def test_sgd_goes_on(flags, tmp_path):
+    flags = f"{HYBRID} --optimizer sgd --lr 0.1 {flags}"
+    losses = [*start("own", flags, save=tmp_path).losses, *start("own", flags, load=tmp_path).losses]
+    assert losses == pytest.approx(start("own", flags).losses, abs=2e-5)  # without its momentum off by 1e-2
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--finetune --mtp-num-layers 1", "mtp.layers.0.enorm.weight is not in it. Give the sizes and layers"),
+    ("--ffn-hidden-size 512", "mlp.linear_fc1.weight has the shape [256, 64] there, and [1024, 64] in this run. Give"),
+    ("--tensor-model-parallel-size 2 --finetune --mtp-num-layers 1", "mtp.layers.0.enorm.weight is not in it. Give"),
+])  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(flags, message, saved):
+    log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+    assert f"the checkpoint in {saved('own')} does not fit this run: " in log and message in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("flag, rate", [("override", "1.000000E-03"), ("use-checkpoint", "2.000000E-03")])
+def test_schedule_can_be_settled(flag, rate, saved):
+    run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
+    assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+
+
+def test_another_rate_under_a_spec_is_refused(saved):
+    flags = f"{HYBRID} {SPEC} --lr 1e-3 --override-opt-param-scheduler"
+    log = refusal(start("gpt", flags, load=saved("gpt"), check=False))
+    assert "--lr: 0.002 in the checkpoint, 0.001 in this run" in log and "--no-load-optim" in log
 
 
 # ---- what cannot be found or read ------------------------------------------------------------------------------------

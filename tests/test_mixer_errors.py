@@ -148,7 +148,7 @@ def check_layer_refusals(rank: int, world: int) -> None:
     for arguments, message in (
         (dict(pg_size=3), "__init__ got pg_size, which .*leave it out"),
         (dict(options=LightningOptions(num_kv_heads=3)), "4 query heads cannot share 3"),
-        (dict(options=LightningOptions(decay_offset=5)), "decay preset 'tnl' with offset=5 .*use a smaller offset"),
+        (dict(options=LightningOptions(decay_offset=5)), "decay='tnl' with decay_offset=5 .*use a smaller offset"),
     ):
         with pytest.raises(ValueError, match=message):
             build(arguments)

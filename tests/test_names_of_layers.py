@@ -140,6 +140,12 @@ def test_the_own_entry_point_names_them_too(pattern, flags, counts):
     assert hybrid.log.count(counts) == 1
 
 
+def test_checkpoint_args_bring_the_letter(tmp_path):
+    run_pretrain([*OWN, *HYBRID, "--save", tmp_path, "--save-interval", "2", "--exit-interval", "2"])
+    run = run_pretrain([*OWN, "--load", tmp_path, "--use-checkpoint-args"])
+    assert len(run.losses) == 2 and "L-L-L-*-" in run.log
+
+
 def test_the_own_entry_point_refuses_wrong_names():
     for flags, message in (
         (["--experimental-attention-variant", "lightening"], "'lightening' (choose lightning, or leave the flag out)"),

@@ -179,6 +179,7 @@ def test_lines_that_are_taken():
 
 ENDS = {  # what is wrong -> flags, template, third line of the data, message
     "line": ("", CHATML, {"messages": [USER | {"role": "gpt"}]}, 'chat.jsonl, line 3, message 1: role is "gpt"'),
+    "listed": ("--data-args-path", CHATML, {"messages": []}, "chat.jsonl, line 3"),
     "template": (
         "", "{{ raise_exception('no system') }}", {"messages": [USER, ANSWER]},
         "chat.jsonl, line 1: the chat template does not take the conversation: no system",
@@ -197,7 +198,13 @@ def test_runs_that_end_before_training(flags, template, third, message, tmp_path
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
     command = [*size, *TRAIN, *MODELS["all"].split(), "--sft", "--tokenizer-type", "SFTTokenizer"]
-    command += ["--tokenizer-model", folder, "--sft-tokenizer-prompt-format", "default", "--train-data-path", data]
+    command += ["--tokenizer-model", folder, "--sft-tokenizer-prompt-format", "default"]
+    if flags == "--data-args-path":
+        (tmp_path / "paths").write_text(f"1 {data}")
+        command += ["--split", "1,0,0", flags, tmp_path / "paths"]
+        flags = ""
+    else:
+        command += ["--train-data-path", data]
     run = run_pretrain([*command, "--lightning-sft-answers-only", *flags.split()], check=False)
     last = run.log.strip().splitlines()[-1]
     assert not run.ok and last.startswith("lightning-pretrain: ") and message in last, run.log[-2000:]

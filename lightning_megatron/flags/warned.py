@@ -16,6 +16,31 @@ WARNED = (
         "makes all layers softmax layers, for comparison; --lightning-* options of lightning layers act on nothing",
     ),
     Rule(
+        "lightning_cp_exchange",
+        lambda run: run.options.cp_exchange != "auto" and run.config.context_parallel_size == 1,
+        "sends states between context-parallel ranks, and there is one alone",
+    ),
+    Rule(
+        "context_parallel_size",
+        lambda run: not run.options.cp_keep_states and run.config.context_parallel_size == 1,
+        "exchanges no states, so that --no-lightning-cp-keep-states acts on nothing",
+    ),
+    Rule(
+        "lightning_norm",
+        lambda run: run.options.norm == "none" and not run.options.norm_affine,
+        "has no weight, so that --no-lightning-norm-affine acts on nothing",
+    ),
+    Rule(
+        "lightning_norm_eps",
+        lambda run: run.options.norm == "none" and not run.options.qk_norm,
+        "is that of the output norm and of --lightning-qk-norm, and there are none",
+    ),
+    Rule(
+        "lightning_decay_offset",
+        lambda run: run.options.decay_offset and run.options.decay in ("alibi", "none"),
+        "shifts decays that depend on the layer, which those of --lightning-decay alibi and none do not",
+    ),
+    Rule(
         "decoupled_lr",
         lambda run: run.options.lrpe_layers,
         "holds for the angles of --lightning-lrpe-layers, too",

@@ -62,6 +62,7 @@ _ALIASES = {
     "linear_key_head_dim": "lightning_key_head_dim",
     "linear_value_head_dim": "lightning_value_head_dim",
 }
+COUNTED = ("NullTokenizer", "NullMultimodalTokenizer", "TikTokenizer")  # whose tokens --vocab-size counts
 _EVAL_ITERS = 100  # Megatron's default
 # Flags that are refused if given, but have defaults in Megatron.
 _UNSET = ("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim")
@@ -281,17 +282,27 @@ def args_defaults(args: Namespace) -> dict[str, typing.Any]:
     return defaults
 
 
+def has_training_data(args: Namespace) -> bool:
+    """Whether the flags name data to train on."""
+    return _has_part(args, 0, "train")
+
+
 def has_validation_data(args: Namespace) -> bool:
-    """Whether the flags name data for validation, as Megatron's get_blend_and_blend_per_split reads them."""
+    """Whether the flags name data for validation."""
+    return _has_part(args, 1, "valid")
+
+
+def _has_part(args: Namespace, number: int, name: str) -> bool:
+    """As Megatron's get_blend_and_blend_per_split reads them."""
     if args.data_path is not None or args.data_args_path is not None:
         shares = re.findall(r"[.0-9]+", args.split or "969, 30, 1")  # Megatron's default
-        return len(shares) > 1 and float(shares[1]) > 0
+        return not shares or (len(shares) > number and float(shares[number]) > 0)  # none: refused by itself
     if args.per_split_data_args_path is not None:
         if "://" in args.per_split_data_args_path:
             return True  # left to its reader
-        return bool(json.loads(Path(args.per_split_data_args_path).read_text("utf-8")).get("valid"))
+        return bool(json.loads(Path(args.per_split_data_args_path).read_text("utf-8")).get(name))
     given = (args.train_data_path, args.valid_data_path, args.test_data_path)
-    return bool(args.valid_data_path) or not any(given)  # without any, mock data
+    return bool(getattr(args, f"{name}_data_path")) or not any(given)  # without any, mock data
 
 
 def notes(raw: Namespace) -> list[str]:
@@ -301,6 +312,11 @@ def notes(raw: Namespace) -> list[str]:
         lines.append(
             f"--lightning-cp-layout {raw.cp_layout} is no option any more: Megatron's data loader decides it "
             f"({loader_layout(raw)}); leave the flag out"
+        )
+    if raw.vocab_size is not None and raw.released_model is None and raw.tokenizer_type not in (None, *COUNTED):
+        lines.append(
+            f"--vocab-size {raw.vocab_size} is not read: --tokenizer-type {raw.tokenizer_type} has a vocabulary of its "
+            "own; for more rows of the embedding give --padded-vocab-size"
         )
     if raw.eval_iters is None and not has_validation_data(raw):
         lines.append("no validation data, so nothing is evaluated (--eval-iters 0); give --valid-data-path, or --split")

@@ -252,11 +252,20 @@ CONTRADICTIONS = (
         )
         for name in ("recompute_method", "recompute_num_layers")
     ),
+    Contradiction(
+        lambda args: args.recompute_modules is not None and args.recompute_granularity != "selective",
+        "--recompute-modules {recompute_modules} acts with --recompute-granularity selective alone: add that, or leave "
+        "it out",
+    ),
     # ---- optimizer and schedule
     Contradiction(
         lambda args: _cut(data_parallel_size(args), args.num_distributed_optimizer_instances),
         "--num-distributed-optimizer-instances {num_distributed_optimizer_instances} does not divide the {data} "
         "data-parallel ranks: give a number that does",
+    ),
+    Contradiction(
+        lambda args: args.train_iters == 0 and args.train_samples is None and not args.skip_train,
+        "--train-iters 0 trains nothing: give 1 or more, or --skip-train to evaluate only",
     ),
     Contradiction(
         lambda args: args.train_iters is not None and args.train_samples is not None,
@@ -291,6 +300,10 @@ CONTRADICTIONS = (
         "places: leave out one",
     ),
     # ---- data
+    Contradiction(
+        lambda args: args.sft and args.mock_data,
+        "--sft reads conversations, and --mock-data makes up none: leave it out, and give --data-path FILE.jsonl",
+    ),
     Contradiction(
         lambda args: args.data_path == [] or args.train_data_path == [] or args.valid_data_path == [],
         "--data-path, --train-data-path or --valid-data-path is given without a path: add one, without .bin or .idx",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -16,7 +15,8 @@ from ..compat import importable
 from ..config import LINEAR_HEADS
 from ..flags import flag_of, refuse_parts, shown
 from ..runtime import loader_layout
-from .arguments import KERNELS, args_defaults, has_validation_data
+from .arguments import COUNTED, KERNELS, args_defaults, has_training_data, has_validation_data
+from .sources import blends
 
 _UPSTREAM = "Megatron-LM's pretrain_gpt.py with --spec lightning_megatron.spec lightning_spec"
 
@@ -53,7 +53,6 @@ _FILES = (
     "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
     "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
 )  # fmt: skip
-_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def refuse(args: Namespace) -> None:
@@ -117,8 +116,16 @@ def refuse(args: Namespace) -> None:
             raise ValueError(
                 f"--sft writes conversations with the package {name}, which does not import: pip install {name}"
             )
+    for name, needs in (("lightning_backend", "triton"), ("lightning_cp_exchange", "direct")):
+        if getattr(args, name) == needs and not torch.cuda.is_available():
+            raise ValueError(f"{flag_of(name)} {needs} needs a CUDA device, and there is none: use auto")
     _refuse_missing_kernels(args)
     _refuse_missing_files(args)
+    if not args.skip_train and not has_training_data(args):
+        raise ValueError(
+            "no training data, so nothing would be trained: give --train-data-path, or a --split with a first part, or "
+            "--skip-train to evaluate only"
+        )
     if args.eval_iters and not has_validation_data(args):
         raise ValueError(
             f"--eval-iters {args.eval_iters}, but no validation data: give --valid-data-path, or a --split with a "
@@ -147,48 +154,18 @@ def _refuse_missing_files(args: Namespace) -> None:
         value = getattr(args, attribute)
         if value is not None and not _may_exist(value, attribute == "tokenizer_model" and args.tokenizer_type):
             raise ValueError(f"{flag_of(attribute)} {value}: no such file or directory {here}")
-    sources = {name: getattr(args, name) for name in _DATA} | _listed_in_files(args)
-    for name, prefix in ((name, item) for name, source in sources.items() for item in source or ()):
-        is_weight = re.fullmatch(r"[\d.]+(e-?\d+)?", prefix)
-        if not is_weight and not _may_exist(prefix if args.sft else prefix + ".idx"):
+    sources = blends(args)
+    for name, prefix in ((name, prefix) for name, prefixes in sources for prefix in prefixes):
+        if not _may_exist(prefix if args.sft else prefix + ".idx"):
             raise ValueError(
                 f"{flag_of(name)} {prefix}: "
                 + ("no such file" if args.sft else f"no {prefix}.idx; give the path without .bin or .idx")
                 + f" {here}"
             )
-    if not (args.mock_data or any(sources.values()) or args.data_args_path or args.per_split_data_args_path):
+    if not (args.mock_data or sources or args.data_args_path or args.per_split_data_args_path):
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
     if not args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
         refuse_missing_tokenizer(args)
-
-
-def _listed_in_files(args: Namespace) -> dict[str, list[str]]:
-    """What the two flags for files with paths name; files elsewhere than in a file system are left to Megatron."""
-    listed = {}
-    for attribute in ("data_args_path", "per_split_data_args_path"):
-        path = getattr(args, attribute)
-        if path is None or "://" in path:
-            continue
-        try:
-            text = Path(path).read_text("utf-8")
-            if attribute == "data_args_path":
-                listed[attribute] = text.split()
-                continue
-            parts = [json.loads(text)[name] for name in ("train", "valid", "test")]
-            listed[attribute] = [
-                item for part in parts for item in (part.split() if isinstance(part, str) else part or ())
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            wanted = (
-                "paths and weights, with spaces in between"
-                if attribute == "data_args_path"
-                else 'JSON such as {"train": ["1", "PREFIX"], "valid": ["1", "PREFIX"], "test": null}'
-            )
-            raise ValueError(
-                f"{flag_of(attribute)} {path}: cannot be read ({type(error).__name__}: {error}); give a file with "
-                f"{wanted}"
-            ) from error
-    return listed
 
 
 def refuse_unwritable(args: Namespace) -> None:
@@ -242,7 +219,8 @@ def refuse_small_vocabulary(args: Namespace, tokens: int) -> None:
     """Refuse an embedding with fewer rows than the tokenizer has tokens, which ends in an index error on the GPU."""
     if args.padded_vocab_size is not None and args.padded_vocab_size < tokens:
         came = "the checkpoint, by --use-checkpoint-args" if args.use_checkpoint_args else "the command line"
+        counted = " or --vocab-size" if args.tokenizer_type in COUNTED else ""
         raise ValueError(
             f"--padded-vocab-size {args.padded_vocab_size} (of {came}) is below the {tokens} tokens of the tokenizer: "
-            "give another tokenizer or --vocab-size, or at least that many"
+            f"give another tokenizer{counted}, or at least that many"
         )

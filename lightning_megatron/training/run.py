@@ -41,7 +41,7 @@ from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
 from ..spec import make_spec
-from . import sft
+from . import sft, sources
 from .arguments import (
     add_arguments,
     args_defaults,
@@ -94,6 +94,8 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         log_single_rank(logger, logging.WARNING, "%s", line)
     if raw.use_checkpoint_args:
         brought, complete = from_checkpoint(raw)
+        if brought.get("hybrid_layer_pattern") is not None:
+            add_letter()
         refuse_contradictions(complete)
         # Megatron would put the checkpoint's tokenizer in the place of one that is given; as a default it does not.
         tokenizer = tokenizer_defaults(raw, brought)
@@ -125,6 +127,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         with megatron_refuses(raw):
             model = gpt_config_from_args(args, config=config)
         model.transformer_layer_spec = make_spec(options)
+    sources.refuse_broken(args)
     refuse_unwritable(args)
     log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))
     return pretrain_cfg_container_from_args(args, model), options

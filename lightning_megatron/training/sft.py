@@ -21,6 +21,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from .conversations import IGNORED, Conversation, Template, lines, parse_line, read
+from .sources import blends
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -61,28 +62,13 @@ def check(args: Namespace, tokenizer: Any) -> None:
     template = template_of(tokenizer) if own else None
     if args.rank:
         return
-    for path in _paths(args):
+    for path in (path for _, prefixes in blends(args) for path in prefixes):
         for where, conversations in read(Path(path)):
             for conversation in conversations if template else []:
                 try:
                     (template.answers if args.sft_answers_only else template.render)(conversation)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
-
-
-def _paths(args: Namespace) -> list[str]:
-    """Files of a blend, in which weights may stand between them."""
-    sources = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
-    words = [word for source in sources for word in source or ()]
-    return [word for i, word in enumerate(words) if Path(word).exists() or not _is_number(word)]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

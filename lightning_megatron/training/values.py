@@ -38,6 +38,7 @@ _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
         "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples", "weight_decay",
         "start_weight_decay", "end_weight_decay", "clip_grad", "init_method_std", "layernorm_epsilon",
         "manual_gc_interval", "adam_eps", "exit_interval", "ckpt_step", "save_interval", "non_persistent_save_interval",
+        "mtp_loss_scaling_factor",
     )),
     (math.ulp(0), _NO_END, "more than 0", (
         "initial_loss_scale", "lightning_scale", "lightning_embedding_scale", "rotary_base",

@@ -28,6 +28,12 @@ def test_layout_of_old_command_lines(parse, without, flags, value):
     assert not hasattr(args, "lightning_cp_layout")
 
 
+@pytest.mark.parametrize("kind, counts", [("NullTokenizer", True), ("SentencePieceTokenizer", False)])
+def test_vocabulary_that_is_not_read(parse, without, kind, counts):
+    without("transformer_engine", "apex", "scaled", "fused")
+    assert ("--vocab-size 128 is not read" in "".join(notes(parse(f"--tokenizer-type {kind}")))) is not counts
+
+
 @pytest.mark.parametrize("flags, value, layout", [
     ("", "contiguous", "zigzag"), ("", "zigzag-documents", "zigzag"), ("--sft", "zigzag", "zigzag-documents"),
 ])  # fmt: skip

@@ -22,6 +22,11 @@ from tests.helpers.flags import CHUNK, FULL, HYBRID, LATER, MUON, OWN, TE, model
 from tests.layers import transformer_config
 
 LOGGED = {
+    "exchange": ({}, dict(cp_exchange="ring"), OWN, ["--lightning-cp-exchange ring sends states between", "one alone"]),
+    "keep-states": ({}, dict(cp_keep_states=False), OWN, ["--no-lightning-cp-keep-states acts on nothing"]),
+    "norm-affine": ({}, dict(norm="none", norm_affine=False), OWN, ["--no-lightning-norm-affine acts on nothing"]),
+    "norm-eps": ({}, dict(norm="none", norm_eps=1e-3), OWN, ["--lightning-norm-eps 0.001 is that of the output norm"]),
+    "offset": ({}, dict(decay="alibi", decay_offset=1), OWN, ["--lightning-decay-offset 1 shifts decays that depend"]),
     "angles": ({}, dict(lrpe_layers=1), OWN | dict(decoupled_lr=1e-4), ["--decoupled-lr 0.0001 holds for the angles"]),
     "chunk-cp": (
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
