@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers.generate import EVERYTHING, LOCAL, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
-from tests.launch import Run, run_pretrain, spawn
+from examples.mortal import mortal
+from tests.helpers.generate import (
+    DEVICES,
+    EVERYTHING,
+    LOCAL,
+    MOE,
+    NUMBERS,
+    SCRIPT,
+    SIZE,
+    VOCAB,
+    Numbers,
+    decided,
+    logits_of,
+    save_bf16,
+)  # fmt: skip
+from tests.launch import ENV, GPU_ENV, ROOT, Run, run_pretrain, spawn
+from tests.tolerances import LOGITS
 
 CHECKPOINTS = {
     "lightning": "--normalization RMSNorm --lightning-decay minimax --lightning-num-kv-heads 2 --lightning-rope",
@@ -108,6 +126,23 @@ def test_samples_at_once_have_the_tokens_of_each_alone(layout, checkpoint):
     assert len({token for each in tokens for mine in each.values() for token, *_ in mine}) > 30
     ends = [{mine[-1][2] for mine in each.values()} for each in tokens]
     assert ends == [{"length"}, {"length", "eod"}, {"length", "stop"}]
+
+
+@pytest.mark.parametrize("gpus", DEVICES)
+def test_in_bf16(gpus, tmp_path):
+    """By the command, as a process of its own: tokens of passes without caches, but where rounding decides."""
+    save_bf16(tmp_path, gpus, *EVERYTHING.split())
+    asked = ["--load", str(tmp_path), *ask(tmp_path)[:2], "--tokens", "40", "--temperature", "0", "--json", *LOCAL]
+    line = mortal("-m", "lightning_megatron.inference.generate", *asked, "--batch", str(MANY))
+    env = os.environ | (GPU_ENV if gpus else ENV)
+    run = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    pairs = [([int(x) for x in each["prompt"].split()], each["tokens"]) for each in found]
+    logits = logits_of(tmp_path, [prompt + tokens for prompt, tokens in pairs], gpus)
+    counts = [decided(x, *pair, 2 * LOGITS[torch.bfloat16]) for x, pair in zip(logits, pairs, strict=True)]
+    print("tokens that rounding does not decide", counts)
+    assert len(counts) == len(prompts()) and sum(counts) > 20 * len(counts)
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
