@@ -164,7 +164,8 @@ def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
 
 
 def misfit(error: BaseException, load_dir: str | None) -> CheckpointError | None:
-    """What torch says of a tensor that a checkpoint lacks, or has in another shape, in one line; None of other errors.
+    """What torch says of a tensor that a checkpoint lacks, or has in another shape, or of bytes that it cannot
+    read, in one line; None of other errors.
 
     It names all tensors that are there, a page for each rank. ``check`` comes before: what is left are sizes that no
     record holds, ``--finetune``, and states of the optimizer.
@@ -176,6 +177,13 @@ def misfit(error: BaseException, load_dir: str | None) -> CheckpointError | None
         r"loaded \(torch\.Size\((.*?)\)\) and expected \(\((.*?),?\)\) tensor for key (\S+)", text
     ):
         name, what = shapes[3], f"has the shape {shapes[1]} there, and [{shapes[2]}] in this run"
+    elif "torch/serialization.py" in text:
+        last = text.strip().splitlines()[-1]
+        return CheckpointError(
+            f"a file of the checkpoint in {load_dir} does not hold what .metadata says ({last}): files of two "
+            "checkpoints are mixed, or one is altered. Take the whole folder of the iteration from a copy, or write "
+            f"the number of another iteration into {TRACKER}"
+        )
     else:
         return None
     if name.startswith("optimizer."):
@@ -365,6 +373,8 @@ def _form_of_optimizer(args: Any) -> str:
     parts = [f"--optimizer {kind}"]
     if "muon" in kind and (scalar := getattr(args, "muon_scalar_optimizer", None)):
         parts.append(f"--muon-scalar-optimizer {scalar}")
+    if getattr(args, "decoupled_lr", None) is not None:  # groups of parameters of their own
+        parts.append("--decoupled-lr")
     if kind == "sgd" and not getattr(args, "sgd_momentum", None):
         parts.append("--sgd-momentum 0")
     if not getattr(args, "use_distributed_optimizer", False):

@@ -182,3 +182,13 @@ def test_old_format_and_a_tracker_without_a_number(copied):
     (folder / TRACKER).write_bytes(b"\xff\x00")
     run = run_pretrain(f"{FLAGS} --ckpt-format torch --load {folder}".split(), check=False)
     assert not run.ok and f"{folder / TRACKER} says " in run.log
+
+
+def test_files_of_two_checkpoints(copied):
+    """Each of them is whole; bytes are read where the other one has its tensors."""
+    folder = copied()
+    path = folder / "iter_0000002" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[1:] + bytes(2))
+    run = run_pretrain(f"{FLAGS} --load {folder} --no-lightning-checksums".split(), check=False)
+    assert not run.ok and not run.losses and "Traceback" not in run.log
+    assert f"a file of the checkpoint in {folder} does not hold what .metadata says" in run.log

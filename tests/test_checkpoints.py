@@ -335,6 +335,7 @@ def test_distributed_optimizer_or_not(before, now, tmp_path):
     ("--optimizer muon", "adam, fp32", "muon, --muon-scalar-optimizer adam, fp32"),
     ("--optimizer sgd --sgd-momentum 0", "adam, fp32", "sgd, --sgd-momentum 0, fp32"),
     ("--bf16", "adam, fp32", "adam, --bf16 or --fp16"),
+    ("--decoupled-lr 1e-3", "adam, fp32", "adam, --decoupled-lr, fp32"),
 ])  # fmt: skip
 def test_another_optimizer_is_refused(flags, was, now, saved):
     """Its tensors are others; Megatron lists all names of the checkpoint on every rank, and no flag."""

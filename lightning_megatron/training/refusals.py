@@ -201,7 +201,7 @@ def refuse_missing_tokenizer(args: Namespace) -> None:
     if kind == "NullTokenizer" and args.vocab_size is None:
         if args.use_checkpoint_args:
             raise ValueError(
-                "no tokenizer: the checkpoint was made without one, as lightning-convert import does: give "
+                "no tokenizer: the checkpoint was made without one, by lightning-convert or on mock data: give "
                 "--tokenizer-type, e.g. HuggingFaceTokenizer with --tokenizer-model PATH; or --vocab-size for mock data"
             )
         raise ValueError("NullTokenizer (the default with --mock-data) needs --vocab-size")
