@@ -16,7 +16,7 @@ from tests.helpers.documents import write_equal_documents
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 255"
 )
 REAL = "-mock-data --tokenizer-type NullTokenizer"  # -flag takes a flag of MODEL away
 # What is typed, and what the line says: flag and remedy. `2|` starts two processes; {folder} holds the files below.
@@ -151,6 +151,7 @@ BAD = (
             ("{folder}/empty", "empty.idx is no index of a dataset; copy it again"),
             ("{folder}/index", "index.idx is cut off: it has .*; copy it again"),
             ("{folder}/short", "short.bin is cut off: it has 9 of .*; copy it again"),
+            ("{folder}/other", "other.bin has tokens from .* and this model those below .*: give the tokenizer that"),
         )
     ),
     (f"{REAL} --data-args-path {{folder}}/paths", "--data-args-path .*: no .*/gone.idx; give"),
@@ -206,6 +207,7 @@ def check(tmp_path_factory):
     index, data = (folder / "text.idx").read_bytes(), (folder / "text.bin").read_bytes()
     for name, idx, bin_ in (
         ("nothing", index, None), ("empty", b"", data), ("index", index[:-9], data), ("short", index, data[:9]),
+        ("other", index, b"\x7f" * len(data)),
     ):  # fmt: skip
         (folder / f"{name}.idx").write_bytes(idx)
         if bin_ is not None:

@@ -8,6 +8,7 @@ import struct
 from argparse import Namespace
 from pathlib import Path
 
+import numpy
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
 
@@ -16,6 +17,7 @@ from ..flags import flag_of
 FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _HEADER, _MAGIC = struct.Struct("<9sQBQQ"), b"MMIDIDX\0\0"  # magic, version, dtype, sequences, documents
 _AGAIN = "copy it again, or write it anew (examples/prepare_data.py)"
+_LOOK = 1 << 16  # tokens at the beginning of a dataset, which need not be slow to read
 
 
 def blends(args: Namespace) -> list[tuple[str, list[str]]]:
@@ -65,9 +67,10 @@ def _prefixes(flag: str, words: list[str]) -> list[str]:
 
 
 def refuse_broken(args: Namespace) -> None:
-    """Refuse a dataset that is not whole, which Megatron finds out in a traceback, or at the first sample that is gone.
+    """Refuse a dataset that is not whole, which Megatron finds out in a traceback, or at the first sample that is gone;
+    and one of another tokenizer, with tokens that the embedding has no rows for, which a GPU finds out.
 
-    Only rank 0 looks, at names, sizes and the beginning of the index.
+    Only rank 0 looks, at names, sizes, and the beginning of index and tokens.
 
     Raises:
         ValueError: naming the flag, the file and the remedy.
@@ -76,30 +79,38 @@ def refuse_broken(args: Namespace) -> None:
         return
     for name, prefixes in blends(args):
         for prefix in prefixes:
-            if "://" not in prefix and (fault := _fault(prefix)):
-                raise ValueError(f"{flag_of(name)} {prefix}: {fault}; {_AGAIN}")
+            if "://" not in prefix and (fault := _fault(prefix, args.padded_vocab_size)):
+                raise ValueError(f"{flag_of(name)} {prefix}: {fault}")
 
 
-def _fault(prefix: str) -> str | None:
-    """What is wrong with ``prefix.idx`` and ``prefix.bin``: the index has for every sequence its length (int32) and
-    place (int64), and for every document its first sequence (int64).
+def _fault(prefix: str, rows: int) -> str | None:
+    """What is wrong with ``prefix.idx`` and ``prefix.bin``, and what to do: the index has for every sequence its length
+    (int32) and place (int64), and for every document its first sequence (int64). ``rows`` are those of the embedding.
     """
     index, data = prefix + ".idx", prefix + ".bin"
     try:
         with open(index, "rb") as file:
             head = file.read(_HEADER.size)
             if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-                return f"{index} is no index of a dataset"
+                return f"{index} is no index of a dataset; {_AGAIN}"
             _, _, code, sequences, documents = _HEADER.unpack(head)
             needed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(index)
             if size < needed:
-                return f"{index} is cut off: it has {size} of {needed} bytes"
+                return f"{index} is cut off: it has {size} of {needed} bytes; {_AGAIN}"
             file.seek(_HEADER.size + 4 * max(sequences - 1, 0))
             (length,) = struct.unpack("<i", file.read(4))
             file.seek(_HEADER.size + 12 * sequences - 8)
             (place,) = struct.unpack("<q", file.read(8))
-        end = place + length * DType.size(DType.dtype_from_code(code)) if sequences else 0
-        size = os.path.getsize(data)
-        return f"{data} is cut off: it has {size} of {end} bytes" if size < end else None
+        dtype = DType.dtype_from_code(code)
+        end, size = place + length * DType.size(dtype) if sequences else 0, os.path.getsize(data)
+        if size < end:
+            return f"{data} is cut off: it has {size} of {end} bytes; {_AGAIN}"
+        tokens = numpy.fromfile(data, dtype, min(_LOOK, size // DType.size(dtype)))
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < rows:
+            return (
+                f"{data} has tokens from {tokens.min()} to {tokens.max()}, and this model those below {rows}: give the "
+                "tokenizer that wrote it, or write it anew (examples/prepare_data.py)"
+            )
     except (OSError, ValueError, struct.error) as error:
-        return str(error)
+        return f"{error}; {_AGAIN}"
+    return None
