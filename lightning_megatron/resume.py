@@ -163,7 +163,7 @@ def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
     return None if args.exit_on_missing_checkpoint else CheckpointError(f"Megatron found nothing to load in {load_dir}")
 
 
-def misfit(error: BaseException, load_dir: str | None) -> CheckpointError | None:
+def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> CheckpointError | None:
     """What torch says of a tensor that a checkpoint lacks, or has in another shape, or of bytes that it cannot
     read, in one line; None of other errors.
 
@@ -190,6 +190,8 @@ def misfit(error: BaseException, load_dir: str | None) -> CheckpointError | None
         remedy = (
             "Give the flags of the optimizer that saved it; or go on without its state: --no-load-optim --no-load-rng"
         )
+    elif args.use_checkpoint_args:
+        remedy = "Leave out the flags that give other sizes or layers than the checkpoint's"
     else:
         remedy = (
             "Give the sizes and layers of the checkpoint (its flags, or --use-checkpoint-args); --finetune takes "
@@ -221,8 +223,8 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         _check_names(saved, load_dir)
         _check_function(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
-    if saved is None or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
-        return
+    if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in state:
+        return  # an imported checkpoint, and one of --no-save-optim, have no optimizer
     _check_optimizer(state, saved, load_dir, args)
     if state.get("opt_param_scheduler"):
         _check_scheduler(state["opt_param_scheduler"], saved, args)

@@ -47,7 +47,7 @@ def _wrap(original: Callable[..., tuple]) -> Callable[..., tuple]:
                 raise
             raise reason from stop
         except CheckpointException as error:  # of torch, on all ranks
-            if (reason := misfit(error, load_dir)) is None:
+            if (reason := misfit(error, load_dir, args)) is None:
                 raise
             raise reason from error
         if first and result[0] is not None and hasattr(args, ATTRIBUTE):

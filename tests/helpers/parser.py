@@ -9,6 +9,7 @@ from megatron.training import arguments
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 
+@functools.cache
 def read_help_once() -> None:
     """Megatron makes its parser several times in a run, and each time reads help texts from the source of its classes:
     a quarter of a small run. They are read here, once.
