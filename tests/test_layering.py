@@ -74,6 +74,7 @@ OUTSIDE = {
     "parallel": {"torch"},
     "offload": {"torch"},
     "pretrain": {"megatron"},
+    "training": {"torch", "megatron", "numpy"},  # in which Megatron's datasets have their dtypes
 }
 
 
