@@ -19,10 +19,14 @@ import megatron.core.datasets.helpers_cpp
 """
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of what a test starts: this repository, ``folders``, then what is there, such as another Megatron."""
+    return os.pathsep.join(filter(None, [str(ROOT), *map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
 def environment(checkout: Path) -> dict[str, str]:
     """In which Python finds this repository and Megatron of the checkout, and what it starts finds them, too."""
-    paths = [str(ROOT), str(checkout), os.environ.get("PYTHONPATH")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return os.environ | {"PYTHONPATH": python_path(checkout)}
 
 
 def checked(given: str) -> Path:

@@ -43,6 +43,7 @@ import torch.distributed as dist
 
 from examples import megatron_log
 from examples.mortal import end_with_parent, mortal
+from tests.checkout import python_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "examples" / "cpu_shim.py"
@@ -208,8 +209,7 @@ def _context() -> multiprocessing.context.BaseContext:
     """The forkserver, which imports this module and with it, see below, torch and Megatron under the shim."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    with mock.patch.dict(os.environ, {**ENV, "PYTHONPATH": path, PRELOAD: "1"}):
+    with mock.patch.dict(os.environ, {**ENV, "PYTHONPATH": python_path(Path(__file__).parent), PRELOAD: "1"}):
         multiprocessing.forkserver.ensure_running()
     return context
 

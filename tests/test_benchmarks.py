@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_megatron.ops import lightning_attn
+from tests.checkout import python_path
 
 from .benchmarks import attention, decode_ops, host, measure, peers, report
 from .benchmarks.measure import Shape
@@ -220,7 +221,7 @@ def test_precompile_compiles_what_is_launched(tmp_path):
     (tmp_path / "claims").mkdir()
     root = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(root)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": python_path()}
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "claims")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]

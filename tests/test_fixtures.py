@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkout import python_path
+
 ALLOCATIONS = {
     "empty": lambda **o: torch.empty(3, 2, **o),
     "empty_like": lambda **o: torch.empty_like(torch.zeros(3, 2), **o),
@@ -49,7 +51,7 @@ def failing_output(tmp_path, *arguments, seed=""):
     (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text("utf-8"))
     (tmp_path / "test_x.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", tmp_path, *arguments, tmp_path]
-    environment = {"LIGHTNING_TEST_SEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"LIGHTNING_TEST_SEED": seed, "PYTHONPATH": python_path()}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     values = [line for line in run.stdout.splitlines() if line.startswith("values")]
     seeds = {line for line in run.stdout.splitlines() if "LIGHTNING_TEST_SEED=" in line and "repeats" not in line}

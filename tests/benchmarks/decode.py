@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=BATCHES)
     add("--prompt", type=parse_length, default=parse_length("128K"), help="of the first token (default: 128K)")
     add("--max-tokens", type=parse_length, default=parse_length("16K"), help="of a step of prompts (default: 16K)")
-    add("--steps", type=int, default=40, help="measured of every cell (default: %(default)s)")
+    add("--steps", type=int, default=160, help="measured of every cell (default: %(default)s)")
     add("--minutes", type=float, default=9.0, help="after which the run ends in order (default: %(default)s)")
     add("--dry", action="store_true", help="toy models on the CPU: shows that everything runs, measures nothing")
     add("--append", action="store_true", help="keep rows that are there and are not measured again")

@@ -27,6 +27,7 @@ import torch
 from . import decode_models as models
 
 WARMUP = 5  # steps
+TURNS = 4  # in which each of several contexts is measured
 
 
 class Late(Exception):
@@ -188,27 +189,54 @@ class Engine:
         return timing.ms, timing.host_bound
 
 
-def decode_row(engine: Engine, batch: int, context: int, states: torch.Tensor | None, how: str) -> dict:
-    """Steps and forward of one cell; requests are there if ``how`` is "read"."""
-    row = dict(kind="decode", batch=batch, context=context, requests=how)
+def decode_rows(engine: Engine, batch: int, contexts: list[int], states: dict, how: str) -> list[dict]:
+    """Steps and forward of requests of each context; they are there if ``how`` is "read" (one context).
+
+    Contexts take turns: what else the host does meanwhile slows all of them alike.
+    """
     steps = engine.plan["steps"]
     gc.collect()  # not while steps are measured
     if how == "aged":
         engine.use_graphs(True)
         engine.read(batch, 2)
-        age(engine.context, context, states)
+
+    def turns(measure: Callable[[], list[float]], count: int) -> list[float]:
+        """Median of what is measured at each context."""
+        found: dict[int, list[float]] = {context: [] for context in contexts}
+        for _ in range(count):
+            for context in contexts:
+                if how == "aged":
+                    age(engine.context, context, states.get(context))
+                found[context] += measure()
+        return [statistics.median(found[context]) for context in contexts]
+
+    def steps_ms(count: int, warmup: int) -> list[float]:
+        each = max(1, count // TURNS)
+        return turns(lambda: [1e3 * taken for taken in seconds(engine.step, each, warmup)], TURNS)
+
+    rows = [dict(kind="decode", batch=batch, context=context, requests=how) for context in contexts]
+    late: list[bool] = []
+
+    def forward_ms() -> list[float]:
+        taken, host_bound = engine.forward_ms()
+        late.append(host_bound)
+        return [taken]
+
+    def measured(kind: str, milliseconds: list[float]) -> None:
+        for row, taken in zip(rows, milliseconds, strict=True):
+            row |= {f"{kind}_step_ms": taken, f"{kind}_tokens_per_second": 1e3 * batch / taken}
+
     if engine.cuda_graph:
-        row["graph_step_ms"] = 1e3 * statistics.median(seconds(engine.step, steps))
-        row["forward_ms"], row["host_bound"] = engine.forward_ms()
-        row["graph_tokens_per_second"] = batch / row["graph_step_ms"] * 1e3
+        measured("graph", steps_ms(steps, WARMUP))
+        forward = turns(forward_ms, 1)
     engine.use_graphs(False)
-    row["eager_step_ms"] = 1e3 * statistics.median(seconds(engine.step, steps // 2, 2))
-    row["eager_tokens_per_second"] = batch / row["eager_step_ms"] * 1e3
+    measured("eager", steps_ms(steps // 8, 2))
     if not engine.cuda_graph:
-        row["forward_ms"], row["host_bound"] = engine.forward_ms()
+        forward = turns(forward_ms, 1)
     engine.use_graphs(True)
-    row["bytes"] = engine.traffic.step(batch, context)
-    return row
+    for row, taken, host_bound in zip(rows, forward, late, strict=True):
+        row |= dict(forward_ms=taken, host_bound=host_bound, bytes=engine.traffic.step(batch, row["context"]))
+    return rows
 
 
 def first_token_row(engine: Engine, tokens: int) -> dict:
@@ -262,13 +290,13 @@ def check_time(plan: dict) -> None:
         raise Late
 
 
-def cells(engine: Engine) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """What a cell is, and what measures it; the most important first."""
+def cells(engine: Engine) -> Iterator[tuple[list[dict], Callable[[], list[dict]]]]:
+    """What cells are, and what measures them together; the most important first."""
     plan, kept = engine.plan, {}
     if plan["prefill"]:
         for context in plan["contexts"]:
 
-            def read(context=context) -> dict:
+            def read(context=context) -> list[dict]:
                 begin = time.perf_counter()
                 engine.use_graphs(True)
                 peak = torch.cuda.memory_allocated() if engine.gpu else 0
@@ -278,22 +306,26 @@ def cells(engine: Engine) -> Iterator[tuple[dict, Callable[[], dict]]]:
                 taken = time.perf_counter() - begin
                 grown = torch.cuda.max_memory_allocated() - peak if engine.gpu else 0
                 kept[context] = engine.state()
-                row = decode_row(engine, 1, context, None, "read")
-                return row | dict(prefill_seconds=taken, prefill_peak_bytes=grown)
+                rows = decode_rows(engine, 1, [context], {}, "read")
+                return [row | dict(prefill_seconds=taken, prefill_peak_bytes=grown) for row in rows]
 
-            yield dict(kind="decode", batch=1, context=context, requests="read"), read
+            yield [dict(kind="decode", batch=1, context=context, requests="read")], read
     for batch in sorted(plan["batches"], key=lambda b: (b != 64, b != 16, -b)):
+        fits = [n for n in plan["contexts"] if batch <= engine.most(n)]
         for context in plan["contexts"]:
-            what = dict(kind="decode", batch=batch, context=context, requests="aged")
-            if batch > engine.most(context):
-                need = batch * engine.traffic.request(context)
-                yield what, partial(dict, **what, error="does not fit", needs_bytes=need)
-            else:
-                yield what, lambda b=batch, n=context: decode_row(engine, b, n, kept.get(n), "aged")
+            if context not in fits:
+                what = dict(kind="decode", batch=batch, context=context, requests="aged")
+                row = what | dict(error="does not fit", needs_bytes=batch * engine.traffic.request(context))
+                yield [what], lambda row=row: [row]
+        # blocks of keys and values of one context are not those of the next: such contexts do not take turns
+        for turns in [[n] for n in fits] if engine.traffic.kv else [fits] if fits else []:
+            what = [dict(kind="decode", batch=batch, context=context, requests="aged") for context in turns]
+            yield what, lambda b=batch, c=turns: decode_rows(engine, b, c, kept, "aged")
     if plan["prompt"]:
-        yield dict(kind="first token", context=plan["prompt"]), partial(first_token_row, engine, plan["prompt"])
+        what = dict(kind="first token", context=plan["prompt"])
+        yield [what], lambda: [first_token_row(engine, plan["prompt"])]
     for tokens in plan["memory"]:
-        yield dict(kind="memory", context=tokens), partial(memory_row, engine, tokens)
+        yield [dict(kind="memory", context=tokens)], lambda n=tokens: [memory_row(engine, n)]
 
 
 def main() -> int:
@@ -308,19 +340,19 @@ def main() -> int:
         for what, measure in cells(engine):
             try:
                 check_time(plan)
-                row = measure()
+                rows = measure()
             except Late:
-                print(head | {"stopped": "out of time before", **what}, file=sys.stderr, flush=True)
+                print(head | {"stopped": "out of time before", **what[0]}, file=sys.stderr, flush=True)
                 return 0
             except Exception as error:  # one cell that fails must not stop the others
-                row = what | dict(error=f"{type(error).__name__}: {error}"[:300])
+                rows = [row | dict(error=f"{type(error).__name__}: {error}"[:300]) for row in what]
                 if isinstance(error, torch.AcceleratorError):  # nothing works on this device from now on
-                    file.write(json.dumps(head | about | row) + "\n")
+                    file.writelines(json.dumps(head | about | row) + "\n" for row in rows)
                     raise
                 import traceback
 
                 traceback.print_exc()
-            file.write(json.dumps(head | about | row) + "\n")
+            file.writelines(json.dumps(head | about | row) + "\n" for row in rows)
     return 0
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from examples.mortal import mortal
+from tests.checkout import python_path
 from tests.helpers.generate import NUMBERS, SIZE
 from tests.launch import ENV, GPU_ENV, ROOT, run_pretrain
 
@@ -68,7 +69,7 @@ class Server:
         with open(self.log, "wb") as out:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True,
-                env={**os.environ, **(GPU_ENV if gpus else ENV), "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **(GPU_ENV if gpus else ENV), "PYTHONPATH": python_path()},
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while (found := re.search(r"at (http://127\.0\.0\.1:\d+)/v1", self.log.read_text())) is None:
