@@ -36,6 +36,7 @@ OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, 
     "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
     "--runs", "--variant", "--tokens", "--minutes", "--size",  # of examples/quality
     "--results", "--tasks", "--train-only", "--seconds",
+    "--no-stream-ckpt-dequant",  # of Megatron 0.19 alone
 }  # fmt: skip
 
 

@@ -152,6 +152,16 @@ OPTIMIZERS = (
         "hangs when it saves the states of torch's Adam, which a rank has only of parameters that it holds a part of "
         "(Megatron 0.19); add --no-save-optim, or install TransformerEngine or apex for their Adam",
     ),
+    Rule(
+        "use_megatron_fsdp",
+        lambda run: (
+            (run.config.bf16 or run.config.fp16)
+            and (run.get("load") or run.get("pretrained_checkpoint"))
+            and (run.get("no_load_optim") or run.get("finetune"))
+        ),
+        "cannot load weights without the optimizer's in bf16 and fp16 (NotImplementedError in Megatron 0.19); leave "
+        "--no-load-optim and --finetune out, or train in fp32",
+    ),
     *(
         Rule(name, when, "needs the package einops, and it does not import; pip install einops")
         for name, when in (

@@ -330,6 +330,14 @@ REFUSED = {
         dict(gated_linear_unit=True, bf16=False), {}, dict(use_megatron_fsdp=True, save="x", no_save_optim=True),
         "--use-megatron-fsdp cannot save --swiglu",
     ),
+    "fsdp-loads-weights": (
+        dict(bf16=True), {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
+        "--use-megatron-fsdp cannot load weights without the optimizer's in bf16 .*; leave --no-load-optim",
+    ),
+    "fsdp-finetunes": (
+        dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
+        "--use-megatron-fsdp cannot load weights without",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),

@@ -208,7 +208,7 @@ REFUSED = (
     ({"mtp": "!0", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
     ({"released": "ling-2.6-flash", "loss": "chunks"}, "is refused with --lightning-loss-chunk 40"),
     ({"norm": "group", "tp": "4 sp"}, "norm_groups=2 must be divisible by tensor-parallel size 4"),
-    ({"released": "tnl-385m", "tp": "4 sp"}, "norm_groups=2 must be divisible by tensor-parallel size 4"),
+    ({"released": "tnl-385m|ling-2.6-flash", "tp": "4 sp"}, "norm_groups=2 must be divisible by tensor-parallel size 4"),
     ({"heads": "2", "tp": "4 sp"}, "2 key/value heads cannot be split over tensor-parallel size 4"),
     ({"mtp": "!0", "positions": "learned"}, "is not supported with learned_absolute position embedding"),
     ({"mtp": "!0", "embeddings": "tied"} | TWO_STAGES, "with tied embeddings and --pipeline-model-parallel-size above"),
