@@ -15,7 +15,8 @@ def check_megatron() -> None:
     """Refuse a megatron-core that this package was not written for.
 
     Raises:
-        RuntimeError: no megatron-core, or one outside ``MEGATRON_RANGE``. Never ImportError: Megatron logs and then
+        RuntimeError: no megatron-core, one outside ``MEGATRON_RANGE``, or one that another package keeps from being
+            imported. Never ImportError: Megatron logs and then
             ignores an ImportError of a ``--spec`` module, and trains plain softmax attention.
     """
     remedy = f"pip install 'megatron-core[training]{MEGATRON_RANGE}'"
@@ -25,6 +26,11 @@ def check_megatron() -> None:
         raise RuntimeError(
             f"lightning_megatron needs megatron-core {MEGATRON_RANGE}, but importing megatron.core failed "
             f"({error}); {remedy}"
+        ) from error
+    except (AttributeError, AssertionError) as error:  # Megatron asks packages for their versions while it is imported
+        raise RuntimeError(
+            f"importing megatron.core failed ({type(error).__name__}: {error}): update the package that this names, or "
+            "uninstall it, if it is optional; nvidia-resiliency-ext must be 0.6.0 or newer"
         ) from error
     if not _FIRST <= tuple(VERSION[:2]) < _END:
         raise RuntimeError(

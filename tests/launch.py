@@ -52,6 +52,7 @@ ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "
 GPU_ENV = {name: value for name, value in ENV.items() if name != "CUDA_VISIBLE_DEVICES"}
 PRELOAD = "LIGHTNING_TESTS_PRELOAD"
 STARTING = threading.Lock()  # exec finds no environment (EFAULT) while another thread changes it, as _context() does
+ERROR = r"(\[rank\d+\]: )?Traceback \(most|Fatal Python error|terminate called"  # how a line begins that tells of one
 GRACE = 10.0  # seconds for the other ranks to end, and show why, once one has failed
 
 
@@ -117,11 +118,9 @@ def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0
 
 
 def excerpt(log: str, lines: int = 60) -> str:
-    """The first traceback of a log with what was said before it, and the end: in between ranks report that others are
-    gone.
-    """
+    """The first error of a log with what was said before it, and the end: between them ranks report others as gone."""
     every = log.splitlines()
-    first = next((i for i, line in enumerate(every) if re.match(r"(\[rank\d+\]: )?Traceback \(most", line)), 0)
+    first = next((i for i, line in enumerate(every) if re.match(ERROR, line)), 0)
     first = max(first - 10, 0)
     head, rest = every[first : first + lines], every[first + lines :]
     return "\n".join(head + (["[...]"] if len(rest) > lines else []) + rest[-lines:])

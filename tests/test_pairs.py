@@ -122,17 +122,22 @@ def flags_of(row: Row, data, folder: Path, alone: bool) -> list:
 def check(run: Run, want: Run, row: Row, noisy: Callable[[], Run]) -> None:
     """fp32 as in test_parallel.py, where norms are near 3: a larger one has a larger error. Half precision: losses
     alone, since models drawn at random make much of a rounding: norms of bf16 and fp32 differ by a fifth on one rank.
-    Megatron divides the loss of multi-token prediction by the tokens of each context-parallel rank, which differ.
+    Megatron divides the loss of multi-token prediction by the tokens of each context-parallel rank, which differ, and
+    counts what pads conversations for context parallelism among the tokens of experts, whose biases it moves: then only
+    the first loss is the same.
     """
     norms, wanted = gradient_norms(run), gradient_norms(want)
     print("losses", run.losses, "alone", want.losses, "gradient norms", norms, "alone", wanted)
     assert len(want.losses) == len(run.losses) >= 2
-    uneven = row["cp"] != "1" and (row.get("mtp", "0") != "0" or row.get("released") == "ling-2.6-flash")
+    released = row.get("released")
+    biased = "sft" in row["data"] and released in ("ring-mini-linear-2.0", "ling-2.6-flash")
+    uneven = row["cp"] != "1" and (row.get("mtp", "0") != "0" or released == "ling-2.6-flash" or biased)
     if row["precision"] != "fp32":
         assert run.losses == pytest.approx(want.losses, abs=2 * TRAINED_LOSSES_BF16)
     elif uneven:
-        assert run.losses == pytest.approx(want.losses, abs=1e-3)
-        assert norms == pytest.approx(wanted, rel=0.05)
+        assert run.losses[0] == pytest.approx(want.losses[0], abs=TRAINED_LOSSES)
+        assert norms[0] == pytest.approx(wanted[0], rel=0.05)
+        assert run.losses == pytest.approx(want.losses, rel=1e-2)
     elif run.losses != pytest.approx(want.losses, abs=TRAINED_LOSSES) or norms != pytest.approx(
         wanted, abs=TRAINED_NORMS, rel=1e-3
     ):

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
+import subprocess
 import sys
 import types
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from lightning_megatron.patches import _replace, mtp_without_te, packed_rope, re
 from lightning_megatron.training import arguments, data, run
 from lightning_megatron.training.arguments import add_arguments, options_from_args, parts_in_use
 from lightning_megatron.training.refusals import refuse
+from tests.checkout import python_path
 from tests.helpers.arguments import ASKING, MODEL, parse_flags
 
 KERNELS = {
@@ -349,6 +352,23 @@ def test_other_megatron_versions_are_refused(unpatched, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         pretrain.main()
     assert exit.value.code == 2 and "found 0.21.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["no-version", "an-old-version"])
+def test_packages_that_keep_megatron_from_being_imported(known, tmp_path):
+    """Megatron takes nvidia-resiliency-ext from 0.6.0 on, and asks while it is imported; 0.4 names no version."""
+    folder = tmp_path / "nvidia_resiliency_ext"
+    modules = "core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver"
+    for part in ("", "checkpointing", *(f"checkpointing/async_ckpt/{name}" for name in ("", *modules))):
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / "__init__.py").write_text("__version__ = '0.5.0'" if known and not part else "")
+    command = [sys.executable, "-m", "lightning_megatron.pretrain", "--num-layers", "1"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": python_path(tmp_path)}
+    )
+    *_, last = run.stderr.splitlines()
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert re.search(r"importing megatron\.core failed .*resiliency.*update the package", last)
 
 
 def test_parameters_of_later_versions(monkeypatch):
