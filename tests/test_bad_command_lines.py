@@ -94,6 +94,7 @@ BAD = (
     # ---- the model
     ("--num-attention-heads 3", "--num-attention-heads 3 does not divide --hidden-size 64: give"),
     ("--group-query-attention --num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 4"),
+    ("--lightning-lrpe-layers 5", "lrpe.layers.5 is above the 4 layers of the model: give fewer"),
     ("--lightning-num-kv-heads 3", "give --lightning-num-kv-heads"),
     ("--max-position-embeddings 16", "--max-position-embeddings 16 is below --seq-length 32: give"),
     ("--linear-attention-freq 0", "--linear-attention-freq 0 .*leave the flag out"),
