@@ -241,7 +241,7 @@ def resolve_shape(config: Any, options: LightningOptions, tp: int) -> LightningS
             f"lrpe_layers={options.lrpe_layers} doubles the head dim of q and k, and {key_dim} would be more than the "
             "256 that the operator takes; use --lightning-key-head-dim 128 or less"
         )
-    if options.lrpe_layers > config.num_layers:
+    if options.lrpe_layers and options.lrpe_layers > config.num_layers:
         raise ValueError(
             f"lrpe_layers={options.lrpe_layers} is above the {config.num_layers} layers of the model: give fewer"
         )
