@@ -124,19 +124,21 @@ def check(run: Run, want: Run, row: Row, noisy: Callable[[], Run]) -> None:
     alone, since models drawn at random make much of a rounding: norms of bf16 and fp32 differ by a fifth on one rank.
     Megatron divides the loss of multi-token prediction by the tokens of each context-parallel rank, which differ, and
     counts what pads conversations for context parallelism among the tokens of experts, whose biases it moves: then only
-    the first loss is the same.
+    the first loss is the same. Ranks' tokens of conversations that count differ most: then so do later gradients.
     """
     norms, wanted = gradient_norms(run), gradient_norms(want)
     print("losses", run.losses, "alone", want.losses, "gradient norms", norms, "alone", wanted)
     assert len(want.losses) == len(run.losses) >= 2
     released = row.get("released")
-    biased = "sft" in row["data"] and released in ("ring-mini-linear-2.0", "ling-2.6-flash")
-    uneven = row["cp"] != "1" and (row.get("mtp", "0") != "0" or released == "ling-2.6-flash" or biased)
+    conversations, predicts = "sft" in row["data"], row.get("mtp", "0") != "0" or released == "ling-2.6-flash"
+    uneven = row["cp"] != "1" and (predicts or (conversations and released == "ring-mini-linear-2.0"))
     if row["precision"] != "fp32":
         assert run.losses == pytest.approx(want.losses, abs=2 * TRAINED_LOSSES_BF16)
     elif uneven:
         assert run.losses[0] == pytest.approx(want.losses[0], abs=TRAINED_LOSSES)
-        assert norms[0] == pytest.approx(wanted[0], rel=0.05)
+        alike = 1 if conversations and predicts else len(wanted)  # steps
+        assert run.losses[:alike] == pytest.approx(want.losses[:alike], abs=1e-3)
+        assert norms[:alike] == pytest.approx(wanted[:alike], rel=0.05)
         assert run.losses == pytest.approx(want.losses, rel=1e-2)
     elif run.losses != pytest.approx(want.losses, abs=TRAINED_LOSSES) or norms != pytest.approx(
         wanted, abs=TRAINED_NORMS, rel=1e-3

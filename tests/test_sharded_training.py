@@ -188,8 +188,8 @@ def test_megatron_fsdp_goes_on(model, tmp_path):
     first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
     again = run([*flags, "--load", tmp_path])
     assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
-    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES_BF16)
-    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=TRAINED_NORMS_BF16)
+    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
+    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
 
 
 @pytest.mark.gpu
