@@ -41,7 +41,7 @@ try:
     from .config import LightningOptions, expert_pattern, lightning_pattern, mtp_pattern
     from .layer import ChunkedLayer
     from .mixer import LightningAttention, LightningAttentionSubmodules
-    from .mlp import BilinearMLP
+    from .mlp import BilinearMLP, fused
     from .norm import head_norm_spec, layer_norm_spec, prediction_norms
     from .residual import scaled_residual
     from .runtime import prepare, refuse
@@ -149,6 +149,8 @@ def _layer_spec(
     _set_residuals(layer, options, lightning)
     if options.bilinear_glu:
         layer.mlp = functools.partial(BilinearMLP.as_mlp_submodule, **layer.mlp.keywords)
+    else:
+        layer.mlp = fused(layer.mlp, config, options.backend)
     if lightning:
         layer.self_attention = ModuleSpec(
             module=LightningAttention,

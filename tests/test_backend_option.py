@@ -16,7 +16,7 @@ from lightning_megatron.training.loss import chunked_loss
 from tests import layers
 from tests.helpers.models import gpt
 from tests.launch import spawn
-from tests.ops.launches import LOSS, POINTWISE
+from tests.ops.launches import GLU, LOSS, POINTWISE
 from tests.tolerances import LAYERS as TOLERANCE
 
 CONFIG = dict(
@@ -25,6 +25,9 @@ CONFIG = dict(
     qk_layernorm=True,
     hidden_size=32,
     num_attention_heads=2,
+    gated_linear_unit=True,
+    activation_func=torch.nn.functional.silu,
+    bias_activation_fusion=True,
     cross_entropy_loss_fusion=True,
     cross_entropy_fusion_impl="native",
 )
@@ -67,7 +70,7 @@ def test_backend_reaches_every_part(chunk):
     ((none, by_torch),) = spawn(step, 1, "torch", "triton", chunk)
     assert none == {}
     ((every, by_triton),) = spawn(step, 1, "triton", "torch", chunk)
-    assert every.keys() >= {*POINTWISE, *LOSS, "walk_kernel", "gradients_kernel"}
+    assert every.keys() >= {*POINTWISE, *GLU, *LOSS, "walk_kernel", "gradients_kernel"}
     # input and MLP norms of two layers and the final norm; the output norm of the lightning layer
     assert every["norm_gate_kernel"] == 5 + 1
     layers.assert_close(by_triton, by_torch, TOLERANCE[torch.float32])

@@ -1,6 +1,7 @@
-"""Operations of a layer around the operator, one launch each: split the fused projection, norm and gate the output.
+"""Operations of a layer around the operator, one launch each: split the fused projection, norm and gate the output, and
+the gated activation of the MLP.
 
-Both are bound by memory, and torch's own operations would read and write the same values several times. The torch
+All are bound by memory, and torch's own operations would read and write the same values several times. The torch
 functions below state the formulas and compute on the CPU; everything is fp32 inside and rounded once.
 """
 
@@ -71,6 +72,28 @@ def norm_gate(
     if choose(backend, o) is torch_backend:
         return _norm_gate(o, gate, weight, kind, width, eps)
     return _NormGate.apply(o, gate, weight, kind, width, eps)
+
+
+def swiglu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """y = silu(a) * b with (a, b) the halves of x (Shazeer 2020, arXiv 2002.05202, section 2); x alone is kept.
+
+    Args:
+        x: ``[..., 2 F]``.
+        backend: as of ``lightning_attn``.
+
+    Returns:
+        ``[..., F]`` in the dtype of x.
+
+    Raises:
+        ValueError: x has no two halves.
+
+    Example::
+
+        y = swiglu(torch.randn(8, 2, 1024, device="cuda"))  # [8, 2, 512]
+    """
+    if x.dim() < 2 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {list(x.shape)}; its last dimension must hold two halves, [..., 2 F]")
+    return _SwiGLU.apply(x, choose(backend, x) is torch_backend)
 
 
 def _views(mixed: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
@@ -150,3 +173,37 @@ class _NormGate(torch.autograd.Function):
         learns = ctx.needs_input_grad[2]
         grads = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns)
         return *grads, None, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps x alone for the backward, with torch's operations as well: what MLPs keep is most of a layer's memory."""
+
+    @staticmethod
+    def forward(ctx, x, by_torch):
+        ctx.save_for_backward(x)
+        ctx.by_torch = by_torch
+        if by_torch:
+            a, b = _halves(x)
+            return (F.silu(a) * b).to(x.dtype)
+        from .triton import pointwise as pointwise_kernels
+
+        with device_of(x):
+            return pointwise_kernels.swiglu_forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        if ctx.by_torch:
+            a, b = _halves(x)
+            s, dy = a.sigmoid(), dy.to(a.dtype)
+            return torch.cat((dy * b * s * (1 + a * (1 - s)), dy * a * s), -1).to(x.dtype), None
+        from .triton import pointwise as pointwise_kernels
+
+        return pointwise_kernels.swiglu_backward(x, dy), None
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both halves of x, in fp32 at least."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return a, b

@@ -33,6 +33,7 @@ from .launches import (
     record_loss,
     record_paged,
     record_pointwise,
+    record_swiglu,
 )
 
 _TYPES = {
@@ -199,6 +200,9 @@ def _around(gpu: str) -> Part:
     for config in AROUND:
         for launch in record_pointwise(**config):
             yield config["dtype"], f"{config['K']}x{config['V']} norm={config['width']}", launch
+    for columns in (2816, 5504):
+        for launch in record_swiglu(dtype=torch.bfloat16, rows=_LONG, columns=columns):
+            yield torch.bfloat16, f"{columns=}", launch
     for config in DECODE:
         for launch in record_decode(**config):
             yield config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch

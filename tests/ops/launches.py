@@ -26,13 +26,14 @@ SEGMENTED = ("state", "o", "dstate", "gradients")
 SINGLE = ("o", "gradients")  # of a sequence of one segment
 DECODING = ("step", "gradients")
 POINTWISE = ("split_kernel", "split_grad_kernel", "norm_gate_kernel", "norm_gate_grad_kernel")
+GLU = ("swiglu_kernel", "swiglu_grad_kernel")
 LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
 PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
-    pointwise_kernels: POINTWISE,
+    pointwise_kernels: (*POINTWISE, *GLU),
     loss_kernels: LOSS,
     states: STATES,
     symmetric: RECEIVE,
@@ -159,6 +160,17 @@ def record_pointwise(
         y = pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, 1e-6)
         _, dgate, _ = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, 1e-6, y, affine)
         pointwise_kernels.split_backward(mixed, dims, silu, q, dgate, k, v)
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_swiglu(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch]:
+    """The launches of an MLP's activation, forward and backward."""
+    x = torch.empty(rows, 2 * columns, dtype=dtype, device="meta")
+    launches: list[tuple] = []
+    with ExitStack() as stack:
+        for name in GLU:
+            stack.enter_context(patch.object(pointwise_kernels, name, _Recorder(name, launches)))
+        pointwise_kernels.swiglu_backward(x, pointwise_kernels.swiglu_forward(x))
     return [Launch(launch[0], *launch) for launch in launches]
 
 

@@ -18,7 +18,7 @@ from lightning_megatron.ops import lightning_attn
 from lightning_megatron.ops.backend import Destination
 from lightning_megatron.ops.linear_loss import linear_cross_entropy
 from lightning_megatron.ops.loss import vocab_parallel_cross_entropy
-from lightning_megatron.ops.pointwise import norm_gate, split_heads
+from lightning_megatron.ops.pointwise import norm_gate, split_heads, swiglu
 from lightning_megatron.ops.triton import attention as triton_backend
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -66,6 +66,8 @@ def around(dtype: torch.dtype) -> None:
     q, gate, k, v = split_heads(mixed, (128, 128, 64, 64), feature_map="silu-qkv")
     y = norm_gate(v.repeat_interleave(2, 2), gate, weight, kind="sigmoid", width=64)
     torch.autograd.grad([q, k, y], [mixed, weight], [torch.randn_like(x) for x in (q, k, y)])
+    x = draw(70, 2, 2 * 200)
+    torch.autograd.grad(swiglu(x), x, torch.randn(70, 2, 200, device="cuda", dtype=dtype))
     targets = torch.randint(1000, (70, 2), device="cuda")
     logits = draw(70, 2, 1000)
     torch.autograd.grad(vocab_parallel_cross_entropy(logits, targets).sum(), logits)

@@ -1,7 +1,7 @@
 """Triton kernels of pointwise.py and their launches. Bound by memory: every value is read once and written once.
 
-A program takes a tile of BR tokens by the columns of one head, or of one group that is normalised together. Heads run
-fastest over the grid, so that programs side by side read memory that lies side by side.
+A program takes a tile of BR tokens by the columns of one head, of one group that is normalised together, or by BC
+columns of an MLP. They run fastest over the grid, so that programs side by side read memory that lies side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from .launch import cdiv, launch, pad
 
 TILE = 4096  # elements
+GLU_COLUMNS = 1024  # of a tile of swiglu, at most
 # Tokens over which a program sums the weight's gradient; fewer where that would leave less than PROGRAMS programs.
 SUMMED, PROGRAMS = 128, 1024
 
@@ -109,6 +110,39 @@ def split_grad_kernel(
     if i_p == GROUP + gates + 1:
         x, dx = mixed + K_AT + K, dmixed + K_AT + K
         _silu_grad(x, dx, dv, mixed_st, st, dv_st, dv_sh, i_g, i_r, rows, V, BV, BR, SILU_V)
+
+
+@triton.jit
+def _glu_tile(rows, WIDTH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+    """Tokens, columns and which of them exist, of this program's tile of ``[rows, WIDTH]``."""
+    blocks: tl.constexpr = (WIDTH + BC - 1) // BC
+    i_c, i_r = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    p, c, m = _tile(i_r, rows, BC, BR, BC)
+    c += i_c * BC
+    return p, c, m & (c < WIDTH)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def swiglu_kernel(x, y, x_st, rows, WIDTH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+    """y = silu(x's first half) x's second half; y ``[rows, WIDTH]`` contiguous."""
+    p, c, m = _glu_tile(rows, WIDTH, BC, BR)
+    b_a = tl.load(x + p * x_st + c, mask=m, other=0.0).to(tl.float32)
+    b_b = tl.load(x + p * x_st + WIDTH + c, mask=m, other=0.0).to(tl.float32)
+    tl.store(y + p * WIDTH + c, (b_a * tl.sigmoid(b_a) * b_b).to(y.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def swiglu_grad_kernel(x, dx, dy, x_st, dy_st, rows, WIDTH: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+    """dx ``[rows, 2 WIDTH]`` contiguous; with (a, b) = x and s the sigmoid of a: s (1 + a (1 - s)) b dy and s a dy."""
+    p, c, m = _glu_tile(rows, WIDTH, BC, BR)
+    b_a = tl.load(x + p * x_st + c, mask=m, other=0.0).to(tl.float32)
+    b_b = tl.load(x + p * x_st + WIDTH + c, mask=m, other=0.0).to(tl.float32)
+    b_d = tl.load(dy + p * dy_st + c, mask=m, other=0.0).to(tl.float32)
+    b_s = tl.sigmoid(b_a)
+    b_d *= b_s
+    dx += p * (2 * WIDTH) + c
+    tl.store(dx, (b_d * b_b * (1.0 + b_a * (1.0 - b_s))).to(dx.dtype.element_ty), mask=m)
+    tl.store(dx + WIDTH, (b_d * b_a).to(dx.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -283,3 +317,34 @@ def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> t
             num_warps=8 if BW < 1024 else 4 if BW <= TILE else 16,
         )  # fmt: skip
     return do, dgate, dweight.sum(0).to(weight.dtype) if learns else None
+
+
+def _glu_constants(width: int) -> tuple[int, int, int]:
+    """WIDTH, BC and BR of both kernels."""
+    BC = min(GLU_COLUMNS, TILE, pad(width))
+    return width, BC, TILE // BC
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``[..., columns]`` as ``[rows, columns]`` with stride 1 along the last."""
+    x = x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def swiglu_forward(x: torch.Tensor) -> torch.Tensor:
+    constants = WIDTH, BC, BR = _glu_constants(x.shape[-1] // 2)
+    y, x = x.new_empty(*x.shape[:-1], WIDTH), _rows(x)
+    if x.numel():
+        grid = cdiv(WIDTH, BC) * cdiv(len(x), BR)
+        launch(swiglu_kernel, grid, (x, y), (x.stride(0), len(x)), constants, num_warps=4)
+    return y
+
+
+def swiglu_backward(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    constants = WIDTH, BC, BR = _glu_constants(x.shape[-1] // 2)
+    dx, x, dy = x.new_empty(x.shape), _rows(x), _rows(dy)
+    if x.numel():
+        grid = cdiv(WIDTH, BC) * cdiv(len(x), BR)
+        numbers = x.stride(0), dy.stride(0), len(x)
+        launch(swiglu_grad_kernel, grid, (x, dx, dy), numbers, constants, num_warps=4)
+    return dx
