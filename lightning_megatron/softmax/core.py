@@ -25,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ..packed import document_bounds, sharing_group
 from ..parallel.consistency import Values, check_consistency
-from .parallel import Gather, Merged, check_packed_bounds, joined, merging_kernel, pieces_of_documents, sequence
+from .parallel import Gather, OverRanks, check_packed_bounds, joined, merging_kernel, pieces_of_documents, sequence
 
 KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with auto and local torch chooses
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
@@ -264,10 +264,13 @@ class SDPACoreAttention(MegatronModule):
         cut = packed is not None and self.per_document and packed.local_cp_size is None
         self._check_consistency(q, k, v, bounds, cut, group)
         if bounds is None:
-            k, v = _gathered(k, v, sequence(tokens, P, q.device), group, expand)
-            pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
+            if expand is not None:
+                k, v = expand(Gather.apply(k, None, group), Gather.apply(v, None, group), P)
             if dropout == 0 and (kernel := merging_kernel(q, k, v, self.softmax_scale)) is not None:
-                return Merged.apply(q, k, v, pieces, self.softmax_scale, kernel)
+                return OverRanks.apply(q, k, v, group, self.softmax_scale, kernel, expand is None)
+            rows = sequence(tokens, P, q.device)
+            k, v = (Gather.apply(x, rows, group) if expand is None else x.index_select(0, rows) for x in (k, v))
+            pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
             return self._one_by_one(q, k, v, pieces, dropout)
         chunks = torch.full((1,), n, device=q.device)
         bounds = bounds.long()

@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
+from ..ops.merge import merge_parts
+
 aten = torch.ops.aten
 
 
@@ -43,59 +45,130 @@ class Gather(torch.autograd.Function):
         return mine.to(grad.dtype), None, None
 
 
-class Merged(torch.autograd.Function):
-    """Causal attention of queries to the keys up to their own, of the keys before and of their own apart.
+class OverRanks(torch.autograd.Function):
+    """Causal attention of rank r's chunks r and 2P-1-r of the 2P of a sequence to all keys before them.
 
-    Kernels that know no mask but none and the square one do both halves, and a log-sum-exp of each makes one softmax of
-    them (Dao et al. 2022, FlashAttention, section 3.1). Their backward takes the log-sum-exp of the whole.
+    Three calls of a kernel that knows no mask but none and the square one, whatever P: both chunks to themselves,
+    under the mask; both to the first chunks of the ranks before, 0 to r-1; and the second one to both chunks of the
+    ranks behind, which lie one after the other where ranks do. Every rank computes as much as another. A log-sum-exp of
+    each makes one softmax of them (``merge_parts``), and their backward takes that of the whole.
+
+    With ``exchange`` k and v are this rank's. While ranks gather those of all, the chunks attend to themselves;
+    gradients of other ranks' keys are sent to them, in the dtype of keys, while those of the own are computed. A rank
+    adds what it gets in fp32 and rounds once.
 
     Args:
-        q, k, v: ``[t, b, heads, d]``, ``[T, b, groups, d]`` twice.
-        pieces: queries and the keys before their end, whose last are their own.
+        q: ``[t, b, heads, d]``.
+        k, v: ``[t, b, groups, d]``, or without ``exchange`` ``[P * t, b, groups, d]``, one rank's behind another's.
         kernel: what ``merging_kernel`` found.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, pieces, scale, kernel):
-        o, sums, ctx.again = q.new_empty(*q.shape[:3], v.shape[3]), [], []
-        for queries, keys in pieces:
-            found = None
-            for part, causal in _parts(queries, keys):
-                x, lse, again = kernel(*map(_heads_first, (q[queries], k[part], v[part])), causal, scale)
-                ctx.again.append(again)
-                if found is not None:
-                    weight = torch.sigmoid(lse - found[1]).view(*x.shape[:3], 1)
-                    x = torch.lerp(*(part.to(lse.dtype) for part in (found[0], x)), weight)
-                    lse = torch.logaddexp(found[1], lse)
-                found = x, lse
-            o[queries] = found[0].permute(2, 0, 1, 3)
-            sums.append(found[1])
-        ctx.pieces = pieces
-        ctx.save_for_backward(q, k, v, o, *sums)
+    def forward(ctx, q, k, v, group, scale, kernel, exchange):
+        P, r, t = group.size(), group.rank(), q.shape[0]
+        if exchange:
+            own = k, v
+            (k, wait_k), (v, wait_v) = (_start_gather(x, group) for x in own)
+        else:
+            own = _own(k, r, t), _own(v, r, t)
+        heads = _heads_first(q)
+        found = [(0, *kernel(heads, *map(_heads_first, own), True, scale))]
+        if exchange:
+            wait_k(), wait_v()
+        for start, rows in _others(P, r, t):
+            found.append((start, *kernel(heads[:, :, start:], *(_heads_first(rows(x)) for x in (k, v)), False, scale)))
+        o, lse = merge_parts([(x, log.view(x.shape[:3]), start) for start, x, log, _ in found])
+        ctx.again, ctx.shape = [again for *_, again in found], found[0][2].shape[3:]
+        ctx.group, ctx.exchange = group, exchange
+        ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, o, *sums = ctx.saved_tensors
-        wide = torch.promote_types(
-            q.dtype, torch.float32
-        )  # a key's gradients come from several parts, and are rounded once
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-        again = iter(ctx.again)
-        for (queries, keys), lse in zip(ctx.pieces, sums, strict=True):
-            for part, _ in _parts(queries, keys):
-                inputs = map(_heads_first, (q[queries], k[part], v[part]))
-                grads = next(again)(_heads_first(do[queries]), *inputs, _heads_first(o[queries]), lse)
-                for total, rows, grad in zip((dq, dk, dv), (queries, part, part), grads, strict=True):
-                    total[rows] += grad.permute(2, 0, 1, 3)
-        return *(x.to(q.dtype) for x in (dq, dk, dv)), None, None, None
+        q, k, v, o, lse = ctx.saved_tensors
+        group, (near, *far) = ctx.group, ctx.again
+        P, r, t = group.size(), group.rank(), q.shape[0]
+
+        def grads(again, start: int, keys, values):
+            """Of queries, keys and values, ``[tokens, b, heads or groups, d]``."""
+            inputs = (_heads_first(x) for x in (do[start:], q[start:], keys, values, o[start:]))
+            log = lse[..., start:].contiguous()
+            return [x.permute(2, 0, 1, 3) for x in again(*inputs, log.view(*log.shape, *ctx.shape))]
+
+        others = _others(P, r, t)
+        apart = [grads(again, at, rows(k), rows(v)) for again, (at, rows) in zip(far, others, strict=True)]
+        received = [_start_return([g[i] for g in apart], group, t) for i in (1, 2)] if ctx.exchange else []
+        dq, *own = grads(near, 0, _own(k, r, t), _own(v, r, t))
+        dq = _sum(dq, [(slice(at, None), g[0][None]) for g, (at, _) in zip(apart, others, strict=True)])
+        if ctx.exchange:
+            dk, dv = (_sum(x, addends()) for x, addends in zip(own, received, strict=True))
+        else:
+            dk, dv = (torch.zeros_like(x) for x in (k, v))
+            for i, (whole, mine) in enumerate(zip((dk, dv), own, strict=True), 1):
+                _own(whole, r, t).copy_(mine)
+                for g, (_, rows) in zip(apart, others, strict=True):
+                    rows(whole, False).copy_(g[i].view_as(rows(whole, False)))
+        return dq, dk, dv, None, None, None, None
 
 
-def _parts(queries: slice, keys: slice) -> list[tuple[slice, bool]]:
-    """The keys before the queries' own, if any, and these, under the causal mask."""
-    own = keys.stop - (queries.stop - queries.start)
-    return [(slice(keys.start, own), False)] * (own > keys.start) + [(slice(own, keys.stop), True)]
+def _own(x: torch.Tensor, r: int, t: int) -> torch.Tensor:
+    return x[r * t : (r + 1) * t]
+
+
+def _others(P: int, r: int, t: int) -> list[tuple[int, Callable]]:
+    """Pairs of a rank's first query and the keys of others that all queries from there on see.
+
+    A function of all ranks' tokens ``[P * t, ...]`` returns these as ``[keys, ...]`` or, with False, as a view.
+    """
+
+    def before(x: torch.Tensor, flat: bool = True) -> torch.Tensor:
+        first = x.view(P, 2, t // 2, *x.shape[1:])[:r, 0]
+        return first.flatten(0, 1) if flat else first
+
+    def behind(x: torch.Tensor, flat: bool = True) -> torch.Tensor:
+        return x[(r + 1) * t :]
+
+    return [(0, before)] * (r > 0) + [(t // 2, behind)] * (r < P - 1)
+
+
+def _start_gather(x: torch.Tensor, group) -> tuple[torch.Tensor, Callable]:
+    """All ranks' x ``[P * t, ...]``, and what waits for it."""
+    everything = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return everything, dist.all_gather_into_tensor(everything, x.contiguous(), group=group, async_op=True).wait
+
+
+def _start_return(grads: list[torch.Tensor], group, t: int) -> Callable[[], list[tuple[slice, torch.Tensor]]]:
+    """Sends gradients of other ranks' keys, as ``_others`` has them; what is returned waits for those of the own.
+
+    To a rank before go those of its first chunk, to one behind those of both: so half a chunk's bytes less on average,
+    and half of those that fp32 has.
+    """
+    P, r, n = group.size(), group.rank(), t // 2
+    message = torch.cat(grads)
+    received = message.new_empty((r * t + (P - 1 - r) * n), *message.shape[1:])
+    sizes = [t] * r + [0] + [n] * (P - 1 - r), [n] * r + [0] + [t] * (P - 1 - r)
+    work = dist.all_to_all_single(received, message, *sizes, group=group, async_op=True)
+
+    def wait() -> list[tuple[slice, torch.Tensor]]:
+        work.wait()
+        before, behind = received[: r * t], received[r * t :]
+        found = [(slice(None), before.view(r, t, *message.shape[1:]))] * (r > 0)
+        return found + [(slice(n), behind.view(P - 1 - r, n, *message.shape[1:]))] * (r < P - 1)
+
+    return wait
+
+
+def _sum(x: torch.Tensor, addends: list[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    """x plus sums over the first dimension of addends of some of its rows, rounded once; x may be changed."""
+    if sum(len(parts) for _, parts in addends) == 1:
+        ((rows, parts),) = addends
+        x[rows] += parts[0]
+        return x.contiguous()
+    total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    for rows, parts in addends:
+        total[rows] += parts.sum(0, dtype=total.dtype)
+    return total.to(x.dtype).contiguous()
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +201,7 @@ _MERGING = {("cuda", SDPBackend.CUDNN_ATTENTION): _cudnn, ("cpu", SDPBackend.FLA
 
 
 def merging_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Callable | None:
-    """What ``Merged`` takes, if scaled_dot_product_attention would choose it for the causal part; q, k, v as there."""
+    """What ``OverRanks`` takes, if scaled_dot_product_attention would choose it for the causal part."""
     if q.device.type == "cpu" and q.shape[2] != k.shape[2]:
         return None  # its gradients are of as many heads
     own = (_heads_first(x[: q.shape[0] // 2]) for x in (q, k, v))

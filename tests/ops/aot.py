@@ -31,6 +31,7 @@ from .launches import (
     record_derived,
     record_local_states,
     record_loss,
+    record_merge,
     record_paged,
     record_pointwise,
     record_swiglu,
@@ -203,6 +204,9 @@ def _around(gpu: str) -> Part:
     for columns in (2816, 5504):
         for launch in record_swiglu(dtype=torch.bfloat16, rows=_LONG, columns=columns):
             yield torch.bfloat16, f"{columns=}", launch
+    for D in (64, 96, 128):
+        for launch in record_merge(dtype=torch.bfloat16, queries=_LONG, heads=8, D=D):
+            yield torch.bfloat16, f"merge of {D=}", launch
     for config in DECODE:
         for launch in record_decode(**config):
             yield config["dtype"], f"{config['K']}x{config['V']} S={config.get('S', 1)}", launch

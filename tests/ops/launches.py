@@ -18,6 +18,7 @@ from lightning_megatron.ops.triton import documents as documents_kernels
 from lightning_megatron.ops.triton import final, hopper, kernels, paged, plans, states, step, symmetric, tiling
 from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton import loss as loss_kernels
+from lightning_megatron.ops.triton import merge as merge_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
@@ -35,6 +36,7 @@ OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow"
 MODULES = {
     pointwise_kernels: (*POINTWISE, *GLU),
     loss_kernels: LOSS,
+    merge_kernels: ("merge_kernel",),
     states: STATES,
     symmetric: RECEIVE,
     documents_kernels: DERIVED,
@@ -171,6 +173,16 @@ def record_swiglu(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch
         for name in GLU:
             stack.enter_context(patch.object(pointwise_kernels, name, _Recorder(name, launches)))
         pointwise_kernels.swiglu_backward(x, pointwise_kernels.swiglu_forward(x))
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_merge(*, dtype: torch.dtype, queries: int, heads: int, D: int) -> list[Launch]:
+    """The launch that merges attention to three groups of keys, the last one of half of the queries."""
+    empty, launches = functools.partial(torch.empty, device="meta"), []
+    sizes = queries, queries, queries // 2
+    parts = [(empty(1, heads, t, D, dtype=dtype), empty(1, heads, t)) for t in sizes]
+    with patch.object(merge_kernels, "merge_kernel", _Recorder("merge_kernel", launches)):
+        merge_kernels.merge(parts, (0, 0, queries - queries // 2))
     return [Launch(launch[0], *launch) for launch in launches]
 
 

@@ -18,6 +18,7 @@ from lightning_megatron.ops import lightning_attn
 from lightning_megatron.ops.backend import Destination
 from lightning_megatron.ops.linear_loss import linear_cross_entropy
 from lightning_megatron.ops.loss import vocab_parallel_cross_entropy
+from lightning_megatron.ops.merge import merge_parts
 from lightning_megatron.ops.pointwise import norm_gate, split_heads, swiglu
 from lightning_megatron.ops.triton import attention as triton_backend
 
@@ -68,6 +69,8 @@ def around(dtype: torch.dtype) -> None:
     torch.autograd.grad([q, k, y], [mixed, weight], [torch.randn_like(x) for x in (q, k, y)])
     x = draw(70, 2, 2 * 200)
     torch.autograd.grad(swiglu(x), x, torch.randn(70, 2, 200, device="cuda", dtype=dtype))
+    with torch.no_grad():
+        merge_parts([(draw(1, 2, t, 96), torch.randn(1, 2, t, device="cuda"), 70 - t) for t in (70, 70, 30)])
     targets = torch.randint(1000, (70, 2), device="cuda")
     logits = draw(70, 2, 1000)
     torch.autograd.grad(vocab_parallel_cross_entropy(logits, targets).sum(), logits)
