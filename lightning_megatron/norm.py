@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from .compat import importable
 from .config import LightningOptions
-from .ops import norm_gate
+from .ops import norm_gate, norm_residual
 
 
 class TorchNorm(torch.nn.Module):
@@ -60,9 +60,7 @@ class TorchNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., hidden]`` -> the same shape in the dtype of the parameters."""
-        dtype = self.dtype if self.weight is None else self.weight.dtype
-        if self.rms and not self.zero_centered and x.dim() == 3 and x.dtype == dtype:
-            # one launch, where torch's backward reads everything twice
+        if self._in_one_launch(x):  # where torch's backward reads everything twice
             return norm_gate(x.unsqueeze(2), weight=self.weight, width=x.shape[-1], eps=self.eps, backend=self.backend)
         if self.zero_centered:  # a small weight would be rounded away from 1 + weight in bf16
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -72,14 +70,22 @@ class TorchNorm(torch.nn.Module):
             y = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         else:
             y = F.layer_norm(x, x.shape[-1:], weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
-        return y.to(dtype)
+        return y.to(self._output_dtype)
+
+    @property
+    def _output_dtype(self) -> torch.dtype:
+        return self.dtype if self.weight is None else self.weight.dtype
+
+    def _in_one_launch(self, x: torch.Tensor) -> bool:
+        return self.rms and not self.zero_centered and x.dim() == 3 and x.dtype == self._output_dtype
 
 
 class ResidualNorm(TorchNorm):
     """A layer's norm that says what the layer adds its output to, too: Megatron's layers take ``(norm, residual)``.
 
     With x the input of the layer, times ``scale``: the residual is x, or norm(x) with ``normalized``, as in MiniMax
-    (transformers, models/minimax) and with ``--apply-residual-connection-post-layernorm``.
+    (transformers, models/minimax) and with ``--apply-residual-connection-post-layernorm``. Where it is x, gradients of
+    norm and residual are added in one launch.
     """
 
     returns_residual = True  # by which layers of Megatron 0.20 know it; those of 0.19 look at what it returns
@@ -92,6 +98,8 @@ class ResidualNorm(TorchNorm):
         """x ``[..., hidden]`` -> (norm, residual), of the same shape."""
         if self.scale != 1.0:
             x = x * self.scale
+        if not self.normalized and self._in_one_launch(x):
+            return norm_residual(x, self.weight, eps=self.eps, backend=self.backend)
         y = super().forward(x)
         return y, y if self.normalized else x
 
@@ -136,7 +144,9 @@ def layer_norm_spec(config, options: LightningOptions, *, first: bool = False, f
     normalized = config.apply_residual_connection_post_layernorm and not final
     if not options.layernorm_affine:
         norm, params = TorchNorm, {**params, "affine": False}
-    if normalized or scale != 1.0:
+    # recomputing norms frees all that they return
+    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    if normalized or scale != 1.0 or (norm is TorchNorm and not final and not recomputed):
         norm, params = ResidualNorm, {**params, "scale": scale, "normalized": normalized}
     return ModuleSpec(module=norm, params=params) if issubclass(norm, TorchNorm) else norm
 

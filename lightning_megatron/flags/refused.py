@@ -100,6 +100,15 @@ REFUSED = (
     ),
     Rule(
         "recompute_modules",
+        lambda run: (
+            selective(run, "layernorm")
+            and (run.config.apply_residual_connection_post_layernorm or run.options.embedding_scale != 1.0)
+        ),
+        "frees what a norm returns, which is the residual, too, with --apply-residual-connection-post-layernorm and "
+        "--lightning-embedding-scale; leave layernorm out",
+    ),
+    Rule(
+        "recompute_modules",
         lambda run: selective(run, "layernorm", "moe_act") and not importable(TE),
         "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
         "or install it",

@@ -74,6 +74,31 @@ def norm_gate(
     return _NormGate.apply(o, gate, weight, kind, width, eps)
 
 
+def norm_residual(
+    x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float = 0.0, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, x) with y = x * rsqrt(mean over h of x^2 + eps) * weight: a norm, and what the residual connection takes.
+
+    One launch adds the gradients of both, which autograd would do in another.
+
+    Args:
+        x: ``[s, b, h]``.
+        weight: ``[h]``, or None for 1.
+        backend: as of ``lightning_attn``.
+
+    Returns:
+        y and x ``[s, b, h]``; x in the memory of the argument.
+
+    Example::
+
+        y, residual = norm_residual(hidden, weight, eps=1e-5)
+        hidden = residual + attention(y)
+    """
+    if choose(backend, x) is torch_backend:
+        return _norm_gate(x.unsqueeze(2), None, weight, "none", x.shape[-1], eps), x
+    return _NormResidual.apply(x, weight, eps)
+
+
 def swiglu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """y = silu(a) * b with (a, b) the halves of x (Shazeer 2020, arXiv 2002.05202, section 2); x alone is kept.
 
@@ -173,6 +198,35 @@ class _NormGate(torch.autograd.Function):
         learns = ctx.needs_input_grad[2]
         grads = pointwise_kernels.norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns)
         return *grads, None, None, None
+
+
+class _NormResidual(torch.autograd.Function):
+    """``_norm_gate`` without a gate, and its input once more, by Triton."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        from .triton import pointwise as pointwise_kernels
+
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        with device_of(x):
+            y = pointwise_kernels.norm_gate_forward(x.unsqueeze(2), None, weight, "none", x.shape[-1], eps)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dx):
+        from .triton import pointwise as pointwise_kernels
+
+        if dy is None:
+            return dx, None, None
+        x, weight = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]
+        dx, _, dweight = pointwise_kernels.norm_gate_backward(
+            x.unsqueeze(2), None, weight, "none", x.shape[-1], ctx.eps, dy, learns, more=dx
+        )
+        return dx.squeeze(2), dweight, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -11,6 +11,16 @@ REFUSED = {
         dict(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]), {}, {},
         "--recompute-modules layernorm mlp needs TransformerEngine .*use --recompute-granularity full",
     ),
+    **{
+        f"recompute-layernorm-{name}": (
+            dict(recompute_granularity="selective", recompute_modules=["layernorm"], **config), options, {},
+            "--recompute-modules layernorm frees what a norm returns, which is the residual.*leave layernorm out",
+        )
+        for name, config, options in (
+            ("residual", dict(apply_residual_connection_post_layernorm=True), {}),
+            ("scale", {}, dict(embedding_scale=8.0)),
+        )
+    },
     "recompute-moe-act": (
         dict(recompute_granularity="selective", recompute_modules=["moe_act"]), {}, {},
         "--recompute-modules moe_act needs",

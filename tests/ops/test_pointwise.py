@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_megatron.ops import norm_gate, split_heads
+from lightning_megatron.ops import norm_gate, norm_residual, split_heads
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 from ..tolerances import POINTWISE, SMALLEST, error
@@ -246,6 +246,59 @@ def test_sums_are_repeatable(impl, rng):
     first = norm_with_gradients(impl, *case)
     for _ in range(20 if impl.device == "cuda" else 1):
         assert_same_bits(norm_with_gradients(impl, *case), first)
+
+
+# ---- norm_residual ---------------------------------------------------------------------------------------------------
+
+
+def residual_case(rng, impl, columns, affine, tokens):
+    print(f"{impl} {columns=} {affine=} {tokens=}")
+    low = dict(dtype=impl.dtype, device=impl.device)
+    leaves = dict(x=randn(rng, *tokens, columns).to(**low), weight=(1 + randn(rng, columns)).to(**low))
+    leaves["weight"] = leaves["weight"] if affine else None
+    return leaves, {name: randn(rng, *tokens, columns).to(**low) for name in ("y", "residual")}
+
+
+def residual_with_gradients(impl, leaves, given, uses=None):
+    def function(**leaves):
+        return dict(zip(("y", "residual"), norm_residual(**leaves, eps=EPS, backend=impl.backend), strict=True))
+
+    return with_gradients(function, leaves, given, uses)
+
+
+def residual_judge(leaves, given, uses=None):
+    leaves, given = (
+        {name: None if x is None else x.double().cpu() for name, x in xs.items()} for xs in (leaves, given)
+    )
+
+    def function(x, weight):
+        return {"y": norm_formula(x.unsqueeze(2), None, weight, "none", x.shape[-1]), "residual": x * 1}
+
+    return with_gradients(function, leaves, given, uses)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_residual(every_impl, rng, small_tiles, affine):
+    for columns in (16, 80, 272):
+        leaves, given = residual_case(rng, every_impl, columns, affine, pick(rng, TOKENS))
+        got = residual_with_gradients(every_impl, leaves, given)
+        assert got["residual"].data_ptr() == leaves["x"].data_ptr()
+        assert_close(got, residual_judge(leaves, given), every_impl.dtype)
+
+
+def test_norm_residual_is_the_norm(impl, rng):
+    """Its bits, and with a gradient of one output alone that of it."""
+    leaves, given = residual_case(rng, impl, 80, True, (7, 3))
+    want = norm_with_gradients(
+        impl, {"o": leaves["x"].unsqueeze(2), "gate": None, "weight": leaves["weight"]},
+        dict(kind="none", width=80), {"y": given["y"]},
+    )  # fmt: skip
+    got = residual_with_gradients(impl, leaves, given, ["y"])
+    assert torch.equal(got["y"], want["y"]) and torch.equal(got["dweight"], want["dweight"])
+    assert torch.equal(got["dx"], want["do"].squeeze(2))
+    x = leaves["x"].clone().requires_grad_()
+    (dx,) = torch.autograd.grad(norm_residual(x, eps=EPS, backend=impl.backend)[1], x, given["residual"])
+    assert torch.equal(dx, given["residual"])
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------

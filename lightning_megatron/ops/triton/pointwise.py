@@ -176,7 +176,7 @@ def norm_gate_kernel(
 
 @triton.jit(do_not_specialize=("rows", "groups", "steps"))
 def norm_gate_grad_kernel(
-    o, gate, weight, dy, do, dgate, dweight,  # dy, do and dgate contiguous; dweight [programs, groups * WIDTH] or None
+    o, gate, weight, dy, more, do, dgate, dweight,  # all d... and more contiguous; dweight [programs, groups * WIDTH]
     o_st, o_sh, gate_st, gate_sh,
     rows, groups, steps, eps,
     WIDTH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
@@ -185,7 +185,7 @@ def norm_gate_grad_kernel(
     """``steps`` tiles of tokens per program, and the sum over them for the weight.
 
     With n = o r the normalised o, w the weight, a = act(gate) and x = a w dy:
-    do = r (x - n mean(x n))      dgate = a' w n dy      dweight = sum a n dy
+    do = r (x - n mean(x n)) + more      dgate = a' w n dy      dweight = sum a n dy
     """
     i_g, i_s = tl.program_id(0) % groups, tl.program_id(0) // groups
     b_dw = tl.zeros([BR, BW], dtype=tl.float32)
@@ -216,6 +216,8 @@ def norm_gate_grad_kernel(
             b_dw += b_d
         if NORM:
             b_x = b_r * (b_x - b_n * (tl.sum(b_x * b_n, axis=1) / WIDTH)[:, None])
+        if more is not None:
+            b_x += tl.load(more + at, mask=m, other=0.0).to(tl.float32)
         tl.store(do + at, b_x.to(do.dtype.element_ty), mask=m)
     if dweight is not None:
         o_w = tl.arange(0, BW)
@@ -299,8 +301,10 @@ def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
     return y
 
 
-def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> tuple[torch.Tensor | None, ...]:
-    """``(do, dgate, dweight)``; dweight only if the weight ``learns``."""
+def norm_gate_backward(
+    o, gate, weight, kind, width, eps, dy, learns: bool, more: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, ...]:
+    """``(do, dgate, dweight)``; dweight only if the weight ``learns``. ``more`` is added to do."""
     (s, b, H, V), constants = o.shape, _norm_gate_constants(o, gate, kind, width)
     groups, BW, BR = H * V // constants["WIDTH"], constants["BW"], constants["BR"]
     steps = max(1, min(SUMMED // BR, s * b * groups // (BR * PROGRAMS)))
@@ -309,9 +313,9 @@ def norm_gate_backward(o, gate, weight, kind, width, eps, dy, learns: bool) -> t
     dgate = None if gate is None else gate.new_empty(gate.shape)
     dweight = torch.empty(programs, H * V, device=o.device, dtype=torch.float32) if learns else None
     if s * b:
-        o, gate = _flat(o), _flat(gate)
+        o, gate, more = _flat(o), _flat(gate), None if more is None else more.contiguous()
         launch(
-            norm_gate_grad_kernel, groups * programs, (o, gate, weight, dy.contiguous(), do, dgate, dweight),
+            norm_gate_grad_kernel, groups * programs, (o, gate, weight, dy.contiguous(), more, do, dgate, dweight),
             (*_strides(o), *_strides(gate), s * b, groups, steps, eps),
             (*constants.values(), 3 if BW <= TILE else 1),  # tiles in flight, as shared memory has room
             num_warps=8 if BW < 1024 else 4 if BW <= TILE else 16,
