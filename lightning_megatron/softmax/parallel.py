@@ -145,7 +145,7 @@ def _start_return(grads: list[torch.Tensor], group, t: int) -> Callable[[], list
     and half of those that fp32 has.
     """
     P, r, n = group.size(), group.rank(), t // 2
-    message = torch.cat(grads)
+    message = torch.cat(grads) if len(grads) > 1 else grads[0].contiguous()
     received = message.new_empty((r * t + (P - 1 - r) * n), *message.shape[1:])
     sizes = [t] * r + [0] + [n] * (P - 1 - r), [n] * r + [0] + [t] * (P - 1 - r)
     work = dist.all_to_all_single(received, message, *sizes, group=group, async_op=True)
