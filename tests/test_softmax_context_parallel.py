@@ -308,7 +308,7 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, unasked, layout
 
 
 def over_gpus(rank: int, world: int, seed: int) -> list[dict[str, tuple[float, float, bool]]]:
-    """Of every quantity the error against fp64 over ranks and on one GPU, and whether another call has the same bits."""
+    """Of every quantity the error against fp64 over ranks and on one GPU, and whether two calls have the same bits."""
     rng, found = torch.Generator().manual_seed(seed), []
     for heads, groups, d, T in ((4, 4, 64, 1024), (8, 2, 128, 2048), (3, 3, 128, 1028)):
         tensors = [randn(rng, T, 1, h, d).cuda().bfloat16() for h in (heads, groups, groups)]
