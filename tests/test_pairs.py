@@ -133,7 +133,9 @@ def check(run: Run, want: Run, row: Row, noisy: Callable[[], Run]) -> None:
     conversations, predicts = "sft" in row["data"], row.get("mtp", "0") != "0" or released == "ling-2.6-flash"
     uneven = row["cp"] != "1" and (predicts or (conversations and released == "ring-mini-linear-2.0"))
     if row["precision"] != "fp32":
-        assert run.losses == pytest.approx(want.losses, abs=2 * TRAINED_LOSSES_BF16)
+        # a rounding sends a token to other experts: 0.045 between two machines' single processes (3-released-55)
+        experts = "moe" in row.get("mlp", "") or released in ("ring-mini-linear-2.0", "ling-2.6-flash", "minimax-m1")
+        assert run.losses == pytest.approx(want.losses, abs=(4 if experts else 2) * TRAINED_LOSSES_BF16)
     elif uneven:
         assert run.losses[0] == pytest.approx(want.losses[0], abs=TRAINED_LOSSES)
         alike = 1 if conversations and predicts else len(wanted)  # steps
