@@ -14,10 +14,12 @@ from . import (
     dataset_helpers,
     distributed_optimizer,
     dynamic_inference,
+    expert_padding,
     flops,
     hybrid_symbol,
     layer_log,
     mfu,
+    mtp_padding,
     mtp_spec,
     mtp_without_te,
     packed_roll,
@@ -32,16 +34,16 @@ PATCHES = (
     attention_variant,
 )  # fmt: skip
 ALL = (
-    *PATCHES, dynamic_inference, hybrid_symbol, layer_log, mfu, mtp_spec, mtp_without_te, packed_roll, packed_rope,
-    paged_attention, recompute,
+    *PATCHES, dynamic_inference, expert_padding, hybrid_symbol, layer_log, mfu, mtp_padding, mtp_spec, mtp_without_te,
+    packed_roll, packed_rope, paged_attention, recompute,
 )  # fmt: skip
 
 
 def apply_all(options: LightningOptions) -> None:
     """Apply all of ``PATCHES``, each with a line in rank 0's log. Calling it again is harmless.
 
-    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs them, and those that add
-    names to Megatron's flags to ``lightning_megatron.run``.
+    The others of ``ALL`` are left to ``runtime.prepare``, which knows whether a model needs them, those that add
+    names to Megatron's flags to ``lightning_megatron.run``, and those of padding to the training that names it.
 
     Raises:
         ImportError, RuntimeError: this megatron-core is not the one a patch is written for; the message names both.

@@ -532,6 +532,20 @@ def test_embedding_ranks():
     assert run.embedding_ranks(config, False, [0, 2, 4]) == [0, 4]
 
 
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("--sft", 128),
+        ("--sft --context-parallel-size 2", 64),
+        ("--sft --tensor-model-parallel-size 2 --sequence-parallel", None),
+        ("--dataloader-inter-document-masking", 128),
+        ("--dataloader-inter-document-masking --context-parallel-size 2", None),  # cuts all samples as one sequence
+    ],
+)
+def test_tokens_of_a_sample(flags, wanted, parse):
+    assert data.tokens_per_sample(parse(f"--seq-length 128 {flags}")) == wanted
+
+
 def test_packed_seq_params():
     batch = dict.fromkeys(data._BATCH)
     assert data.packed_seq_params(batch, 8) is None

@@ -14,7 +14,7 @@ from lightning_megatron.training.conversations import Template, parse_line
 from lightning_megatron.training.data import check_documents, documents_on_this_cp_rank
 from tests import layers
 from tests.helpers.conversations import write_conversations
-from tests.helpers.training import LAYOUTS, MODELS, SIZE, TRAIN, assert_same_training
+from tests.helpers.training import MODELS, SIZE, TRAIN, assert_same_training, train_conversations
 from tests.launch import run_pretrain, spawn
 
 # ---- whole runs --------------------------------------------------------------------------------------------------
@@ -62,42 +62,37 @@ def sample_of(dataset_class, tokenizer, rows, length, cp=1, index=0):
 
 
 # the layout pp2-cp2 has a distributed optimizer, which takes Adam only
-SGD = {"pp2-cp2-sgd": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2")}
-
-
-def train(model: str, layout: str, data: list, flags: str = ""):
-    nproc, layout_flags = (LAYOUTS | SGD)[layout]
-    size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
-    flags = [*TRAIN, *MODELS[model].split(), *layout_flags.split(), *flags.split()]
-    return run_pretrain([*size, *flags, *data], nproc)
+STAGES = {"pp2": "pp2", "pp2-cp2-sgd": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2")}
 
 
 @pytest.fixture(scope="module")
 def hybrid(data, tmp_path_factory):
     """Flags that load the same initial values of freq4 into every layout, and the run of one process by SGD."""
     folder = tmp_path_factory.mktemp("initial")
-    train("freq4", "one", data, f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim")
+    train_conversations(
+        "freq4", "one", data, f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim"
+    )
     # where Adam would make rounding larger
     flags = f"--optimizer sgd --lr 0.1 --load {folder} --finetune --no-load-optim --no-load-rng"
-    one = train("freq4", "one", data, flags)
+    one = train_conversations("freq4", "one", data, flags)
     assert one.losses[-1] < one.losses[0] - 0.05
     return flags, one
 
 
-@pytest.mark.parametrize("layout", ["pp2", "pp2-cp2-sgd"])
+@pytest.mark.parametrize("layout", STAGES.values(), ids=STAGES)
 def test_pipeline_stages_train_as_one(layout, data, hybrid):
     """Every stage learns where documents end, and cuts them over context-parallel ranks."""
     flags, one = hybrid
-    assert_same_training(train("freq4", layout, data, flags), one, losses=5e-6)
+    assert_same_training(train_conversations("freq4", layout, data, flags), one, losses=5e-6)
 
 
 @pytest.mark.parametrize("model", ["all", "freq4"])
 def test_context_parallel_ranks_train_as_one(model, data):
     """freq4 is a hybrid with rope: its softmax layer keeps documents apart, too."""
-    one = train(model, "one", data)
+    one = train_conversations(model, "one", data)
     assert one.losses[-1] < one.losses[0] - 0.05
     # Adam makes rounding of almost zero gradients larger: 9e-6 after six steps; tokens in wrong places are off by 2e-2
-    assert_same_training(train(model, "cp2", data), one, losses=5e-5, norms=1e-2)
+    assert_same_training(train_conversations(model, "cp2", data), one, losses=5e-5, norms=1e-2)
 
 
 # ---- the partition -----------------------------------------------------------------------------------------------
@@ -210,6 +205,16 @@ def test_runs_that_end_before_training(flags, template, third, message, tmp_path
     assert not run.ok and last.startswith("lightning-pretrain: ") and message in last, run.log[-2000:]
 
 
+def padded(messages, tokenizer, length, cp):
+    """Which places of a sample hold no token of its conversations, which begin with a system message each."""
+    starts = [place for place, message in enumerate(messages) if message["role"] == "system"]
+    places = []
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        ids, _ = tokenizer.tokenize_conversation(messages[start:end], return_target=True, add_generation_prompt=False)
+        places += [False] * len(ids) + [True] * (-len(ids) % (2 * cp) if cp > 1 else 0)
+    return (places + [True] * length)[:length]
+
+
 # ---- samples -------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +233,8 @@ def test_samples_are_those_of_megatron(cp, length, data):
     for index in range(8):
         found = sample_of(ChatDataset, tokenizer, ours, length, cp, index)
         wanted = sample_of(SFTDataset, tokenizer, theirs, length, cp, index)
+        padding = found.pop("padding_mask")
+        assert padding.dtype == torch.bool and padding.tolist() == padded(theirs[index], tokenizer, length, cp)
         assert found.keys() == wanted.keys()
         wanted["labels"][wanted["loss_mask"] == 0] = found["labels"][found["loss_mask"] == 0]  # of no account
         for name, x in wanted.items():
@@ -257,6 +264,7 @@ def test_answers_and_their_ends_count(special, tmp_path, caplog):
     assert found["tokens"].tolist() == ids and found["labels"].tolist() == labels[1:] + [-100]
     assert found["loss_mask"].tolist() == [float(label >= 0) for label in found["labels"]]
     assert found["cu_seqlens"].unique().tolist() == [0, 24, 36] and found["max_seqlen"] == 24
+    assert found["padding_mask"].tolist() == [word == "#" for word in text]  # also where the end of an answer is it
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         found = sample_of(AnswersDataset, tokenizer, rows, 28, cp=2)

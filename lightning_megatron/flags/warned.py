@@ -103,6 +103,20 @@ WARNED = (
         "few (with --sft more), so that it is not exactly that of one rank",
     ),
     Rule(
+        "sft",
+        lambda run: (
+            run.config.num_moe_experts
+            and (
+                "quantile_balancing" in run.config.moe_router_load_balancing_type
+                or run.config.mlp_chunks_for_training > 1
+                or run.config.overlap_moe_expert_parallel_comm
+            )
+        ),
+        "pads conversations, and padding counts among the tokens of experts with --moe-router-load-balancing-type "
+        "quantile_balancing, --mlp-chunks-for-training and --overlap-moe-expert-parallel-comm: Megatron routes there "
+        "without knowing it",
+    ),
+    Rule(
         "use_mup",
         lambda run: run.options.scale is None and not run.latent,
         "scales the logits of softmax layers only; choose that of lightning layers with --lightning-scale, or "

@@ -61,24 +61,26 @@ _BATCH = (
     "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group",
 )  # fmt: skip
 _BOUNDARIES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
-_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
+_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids", "padding_mask")
 
 
 def get_batch(
     data_iterator: Iterator[dict] | None, config: TransformerConfig, vp_stage: int | None, micro_batch_size: int
 ) -> dict[str, Any]:
-    """This rank's slice of the next microbatch; every key of ``_BATCH`` is there, None where the stage needs none.
+    """This rank's slice of the next microbatch; every key of ``_BATCH`` and padding_mask are there, None where the
+    stage needs none.
 
-    Tensors are [b, s], with packing [1, b s]; cu_seqlens is [1, documents + 1] int32.
+    Tensors are [b, s], with packing [1, b s]; cu_seqlens is [1, documents + 1] int32; padding_mask is bool, there on
+    every stage if ``names_padding``.
 
     Raises:
         ValueError: documents that context-parallel ranks cannot share (--sft).
     """
     args = get_args()
-    nothing: dict[str, Any] = dict.fromkeys(_BATCH)
+    nothing: dict[str, Any] = dict.fromkeys((*_BATCH, "padding_mask"))
     if not needs_data(config, args, vp_stage):
         return nothing
-    batch = {}
+    batch, sample = {}, {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         sample = next(data_iterator)
@@ -102,13 +104,48 @@ def get_batch(
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     batch = flatten_batch_for_packed_sequences(batch)
-    if not is_end_of_pipeline(config, vp_stage):
-        return nothing | {key: batch[key] for key in _BOUNDARIES}
+    if names_padding(config, args):
+        batch["padding_mask"] = _padding(sample, (micro_batch_size, args.seq_length)).reshape(1, -1)
     cp_group = mpu.get_context_parallel_group()
+    if not is_end_of_pipeline(config, vp_stage):
+        middle = {key: batch[key] for key in (*_BOUNDARIES, "padding_mask") if key in batch}
+        return nothing | (documents_on_this_cp_rank(middle, cp_group) if "padding_mask" in middle else middle)
     if args.sft:  # each document is cut by itself; Megatron does it with TransformerEngine only
         return nothing | documents_on_this_cp_rank(batch, cp_group)
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group, use_per_sequence_balancing=True)
     return nothing | batch
+
+
+def names_padding(config: TransformerConfig, args: Namespace) -> bool:
+    """Whether a model is told which tokens are padding: experts would count them. Megatron's quantile balancing, which
+    counts nothing, refuses to be told.
+    """
+    return (
+        args.sft and bool(config.num_moe_experts) and "quantile_balancing" not in config.moe_router_load_balancing_type
+    )
+
+
+def _padding(sample: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor:
+    """The mask [b, s] of rank 0's ``sample``, on all tensor-parallel ranks; Megatron sends what it knows, alone."""
+    group = mpu.get_tensor_model_parallel_group()
+    if group.rank() == 0:
+        mask = sample["padding_mask"].cuda(non_blocking=True)
+    else:
+        mask = torch.empty(shape, dtype=torch.bool, device=torch.cuda.current_device())
+    if group.size() > 1:
+        dist.broadcast(mask, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    return mask
+
+
+def padding_of_stage(mask: torch.Tensor, args: Namespace, first: bool) -> torch.Tensor:
+    """The mask as a pipeline stage takes it: of the sequence-parallel rank's tokens, [1, s] -> [1, s / ranks].
+
+    Megatron's GPTModel cuts it by itself on the ``first`` stage, where it has tokens, too, and on no other.
+    """
+    ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if ranks == 1 or (first and args.hybrid_layer_pattern is None):
+        return mask
+    return mask.chunk(ranks, 1)[mpu.get_tensor_model_parallel_rank()].contiguous()
 
 
 def _bounds(batch: dict[str, Any]) -> torch.Tensor:
@@ -147,10 +184,21 @@ def documents_on_this_cp_rank(batch: dict[str, Any], cp_group: dist.ProcessGroup
     return batch | {key: batch[key].index_select(1, here) for key in _OF_TOKENS if batch.get(key) is not None}
 
 
-def packed_seq_params(batch: dict[str, Any], seq_length: int) -> PackedSeqParams | None:
+def tokens_per_sample(args: Namespace) -> int | None:
+    """Of a packed microbatch, those here of one sample, where samples stand one behind the other: experts have a loss
+    of each (seq_aux_loss). None where ranks cut the microbatch elsewhere: Megatron divides by this number, and fails
+    where it leaves a rest.
+    """
+    if args.sequence_parallel or (args.context_parallel_size > 1 and not args.sft):
+        return None
+    return args.seq_length // args.context_parallel_size
+
+
+def packed_seq_params(batch: dict[str, Any], of_sample: int | None) -> PackedSeqParams | None:
     """Document boundaries as attention layers take them, or None where samples carry none.
 
-    Boundaries are those of the padded documents, because that is where the data lies in the batch.
+    Boundaries are those of the padded documents, because that is where the data lies in the batch. ``of_sample`` is
+    ``tokens_per_sample``.
     """
     if batch["cu_seqlens"] is None:
         return None
@@ -166,7 +214,7 @@ def packed_seq_params(batch: dict[str, Any], seq_length: int) -> PackedSeqParams
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        tokens_per_sample=seq_length,
+        tokens_per_sample=of_sample,
     )
 
 

@@ -37,6 +37,7 @@ from ..config import LightningOptions
 from ..hybrid_model import add_letter, checked, make_stack_spec
 from ..logs import restore_settings
 from ..norm import norm_name
+from ..patches import expert_padding, mtp_padding
 from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
@@ -52,7 +53,14 @@ from .arguments import (
     refuse_dropped,
     tokenizer_defaults,
 )
-from .data import datasets_provider, get_batch, packed_seq_params
+from .data import (
+    datasets_provider,
+    get_batch,
+    names_padding,
+    packed_seq_params,
+    padding_of_stage,
+    tokens_per_sample,
+)
 from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
 from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
@@ -165,7 +173,7 @@ def forward_step(
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
         batch = get_batch(data_iterator, get_model_config(model), vp_stage, samples)
-    packed = packed_seq_params(batch, args.seq_length)
+    packed = packed_seq_params(batch, tokens_per_sample(args))
     if packed is not None and not vp_stage and model.training:
         # Feeds the FLOPs count of one training step: once per microbatch, not once per chunk or evaluation.
         update_seqlen_stats_from_cu_seqlens(batch["cu_seqlens"].squeeze(0))
@@ -173,10 +181,13 @@ def forward_step(
 
     # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
     forward = model.build_schedule_plan if return_schedule_plan else model
-    chunks: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     if args.loss_chunk:
         processor = partial(chunked_loss, backend=args.lightning_backend)
-        chunks = {"output_processor": processor, "output_processor_context": args.loss_chunk}
+        others = {"output_processor": processor, "output_processor_context": args.loss_chunk}
+    if batch["padding_mask"] is not None:
+        first = get_attr_wrapped_model(model, "pre_process")
+        others["padding_mask"] = padding_of_stage(batch["padding_mask"], args, first)
     with stimer:
         output = forward(
             batch["tokens"],
@@ -185,7 +196,7 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             packed_seq_params=packed,
-            **chunks,
+            **others,
         )
     return output, partial(loss_func, batch["loss_mask"])
 
@@ -208,6 +219,10 @@ def run(container: PretrainConfigContainer, program_start: float, main_entry: fl
     provider.is_distributed = True  # every rank calls it, and each decides what it reads
     tied = container.model.share_embeddings_and_output_weights
     args = get_args()
+    if names_padding(config, args):
+        expert_padding.apply()
+        if config.mtp_num_layers:
+            mtp_padding.apply()
     watch = Watch(args.rank, args.world_size, 60.0 * args.distributed_timeout_minutes, lambda: _steps[0], shared_store)
     if args.world_size > 1:
         watch.start()

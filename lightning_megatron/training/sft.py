@@ -142,17 +142,21 @@ class ChatDataset(MegatronDataset):
         return ids.tolist(), labels.tolist()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """tokens, labels, loss_mask and position_ids [s]; cu_seqlens [s + 1], filled up with s; max_seqlen []."""
+        """tokens, labels, loss_mask and position_ids [s]; cu_seqlens [s + 1], filled up with s; max_seqlen [];
+        padding_mask [s] bool, True where there is no token of a conversation.
+        """
         length, ranks = self.config.sequence_length, self.config.context_parallel_size
         every, pad = 2 * ranks if ranks > 1 else 1, self.config.tokenizer.pad
         where, conversations = self.dataset[int(self.indices[index % len(self.indices)])]
         tokens: list[int] = []
         labels: list[int] = []
+        padded: list[bool] = []
         bounds = [0]
         for conversation in conversations:
             ids, wanted = self.encode(conversation)
             padding = -len(ids) % every
             tokens += [*ids, *[pad] * padding]
+            padded += [False] * len(ids) + [True] * padding
             labels += [IGNORED, *wanted[1:], *[IGNORED] * padding]  # no conversation says how the next one begins
             bounds.append(len(tokens))
         if len(tokens) > length and not self.told:
@@ -164,6 +168,7 @@ class ChatDataset(MegatronDataset):
         bounds = [bound for bound in bounds[:-1] if bound < length] + [length]  # the last one has the padding
         tokens = tokens[:length] + [pad] * (length - len(tokens))
         labels = labels[1:length] + [IGNORED] * (length - len(labels[1:length]))
+        padded = padded[:length] + [True] * (length - len(padded))
         places = [place for start, end in pairwise(bounds) for place in range(end - start)]
         counted = torch.tensor(labels)
         cu_seqlens = torch.tensor(bounds + [length] * (length + 1 - len(bounds)), dtype=torch.int32)
@@ -174,6 +179,7 @@ class ChatDataset(MegatronDataset):
             "position_ids": torch.tensor(places),
             "cu_seqlens": cu_seqlens,
             "max_seqlen": cu_seqlens.diff().max(),
+            "padding_mask": torch.tensor(padded),
         }
 
 

@@ -97,6 +97,16 @@ LOGGED = {
         dict(mtp_num_layers=1, context_parallel_size=2), {}, OWN,
         ["--mtp-num-layers 1 has a loss that Megatron divides by the numbers of tokens of each context-parallel rank"],
     ),
+    **{
+        f"padding-{name}": (
+            {name: value, "num_moe_experts": 4}, {}, OWN | dict(sft=True),
+            ["--sft pads conversations, and padding counts among the tokens of experts with"],
+        )
+        for name, value in (
+            ("moe_router_load_balancing_type", "quantile_balancing"), ("mlp_chunks_for_training", 2),
+            ("overlap_moe_expert_parallel_comm", True),
+        )
+    },
     "mup": (
         HYBRID | dict(use_mup=True), {}, OWN,
         ["--use-mup scales the logits of softmax layers only", "--lightning-scale"],
@@ -164,6 +174,7 @@ QUIET = {
     "op-fuser-of-experts": (
         TE | dict(use_transformer_engine_op_fuser=True, num_moe_experts=4, moe_layer_freq=1), {}, OWN,
     ),
+    "conversations-with-experts": (dict(num_moe_experts=4), {}, OWN | dict(sft=True)),
     "rope": (
         dict(rotary_interleaved=True), dict(rope=True), OWN | dict(position_embedding_type="rope", rotary_percent=0.5),
     ),

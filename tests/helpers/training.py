@@ -86,6 +86,13 @@ def train(model: str, layout: str, flags: str = "", load: Path | None = None, fr
     )
 
 
+def train_conversations(model: str, layout: str | tuple[int, str], data: list, flags: str = "") -> Run:
+    """Five iterations on conversations, whose flags are ``data``; the layout by name, or (ranks, flags)."""
+    nproc, layout_flags = LAYOUTS[layout] if isinstance(layout, str) else layout
+    size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]  # it is their tokenizer's
+    return run_pretrain([*size, *TRAIN, *MODELS[model].split(), *layout_flags.split(), *flags.split(), *data], nproc)
+
+
 def gradient_norms(run: Run) -> list[float]:
     return [float(norm) for norm in re.findall(r"grad norm: (\S+)", run.log)]
 
