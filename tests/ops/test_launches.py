@@ -1,7 +1,6 @@
 """The kernels without running them: what is launched, and whether it compiles for GPUs that are not here, and fits."""
 
 import heapq
-import math
 import os
 import re
 import subprocess
@@ -171,39 +170,50 @@ def test_plan(programs, alone):
         assert count == 1 or part >= (256 if count == max(segments) else 1024)
         assert all(1 <= n <= 32 for n in segments)
         assert T >= 1024 or segments == [1, 1]
-        if alone:
-            assert T < 2**20 or tuple(segments) == tiling._segments_alone(programs, 2 * programs)
-        else:
-            assert segments[1] <= segments[0]
-            assert segments[0] == 1 or (segments[0] - 1) * programs < tiling.PROGRAMS
-            assert T < 2**20 or segments[0] == 32 or segments[0] * programs > 0.85 * tiling.PROGRAMS
+        assert segments[1] <= segments[0]
 
 
-def ends(lengths: list[float]) -> float:
-    """When the last of programs that start in this order ends, if each multiprocessor runs one at a time."""
-    free = [0.0] * tiling.ALONE
+def ends(lengths: list[float], slots: int) -> float:
+    """When the last of programs that start in this order ends, if a GPU runs ``slots`` at a time."""
+    free = [0.0] * slots
     for length in lengths:
         heapq.heappush(free, heapq.heappop(free) + length)
     return max(free)
 
 
-@pytest.mark.parametrize("kinds", [(1, 2), (1, 3), (2, 3)], ids=str)  # as many of o as of dk and dv; of V, K columns
-@pytest.mark.parametrize("programs", PROGRAMS[:-1])
-def test_segments_fill_the_gpu(programs, kinds):
-    """Their programs, one by one on all multiprocessors, end as soon as is foretold, and not 3% after those of any
-    other number of segments."""
+@pytest.mark.parametrize("slots", [tiling.ALONE, tiling.PAIRS])
+@pytest.mark.parametrize("kinds", [(1, 2), (2, 3)], ids=str)  # of o and of dk and dv; in (2, 3) V is wider
+@pytest.mark.parametrize("programs", [1, 14, 40, 48, 80, 160, 255])
+def test_segments_fill_the_gpu(programs, kinds, slots):
+    """Their programs, one by one on a GPU, end as soon as is foretold, and not 3% after those of any other numbers."""
     o, grads = (programs * n for n in kinds)
-    states = lambda n: tiling.STATE_PASS * (1 - 1 / n) * o / tiling.ALONE
-    best, best_grads = tiling._segments_alone(o, grads)
-    times = {n: ends([1 / n] * (o * n)) + states(n) for n in range(1, 33)}
-    assert times[best] <= 1.03 * min(times.values())
-    times = {}
-    for n in {1, 2, 4, 8, best_grads}:
-        if math.lcm(n, best) <= 32:
-            end = ends([1 / best] * ((grads - o) * best) + [1 / n] * (grads * n))
-            assert end == pytest.approx(tiling._ends(grads - o, best, grads, n))
-            times[n] = end + states(n)
-    assert times[best_grads] <= 1.03 * min(times.values())
+
+    def time(n: int, n_grad: int) -> float:
+        start = tiling.START / 2**20
+        forward = ends([1 / n + start] * (o * n), slots)
+        backward = ends([1 / n + start] * ((grads - o) * n) + [1 / n_grad + start] * (grads * n_grad), slots)
+        return forward + backward + 2 * tiling.STATE_PASS * (1 - 1 / n) * o / slots
+
+    best = tiling._segments(o, grads, 32, 2**20, slots)
+    end = ends([1 / best[0]] * ((grads - o) * best[0]) + [1 / best[1]] * (grads * best[1]), slots)
+    assert end == pytest.approx(tiling._ends(grads - o, best[0], grads, best[1], slots))
+    others = {(n, n_grad) for n in (1, 3, 8, 11) for n_grad in (1, n)}
+    assert time(*best) <= 1.03 * min(time(*pair) for pair in others)
+
+
+# heads of 128 of one sequence: the fastest of what was measured on an H200 (NOTES.md), or within 1% of it
+@pytest.mark.parametrize(
+    "T, heads, segments",
+    [
+        (32768, 5, (26, 13)), (32768, 6, (22, 11)), (32768, 10, (13, 13)), (32768, 12, (11, 11)), (32768, 14, (9, 9)),
+        (32768, 16, (8, 4)), (32768, 20, (6, 3)), (32768, 24, (11, 11)), (32768, 32, (4, 2)), (32768, 40, (3, 3)),
+        (32768, 80, (1, 1)), (32768, 100, (3, 3)), (8192, 12, (10, 5)), (8192, 14, (8, 4)), (8192, 20, (6, 3)),
+        (8192, 24, (5, 5)), (8192, 32, (4, 2)), (8192, 40, (3, 3)), (8192, 80, (1, 1)),
+    ],
+)  # fmt: skip
+def test_segments_are_those_that_were_fastest(T, heads, segments):
+    part, *parts = tiling.plan_splits(T, 2 * heads, 4 * heads)
+    assert tuple(-(-T // (part * n)) for n in parts) == segments
 
 
 def test_plan_of_deterministic_algorithms():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 
 from .launch import cdiv, launcher_is_known, pad
 
-# Programs that fill a GPU of 132 multiprocessors, two on each or one alone. Constants, so that results do not depend on
-# the GPU.
-PROGRAMS = 256
-ALONE = 132
+# Programs that a GPU of 132 multiprocessors runs at a time, two on each or one alone. Constants, so that results do not
+# depend on the GPU.
+PAIRS, ALONE = 264, 132
+PROGRAMS = 256  # of a plan that depends on the length only; four times as many compute states of splits
 STATE_PASS = 0.5  # time of the states of splits, in that of a walk over all tokens that fills the GPU
+START = 400  # time until a program walks, in tokens that it would walk over
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
 MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
 ONE_LAUNCH = 1024  # shorter sequences have one segment
@@ -50,54 +50,57 @@ class SplitPlan(NamedTuple):
     splits_grad: int  # for dk and dv
 
 
-def _ends(queries: int, segments: int, others: int, segments_others: int) -> float:
+def _ends(queries: int, segments: int, others: int, segments_others: int, slots: int) -> float:
     """When a launch ends, in the time of a program that walks a whole sequence: ``queries`` programs of one of
-    ``segments`` each, and then ``others``, as multiprocessors get free."""
-    rounds, rest = divmod(queries * segments, ALONE)
+    ``segments`` each, and then ``others``, as the GPU's ``slots`` get free."""
+    rounds, rest = divmod(queries * segments, slots)
     first, last = rounds / segments, (rounds + bool(rest)) / segments
-    least = max(last, (queries + others) / ALONE)  # if none waited; programs are whole, so that it ends up to one later
+    least = max(last, (queries + others) / slots)  # if none waited; programs are whole, so that it ends up to one later
     ends = (x + (int((least - x) * segments_others) + n) / segments_others for x in (first, last) for n in range(3))
     for end in sorted(max(last, x) for x in ends):
         ran = [int((end - x) * segments_others + 1e-6) for x in (first, last)]
-        if (ALONE - rest) * ran[0] + rest * ran[1] >= others * segments_others:
+        if (slots - rest) * ran[0] + rest * ran[1] >= others * segments_others:
             return end
     raise AssertionError("the last of these is late enough")
 
 
 @functools.cache
-def _segments_alone(programs: int, programs_grad: int) -> tuple[int, int]:
-    """Into how many segments long sequences are cut, for o and dq, and for dk and dv, if a multiprocessor runs one
-    program at a time.
+def _segments(programs: int, programs_grad: int, most: int, T: int, slots: int) -> tuple[int, int]:
+    """Into how many segments sequences of T tokens are cut, at ``most``, for o and dq, and for dk and dv.
 
-    More of them fill the GPU to its last round of programs, and cost more states: all but the last segment's.
+    More of them fill the GPU to its last round of programs, and cost more states (all but the last segment's) and more
+    starts. Of 472 cuts of 21 shapes that were measured on an H200 (tests/benchmarks/NOTES.md) this finds the fastest.
     """
-    states = lambda n: STATE_PASS * (1 - 1 / n) * programs / ALONE
-    counts = range(1, MAX_SEGMENTS + 1)
-    best = min(counts, key=lambda n: cdiv(programs * n, ALONE) / n + states(n))
     queries = programs_grad - programs
-    fitting = [n for n in counts if math.lcm(n, best) <= MAX_SPLITS]
-    return best, min(fitting, key=lambda n: _ends(queries, best, programs_grad, n) + states(n))
+
+    def time(n: int, n_grad: int) -> float:
+        rounds = cdiv(programs * n, slots)
+        started = rounds + (queries * n + programs_grad * n_grad) / slots
+        states = 2 * STATE_PASS * (1 - 1 / n) * programs / slots
+        return rounds / n + _ends(queries, n, programs_grad, n_grad, slots) + states + started * START / T
+
+    # segments for dk and dv are some of the others, so that both consist of the same splits
+    pairs = ((n, n_grad) for n in range(1, most + 1) for n_grad in range(1, n + 1) if n % n_grad == 0)
+    return min(pairs, key=lambda pair: time(*pair))
 
 
 def plan_splits(T: int, programs: int, programs_grad: int, alone: bool = False) -> SplitPlan:
-    """As few segments as fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
+    """Segments that fill a GPU, if one segment has ``programs`` programs (``programs_grad`` for dk and dv).
 
-    What two programs of a multiprocessor leave of a last round runs faster, and does not matter; that of programs which
-    run ``alone`` does. Splits are shorter than segments, so that more programs compute their states. Another plan
-    rounds differently. Under ``torch.use_deterministic_algorithms`` the plan depends on T alone: a sequence gets the
-    same bits in any batch, and a head on any tensor-parallel rank.
+    A multiprocessor runs two of them, or one ``alone``. Splits are shorter than segments, so that more programs compute
+    their states. Another plan rounds differently. Under ``torch.use_deterministic_algorithms`` the plan depends on T
+    alone: a sequence gets the same bits in any batch, and a head on any tensor-parallel rank.
     """
     if torch.are_deterministic_algorithms_enabled():
         programs, programs_grad, alone = PROGRAMS // 8, PROGRAMS // 4, False
-    if alone:
-        wanted = _segments_alone(int(programs), int(programs_grad))  # torch.compile may have symbols for numbers
-        whole = math.lcm(*wanted)  # so that segments have equally many splits
-    else:
-        wanted, whole = (cdiv(PROGRAMS, programs), cdiv(PROGRAMS, programs_grad)), 1
+    T, programs, programs_grad = int(T), int(programs), int(programs_grad)  # torch.compile may have symbols for numbers
     most = 1 if T < ONE_LAUNCH else min(T // MIN_SEGMENT, MAX_SEGMENTS)
-    segments, segments_grad = (min(n, most) for n in wanted)
+    few_bits = max(0, T.bit_length() - 3)  # so that lengths share what is found
+    about = max(1, T >> few_bits << few_bits)
+    segments, segments_grad = _segments(programs, programs_grad, most, about, ALONE if alone else PAIRS)
     fit = min(T // MIN_SPLIT, MAX_SPLITS)
-    count = max(segments, min(cdiv(min(cdiv(4 * PROGRAMS, programs), fit), whole), fit // whole) * whole)
+    wanted = min(cdiv(4 * PROGRAMS, programs), fit)
+    count = max(segments, min(cdiv(wanted, segments), fit // segments) * segments)
     return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
 
 
