@@ -16,7 +16,9 @@ PROGRAMS = 256  # of a plan that depends on the length only; four times as many 
 STATE_PASS = 0.5  # time of the states of splits, in that of a walk over all tokens that fills the GPU
 START = 400  # time until a program walks, in tokens that it would walk over
 MIN_SEGMENT, MAX_SEGMENTS = 256, 32
-MIN_SPLIT, MAX_SPLITS = 1024, 32  # where a segment has several splits
+# Where a segment has several splits. A walk adds up those before it: more than FEW only if they stay as long as LONG.
+MIN_SPLIT, MAX_SPLITS = 1024, 32
+FEW_SPLITS, LONG_SPLIT = 16, 2048
 ONE_LAUNCH = 1024  # shorter sequences have one segment
 
 
@@ -98,7 +100,7 @@ def plan_splits(T: int, programs: int, programs_grad: int, alone: bool = False) 
     few_bits = max(0, T.bit_length() - 3)  # so that lengths share what is found
     about = max(1, T >> few_bits << few_bits)
     segments, segments_grad = _segments(programs, programs_grad, most, about, ALONE if alone else PAIRS)
-    fit = min(T // MIN_SPLIT, MAX_SPLITS)
+    fit = min(T // MIN_SPLIT, max(FEW_SPLITS, T // LONG_SPLIT), MAX_SPLITS)
     wanted = min(cdiv(4 * PROGRAMS, programs), fit)
     count = max(segments, min(cdiv(wanted, segments), fit // segments) * segments)
     return SplitPlan(cdiv(T, 64 * count) * 64, cdiv(count, segments), cdiv(count, segments_grad))
