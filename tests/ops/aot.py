@@ -27,6 +27,7 @@ from .launches import (
     Launch,
     kernel,
     record,
+    record_add_heads,
     record_decode,
     record_derived,
     record_local_states,
@@ -204,6 +205,9 @@ def _around(gpu: str) -> Part:
     for columns in (2816, 5504):
         for launch in record_swiglu(dtype=torch.bfloat16, rows=_LONG, columns=columns):
             yield torch.bfloat16, f"{columns=}", launch
+    for group, K, V in ((4, 128, 128), (3, 96, 256)):
+        for launch in record_add_heads(dtype=torch.bfloat16, T=_LONG, heads=8, group=group, K=K, V=V):
+            yield torch.bfloat16, f"{group=} {K}x{V}", launch
     for D in (64, 96, 128):
         for launch in record_merge(dtype=torch.bfloat16, queries=_LONG, heads=8, D=D):
             yield torch.bfloat16, f"merge of {D=}", launch

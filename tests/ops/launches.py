@@ -34,7 +34,7 @@ PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
-    pointwise_kernels: (*POINTWISE, *GLU),
+    pointwise_kernels: (*POINTWISE, *GLU, "add_heads_kernel"),
     loss_kernels: LOSS,
     merge_kernels: ("merge_kernel",),
     states: STATES,
@@ -173,6 +173,15 @@ def record_swiglu(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch
         for name in GLU:
             stack.enter_context(patch.object(pointwise_kernels, name, _Recorder(name, launches)))
         pointwise_kernels.swiglu_backward(x, pointwise_kernels.swiglu_forward(x))
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_add_heads(*, dtype: torch.dtype, T: int, heads: int, group: int, K: int, V: int) -> list[Launch]:
+    """The launch that adds up gradients of k and v over the query heads that share them."""
+    empty, launches = functools.partial(torch.empty, dtype=dtype, device="meta"), []
+    tensors = [empty(1, T, h, dim) for h in (heads * group, heads) for dim in (K, V)]
+    with patch.object(pointwise_kernels, "add_heads_kernel", _Recorder("add_heads_kernel", launches)):
+        pointwise_kernels.add_heads(*tensors)
     return [Launch(launch[0], *launch) for launch in launches]
 
 

@@ -28,6 +28,7 @@ from .plans import (
     tokens_like,
     walk,
 )  # fmt: skip
+from .pointwise import add_heads
 from .states import combine
 from .step import step
 from .symmetric import buffer_words, receive
@@ -121,6 +122,7 @@ class _Backward:
         self._sizes = B, T, H, K, V
         self._results = tokens_like(q, H, K), tokens_like(k, H, K), tokens_like(v, H, V)
         self._kv_heads, self._dtype = k.shape[2], q.dtype
+        self._sums = None if self._kv_heads == H else (tokens_like(k, k.shape[2], K), tokens_like(v, k.shape[2], V))
         self._strides = tuple(n for x in (q, k, v, do) for n in strides_of(x))
         self._initial, self._packed, self._documents = initial, documents is not None, count_documents(documents)
         self._by_row = by_row(documents)
@@ -201,7 +203,11 @@ class _Backward:
             rows = 0 if split_grads is None else split_grads.shape[1]
             launch = self.walks(True, dq_is_left, rows, dfinal is not None, after_states and rows > 0)
             launch(*given, split_grads, initial_state, dfinal, dinitial, ids, bounds)
-        return dq, *_added_up(dk, dv, self._kv_heads), dinitial
+        if self._sums is not None:
+            sums = [x.new(q) for x in self._sums]
+            add_heads(dk, dv, *sums)
+            dk, dv = sums
+        return dq, dk, dv, dinitial
 
 
 _backwards: dict[Hashable, _Backward] = {}
@@ -229,12 +235,6 @@ def backward(q, k, v, log_decay, scale, initial_state, documents, saved, plan, d
 def gradients_like(q, k, v):
     """See ``Backend.gradients_like``."""
     H, K, V, kv_heads = *q.shape[2:], v.shape[3], k.shape[2]
-    dq, dk, dv = (tokens_like(x, H, dim).new(x) for x, dim in ((q, K), (k, K), (v, V)))
-    return dq, *_added_up(dk, dv, kv_heads)
-
-
-def _added_up(dk: torch.Tensor, dv: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the heads of k and v from those of all H heads."""
-    if dk.shape[2] == kv_heads:
-        return dk, dv
-    return dk.unflatten(2, (kv_heads, -1)).sum(3), dv.unflatten(2, (kv_heads, -1)).sum(3)  # torch adds in fp32
+    shapes = (q, H, K), (k, kv_heads, K), (v, kv_heads, V)
+    dq, dk, dv = (tokens_like(x, heads, dim).new(x) for x, heads, dim in shapes)
+    return dq, dk, dv

@@ -146,6 +146,29 @@ def swiglu_grad_kernel(x, dx, dy, x_st, dy_st, rows, WIDTH: tl.constexpr, BC: tl
 
 
 @triton.jit
+def _add_heads(x, y, i_r, rows, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+    """y ``[rows, D]`` = the sum over heads of x ``[rows, GROUP, D]``, both contiguous."""
+    p, o_d, m = _tile(i_r, rows, D, BR, BD)
+    b_y = tl.zeros([BR, BD], dtype=tl.float32)
+    for i in tl.range(GROUP, loop_unroll_factor=4):
+        b_y += tl.load(x + (p * GROUP + i) * D + o_d, mask=m, other=0.0).to(tl.float32)
+    tl.store(y + p * D + o_d, b_y.to(y.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def add_heads_kernel(
+    dk, dv, sum_k, sum_v, rows,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Gradients of heads of k and v from those of the query heads that share them."""
+    i_r = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
+        _add_heads(dk, sum_k, i_r, rows, GROUP, K, BK, BR)
+    else:
+        _add_heads(dv, sum_v, i_r, rows, GROUP, V, BV, BR)
+
+
+@triton.jit
 def _load_heads(x, p, c, m, x_st, x_sh, DIM: tl.constexpr):
     """Columns c of ``x [rows, heads, DIM]`` in fp32."""
     return tl.load(x + p * x_st + (c // DIM).to(tl.int64) * x_sh + c % DIM, mask=m, other=0.0).to(tl.float32)
@@ -352,3 +375,13 @@ def swiglu_backward(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         numbers = x.stride(0), dy.stride(0), len(x)
         launch(swiglu_grad_kernel, grid, (x, dx, dy), numbers, constants, num_warps=4)
     return dx
+
+
+def add_heads(dk: torch.Tensor, dv: torch.Tensor, sum_k: torch.Tensor, sum_v: torch.Tensor) -> None:
+    """``[B, T, heads, dim]`` of heads that share one are added up in fp32; all four in the same order, without gaps."""
+    (B, T, heads, K), V = sum_k.shape, sum_v.shape[-1]
+    rows, BK, BV = B * T * heads, pad(K), pad(V)
+    BR = max(1, TILE // 2 // max(BK, BV))
+    if rows:
+        constants = dk.shape[2] // heads, K, V, BK, BV, BR
+        launch(add_heads_kernel, 2 * cdiv(rows, BR), (dk, dv, sum_k, sum_v), (rows,), constants, num_warps=4)
