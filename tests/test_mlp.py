@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.package_info import VERSION
 from megatron.core.transformer.mlp import MLP
 
 from lightning_megatron.config import LightningOptions
@@ -15,6 +16,12 @@ SWIGLU = dict(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, gated_linear_unit=True,
     activation_func=torch.nn.functional.silu, bias_activation_fusion=True, linear_attention_freq=2,
 )  # fmt: skip
+
+# Megatron 0.20 clamps in its fused activation, too, and SwiGLU beside experts alone
+CLAMPED = {
+    "activation_func_clamp_value": 7.0, "bias_activation_fusion": tuple(VERSION[:2]) >= (0, 20),
+    "num_moe_experts": 2, "moe_layer_freq": [0, 0],
+}  # fmt: skip
 
 
 def built(changes: dict, options: LightningOptions | None = None):
@@ -38,7 +45,7 @@ def kinds(rank: int, world: int, changes: dict, options: dict) -> list[str]:
         ({"add_bias_linear": True}, {}, MLP),
         ({"activation_func_fp8_input_store": True}, {}, MLP),
         ({"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu, "add_bias_linear": True}, {}, MLP),
-        ({"bias_activation_fusion": False, "activation_func_clamp_value": 7.0}, {}, MLP),
+        (CLAMPED, {}, MLP),
         ({}, {"bilinear_glu": True}, BilinearMLP),
     ],
     ids=["swiglu", "experts-nowhere", "unfused", "bias", "fp8-store", "gelu", "clamped", "bilinear"],
