@@ -367,6 +367,11 @@ def disagree(rank: int, world: int) -> list[str]:
         with pytest.raises(ValueError) as error:
             attention(*inputs, None, packed_seq_params=packed)
         found.append(str(error.value))
+    for learns in (1, 2):  # k or v, where the last rank has q: it would take no part in the exchange of their gradients
+        inputs = [torch.zeros(4, 1, 4, 8, requires_grad=i == (0 if last else learns)) for i in range(3)]
+        with pytest.raises(ValueError) as error:
+            attention(*inputs, None)
+        found.append(str(error.value))
     return found
 
 
@@ -379,6 +384,8 @@ def test_ranks_that_disagree_all_say_so():
             r"arguments: tokens 4, 6; cu_seqlens \[0, 8\] int32, \[0, 12\] int32$",
             "arguments: heads 4, 2; groups 4, 2$",
             r"arguments: cu_seqlens \[0, 4, 8\] int32, \[0, 6, 8\] int32$",
+            "arguments: gradients k, q$",
+            "arguments: gradients v, q$",
         ),
         strict=True,
     ):

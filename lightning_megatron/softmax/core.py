@@ -289,11 +289,13 @@ class SDPACoreAttention(MegatronModule):
         total, chunks = group.size() * q.shape[0], 2 * group.size() if cut else 1
         check = functools.partial(check_packed_bounds, total, chunks)
         values = [Values("cu_seqlens", bounds, check, (total, chunks))]
+        # of each: keys that need none on one rank alone would leave the others waiting for it in their backward
+        learn = [name for name, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad and torch.is_grad_enabled()]
         check_consistency(
             group, q.device, values, operator="softmax attention", tokens=q.shape[0],
             batch=q.shape[1] if q.dim() == 4 else 1, heads=q.shape[-2], dim=q.shape[-1],
             groups=k.shape[-2] if k.dim() == q.dim() else 0, value_dim=v.shape[-1], dtype=q.dtype, per_document=cut,
             scale=self.softmax_scale,
             documents=0 if bounds is None else bounds.numel() - 1,
-            gradients=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+            gradients=" ".join(learn) or "none",
         )  # fmt: skip
