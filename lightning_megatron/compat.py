@@ -16,8 +16,8 @@ def check_megatron() -> None:
 
     Raises:
         RuntimeError: no megatron-core, one outside ``MEGATRON_RANGE``, or one that another package keeps from being
-            imported. Never ImportError: Megatron logs and then
-            ignores an ImportError of a ``--spec`` module, and trains plain softmax attention.
+            imported. Never ImportError: Megatron logs and then ignores an ImportError of a ``--spec`` module, and
+            trains plain softmax attention.
     """
     remedy = f"pip install 'megatron-core[training]{MEGATRON_RANGE}'"
     try:

@@ -38,7 +38,7 @@ def merge_parts(
         from .triton.merge import merge
 
         with device_of(first):
-            return merge([(x, lse) for x, lse, _ in parts], tuple(start for *_, start in parts))
+            return merge(parts)
     wide = torch.promote_types(first.dtype, torch.float32)
     total = parts[0][1].to(wide, copy=True)
     for _, lse, start in parts[1:]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -36,14 +36,6 @@ KERNELS = {  # of --attention-backend, as TransformerEngine understands it; with
 
 # (key, value) of P ranks, one rank after the other, and P -> keys [P * s, b, heads, d], values [P * s, b, heads, e]
 Expand = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _gathered(k, v, rows: torch.Tensor, group, expand: Expand | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` of the keys and values of all ranks."""
-    if expand is None:
-        return Gather.apply(k, rows, group), Gather.apply(v, rows, group)
-    k, v = expand(Gather.apply(k, None, group), Gather.apply(v, None, group), group.size())
-    return k.index_select(0, rows), v.index_select(0, rows)
 
 
 def refuse_unsupported(config, layer_number: int) -> None:
@@ -263,13 +255,17 @@ class SDPACoreAttention(MegatronModule):
         bounds = None if packed is None else document_bounds(packed)
         cut = packed is not None and self.per_document and packed.local_cp_size is None
         self._check_consistency(q, k, v, bounds, cut, group)
+        if expand is not None:
+            k, v = expand(Gather.apply(k, None, group), Gather.apply(v, None, group), P)
+
+        def gathered(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+            """``rows`` of the keys, and of the values, of all ranks: in their place, so that these are not kept."""
+            return (Gather.apply(x, rows, group) if expand is None else x.index_select(0, rows) for x in (k, v))
+
         if bounds is None:
-            if expand is not None:
-                k, v = expand(Gather.apply(k, None, group), Gather.apply(v, None, group), P)
             if dropout == 0 and (kernel := merging_kernel(q, k, v, self.softmax_scale)) is not None:
                 return OverRanks.apply(q, k, v, group, self.softmax_scale, kernel, expand is None)
-            rows = sequence(tokens, P, q.device)
-            k, v = (Gather.apply(x, rows, group) if expand is None else x.index_select(0, rows) for x in (k, v))
+            k, v = gathered(sequence(tokens, P, q.device))
             pieces = [(slice(i * n, (i + 1) * n), slice(0, (c + 1) * n)) for i, c in enumerate((r, 2 * P - 1 - r))]
             return self._one_by_one(q, k, v, pieces, dropout)
         chunks = torch.full((1,), n, device=q.device)
@@ -277,7 +273,7 @@ class SDPACoreAttention(MegatronModule):
         if cut:
             chunks = bounds.diff() // (2 * P)
         rows, bounds_q, bounds_k = pieces_of_documents(chunks, tokens, P, r)
-        k, v = _gathered(k, v, rows, group, expand)
+        k, v = gathered(rows)
         if not cut:  # of both chunks all documents, most of them empty
             a, b = r * n, (2 * P - 1 - r) * n
             bounds_q = joined(bounds.clamp(a, a + n) - a, bounds.clamp(b, b + n) - b)

@@ -76,7 +76,8 @@ class OverRanks(torch.autograd.Function):
         if exchange:
             wait_k(), wait_v()
         for start, rows in _others(P, r, t):
-            found.append((start, *kernel(heads[:, :, start:], *(_heads_first(rows(x)) for x in (k, v)), False, scale)))
+            seen = (_heads_first(rows(x).flatten(0, 1)) for x in (k, v))
+            found.append((start, *kernel(heads[:, :, start:], *seen, False, scale)))
         o, lse = merge_parts([(x, log.view(x.shape[:3]), start) for start, x, log, _ in found])
         ctx.again, ctx.shape = [again for *_, again in found], found[0][2].shape[3:]
         ctx.group, ctx.exchange = group, exchange
@@ -97,7 +98,10 @@ class OverRanks(torch.autograd.Function):
             return [x.permute(2, 0, 1, 3) for x in again(*inputs, log.view(*log.shape, *ctx.shape))]
 
         others = _others(P, r, t)
-        apart = [grads(again, at, rows(k), rows(v)) for again, (at, rows) in zip(far, others, strict=True)]
+        apart = [
+            grads(again, at, *(rows(x).flatten(0, 1) for x in (k, v)))
+            for again, (at, rows) in zip(far, others, strict=True)
+        ]
         received = [_start_return([g[i] for g in apart], group, t) for i in (1, 2)] if ctx.exchange else []
         dq, *own = grads(near, 0, _own(k, r, t), _own(v, r, t))
         dq = _sum(dq, [(slice(at, None), g[0][None]) for g, (at, _) in zip(apart, others, strict=True)])
@@ -108,7 +112,8 @@ class OverRanks(torch.autograd.Function):
             for i, (whole, mine) in enumerate(zip((dk, dv), own, strict=True), 1):
                 _own(whole, r, t).copy_(mine)
                 for g, (_, rows) in zip(apart, others, strict=True):
-                    rows(whole, False).copy_(g[i].view_as(rows(whole, False)))
+                    theirs = rows(whole)
+                    theirs.copy_(g[i].unflatten(0, theirs.shape[:2]))
         return dq, dk, dv, None, None, None, None
 
 
@@ -119,15 +124,14 @@ def _own(x: torch.Tensor, r: int, t: int) -> torch.Tensor:
 def _others(P: int, r: int, t: int) -> list[tuple[int, Callable]]:
     """Pairs of a rank's first query and the keys of others that all queries from there on see.
 
-    A function of all ranks' tokens ``[P * t, ...]`` returns these as ``[keys, ...]`` or, with False, as a view.
+    These are a function of all ranks' tokens ``[P * t, ...]``, which returns a view ``[ranks, keys of each, ...]``.
     """
 
-    def before(x: torch.Tensor, flat: bool = True) -> torch.Tensor:
-        first = x.view(P, 2, t // 2, *x.shape[1:])[:r, 0]
-        return first.flatten(0, 1) if flat else first
+    def before(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (P, 2, t // 2))[:r, 0]
 
-    def behind(x: torch.Tensor, flat: bool = True) -> torch.Tensor:
-        return x[(r + 1) * t :]
+    def behind(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (P, t))[r + 1 :]
 
     return [(0, before)] * (r > 0) + [(t // 2, behind)] * (r < P - 1)
 

@@ -188,10 +188,10 @@ def record_add_heads(*, dtype: torch.dtype, T: int, heads: int, group: int, K: i
 def record_merge(*, dtype: torch.dtype, queries: int, heads: int, D: int) -> list[Launch]:
     """The launch that merges attention to three groups of keys, the last one of half of the queries."""
     empty, launches = functools.partial(torch.empty, device="meta"), []
-    sizes = queries, queries, queries // 2
-    parts = [(empty(1, heads, t, D, dtype=dtype), empty(1, heads, t)) for t in sizes]
+    starts = 0, 0, queries - queries // 2
+    parts = [(empty(1, heads, queries - x, D, dtype=dtype), empty(1, heads, queries - x), x) for x in starts]
     with patch.object(merge_kernels, "merge_kernel", _Recorder("merge_kernel", launches)):
-        merge_kernels.merge(parts, (0, 0, queries - queries // 2))
+        merge_kernels.merge(parts)
     return [Launch(launch[0], *launch) for launch in launches]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -56,19 +58,20 @@ def merge_kernel(
     tl.store(lse + (i_b * heads + i_h) * rows + p, b_top + tl.log(b_sum), mask=m)
 
 
-def merge(parts: list[tuple[torch.Tensor, torch.Tensor]], starts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``merge_parts`` of two or three parts, which the caller has checked."""
     (b, h, t, D), dtype = parts[0][0].shape, parts[0][0].dtype
     o = torch.empty(t, b, h, D, dtype=dtype, device=parts[0][0].device)
     lse = torch.empty(b, h, t, dtype=torch.float32, device=o.device)
-    values = [x if x.stride(-1) == 1 else x.contiguous() for x, _ in parts]
-    logs = [x if x.stride(-1) == 1 else x.contiguous() for _, x in parts]
+    values = [x if x.stride(-1) == 1 else x.contiguous() for x, *_ in parts]
+    logs = [x if x.stride(-1) == 1 else x.contiguous() for _, x, _ in parts]
     strides = [n for x, log in zip(values, logs, strict=True) for n in (*x.stride()[:3], *log.stride()[:2])]
     missing = 3 - len(parts)
     BD = pad(D)
     BT = max(16, TILE // BD)
     launch(
         merge_kernel, h * b * cdiv(t, BT), (*values, *[None] * missing, *logs, *[None] * missing, o, lse),
-        (*strides, *[0] * 5 * missing, t, *starts[1:], *[0] * missing, b, h), (D, BD, BT), num_warps=4,
+        (*strides, *[0] * 5 * missing, t, *(start for *_, start in parts[1:]), *[0] * missing, b, h), (D, BD, BT),
+        num_warps=4,
     )  # fmt: skip
     return o, lse
