@@ -117,7 +117,7 @@ def on_cpu(monkeypatch):
         "extra_bytes": lambda attn, q, k, v, do: torch.autograd.grad(attn(q, k, v), (q, k, v), do)[0].numel(),
     }.items():  # fmt: skip
         monkeypatch.setattr(measure, name, value)
-    for name in ("SPEED", "SMALL", "DIMS", "GROUPED", "DECODE", "MEMORY", "ERROR"):
+    for name in ("SPEED", "SMALL", "DIMS", "HEADS", "GROUPED", "DECODE", "MEMORY", "ERROR"):
         monkeypatch.setattr(attention, name, [small(shape) for shape in getattr(attention, name)[-2:]])
     monkeypatch.setattr(attention, "LENGTHS", [Shape(1, 70, 2, 16, 16)])
     monkeypatch.setattr(attention, "PACKED", Shape(1, 90, 2, 16, 16))

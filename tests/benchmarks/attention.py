@@ -45,6 +45,7 @@ SLOW_MS = 400.0  # no longer sequences for an implementation this slow
 DIMS = [Shape(1, 16384, 16, K, V) for K, V in (
     (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (128, 64), (64, 128), (128, 256),
 )]  # fmt: skip
+HEADS = [Shape(1, 32768, heads) for heads in (8, 16, 20, 24, 28, 32, 40, 48, 80)]  # some fill no GPU evenly
 PACKED = Shape(1, 65536, 16)
 LONGEST = 32768  # document
 GROUPED = [*(Shape(1, 16384, 32, Hkv=heads) for heads in (32, 8, 4, 1)), Shape(1, 32768, 32, Hkv=8)]
@@ -176,6 +177,12 @@ def dims(bench: Bench) -> Iterator[Group]:
         yield add_speedups([attempt(times, bench, row, shape, what=("forward", "backward")) for row in rows])
 
 
+def heads(bench: Bench) -> Iterator[Group]:
+    for shape in HEADS:
+        rows = bench.rows("heads")
+        yield add_speedups([attempt(times, bench, row, shape, what=("forward", "backward")) for row in rows])
+
+
 def documents(total: int, spread: str) -> list[int]:
     """Random lengths from 1 to ``LONGEST`` that add up to ``total``: evenly spread, or their logarithms."""
     rng, lengths = random.Random(SEED), []
@@ -289,7 +296,7 @@ def error(bench: Bench) -> Iterator[Group]:
 
 
 # length is last: its longest sequences are the likeliest to run into a limit of a peer
-SUITES = {f.__name__: f for f in (speed, dims, packed, grouped, decode, memory, error, length)}
+SUITES = {f.__name__: f for f in (speed, dims, heads, packed, grouped, decode, memory, error, length)}
 
 
 def result_path(out: Path, suite: str, args: argparse.Namespace) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 BTHD, BHTD = "BTHD", "BHTD"
-EVERY_SUITE = ("speed", "length", "dims", "packed", "grouped", "decode", "memory", "error")
+EVERY_SUITE = ("speed", "length", "dims", "heads", "packed", "grouped", "decode", "memory", "error")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ ROWS = (
     Row("lightning", "lightning_megatron", "lightning-megatron", _lightning, EVERY_SUITE, "#d62728"),
     Row(
         "fla chunk", load=_fla("chunk_simple_gla"), colour="#1f77b4",
-        suites=("speed", "length", "dims", "packed", "memory", "error"), **FLA,
+        suites=("speed", "length", "dims", "heads", "packed", "memory", "error"), **FLA,
     ),
     Row(
         "fla fused", load=_fla("fused_chunk_simple_gla"), colour="#17becf",

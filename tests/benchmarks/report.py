@@ -36,6 +36,7 @@ COLUMNS = {
     "speed": f"shape {FORWARD} {BACKWARD} both_ms both_speedup eager_ms graph_ms",
     "length": f"shape {FORWARD} both_ms both_speedup",
     "dims": f"shape kv {FORWARD} {BACKWARD}",
+    "heads": f"shape {FORWARD} {BACKWARD}",
     "packed": "shape documents longest forward_ms forward_vs_dense backward_ms backward_vs_dense",
     "grouped": "shape Hkv forward_ms forward_floor backward_ms backward_floor",
     "decode": f"shape {FORWARD} eager_ms",
