@@ -297,6 +297,7 @@ class LightningAttention(MegatronModule):
             q, k = rotate(
                 q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
+                backend=options.backend,
             )  # fmt: skip
             nvtx_range_pop(suffix="rotary_pos_emb")
         if self.lrpe is not None:

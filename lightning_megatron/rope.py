@@ -12,6 +12,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from .caches.dynamic import token_index
 from .config import LightningOptions
+from .ops import rotary
+from .ops.backend import choose
 from .parallel import token_positions
 
 
@@ -50,6 +52,7 @@ def rotate(
     cp_group: dist.ProcessGroup,
     group: dist.ProcessGroup | None,
     layout: str,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Megatron's rotary embedding on the first ``--rotary-percent`` of the head dim, as its SelfAttention applies it.
 
@@ -60,6 +63,7 @@ def rotate(
         inference_context: knows the positions of these tokens.
         cp_group: the usual context-parallel ranks.
         group, layout: the ranks that share this batch, and which tokens each holds.
+        backend: as of ``lightning_attn``.
 
     Raises:
         ValueError: no angles, angles of other tokens, or more channels than K.
@@ -74,7 +78,7 @@ def rotate(
         return q, k
     return turn(
         q, k, freqs, config=config, mscale=_yarn_get_concentration_factor_from_config(config), cu_seqlens=cu_seqlens,
-        inference_context=inference_context, cp_group=cp_group, group=group, layout=layout,
+        inference_context=inference_context, cp_group=cp_group, group=group, layout=layout, backend=backend,
     )  # fmt: skip
 
 
@@ -111,32 +115,52 @@ def turn(
     cp_group: dist.ProcessGroup,
     group: dist.ProcessGroup | None,
     layout: str,
-    **how: bool,
+    backend: str | None = None,
+    mla_rotary_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Megatron's ``apply_rotary_pos_emb`` with the angles of this rank's tokens; arguments as of ``rotate``.
 
-    ``mscale`` is the factor of YaRN, 1 without it; ``how`` goes to Megatron's function.
+    ``mscale`` is the factor of YaRN, 1 without it; ``mla_rotary_interleaved`` as Megatron has it.
     """
+    how = dict(config=config, mscale=mscale, mla_rotary_interleaved=mla_rotary_interleaved)
     if inference_context is not None:
         index = token_index(inference_context, q.shape[0])
         freqs = tuple(f[index] for f in freqs)
-    packed = cu_seqlens is not None
-    if packed and any(ranks is not None and ranks.size() > 1 for ranks in (group, cp_group)):
+    own = one_launch(q, freqs[0], config, backend, mla_rotary_interleaved)
+    if cu_seqlens is not None and (own or any(ranks is not None and ranks.size() > 1 for ranks in (group, cp_group))):
         # Megatron's packed rope assumes each document is sharded separately, over the usual ranks even where a batch
         # has one of its own: here every token gets its own angle
         sharding = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
-        freqs, packed = tuple(packed_angles(f, q.shape[0], **sharding) for f in freqs), False
-    common = dict(
-        config=config,
-        cu_seqlens=cu_seqlens if packed else None,
-        mscale=mscale,
-        cp_group=cp_group,
-        **how,
-    )
-    q, k = (
-        apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **common) for x, f in zip((q, k), freqs, strict=True)
-    )
+        freqs, cu_seqlens = tuple(packed_angles(f, q.shape[0], **sharding) for f in freqs), None
+    if own:
+        q, k = (turn_tokens(x, f, **how, backend=backend) for x, f in zip((q, k), freqs, strict=True))
+        return q, k
+    packed, how = cu_seqlens is not None, how | dict(cu_seqlens=cu_seqlens, cp_group=cp_group)
+    q, k = (apply_rotary_pos_emb(x.squeeze(1) if packed else x, f, **how) for x, f in zip((q, k), freqs, strict=True))
     return (q.unsqueeze(1), k.unsqueeze(1)) if packed else (q, k)
+
+
+def one_launch(x: torch.Tensor, freqs: torch.Tensor, config, backend: str | None, mla_rotary_interleaved: bool) -> bool:
+    """Whether ``turn_tokens`` takes the place of Megatron's operations, of which there are eight for q, and for k, and
+    with packed documents as many for each.
+
+    It does where TransformerEngine's kernel is off, and a position has one angle.
+    """
+    if config.apply_rope_fusion or freqs.shape[1:3] != (1, 1) or (mla_rotary_interleaved and config.rotary_interleaved):
+        return False
+    return choose(backend, x).NAME != "torch"
+
+
+def turn_tokens(
+    x: torch.Tensor, freqs: torch.Tensor, *, config, mscale: float, mla_rotary_interleaved: bool, backend: str | None
+) -> torch.Tensor:
+    """``[s, b, heads, d]`` turned by ``freqs [s, 1, 1, n]``, which hold the angle of each pair of channels twice."""
+    interleaved, freqs = config.rotary_interleaved, freqs.flatten(1)
+    angles = freqs[:, ::2] if interleaved else freqs[:, : freqs.shape[1] // 2]
+    return rotary(
+        x, angles, scale=mscale, interleaved=interleaved or mla_rotary_interleaved, interleaved_out=interleaved,
+        backend=backend,
+    )  # fmt: skip
 
 
 def packed_angles(
@@ -147,10 +171,12 @@ def packed_angles(
     ``freqs [length, 1, 1, dim]`` belong to positions in a document; or, if there are as many as tokens on all ranks, to
     positions in the whole sequence, which is what Megatron's GPTModel passes to its layers.
     """
+    ranks = 1 if group is None else group.size()
+    whole = freqs.shape[0] == tokens * ranks
+    if whole and ranks == 1:
+        return freqs
     positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens)
-    if freqs.shape[0] != tokens * (1 if group is None else group.size()):
-        positions = _in_documents(positions, cu_seqlens)
-    return freqs[positions]
+    return freqs[positions if whole else _in_documents(positions, cu_seqlens)]
 
 
 def _in_documents(positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .config import (
 from .decay import log_decay
 from .flags import messages_of_refusal, refuse_parts, warnings_of
 from .logs import restore_settings
+from .ops.backend import by_triton
 from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
 from .parallel import LAYOUTS, mark_by
 from .peak import peak_tflops
@@ -196,11 +197,12 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
     if mtp:
         mtp_without_te.apply()
-    if config.context_parallel_size > 1 and packed:
-        if softmax and layout == "zigzag":
-            packed_rope.apply()
-        if mtp:
-            packed_roll.apply(layout)
+    over_ranks = config.context_parallel_size > 1 and packed
+    kernel = by_triton(options.backend) and not config.apply_rope_fusion
+    if softmax and (kernel or (over_ranks and layout == "zigzag")):
+        packed_rope.apply()
+    if over_ranks and mtp:
+        packed_roll.apply(layout)
     if mtp and (args is not None or "megatron.training.models.gpt" in sys.modules):
         mtp_spec.apply()  # else the program gives GPTModel spec.get_mtp_block_spec(...)
     if config.recompute_granularity == "full":

@@ -169,7 +169,7 @@ def _layer_spec(
                 up = dict.fromkeys(("linear_q_up_proj", "linear_kv_up_proj"), _unfused())
                 projections = dataclasses.replace(projections, **up)
         if latent and local:
-            module, params["layout"] = LatentAttention, layout
+            module, params = LatentAttention, params | {"layout": layout, "backend": options.backend}
         elif module is MLASelfAttention:
             module = TELatentAttention
         elif module is SelfAttention:

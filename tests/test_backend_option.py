@@ -70,7 +70,7 @@ def test_backend_reaches_every_part(chunk):
     ((none, by_torch),) = spawn(step, 1, "torch", "triton", chunk)
     assert none == {}
     ((every, by_triton),) = spawn(step, 1, "triton", "torch", chunk)
-    assert every.keys() >= {*POINTWISE, *GLU, *LOSS, "walk_kernel", "gradients_kernel"}
+    assert every.keys() >= {*POINTWISE, *GLU, *LOSS, "rotary_kernel", "walk_kernel", "gradients_kernel"}
     # input and MLP norms of two layers and the final norm; the output norm of the lightning layer
     assert every["norm_gate_kernel"] == 5 + 1
     layers.assert_close(by_triton, by_torch, TOLERANCE[torch.float32])

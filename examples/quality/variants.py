@@ -28,13 +28,14 @@ class Size:
 
 
 SIZES = {
-    "base": Size(16, 768, 6, 2048, 32, 4096, 64, 16, 32_000),
+    "base": Size(16, 768, 6, 2048, 32, 4096, 32, 16, 32_000),
     "fidelity": Size(4, 256, 4, 768, 32, 1024, 8, 8, 32_000),
-    "base-32k": Size(16, 768, 6, 2048, 32, 32_768, 8, 2, 32_000),  # for the speed at 32K; same tokens a step
+    "base-32k": Size(16, 768, 6, 2048, 32, 32_768, 4, 2, 32_000),  # for the speed at 32K; same tokens a step
     "toy": Size(4, 96, 3, 256, 8, 128, 8, 8, 1024),
     "tiny": Size(4, 32, 2, 64, 4, 128, 2, 2, 512),
 }
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the sweep
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of the sweep
+WARM_UP = 100  # steps, and a fifth of a run at most
 
 
 @dataclass(frozen=True)

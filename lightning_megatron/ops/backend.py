@@ -250,6 +250,11 @@ def choose(backend: str | None, q: torch.Tensor) -> Backend:
     return _triton_backend()
 
 
+def by_triton(backend: str) -> bool:
+    """Whether models of this process compute with Triton: where it is asked for, and by themselves on a GPU."""
+    return backend == "triton" or (backend == "auto" and torch.cuda.is_available())
+
+
 _NO_CHANGE = contextlib.nullcontext()
 
 

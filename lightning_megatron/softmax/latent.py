@@ -75,12 +75,13 @@ class LatentAttention(_AsInTheSpec):
 
     Args:
         layout: which tokens a context-parallel rank holds (``spec.get_hybrid_layer_specs``).
+        backend: of the rotation; as of ``lightning_attn``.
         The others are Megatron's.
     """
 
-    def __init__(self, *args, layout: str = "zigzag", **kwargs):
+    def __init__(self, *args, layout: str = "zigzag", backend: str = "auto", **kwargs):
         super().__init__(*args, **kwargs)
-        self.layout = layout
+        self.layout, self.backend = layout, backend
 
     def get_query_key_value_tensors(
         self,
@@ -203,7 +204,7 @@ class LatentAttention(_AsInTheSpec):
             cu_seqlens=None if packed is None else document_bounds(packed), inference_context=context,
             cp_group=self.pg_collection.cp, group=group,
             layout="zigzag" if packed is not None and packed.local_cp_size is not None else self.layout,
-            mla_rotary_interleaved=True,
+            backend=self.backend, mla_rotary_interleaved=True,
         )  # fmt: skip
         return (q.squeeze(1), k.squeeze(1)) if packed is not None else (q, k)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..compat import importable, version
 from ..config import LightningOptions
 from ..flags import flag_of
+from ..ops.backend import by_triton
 from ..record import FREE_OPTIONS, ROWS, options_from_args
 from ..runtime import loader_layout
 from ..saved import saved_function
@@ -326,12 +327,15 @@ def notes(raw: Namespace) -> list[str]:
 def parts_in_use(args: Namespace, norm: str) -> str:
     """One line for the log: which implementation every replaceable part has, and versions. ``norm`` names a class."""
     use_te = args.transformer_impl == "transformer_engine"
+    rope = "TransformerEngine" if args.apply_rope_fusion else "torch"
+    if not args.apply_rope_fusion and by_triton(args.lightning_backend):
+        rope = "lightning_megatron"
     adam = "TransformerEngine" if importable(_TE) else "apex" if importable("apex.optimizers") else "torch"
     parts = {
         "linear layers": "TransformerEngine" if use_te else "megatron-core local",
         "layer norms": norm,
         "softmax core": "TransformerEngine" if use_te else "torch scaled_dot_product_attention",
-        "rope fusion": "TransformerEngine" if args.apply_rope_fusion else "off",
+        "rotary positions": rope,
         "gradient accumulation fusion": "apex" if args.gradient_accumulation_fusion else "off",
         "Adam": adam,
     }

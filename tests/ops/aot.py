@@ -35,6 +35,7 @@ from .launches import (
     record_merge,
     record_paged,
     record_pointwise,
+    record_rotary,
     record_swiglu,
 )
 
@@ -205,6 +206,9 @@ def _around(gpu: str) -> Part:
     for columns in (2816, 5504):
         for launch in record_swiglu(dtype=torch.bfloat16, rows=_LONG, columns=columns):
             yield torch.bfloat16, f"{columns=}", launch
+    for D, pairs in ((128, 64), (128, 32), (96, 48)):
+        for launch in record_rotary(dtype=torch.bfloat16, s=_LONG, b=1, heads=16, D=D, pairs=pairs):
+            yield torch.bfloat16, f"{pairs=} of {D}", launch
     for group, K, V in ((4, 128, 128), (3, 96, 256)):
         for launch in record_add_heads(dtype=torch.bfloat16, T=_LONG, heads=8, group=group, K=K, V=V):
             yield torch.bfloat16, f"{group=} {K}x{V}", launch

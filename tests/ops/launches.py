@@ -20,6 +20,7 @@ from lightning_megatron.ops.triton import launch as launching
 from lightning_megatron.ops.triton import loss as loss_kernels
 from lightning_megatron.ops.triton import merge as merge_kernels
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
+from lightning_megatron.ops.triton import rotary as rotary_kernels
 
 KERNELS = ("walk_kernel", "gradients_kernel", "step_kernel")
 HOPPER = ("hopper_walk_kernel", "hopper_gradients_kernel")
@@ -35,6 +36,7 @@ DERIVED = ("documents_kernel", "decay_kernel")
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
 MODULES = {
     pointwise_kernels: (*POINTWISE, *GLU, "add_heads_kernel"),
+    rotary_kernels: ("rotary_kernel",),
     loss_kernels: LOSS,
     merge_kernels: ("merge_kernel",),
     states: STATES,
@@ -173,6 +175,16 @@ def record_swiglu(*, dtype: torch.dtype, rows: int, columns: int) -> list[Launch
         for name in GLU:
             stack.enter_context(patch.object(pointwise_kernels, name, _Recorder(name, launches)))
         pointwise_kernels.swiglu_backward(x, pointwise_kernels.swiglu_forward(x))
+    return [Launch(launch[0], *launch) for launch in launches]
+
+
+def record_rotary(*, dtype: torch.dtype, s: int, b: int, heads: int, D: int, pairs: int) -> list[Launch]:
+    """The launches that turn q or k, and the gradient back."""
+    x, angles = torch.empty(s, b, heads, D, dtype=dtype, device="meta"), torch.empty(s, pairs, device="meta")
+    launches: list[tuple] = []
+    with patch.object(rotary_kernels, "rotary_kernel", _Recorder("rotary_kernel", launches)):
+        for back in (False, True):
+            rotary_kernels.turn(x, angles, 1.0, True, False, back=back)
     return [Launch(launch[0], *launch) for launch in launches]
 
 
