@@ -62,7 +62,8 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     words += f"""
         --micro-batch-size {micro} --global-batch-size {size.batch} --train-iters {steps} --seed {options.seed}
         --lr {options.lr:g} --min-lr {options.lr / 10:g} --lr-decay-style cosine
-        --lr-warmup-iters {max(1, min(WARM_UP, steps // 5))} --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
+        --lr-warmup-iters {max(1, min(WARM_UP, steps // 5))} --clip-grad 1.0
+        --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95
         --dataloader-inter-document-masking --cross-entropy-loss-fusion
         --tokenizer-type SentencePieceTokenizer --num-workers {2 if gpu else 0}
         --log-interval 1 --eval-interval {max(1, steps // 8)} --eval-iters {options.eval_iters}
