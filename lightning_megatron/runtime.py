@@ -195,14 +195,14 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     mtp, ahead = bool(config.mtp_num_layers), mtp_pattern(config.mtp_num_layers, options)
     softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers) + ahead)
     packed = args is None or getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
+    over_ranks = config.context_parallel_size > 1
     if mtp:
         mtp_without_te.apply()
-    over_ranks = config.context_parallel_size > 1 and packed
+    if mtp and packed:
+        packed_roll.apply(layout if over_ranks else None)
     kernel = by_triton(options.backend) and not config.apply_rope_fusion
-    if softmax and (kernel or (over_ranks and layout == "zigzag")):
+    if softmax and (kernel or (over_ranks and packed and layout == "zigzag")):
         packed_rope.apply()
-    if over_ranks and mtp:
-        packed_roll.apply(layout)
     if mtp and (args is not None or "megatron.training.models.gpt" in sys.modules):
         mtp_spec.apply()  # else the program gives GPTModel spec.get_mtp_block_spec(...)
     if config.recompute_granularity == "full":
