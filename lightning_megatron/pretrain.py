@@ -32,7 +32,7 @@ def main() -> None:
         _give_up(error)
 
     from . import cpu, hybrid_model, patches
-    from .resume import CheckpointError
+    from .checkpoint_folder import CheckpointError
     from .runtime import training_args
     from .training import failures, run
 

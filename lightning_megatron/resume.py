@@ -1,28 +1,20 @@
 """What is checked when a checkpoint is loaded: does it go on as it was trained? Before any weight is read.
 
-``patches.checkpoint_args`` calls ``check`` with what a checkpoint says of itself, in both ways of starting;
-``lightning_megatron.pretrain`` calls ``check_folder`` before anything else.
+``patches.checkpoint_args`` calls ``check`` with what a checkpoint says of itself, in both ways of starting.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import time
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed as dist
-
-from .integrity import BrokenFile, complete_iterations, verify
+from .checkpoint_folder import TRACKER, CheckpointError, log
 from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences
 from .saved import saved_function
 
-logger = logging.getLogger("lightning_megatron")
-
-TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATIONS = "--train-iters, --lr-decay-iters or --global-batch-size"
 _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them; those called steps count samples
     "max_lr": "--lr",
@@ -35,132 +27,8 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
     "wd_incr_steps": _ITERATIONS.replace(", --lr-decay-iters", ""),
     "wd_incr_style": "--weight-decay-incr-style",
 }
-
-
 # What decides which tokens see each other and count, and may change on purpose: named in the log.
 _DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that this run cannot go on from; the message names the remedy."""
-
-
-def check_folder(args: Namespace) -> None:
-    """Refuse a ``--load`` that has no checkpoint, where Megatron trains from scratch or ends with exit status 0.
-
-    ``--load`` equal to ``--save`` may be empty: that is the first start of a run. Where it is, and
-    ``--pretrained-checkpoint`` is given, that one is checked.
-
-    Raises:
-        CheckpointError: naming the folder and the remedy.
-    """
-    flag, load = "--load", args.load
-    if args.pretrained_checkpoint is not None and not (load and ("://" in load or Path(load, TRACKER).is_file())):
-        flag, load = "--pretrained-checkpoint", args.pretrained_checkpoint
-    if load is None or "://" in load:  # not a file system: left to Megatron
-        return
-    tracker = Path(load, TRACKER)
-    chosen = tracker.with_name(f"iter_{args.ckpt_step or 0:07d}")
-    if args.ckpt_step and not chosen.is_dir() and not args.non_persistent_save_interval:
-        there = ", ".join(sorted(path.name for path in Path(load).glob("iter_*"))) or "none"
-        raise CheckpointError(
-            f"--ckpt-step {args.ckpt_step}: no {chosen.name} in {flag} {load}; give one of those that are there "
-            f"({there})"
-        )
-    if not tracker.is_file():
-        if flag != "--load":
-            raise CheckpointError(
-                f"{flag} {load}: no {TRACKER} there; give the folder that --save of the training named"
-            )
-        elsewhere = (args.ckpt_step, args.non_persistent_save_interval)
-        first_start = args.save is not None and Path(args.save).resolve() == Path(load).resolve()
-        if any(elsewhere) or (first_start and not args.exit_on_missing_checkpoint):
-            return
-        raise CheckpointError(
-            f"--load {load}: no {TRACKER} there, so nothing would be loaded and training would start from random "
-            "values. Give the folder that --save of the training named; or leave --load out to train from scratch "
-            "(where it equals --save, a first start finds nothing)"
-        )
-    text = tracker.read_text("utf-8", errors="replace").strip()
-    if text != "release" and not (text.isascii() and text.isdigit()):
-        raise CheckpointError(_unreadable(tracker, text))
-    folder = tracker.with_name("release" if text == "release" else f"iter_{int(text):07d}")
-    if not folder.is_dir() and not args.ckpt_step:
-        raise CheckpointError(
-            f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
-            "iter_ folder that is complete into the file, or give another folder"
-        )
-    folder = chosen if args.ckpt_step else folder
-    if args.rank == 0 and folder.is_dir():  # checksums wait for all ranks, which share them
-        try:
-            verify(folder, contents=False, of_megatron=args.ckpt_format == "torch_dist")
-        except BrokenFile as error:
-            raise _broken(error, folder) from error
-
-
-def _broken(error: BrokenFile | str, folder: Path) -> CheckpointError:
-    others = ", ".join(name for name in complete_iterations(folder.parent) if name != folder.name) or "none here"
-    return CheckpointError(
-        f"{error}, so {folder} cannot be loaded. Take the file from a copy of the checkpoint; or go on from another "
-        f"iteration: write its number into {folder.parent / TRACKER} (complete: {others})"
-    )
-
-
-def refuse_broken(load_dir: str | None, args: Namespace) -> None:
-    """Refuse a checkpoint with a file that is missing, cut off or altered, before Megatron reads it.
-
-    Call it on all ranks: each reads a part of the files, and all raise the same error. Without the option ``checksums``
-    of this run nothing but names and sizes of the weights' files is looked at, and the log says so.
-
-    Raises:
-        CheckpointError: naming the file and the remedy.
-    """
-    tracker = Path(load_dir or "", TRACKER)
-    if not load_dir or "://" in load_dir or not (args.ckpt_step or tracker.is_file()):
-        return
-    text = str(args.ckpt_step) if args.ckpt_step else tracker.read_text("utf-8", errors="replace").strip()
-    folder = tracker.with_name("release" if text == "release" else f"iter_{int(text) if text.isdigit() else 0:07d}")
-    if not folder.is_dir():
-        return  # left to gave_up
-    together, start = dist.is_initialized(), time.monotonic()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    checksums = getattr(args, ATTRIBUTE, {"options": {}})["options"].get("checksums", True)
-    found: str | None = None
-    try:
-        verify(folder, rank, world, contents=together and checksums, of_megatron=args.ckpt_format == "torch_dist")
-    except BrokenFile as error:
-        found = str(error)
-    everywhere: list[str | None] = [found]
-    if together:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, found)
-    for text in filter(None, everywhere):
-        raise _broken(text, folder)
-    if not checksums:
-        return _log(
-            f"{folder}: all files are there and long enough; their checksums are not compared "
-            "(--no-lightning-checksums), so that altered bytes would not be seen"
-        )
-    _log(f"{folder}: all files are whole (checked in {time.monotonic() - start:.1f} s)", logging.INFO)
-
-
-def _unreadable(tracker: Path, text: str) -> str:
-    return (
-        f"{tracker} says {text[:40]!r}, where the number of an iteration (or release) should be. Write the number "
-        "of the last complete iter_ folder into it "  # --ckpt-step does not help: Megatron reads the file all the same
-        f"(complete: {', '.join(complete_iterations(tracker.parent)) or 'none here'})"
-    )
-
-
-def gave_up(load_dir: str | None, args: Namespace) -> CheckpointError | None:
-    """Why Megatron called ``sys.exit()`` without a status while looking for a checkpoint; None: the user wanted it."""
-    tracker = Path(load_dir or "", TRACKER)
-    if load_dir and tracker.is_file():
-        text = tracker.read_text("utf-8", errors="replace").strip()
-        if text != "release" and not text.isdigit():
-            return CheckpointError(_unreadable(tracker, text))
-        return CheckpointError(f"the checkpoint in {load_dir} cannot be read; the log above says why")
-    return None if args.exit_on_missing_checkpoint else CheckpointError(f"Megatron found nothing to load in {load_dir}")
 
 
 def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> CheckpointError | None:
@@ -215,7 +83,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
     """
     saved = state.get("args")
     if saved is None:
-        _log(
+        log(
             f"the checkpoint in {load_dir} holds no args: whether it computes the same function as this run is not "
             "checked"
         )
@@ -228,12 +96,6 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
     _check_optimizer(state, saved, load_dir, args)
     if state.get("opt_param_scheduler"):
         _check_scheduler(state["opt_param_scheduler"], saved, args)
-
-
-def _log(message: str, level: int = logging.WARNING) -> None:
-    from megatron.core.utils import log_single_rank
-
-    log_single_rank(logger, level, message)
 
 
 def _check_names(saved: Any, load_dir: str) -> None:
@@ -255,13 +117,13 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
     if saved.softmax:
         what = f"the checkpoint in {load_dir} has {saved.softmax} where this run has {_count(now)}"
         if args.finetune:
-            return _log(f"--finetune: {what}; its weights are taken over")
+            return log(f"--finetune: {what}; its weights are taken over")
         raise CheckpointError(
             f"{what}: it would go on training another function. Train it on with the program it comes from; or "
             "start a new run from its weights, where their shapes are those of this model, with --finetune"
         )
     if saved.options is None:
-        _log(
+        log(
             f"the checkpoint in {load_dir} was trained with {saved.source}, by a version that saved no record of "
             "the lightning options. Not compared: which layers are lightning, decay, scale, feature map, norm, gate "
             f"and the other lightning options. This run has {_options(now)}"
@@ -271,7 +133,7 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
     rows = [difference for difference in found if difference[0] == ROWS_OF_VOCABULARY]
     if rows and _padded_by_tensor_parallelism(saved_args, args):
         found.remove(rows[0])
-        _log(
+        log(
             f"tensor-parallel size {args.tensor_model_parallel_size} pads the vocabulary to {rows[0][2]} rows, "
             f"{saved_args.tensor_model_parallel_size} padded it to {rows[0][1]} in the checkpoint in {load_dir}: rows "
             "of padding that are added have random values, and take part in the softmax. For the same function give "
@@ -280,14 +142,14 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
         if not found:
             return
     if not found:
-        return _log(
+        return log(
             f"the checkpoint computes the same function as this run, as far as {saved.source} tells", logging.INFO
         )
     lines = [
         f"{flag}: {_show(old, flag)} in the checkpoint, {_show(new, flag)} in this run" for flag, old, new in found
     ]
     if args.finetune:
-        return _log(
+        return log(
             f"--finetune: this run computes another function than the checkpoint in {load_dir}: {'; '.join(lines)}"
         )
     remedy = "Give the checkpoint's values, or load only its weights with --finetune"
@@ -317,7 +179,7 @@ def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
     ]
     if found:
-        _log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
+        log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
 
 
 def _count(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ Can go:   when Megatron lets a program check what a checkpoint says of itself be
 
 ``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its
 weights. Only the first is checked, or the only call of formats that have one; and not where ``--use-checkpoint-args``
-reads arguments, before a model exists. The checks themselves are in resume.py.
+reads arguments, before a model exists. The checks themselves are in checkpoint_folder.py and resume.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from collections.abc import Callable
 
 from torch.distributed.checkpoint import CheckpointException
 
+from ..checkpoint_folder import gave_up, refuse_broken
 from ..record import ATTRIBUTE
-from ..resume import check, gave_up, misfit, refuse_broken
+from ..resume import check, misfit
 from ._replace import replace
 
 SYMBOLS = ("megatron.training.checkpointing._load_base_checkpoint",)

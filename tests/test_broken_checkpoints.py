@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import re
 import shutil
 import struct
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from lightning_megatron.checkpoint_folder import CheckpointError, refuse_broken
 from lightning_megatron.integrity import BrokenFile, complete_iterations, verify
 from tests.launch import ROOT, run_pretrain
 
@@ -182,6 +185,43 @@ def test_old_format_and_a_tracker_without_a_number(copied):
     (folder / TRACKER).write_bytes(b"\xff\x00")
     run = run_pretrain(f"{FLAGS} --ckpt-format torch --load {folder}".split(), check=False)
     assert not run.ok and f"{folder / TRACKER} says " in run.log
+
+
+def test_old_format_is_read_by_the_sizes_that_saved_it(saved):
+    """With more ranks a file is missing, and with fewer there would be parts of tensors."""
+    flags = f"{FLAGS} --load {saved['torch']} --tensor-model-parallel-size 2 --padded-vocab-size 128"
+    run = run_pretrain(flags.split(), 2, check=False)
+    assert not run.ok and "Traceback" not in run.log
+    assert "mp_rank_00 are there, mp_rank_00, mp_rank_01 would be read. Give --tensor-model-parallel-size 1;" in run.log
+    assert len(run_pretrain(f"{FLAGS} --load {saved['torch']}".split()).losses) == 2
+
+
+T, P, E = (f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert"))
+
+
+@pytest.mark.parametrize(
+    "there, sizes, given",
+    [
+        ("00 01 02", {}, "--tensor-model-parallel-size 3;"),
+        ("00", {P: 2}, "--tensor-model-parallel-size 1;"),
+        ("00_000 00_001", {}, "--pipeline-model-parallel-size or --expert-model-parallel-size 2;"),
+        ("00_000 00_001", {T: 2, E: 2}, "--tensor-model-parallel-size 1 --pipeline-model-parallel-size or"),
+        ("00_000_000 00_000_001 00_001_000 00_001_001", {P: 2}, "--pipeline-model-parallel-size 2 --expert-model-par"),
+        ("00_000 00_001", {P: 2}, None),
+        ("00_000 00_001", {E: 2}, None),
+        ("00 01", {T: 2}, None),
+    ],
+)
+def test_sizes_by_the_names_of_the_old_format(there, sizes, given, tmp_path):
+    (tmp_path / TRACKER).write_text("2")
+    for name in there.split():
+        folder = tmp_path / "iter_0000002" / f"mp_rank_{name}"
+        folder.mkdir(parents=True)
+        (folder / "model_optim_rng.pt").write_bytes(b"PK")
+    args = Namespace(ckpt_step=None, ckpt_format="torch", **({T: 1, P: 1, E: 1} | sizes))
+    refused = contextlib.nullcontext() if given is None else pytest.raises(CheckpointError, match=re.escape(given))
+    with refused:
+        refuse_broken(str(tmp_path), args)
 
 
 def test_files_of_two_checkpoints(copied):

@@ -11,6 +11,7 @@ import pytest
 from megatron.core.activations import squared_relu
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
+from lightning_megatron.checkpoint_folder import CheckpointError
 from lightning_megatron.config import KINDS, RESIDUAL_FACTORS, LightningOptions
 from lightning_megatron.record import (
     FREE_OPTIONS,
@@ -19,7 +20,7 @@ from lightning_megatron.record import (
     function_record,
     options_from_record,
 )
-from lightning_megatron.resume import CheckpointError, check
+from lightning_megatron.resume import check
 
 # Fields of TransformerConfig that change no function, or nothing that a checkpoint of the same shapes could hide:
 # parallel layouts, kernels, precision, recomputation, noise, terms of the loss, initial values, and models that specs

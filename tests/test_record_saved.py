@@ -12,9 +12,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args
 
+from lightning_megatron.checkpoint_folder import CheckpointError, check_folder
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.record import differences, function_record, options_from_args
-from lightning_megatron.resume import CheckpointError, _padded_by_tensor_parallelism, check, check_folder
+from lightning_megatron.resume import _padded_by_tensor_parallelism, check
 from lightning_megatron.saved import saved_function
 
 # ---- the vocabulary --------------------------------------------------------------------------------------------------

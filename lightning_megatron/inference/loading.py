@@ -35,7 +35,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .. import patches
-from ..resume import TRACKER
+from ..checkpoint_folder import TRACKER
 from ..saved import saved_function
 from ..training import run
 from ..training.models import parser

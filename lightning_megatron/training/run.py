@@ -33,12 +33,12 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
+from ..checkpoint_folder import check_folder
 from ..config import LightningOptions
 from ..hybrid_model import add_letter, checked, make_stack_spec
 from ..logs import restore_settings
 from ..norm import norm_name
 from ..patches import expert_padding, mtp_padding
-from ..resume import check_folder
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
 from ..spec import make_spec
