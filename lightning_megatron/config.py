@@ -375,6 +375,11 @@ def expert_pattern(freq: int | list[int], num_layers: int, experts: int | None) 
 _PREPARED = "_lightning_prepared"  # an attribute of the config itself, so that it lives as long as that
 
 
+def recomputes(config: Any, module: str) -> bool:
+    """Whether selective recompute leaves out what ``module``, a name of ``--recompute-modules``, keeps."""
+    return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
+
+
 def facts(config: Any) -> dict[str, Any]:
     """The numbers, names and lists of a config, to see whether another has the same."""
     plain = (bool, int, float, str, list, type(None))

@@ -20,7 +20,7 @@ from megatron.core.utils import log_single_rank, nvtx_range_pop, nvtx_range_push
 
 from .caches.dynamic import RequestStates
 from .caches.static import StaticStates
-from .config import LightningOptions, mark_parts, prepared_with, resolve_shape
+from .config import LightningOptions, mark_parts, prepared_with, recomputes, resolve_shape
 from .decay import log_decay
 from .layer_log import StateSums
 from .norm import HeadNorm, OutputNorm
@@ -191,7 +191,7 @@ class LightningAttention(MegatronModule):
         )
         self._place_decay(self.linear_proj.weight.device)
         self._passed: Passed | None = None
-        self._recomputes = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self._recomputes = recomputes(config, "core_attn")
         self.state_sums = StateSums() if options.log_norms else None
 
     @property

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from .compat import importable
-from .config import LightningOptions
+from .config import LightningOptions, recomputes
 from .ops import norm_gate, norm_residual
 
 
@@ -145,7 +145,7 @@ def layer_norm_spec(config, options: LightningOptions, *, first: bool = False, f
     if not options.layernorm_affine:
         norm, params = TorchNorm, {**params, "affine": False}
     # recomputing norms frees all that they return
-    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    recomputed = recomputes(config, "layernorm")
     if normalized or scale != 1.0 or (norm is TorchNorm and not final and not recomputed):
         norm, params = ResidualNorm, {**params, "scale": scale, "normalized": normalized}
     return ModuleSpec(module=norm, params=params) if issubclass(norm, TorchNorm) else norm

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LightningOptions, cut_as_softmax, mtp_pattern
+from ..config import LightningOptions, cut_as_softmax, mtp_pattern, recomputes
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -117,5 +117,4 @@ def shown(value: Any) -> str:
 
 
 def selective(run: Run, *modules: str) -> bool:
-    chosen = run.config.recompute_modules or ()
-    return run.config.recompute_granularity == "selective" and any(module in chosen for module in modules)
+    return any(recomputes(run.config, module) for module in modules)
