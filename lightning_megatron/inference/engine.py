@@ -31,7 +31,9 @@ KEY = "lightning_key"
 ABORT = "lightning_abort"
 """Keys of requests to end; what carries them is no request itself."""
 
-GRAPHED_EXPERTS = ("--moe-token-dispatcher-type", "alltoall", "--moe-pad-experts-for-cuda-graph-inference")
+EXPERTS = ("--moe-token-dispatcher-type", "alltoall")
+"""Flags of a model with experts, in front of a user's: the dispatcher that the engine takes on any ranks."""
+GRAPHED_EXPERTS = (*EXPERTS, "--moe-pad-experts-for-cuda-graph-inference")
 """Flags of a model with experts whose steps can be captured: every expert gets as many rows as a step has tokens."""
 
 GIB = 1024**3

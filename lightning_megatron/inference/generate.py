@@ -146,8 +146,10 @@ def _run(options: Namespace, flags: list[str]) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         _check_lengths(saved.args, prompts, [name for name, _ in texts], sampling.tokens)
-        if options.batch > 1 and saved.args.num_experts:  # of the dispatchers the dynamic engine takes this one
-            flags = ["--moe-token-dispatcher-type", "alltoall", *flags]
+        if options.batch > 1 and saved.args.num_experts:
+            from .engine import EXPERTS
+
+            flags = [*EXPERTS, *flags]
         with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
             try:
                 pieces = generate(model, tokenizer, prompts, sampling, options.batch)

@@ -91,13 +91,15 @@ def _run(options: Namespace, flags: list[str]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be above 0")
     if options.max_waiting < 0:
         raise UsageError(f"--max-waiting {options.max_waiting} must be at least 0")
-    from .engine import GRAPHED_EXPERTS, build_engine
+    from .engine import EXPERTS, GRAPHED_EXPERTS, build_engine
     from .loading import loaded_model, process_group, read_checkpoint, world_size
 
     if os.environ.get("LOCAL_WORLD_SIZE", str(world_size())) != str(world_size()):
         raise UsageError("processes on several machines: ranks talk over loopback; start all of them on one")
     check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
+    if saved.args.num_experts:
+        flags = [*EXPERTS, *flags]
     if options.cuda_graphs:
         flags = [*flags, "--cuda-graph-impl", "local", *(GRAPHED_EXPERTS if saved.args.num_experts else ())]
     args = tokenizer_args(options, saved.args)

@@ -12,7 +12,20 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.helpers.serve import COUNT, GREEDY, LIMIT, SERVE, VOCAB, flags, prompts, text_of
+from tests.helpers.generate import MOE
+from tests.helpers.serve import (
+    COUNT,
+    GREEDY,
+    LIMIT,
+    NAME,
+    SERVE,
+    VOCAB,
+    flags,
+    follow,
+    prompts,
+    save_served,
+    text_of,
+)
 from tests.launch import run_pretrain, spawn
 
 
@@ -69,6 +82,16 @@ def ask_two_ranks(url: str) -> list[str]:
         made = client.completions.create(prompt=prompts()[:6], max_tokens=COUNT, **GREEDY)
     os.kill(os.getpid(), signal.SIGTERM)
     return [choice.text for choice in made.choices]
+
+
+def test_expert_ranks_serve_as_one(tmp_path):
+    """Each reads prompts of its own, by the dispatcher that takes them, which nobody has to name."""
+    save_served(tmp_path, *MOE.split())
+    ((*alone,),) = spawn(follow, 1, tmp_path / NAME, prompts()[:6])
+    more = ["--expert-model-parallel-size", "2", "--max-requests", "4", "--max-tokens", "64"]
+    (status, (texts,)), other = spawn(served, 2, tmp_path, more, ask_two_ranks)
+    assert texts == [text_of(tokens) for tokens, _ in alone]
+    assert status == 0 and other == (0, [])
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
