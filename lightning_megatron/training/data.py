@@ -80,7 +80,7 @@ def get_batch(
     nothing: dict[str, Any] = dict.fromkeys((*_BATCH, "padding_mask"))
     if not needs_data(config, args, vp_stage):
         return nothing
-    batch, sample, longest = {}, {}, None
+    batch, sample = {}, {}
     alone = mpu.get_tensor_model_parallel_world_size() == 1
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
@@ -90,11 +90,11 @@ def get_batch(
         batch = {key: sample.get(key) for key in _BATCH}
         if alone:  # here, where bounds can be read without waiting for the GPU
             batch = flatten_batch_for_packed_sequences(batch)
-            longest, batch["max_seqlen"] = batch["max_seqlen"], None
-        batch = {key: None if x is None else x.cuda(non_blocking=True) for key, x in batch.items()}
+        stay = ("max_seqlen",) if alone else ()
+        batch = {k: x if x is None or k in stay else x.cuda(non_blocking=True) for k, x in batch.items()}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=is_packed(args),
+        has_cu_seqlens=is_packed(args) and not alone,  # to send
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -108,7 +108,7 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    batch = batch | {"max_seqlen": longest} if alone else flatten_batch_for_packed_sequences(batch)
+    batch = batch if alone else flatten_batch_for_packed_sequences(batch)
     if names_padding(config, args):
         batch["padding_mask"] = _padding(sample, (micro_batch_size, args.seq_length)).reshape(1, -1)
     cp_group = mpu.get_context_parallel_group()
