@@ -199,8 +199,9 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
         mtp_without_te.apply()
     over_ranks = config.context_parallel_size > 1 and packed
     kernel = by_triton(options.backend) and not config.apply_rope_fusion
-    if softmax and (kernel or (over_ranks and layout == "zigzag")):
-        packed_rope.apply()
+    across = over_ranks and layout == "zigzag"
+    if softmax and (kernel or across):
+        packed_rope.apply(across=across)
     if over_ranks and mtp:
         packed_roll.apply(layout)
     if mtp and (args is not None or "megatron.training.models.gpt" in sys.modules):
