@@ -210,7 +210,7 @@ class LRPE(torch.nn.Module):
         *xs: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
         inference_context,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         layout: str,
     ) -> list[torch.Tensor]:
         """Each x ``[s, b, heads, K]`` -> ``[s, b, heads, 2 K]``; the other arguments are those of ``rotate``."""

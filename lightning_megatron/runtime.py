@@ -201,8 +201,9 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     if mtp and packed:
         packed_roll.apply(layout if over_ranks else None)
     kernel = by_triton(options.backend) and not config.apply_rope_fusion
-    if softmax and (kernel or (over_ranks and packed and layout == "zigzag")):
-        packed_rope.apply()
+    across = over_ranks and packed and layout == "zigzag"
+    if softmax and (kernel or across):
+        packed_rope.apply(across=across)
     if mtp and (args is not None or "megatron.training.models.gpt" in sys.modules):
         mtp_spec.apply()  # else the program gives GPTModel spec.get_mtp_block_spec(...)
     if config.recompute_granularity == "full":

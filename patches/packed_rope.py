@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron.core import parallel_state
+
 from ..config import prepared_with
 from ..packed import dynamic_batch
 from ..rope import one_launch, packed_angles, turn_tokens
@@ -23,6 +25,8 @@ from ._replace import replace
 SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)
 PARAMETERS = ("t", "freqs", "config", "cu_seqlens", "mscale", "cp_group", "mla_rotary_interleaved")
 LATER = (*PARAMETERS, "inverse", "mla_output_remove_interleaving", "max_seqlen")  # 0.20
+# How documents of models are cut that nobody prepared: as Megatron assumes, until a model of this process has others.
+_OTHERS = {"layout": "zigzag-documents"}
 
 
 def _wrap(original: Callable) -> Callable:
@@ -31,8 +35,9 @@ def _wrap(original: Callable) -> Callable:
     ):
         how = dict(config=config, mscale=mscale, mla_rotary_interleaved=mla_rotary_interleaved)
         dynamic, prepared = dynamic_batch.get(), prepared_with(config)
-        # another model of this process may have documents that are cut one by one
-        options, layout = (None, "zigzag") if prepared is None else prepared[:2]
+        options, layout = (None, _OTHERS["layout"]) if prepared is None else prepared[:2]
+        if cp_group is None and cu_seqlens is not None:  # as Megatron does
+            cp_group = parallel_state.get_context_parallel_group()
         group = cp_group
         if dynamic is not None:
             group, layout = dynamic.group, "zigzag"
@@ -52,10 +57,15 @@ def _wrap(original: Callable) -> Callable:
     return apply_rotary_pos_emb
 
 
-def apply() -> None:
+def apply(*, across: bool = False) -> None:
     """Apply the patch; a second call does nothing. With ``--sft``, which shards each document separately, it keeps
     their angles where batches do not bring their own ranks.
+
+    Args:
+        across: documents cross the chunks of ranks, also those of models that nobody prepares.
     """
+    if across:
+        _OTHERS["layout"] = "zigzag"
     replace(
         SYMBOLS[0], PARAMETERS, _wrap,
         "one launch on a GPU, and packed documents may cross the chunks of context-parallel ranks", later=LATER,

@@ -10,8 +10,9 @@ from megatron.core.transformer import attention
 
 from lightning_megatron.config import LightningOptions, mark_prepared
 from lightning_megatron.ops.triton import rotary as rotary_kernels
+from lightning_megatron.packed import DynamicBatch, dynamic_batch
 from lightning_megatron.patches import packed_rope
-from lightning_megatron.rope import turn
+from lightning_megatron.rope import LRPE, turn
 from lightning_megatron.runtime import prepare
 from tests import layers
 from tests.helpers.context_parallel import tokens_of
@@ -120,3 +121,74 @@ def test_fused_and_unknown_angles_are_left_to_megatron(rng):
     assert turned(x, angles.expand(-1, 2, -1, -1), config) is x
     config.apply_rope_fusion = True
     assert turned(x, angles, config) is x and len(calls) == 2
+
+
+def one_rank_of_its_own(rank: int, world: int) -> dict[str, float]:
+    """Errors where packed_seq_params.local_cp_size is 1 and brings no group (``packed.sharing_group``)."""
+    layers.start(cp=world)
+    rng, found = torch.Generator().manual_seed(5), {}
+    x, dy = (randn(rng, 32, 1, 3, 16).float() for _ in range(2))
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    starts = torch.tensor(BOUNDS)[torch.searchsorted(torch.tensor(BOUNDS), torch.arange(32), right=True) - 1]
+    for backend in ("torch", "triton"):
+        config = layers.transformer_config(context_parallel_size=world, linear_attention_freq=2)
+        prepare(config, LightningOptions(backend=backend))
+        packed_rope.apply()
+        angles, common = table(config, 64, 16), dict(config=config, cu_seqlens=bounds, cp_group=dist.group.WORLD)
+        want = expected(x, dy, angles, starts, config, {})
+
+        def softmax(t, angles=angles, common=common):
+            token = dynamic_batch.set(DynamicBatch(None))
+            try:
+                return attention.apply_rotary_pos_emb(t[:, 0], angles, **common).unsqueeze(1)
+            finally:
+                dynamic_batch.reset(token)
+
+        def lightning(t, angles=angles, common=common, backend=backend):
+            how = dict(mscale=1.0, inference_context=None, group=None, layout="zigzag", backend=backend)
+            return turn(t, t, (angles, angles), **common, **how)[0]
+
+        for name, function in (("softmax", softmax), ("lightning", lightning)):
+            got = with_gradient(function, x, dy)
+            found[f"{name} {backend}"] = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+    learnt = LRPE(3, 16, tp_group=dist.new_group([rank], use_local_synchronization=True), dtype=torch.float32)
+    (y,) = learnt(x, cu_seqlens=bounds, inference_context=None, group=None, layout="zigzag")
+    turned = (torch.arange(32) - starts)[:, None, None, None] * learnt.theta.double()
+    want = torch.cat([x.double() * f(turned) for f in (torch.cos, torch.sin)], -1)
+    return found | {"learnt": float((y - want).norm() / want.norm())}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter needs a machine without CUDA")
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_batch_for_one_rank_without_a_group(world):
+    for errors in spawn(one_rank_of_its_own, world):
+        assert len(errors) == 5 and all(error < 1e-6 for error in errors.values()), errors
+
+
+def beside_another_model(rank: int, world: int, layout: str, dynamic: bool, left_out: bool) -> float:
+    """The largest difference that a prepared model makes to Megatron's angles of one that nobody prepared, or to those
+    of its own where cp_group is left out, which then is that of the usual ranks.
+    """
+    layers.start(cp=world)
+    fields = dict(context_parallel_size=world)
+    config = layers.transformer_config(**fields, linear_attention_freq=2)
+    prepare(config, LightningOptions(backend="triton"), layout=layout)
+    if dynamic:
+        packed_rope.apply()
+    if not left_out:
+        config = layers.transformer_config(**fields)
+    x = randn(torch.Generator().manual_seed(5), 16, 3, 16).float()
+    angles, bounds = table(config, 64, 16), torch.tensor(BOUNDS, dtype=torch.int32)
+    group = {} if left_out else dict(cp_group=dist.group.WORLD)
+    got, want = (
+        f(x, angles, config=config, cu_seqlens=bounds, **group)
+        for f in (attention.apply_rotary_pos_emb, rope_utils.apply_rotary_pos_emb)
+    )
+    return float((got - want).abs().max())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter needs a machine without CUDA")
+@pytest.mark.parametrize("dynamic, left_out", [(False, False), (True, False), (False, True)])
+def test_documents_of_other_models_are_cut_as_megatron_does(dynamic, left_out):
+    for difference in spawn(beside_another_model, 2, "zigzag-documents", dynamic, left_out):
+        assert difference < 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import torch_backend
@@ -52,6 +54,8 @@ def rotary(
     pairs = interleaved, interleaved if interleaved_out is None else interleaved_out
     if choose(backend, x) is torch_backend:
         return _turn(x, angles, scale, *pairs)
+    if angles.dtype == torch.float64:  # of large ones fp32 would round off the part of a turn
+        angles = angles.remainder(2 * math.pi).float()
     return _Rotary.apply(x, angles, scale, pairs)
 
 
@@ -74,7 +78,9 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx, x, angles, scale, pairs):
         from .triton import rotary as rotary_kernels
 
-        ctx.save_for_backward(angles)
+        # Megatron memoizes its table, maybe made in inference mode: autograd saves no tensor of that
+        ctx.angles = angles if angles.is_inference() else None
+        ctx.save_for_backward(None if angles.is_inference() else angles)
         ctx.options = scale, pairs
         with device_of(x):
             return rotary_kernels.turn(x, angles, scale, *pairs, back=False)
@@ -84,5 +90,6 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx, dy):
         from .triton import rotary as rotary_kernels
 
-        (angles,), (scale, (interleaved, interleaved_out)) = ctx.saved_tensors, ctx.options
+        (saved,), (scale, (interleaved, interleaved_out)) = ctx.saved_tensors, ctx.options
+        angles = ctx.angles if saved is None else saved
         return rotary_kernels.turn(dy, angles, scale, interleaved_out, interleaved, back=True), None, None, None

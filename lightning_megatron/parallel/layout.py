@@ -11,7 +11,7 @@ LAYOUTS = ("contiguous", "zigzag", "zigzag-documents")
 def token_positions(
     tokens: int,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     layout: str = "zigzag",
     cu_seqlens: torch.Tensor | None = None,
     device=None,
@@ -19,9 +19,9 @@ def token_positions(
     """Where in the whole sequence this rank's ``tokens`` tokens are, ``[tokens]`` int64, by ``layout`` as of
     ``lightning_attn``.
 
-    contiguous: all ranks have as many tokens.
+    contiguous: all ranks have as many tokens. ``group`` is None for one rank.
     """
-    P, r = group.size(), group.rank()
+    P, r = (1, 0) if group is None else (group.size(), group.rank())
     device = device if cu_seqlens is None else cu_seqlens.device
     i = torch.arange(tokens, device=device)
     if layout == "contiguous":

@@ -132,6 +132,25 @@ def test_without_gradients(impl, rng, context):
     assert torch.equal(got, want) and want.requires_grad and not got.requires_grad
 
 
+def test_angles_made_in_inference_mode(impl, rng):
+    """As Megatron memoizes them where a model first reads, and then trains on as many tokens."""
+    x, dy, angles = case(rng, impl, (7, 3, 2, 32, 8))
+    with torch.inference_mode():
+        same = angles.clone()
+    function = lambda angles: lambda x: rotary(x, angles, backend=impl.backend)
+    assert_same_bits(with_gradient(function(same), x, dy), with_gradient(function(angles), x, dy))
+
+
+def test_far_positions_in_fp64(impl, rng):
+    """Angles that fp32 could not tell from their neighbours."""
+    positions = torch.tensor([1, 2**22 - 1, 4_000_003, 10**9], dtype=torch.float64)
+    inverse = 10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
+    x, dy, _ = case(rng, impl, (4, 2, 3, 32, 16))
+    angles = torch.outer(positions, inverse).to(impl.device)
+    got = with_gradient(lambda x: rotary(x, angles, backend=impl.backend), x, dy)
+    assert_close(impl, got, x, dy, angles, 1.0, False, None)
+
+
 def test_gradcheck(rng):
     x, angles = randn(rng, 3, 2, 2, 10).requires_grad_(), angles_of(rng, 3, 4)
     assert torch.autograd.gradcheck(lambda x: rotary(x, angles, scale=0.7), x)
