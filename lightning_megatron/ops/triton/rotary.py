@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .launch import cdiv, launch, pad
 
-TILE = 2048  # pairs of channels of one head, in BR tokens
+TILE = 1024  # pairs of channels of one head, in BR tokens
 HEADS = 8  # of a program, which computes sines and cosines once for all of them
 
 
