@@ -26,7 +26,7 @@ SYMBOLS = ("megatron.core.transformer.attention.apply_rotary_pos_emb",)
 PARAMETERS = ("t", "freqs", "config", "cu_seqlens", "mscale", "cp_group", "mla_rotary_interleaved")
 LATER = (*PARAMETERS, "inverse", "mla_output_remove_interleaving", "max_seqlen")  # 0.20
 # How documents of models are cut that nobody prepared: as Megatron assumes, until a model of this process has others.
-_OTHERS = {"layout": "zigzag-documents"}
+_others = "zigzag-documents"
 
 
 def _wrap(original: Callable) -> Callable:
@@ -35,7 +35,7 @@ def _wrap(original: Callable) -> Callable:
     ):
         how = dict(config=config, mscale=mscale, mla_rotary_interleaved=mla_rotary_interleaved)
         dynamic, prepared = dynamic_batch.get(), prepared_with(config)
-        options, layout = (None, _OTHERS["layout"]) if prepared is None else prepared[:2]
+        options, layout = (None, _others) if prepared is None else prepared[:2]
         if cp_group is None and cu_seqlens is not None:  # as Megatron does
             cp_group = parallel_state.get_context_parallel_group()
         group = cp_group
@@ -64,8 +64,9 @@ def apply(*, across: bool = False) -> None:
     Args:
         across: documents cross the chunks of ranks, also those of models that nobody prepares.
     """
+    global _others
     if across:
-        _OTHERS["layout"] = "zigzag"
+        _others = "zigzag"
     replace(
         SYMBOLS[0], PARAMETERS, _wrap,
         "one launch on a GPU, and packed documents may cross the chunks of context-parallel ranks", later=LATER,

@@ -193,6 +193,12 @@ def test_patterns_that_cannot_be_built(pattern, options, message):
         checked(transformer_config(), LightningOptions(**options), pattern)
 
 
+def test_angles_of_another_order_are_refused():
+    """HybridModel makes those of halves, whatever --rotary-interleaved says."""
+    with pytest.raises(ValueError, match="--rotary-interleaved is not supported in HybridModel"):
+        checked(transformer_config(rotary_interleaved=True), LightningOptions(), "L-*-")
+
+
 def test_a_stack_of_another_kind_is_refused():
     given = SimpleNamespace(module=torch.nn.Module, params={}, submodules=None)
     with pytest.raises(ValueError, match="L needs Megatron's HybridStack, and this stack spec has .*Module"):
