@@ -92,7 +92,7 @@ def checked(config: Any, options: LightningOptions, pattern: str) -> Any:
     if config.rotary_interleaved:
         raise ValueError(
             "--rotary-interleaved is not supported in HybridModel: Megatron (0.19, and main) makes its angles for the "
-            "other order, so that the two channels of a pair would turn by different ones; leave it out, or use GPTModel"
+            "other order, so that both channels of a pair would turn by different ones; leave it out, or use GPTModel"
         )
     return as_transformer(config, pattern)
 
