@@ -103,7 +103,7 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
     folder = tracker.with_name("release" if text == "release" else f"iter_{int(text) if text.isdigit() else 0:07d}")
     if not folder.is_dir():
         return  # left to gave_up
-    if not is_distributed(folder):
+    if not is_distributed(folder) and not args.use_mp_args_from_checkpoint_args:  # which takes the sizes from it
         _refuse_other_sizes(folder, args)
     together, start = dist.is_initialized(), time.monotonic()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

@@ -218,10 +218,13 @@ def test_sizes_by_the_names_of_the_old_format(there, sizes, given, tmp_path):
         folder = tmp_path / "iter_0000002" / f"mp_rank_{name}"
         folder.mkdir(parents=True)
         (folder / "model_optim_rng.pt").write_bytes(b"PK")
-    args = Namespace(ckpt_step=None, ckpt_format="torch", **({T: 1, P: 1, E: 1} | sizes))
+    more = dict(ckpt_step=None, ckpt_format="torch", use_mp_args_from_checkpoint_args=False)
+    args = Namespace(**({T: 1, P: 1, E: 1} | sizes | more))
     refused = contextlib.nullcontext() if given is None else pytest.raises(CheckpointError, match=re.escape(given))
     with refused:
         refuse_broken(str(tmp_path), args)
+    args.use_mp_args_from_checkpoint_args = True
+    refuse_broken(str(tmp_path), args)
 
 
 def test_files_of_two_checkpoints(copied):
