@@ -206,9 +206,15 @@ def test_parts_in_use(parse, installed):
     line = parts_in_use(parse(), "TorchNorm")
     assert "\n" not in line and "linear layers megatron-core local" in line and "layer norms TorchNorm" in line
     assert "gradient accumulation fusion off" in line and "torch 2." in line
+    assert ("rotary positions lightning_megatron" if torch.cuda.is_available() else "rotary positions torch") in line
+    assert "rotary positions lightning_megatron;" in parts_in_use(parse("--lightning-backend triton"), "TorchNorm")
     installed(*EVERYTHING)
     line = parts_in_use(parse(), "TENorm")
     assert "linear layers TransformerEngine" in line and "gradient accumulation fusion apex" in line
+    own = "--no-rope-fusion --lightning-backend triton"
+    assert "rotary positions lightning_megatron;" in parts_in_use(parse(own), "TENorm")
+    line = parts_in_use(parse(f"{own} --multi-latent-attention"), "TENorm")
+    assert "rotary positions lightning_megatron (of latents: torch);" in line
 
 
 # ---- refusals ----

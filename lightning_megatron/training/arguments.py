@@ -329,7 +329,7 @@ def parts_in_use(args: Namespace, norm: str) -> str:
     use_te = args.transformer_impl == "transformer_engine"
     rope = "TransformerEngine" if args.apply_rope_fusion else "torch"
     if not args.apply_rope_fusion and by_triton(args.lightning_backend):
-        rope = "lightning_megatron"
+        rope = "lightning_megatron" + (" (of latents: torch)" if use_te and args.multi_latent_attention else "")
     adam = "TransformerEngine" if importable(_TE) else "apex" if importable("apex.optimizers") else "torch"
     parts = {
         "linear layers": "TransformerEngine" if use_te else "megatron-core local",
