@@ -303,9 +303,8 @@ class LightningAttention(MegatronModule):
         if self.lrpe is not None:
             nvtx_range_push(suffix="lrpe")
             q, k = self.lrpe(
-                q, k, cu_seqlens=cu_seqlens, inference_context=inference_context, layout=layout,
-                group=self.pg_collection.cp if group is None else group,
-            )  # fmt: skip
+                q, k, cu_seqlens=cu_seqlens, inference_context=inference_context, group=group, layout=layout
+            )
             nvtx_range_pop(suffix="lrpe")
         return q, gate, k, v
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import attention
 
 from lightning_megatron.config import LightningOptions, mark_prepared
@@ -17,6 +18,7 @@ from lightning_megatron.runtime import prepare
 from tests import layers
 from tests.helpers.context_parallel import tokens_of
 from tests.launch import spawn
+from tests.layers import Variant
 from tests.ops.cases import randn
 
 BOUNDS = [0, 8, 24, 32]
@@ -192,3 +194,21 @@ def beside_another_model(rank: int, world: int, layout: str, dynamic: bool, left
 def test_documents_of_other_models_are_cut_as_megatron_does(dynamic, left_out):
     for difference in spawn(beside_another_model, 2, "zigzag-documents", dynamic, left_out):
         assert difference < 1e-6
+
+
+def learnt_angles_alone(rank: int, world: int) -> torch.Tensor:
+    """A layer's output where each of the context-parallel ranks has a batch of its own, and the batch no group."""
+    layers.start(cp=world)
+    mixer = layers.build_mixer(Variant(dict(lrpe_layers=1), layer=1), context_parallel_size=world)
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    packed = PackedSeqParams("thd", bounds, bounds, local_cp_size=1)
+    x = randn(torch.Generator().manual_seed(6), 32, 1, mixer.config.hidden_size).float()
+    with torch.no_grad():
+        assert mixer.lrpe is not None
+        return mixer(x, None, packed_seq_params=packed)[0]
+
+
+def test_learnt_angles_of_a_batch_for_one_rank():
+    (want,) = spawn(learnt_angles_alone, 1)
+    for got in spawn(learnt_angles_alone, 2):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
