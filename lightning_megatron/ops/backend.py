@@ -252,7 +252,7 @@ def choose(backend: str | None, q: torch.Tensor) -> Backend:
 
 def by_triton(backend: str) -> bool:
     """Whether models of this process compute with Triton: where it is asked for, and by themselves on a GPU."""
-    return backend == "triton" or (backend == "auto" and torch.cuda.is_available())
+    return (_auto_backend("cuda" if torch.cuda.is_available() else "cpu") if backend == "auto" else backend) == "triton"
 
 
 _NO_CHANGE = contextlib.nullcontext()

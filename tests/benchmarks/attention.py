@@ -171,16 +171,22 @@ def length(bench: Bench) -> Iterator[Group]:
         yield add_speedups(group)
 
 
-def dims(bench: Bench) -> Iterator[Group]:
-    for shape in DIMS:
-        rows = bench.rows("dims")
+def each_way(bench: Bench, suite: str, shapes: list[Shape]) -> Iterator[Group]:
+    for shape in shapes:
+        rows = bench.rows(suite)
         yield add_speedups([attempt(times, bench, row, shape, what=("forward", "backward")) for row in rows])
+
+
+def dims(bench: Bench) -> Iterator[Group]:
+    return each_way(bench, "dims", DIMS)
 
 
 def heads(bench: Bench) -> Iterator[Group]:
-    for shape in HEADS:
-        rows = bench.rows("heads")
-        yield add_speedups([attempt(times, bench, row, shape, what=("forward", "backward")) for row in rows])
+    return each_way(bench, "heads", HEADS)
+
+
+def grouped(bench: Bench) -> Iterator[Group]:
+    return each_way(bench, "grouped", GROUPED)
 
 
 def documents(total: int, spread: str) -> list[int]:
@@ -209,11 +215,6 @@ def packed(bench: Bench) -> Iterator[Group]:
             if f"{part}_ms" in dense and f"{part}_ms" in x:
                 x[f"{part}_vs_dense"] = x[f"{part}_ms"] / dense[f"{part}_ms"]
     yield group
-
-
-def grouped(bench: Bench) -> Iterator[Group]:
-    for shape in GROUPED:
-        yield [attempt(times, bench, row, shape, what=("forward", "backward")) for row in bench.rows("grouped")]
 
 
 def decode_times(bench: Bench, row: peers.Row, shape: Shape) -> dict:

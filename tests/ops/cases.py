@@ -163,3 +163,10 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"not bit for bit the same: {different}"
+
+
+def with_gradient(function, x, dy) -> dict[str, torch.Tensor]:
+    """y of a function of x, and the gradient of x."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return {"y": y.detach(), "dx": torch.autograd.grad(y, x, dy)[0]}

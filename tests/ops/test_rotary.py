@@ -7,7 +7,7 @@ from lightning_megatron.ops import rotary
 from lightning_megatron.ops.triton import rotary as rotary_kernels
 
 from ..tolerances import POINTWISE, SMALLEST, error
-from .cases import assert_same_bits, pick, randn
+from .cases import assert_same_bits, pick, randn, with_gradient
 from .launches import record_rotary
 
 # s, b, heads, D, pairs
@@ -39,12 +39,6 @@ def case(rng, impl, sizes):
 
 def angles_of(rng, s, pairs):
     return (1000 * randn(rng, s, pairs)).float()
-
-
-def with_gradient(function, x, dy) -> dict[str, torch.Tensor]:
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return {"y": y.detach(), "dx": torch.autograd.grad(y, x, dy)[0]}
 
 
 def formula(x, angles, scale, interleaved, interleaved_out):

@@ -7,7 +7,7 @@ from lightning_megatron.ops import swiglu
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 from ..tolerances import POINTWISE, SMALLEST, error
-from .cases import assert_same_bits, pick, randn
+from .cases import assert_same_bits, pick, randn, with_gradient
 from .launches import GLU, record_swiglu
 
 COLUMNS = (16, 48, 80, 336)
@@ -26,12 +26,6 @@ def case(rng, impl, columns, tokens):
     print(f"{impl} {columns=} {tokens=}")
     low = dict(dtype=impl.dtype, device=impl.device)
     return (3 * randn(rng, *tokens, 2 * columns)).to(**low), randn(rng, *tokens, columns).to(**low)
-
-
-def with_gradient(function, x, dy) -> dict[str, torch.Tensor]:
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return {"y": y.detach(), "dx": torch.autograd.grad(y, x, dy)[0]}
 
 
 def formula(x):

@@ -27,6 +27,14 @@ def pad(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``[s, b, ...]`` as ``[s * b, ...]`` with stride 1 along the last: a view of all that lies in Megatron's order."""
+    if x is None:
+        return None
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class Launch:
     """``kernel[grid](...)`` on one device, of which all but the tensors is fixed, with ``grid > 0``.
 

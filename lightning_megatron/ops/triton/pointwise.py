@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch, pad
+from .launch import cdiv, flat, launch, pad
 
 TILE = 4096  # elements
 GLU_COLUMNS = 1024  # of a tile of swiglu, at most
@@ -248,14 +248,6 @@ def norm_gate_grad_kernel(
         tl.store(dweight + at, tl.sum(b_dw, axis=0), mask=o_w < WIDTH)
 
 
-def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
-    """``[s, b, ...]`` as ``[s * b, ...]`` with stride 1 along the last: a view of all that lies in Megatron's order."""
-    if x is None:
-        return None
-    x = x.flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else x.stride()[:2]
 
@@ -278,7 +270,7 @@ def split_forward(
     v = mixed.new_empty(s, b, *sizes[2]) if silu_v else None
     if s * b:
         grid = (group + 1 + silu_v) * heads * cdiv(s * b, constants["BR"])
-        mixed = _flat(mixed)
+        mixed = flat(mixed)
         numbers = mixed.stride(0), s * b, heads
         launch(split_kernel, grid, (mixed, q, k, v), numbers, tuple(constants.values()), num_warps=4)
     return q, k, v
@@ -291,7 +283,7 @@ def split_backward(mixed, dims, silu, dq, dgate, dk, dv) -> torch.Tensor:
     dmixed = mixed.new_empty(s, b, width)
     if s * b:
         grid = (group * (2 if dims[1] else 1) + 2) * heads * cdiv(s * b, constants["BR"])
-        mixed, dq, dgate, dk, dv = (_flat(x) for x in (mixed, dq, dgate, dk, dv))
+        mixed, dq, dgate, dk, dv = (flat(x) for x in (mixed, dq, dgate, dk, dv))
         launch(
             split_grad_kernel, grid, (mixed, dmixed, dq, dgate, dk, dv),
             (mixed.stride(0), *_strides(dq), *_strides(dgate), *_strides(dk), *_strides(dv), s * b, heads),
@@ -315,7 +307,7 @@ def norm_gate_forward(o, gate, weight, kind, width, eps) -> torch.Tensor:
     (s, b, H, V), constants = o.shape, _norm_gate_constants(o, gate, kind, width)
     y, groups = o.new_empty(s, b, H * V), H * V // constants["WIDTH"]
     if s * b:
-        o, gate = _flat(o), _flat(gate)
+        o, gate = flat(o), flat(gate)
         launch(
             norm_gate_kernel, groups * cdiv(s * b, constants["BR"]), (o, gate, weight, y),
             (*_strides(o), *_strides(gate), s * b, groups, eps), tuple(constants.values()),
@@ -336,7 +328,7 @@ def norm_gate_backward(
     dgate = None if gate is None else gate.new_empty(gate.shape)
     dweight = torch.empty(programs, H * V, device=o.device, dtype=torch.float32) if learns else None
     if s * b:
-        o, gate, more = _flat(o), _flat(gate), None if more is None else more.contiguous()
+        o, gate, more = flat(o), flat(gate), None if more is None else more.contiguous()
         launch(
             norm_gate_grad_kernel, groups * programs, (o, gate, weight, dy.contiguous(), more, do, dgate, dweight),
             (*_strides(o), *_strides(gate), s * b, groups, steps, eps),

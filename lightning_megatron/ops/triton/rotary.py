@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch, pad
+from .launch import cdiv, flat, launch, pad
 
 TILE = 1024  # pairs of channels of one head, in BR tokens
 HEADS = 8  # of a program, which computes sines and cosines once for all of them
@@ -61,9 +61,7 @@ def turn(
     (s, b, heads, D), n = x.shape, angles.shape[1]
     y = x.new_empty(x.shape)
     if y.numel():
-        rows = x.flatten(0, 1)
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        BN = pad(n)
+        rows, BN = flat(x), pad(n)
         BR = max(1, TILE // BN)
         constants = (
             D, n, BN, pad(max(1, D - 2 * n)), BR, HEADS, angles.stride(1) if n > 1 else 1,
