@@ -4,6 +4,7 @@ tokens.
 
 from __future__ import annotations
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -315,7 +316,9 @@ def test_all_ranks_one_after_the_other_in_bf16(rng, monkeypatch, unasked, layout
 
 
 def over_gpus(rank: int, world: int, seed: int) -> list[dict[str, tuple[float, float, bool]]]:
-    """Of every quantity the error against fp64 over ranks and on one GPU, and whether two calls have the same bits."""
+    """Of every quantity the error against fp64 over ranks, that of one GPU rounded once more, and whether two calls
+    give equal bits.
+    """
     rng, found = torch.Generator().manual_seed(seed), []
     for heads, groups, d, T in ((4, 4, 64, 1024), (8, 2, 128, 2048), (3, 3, 128, 1028)):
         tensors = [randn(rng, T, 1, h, d).cuda().bfloat16() for h in (heads, groups, groups)]
@@ -333,22 +336,23 @@ def over_gpus(rank: int, world: int, seed: int) -> list[dict[str, tuple[float, f
         ours, again = (run(lambda q, k, v: core(dist.group.WORLD)(q, k, v, None), mine) for _ in range(2))
         errors = {}
         for name, x, one, y, z in zip(("output", "dq", "dk", "dv"), want, alone, ours, again, strict=True):
-            relative = [float((a.double() - x[mine]).norm() / x[mine].norm()) for a in (y, one[mine])]
-            errors[name] = (*relative, torch.equal(y, z))
+            x = x[mine]
+            error, of_one, rounding = (float((a.double() - x).norm() / x.norm()) for a in (y, one[mine], x.bfloat16()))
+            errors[name] = (error, math.hypot(of_one, rounding), torch.equal(y, z))
         found.append(errors)
     return found
 
 
 @pytest.mark.gpu
 def test_over_gpus_as_exact_as_one(rng):
-    """Gradients of keys are rounded once more on the way to the rank that they belong to: 1.22 and 1.27 times the error
-    of one GPU on an H200. cuDNN sums gradients of queries in any order.
+    """Over ranks every value is a sum of parts in bf16 (of near and far keys, of ranks) and is rounded once more: on an
+    H200 outputs and gradients have up to 1.27 times the error of one GPU. cuDNN sums gradients of queries in any order.
     """
     for rank, cases in enumerate(spawn(over_gpus, 2, int(torch.randint(2**31, (), generator=rng)), gpus=True)):
         for errors in cases:
             print(rank, errors)
-            for name, (error, alone, same) in errors.items():
-                assert 0 < error <= (1.5 if name in ("dk", "dv") else 1.1) * alone, f"{rank=} {name} {errors}"
+            for name, (error, limit, same) in errors.items():
+                assert 0 < error <= 1.1 * limit, f"{rank=} {name} {errors}"
                 assert same or name == "dq", f"{rank=} {name} {errors}"
 
 

@@ -70,11 +70,13 @@ def _loss(results: Results, runs: list[Run]):
         told.add(run.variant)
         line = {"color": COLOURS[run.variant], "linewidth": 1.1, "linestyle": "-" if run.about["seed"] == 1 else "--"}
         axes[0].plot([(i + 1) * run.tokens_a_step / 1e6 for i in range(len(losses))], losses, label=label, **line)
-        axes[1].plot([x / 60 for x in itertools.accumulate(run.about["seconds"])], losses, **line)
+        minutes = statistics.median(run.about["seconds"]) / 60
+        axes[1].plot([(i + 1) * minutes for i in range(len(losses))], losses, **line)
         if "loss" in run.tasks:
             parts, length = run.tasks["loss"]["by_position"], run.tasks["loss"]["length"]
             axes[2].plot([(i + 0.5) * length / len(parts) for i in range(len(parts))], parts, **line)
-    for axis, name in zip(axes, ("million tokens", "minutes of training steps", "position in the window"), strict=True):
+    names = ("million tokens", "minutes, by the median step", "position in the window")
+    for axis, name in zip(axes, names, strict=True):
         axis.set_xlabel(name)
     for axis in axes[:2] if tops else ():
         axis.set_ylim(top=max(tops))  # the fall from the first loss hides all else

@@ -209,7 +209,7 @@ def ablations(results: Results) -> list[str]:
 
 
 def rates(results: Results) -> list[str]:
-    """Losses of the sweep."""
+    """Last validations of the sweep: by these, and not by what the other tables show, a rate is chosen."""
     plan = results.plan
     found = {name: {run.about["lr"]: run for run in results.at(name, plan.size, plan.short)} for name in TWO_SEEDS}
     columns = sorted({rate for runs in found.values() for rate in runs})
@@ -218,15 +218,15 @@ def rates(results: Results) -> list[str]:
 
     def cell(name: str, rate: float) -> str:
         run = found[name].get(rate)
-        loss = loss_of(run) if run else None
+        loss = run.valid_loss if run else None
         return MISSING if run is None else run.state if run.state != "complete" or loss is None else f"{loss:.4f}"
 
     rows = [[f"`{name}`", *(cell(name, rate) for rate in columns)] for name in TWO_SEEDS]
     others = ", ".join(f"`{name}`" for name, family in FAMILY.items() if family != name)
-    note = f"{others} take that of `7:1`."
+    note = f"Of the last validation in training; {others} take the rate of `7:1`."
     return [
         f"### Learning rates, at {million(plan.short)} tokens", "",
-        *table(["held-out loss", *(f"{rate:g}" for rate in columns)], rows), note, "",
+        *table(["validation loss", *(f"{rate:g}" for rate in columns)], rows), note, "",
     ]  # fmt: skip
 
 
@@ -256,16 +256,18 @@ def every_run(results: Results) -> list[str]:
         about, loss = run.about, loss_of(run)
         speed = "-" if run.speed is None else f"{run.speed:,.0f}"
         rows.append(
-            [f"`{run.variant}` {about['tag']}".rstrip(), about["size"], million(about["tokens"]), str(about["seed"])]
+            [f"`{run.variant}` {about['tag']}".rstrip(), about["size"], about.get("transformer_impl", "local")]
+            + [million(about["tokens"]), str(about["seed"])]
             + [f"{about['lr']:g}", f"{about.get('parameters', 0) / 1e6:.2f}M", "-" if loss is None else f"{loss:.4f}"]
             + [f"{run.train_loss:.4f}" if run.losses else "-", f"{run.minutes:.1f}", speed, run.state]
             + [", ".join(sorted(run.cards)), ", ".join(sorted({x["commit"] for x in about["stretches"]}))]
         )
-    head = ["variant", "size", "tokens", "seed", "lr", "parameters", "held-out loss", "train loss", "GPU minutes"]
+    head = ["variant", "size", "layers", "tokens", "seed", "lr", "parameters", "held-out loss", "train loss"]
+    head += ["GPU minutes", "tokens/s", "state", "card", "commit"]
     note = "GPU minutes: training with starts, validations and saves, and evaluation. Train loss: the last twentieth."
     data = {run.about["data"] for run in results.every}
     mixed = ["**These runs are not of the same text**: see `data` in their files.", ""] if len(data) > 1 else []
-    return ["### Every run", "", note, "", *mixed, *table([*head, "tokens/s", "state", "card", "commit"], rows)]
+    return ["### Every run", "", note, "", *mixed, *table(head, rows)]
 
 
 def missing(results: Results) -> list[str]:

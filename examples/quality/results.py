@@ -99,6 +99,11 @@ class Run:
         return statistics.mean(self.losses[-max(1, len(self.losses) // 20) :])
 
     @property
+    def valid_loss(self) -> float | None:
+        """Of the last validation of the training."""
+        return self.about["valid"][-1]["valid_loss"] if self.about["valid"] else None
+
+    @property
     def speed(self) -> float | None:
         """Tokens per second of a usual step: those in which kernels are compiled or data is awaited do not count."""
         seconds = self.about["seconds"]
@@ -189,12 +194,12 @@ class Results:
         return self._groups.get((variant, size, tokens), [])
 
     def best(self, variant: str, tokens: float) -> list[Run]:
-        """Complete and evaluated runs of the learning rate whose mean held-out loss is lowest, one for each seed."""
+        """Complete runs of the learning rate whose last validation is best in the mean, one for each seed."""
         by_rate = collections.defaultdict(list)
         for run in self.at(variant, self.plan.size, tokens):
-            if run.state == "complete" and loss_of(run) is not None:
+            if run.state == "complete":
                 by_rate[run.about["lr"]].append(run)
-        means = {rate: found.value for rate, runs in by_rate.items() if (found := mean(runs, loss_of))}
+        means = {rate: found.value for rate, runs in by_rate.items() if (found := mean(runs, lambda x: x.valid_loss))}
         return by_rate[min(means, key=lambda rate: (means[rate], rate))] if means else []
 
     def main(self, variant: str) -> list[Run]:

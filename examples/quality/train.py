@@ -18,6 +18,7 @@ the lines of steps behind it. A loss that is no number ends a run for good: it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -74,6 +75,7 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     words += ["--tokenizer-model", str(data / "tokenizer.model"), "--data-cache-path", str(folder / "cache")]
     words += ["--train-data-path", str(data / "train_text_document")]
     words += ["--valid-data-path", str(data / "valid_text_document"), "--save", checkpoint, "--load", checkpoint]
+    words += ["--transformer-impl", options.transformer_impl]
     words += ["--exit-interval", str(options.stop_at)] if options.stop_at else []
     words += ["--bf16"] if gpu and not options.fp32 else []
     return words + options.flags
@@ -139,7 +141,8 @@ def about(options: argparse.Namespace, gpu: bool) -> dict:
     return {
         "variant": options.variant, "size": options.size, "seed": options.seed, "lr": options.lr, "tag": options.tag,
         "tokens": steps * size.batch * size.seq_length, "seq_length": size.seq_length,
-        "steps": steps, "fp32": options.fp32 or not gpu, "flags": flags(options.variant, size) + options.flags,
+        "steps": steps, "fp32": options.fp32 or not gpu, "transformer_impl": options.transformer_impl,
+        "flags": flags(options.variant, size) + options.flags,
         "data": json.loads((options.data / "stats.json").read_text("utf-8"))["sha256"]["train_text_document.bin"],
     }  # fmt: skip
 
@@ -254,9 +257,13 @@ def state(folder: Path) -> str:
 def versions() -> dict[str, str]:
     import torch
 
-    found = {name: importlib.metadata.version(name) for name in ("triton", "megatron-core")}
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"torch": torch.__version__, "megatron": found["megatron-core"], "triton": found["triton"], "driver": driver}
+    found = {"torch": torch.__version__}
+    found["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    names = {"megatron": "megatron-core", "triton": "triton", "transformer_engine": "transformer-engine"}
+    for key, name in names.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[key] = importlib.metadata.version(name)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -283,6 +290,8 @@ def add_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--micro-batch", type=int, help="sequences of a pass (default: by the size)")
     add("--eval-iters", type=int, default=4, help="batches of a validation (%(default)s)")
     add("--fp32", action="store_true", help="train in fp32, not bf16 (a CPU always does)")
+    layers = ("local", "transformer_engine")
+    add("--transformer-impl", default="local", choices=layers, help="whose layers surround attention (%(default)s)")
     return made
 
 

@@ -34,7 +34,7 @@ SIZES = {
     "toy": Size(4, 96, 3, 256, 8, 128, 8, 8, 1024),
     "tiny": Size(4, 32, 2, 64, 4, 128, 2, 2, 512),
 }
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of the sweep
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the sweep, until the best has a worse one on either side
 WARM_UP = 100  # steps, and a fifth of a run at most
 
 
