@@ -1,5 +1,6 @@
 """For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, nothing left, the gpu marker."""
 
+import argparse
 import collections
 import functools
 import gc
@@ -7,7 +8,7 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and threads that wait for each other spin
@@ -92,6 +93,29 @@ def _take_back(symbol: str) -> bool:
         return False
     setattr(_replace._owner(owner), name, patched.__wrapped__)
     return True
+
+
+@pytest.fixture
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the patched symbols back after the test."""
+    from lightning_megatron import patches
+    from lightning_megatron.patches import _replace, mtp_without_te
+
+    for symbol in (symbol for patch in patches.ALL for symbol in patch.SYMBOLS):
+        owner, _, name = symbol.rpartition(".")
+        owner = _replace._owner(owner)
+        if symbol in mtp_without_te.SYMBOLS and not hasattr(owner, name):  # not in megatron-core 0.19
+            continue
+        assert not hasattr(getattr(owner, name), _replace.MARKER), f"{symbol} was patched at import"
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
+    """Parse the flags of a small model, and more, as Megatron does."""
+    from tests.helpers.arguments import parse_flags
+
+    return functools.partial(parse_flags, monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from lightning_megatron.spec import make_spec
 from lightning_megatron.training.loss import chunked_loss
 from lightning_megatron.training.refusals import refuse
 from tests import layers
-from tests.helpers.arguments import parse_flags
 from tests.helpers.models import gpt
 from tests.helpers.training import assert_same_training, train
 from tests.launch import spawn
@@ -84,11 +83,6 @@ def test_model_never_makes_logits(world, config):
         assert chunked.pop("shapes").tolist() == [[16, 2]]
         assert plain.pop("shapes").tolist() == [[16, 2, 64 // world]]
         assert_close(chunked, plain, TOLERANCE[torch.float32])
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    return functools.partial(parse_flags, monkeypatch)
 
 
 @pytest.mark.parametrize(

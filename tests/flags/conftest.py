@@ -4,12 +4,7 @@ import functools
 
 import pytest
 
-from tests.helpers.arguments import parse_flags, pretend_without
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    return functools.partial(parse_flags, monkeypatch)
+from tests.helpers.arguments import pretend_without
 
 
 @pytest.fixture
