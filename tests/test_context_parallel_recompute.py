@@ -9,10 +9,11 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_megatron import parallel
+from lightning_megatron.compat import importable
 from lightning_megatron.parallel import recompute
 from lightning_megatron.patches import recompute as patch
 from tests import layers
@@ -258,3 +259,29 @@ def check_te_patch(rank: int, world: int) -> None:
 def test_patch_of_quantized_layers():
     """TransformerEngine's checkpoint, too, exchanges states once, and its inputs go to the host."""
     spawn(check_te_patch, 1)
+
+
+def check_te_checkpoint(rank: int, world: int, seed: int) -> list[int]:
+    """Elements sent by TransformerEngine's own checkpoint, as it is and patched; results have the same bits."""
+    from megatron.core.extensions import transformer_engine
+
+    layers.start(cp=world)
+    net = Net(torch.Generator().manual_seed(seed), rank, world, "zigzag", "all-gather", False, "triton")
+    net.x, net.weight, net.log_decays = net.x.cuda(), net.weight.cuda(), [x.cuda() for x in net.log_decays]
+    alone, found = net.run(lambda forward, x: forward(x)), []
+    others = False, tensor_parallel.get_cuda_rng_tracker, parallel_state.get_tensor_model_parallel_group()
+    for apply in (lambda: None, lambda: patch.apply(quantized=True)):
+        apply()
+        with pytest.MonkeyPatch.context() as patched:
+            sent = Sent(patched, world)
+            got = net.run(lambda forward, x: transformer_engine.te_checkpoint(forward, *others, x))
+        assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+        found.append(sent.elements)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not importable("transformer_engine.pytorch"), reason="TransformerEngine does not import")
+def test_checkpoint_of_quantized_layers_exchanges_once(seed):
+    for twice, less in spawn(check_te_checkpoint, 2, seed, gpus=True, timeout=300):
+        assert 3 * less == 2 * twice > 0

@@ -32,6 +32,11 @@ RATE = 1e-2
 MORE = 1.2  # the error of a run with graphs, in errors of one without
 EVERYTHING = dict(qk_norm=True, rope=True, norm="group", norm_groups=2, num_kv_heads=2)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+EXPERTS = dict(
+    num_moe_experts=4, moe_ffn_hidden_size=256, moe_layer_freq=[0, 1, 0, 1], moe_router_load_balancing_type="none",
+    moe_token_dispatcher_type="alltoall",
+)  # fmt: skip
+PADDED = EXPERTS | dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
@@ -58,6 +63,13 @@ CASES = {
     "full-recompute-all": Case("full_iteration", hybrid=True, config=FULL),
     "te": Case("transformer_engine", options=EVERYTHING),
     "te-hybrid-attn": Case("transformer_engine", ("attn",), hybrid=True),
+    "local-router": Case("local", ("attn", "moe_router"), options=EVERYTHING, config=EXPERTS),
+    "local-moe": Case("local", ("attn", "moe"), hybrid=True, config=PADDED),
+    "te-router": Case("transformer_engine", ("attn", "moe_router"), hybrid=True, config=EXPERTS),
+    "te-router-preprocess": Case(
+        "transformer_engine", ("attn", "moe_router", "moe_preprocess"), options=EVERYTHING, config=EXPERTS
+    ),
+    "te-moe": Case("transformer_engine", ("attn", "moe"), options=EVERYTHING, config=PADDED),
 }
 
 
@@ -178,5 +190,6 @@ def test_graphs_train_as_eager_does(name, rng):
 def test_harness_without_graphs(rng):
     """On a CPU, in fp32: the comparison runs, and equal runs are equal."""
     seed = int(torch.randint(2**31, (), generator=rng))
-    ((worst, equal),) = spawn(compare, 1, CASES["local-recompute"], "none", 32, seed)
-    assert equal and set(worst.values()) == {0.0} and len(worst) > 20
+    for case in ("local-recompute", "local-moe"):
+        ((worst, equal),) = spawn(compare, 1, CASES[case], "none", 32, seed)
+        assert equal and set(worst.values()) == {0.0} and len(worst) > 20

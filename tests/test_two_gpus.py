@@ -145,7 +145,9 @@ TRAIN = (
 # Checkpoints of local layers lack the empty states that TransformerEngine's norms look for.
 TE = "--transformer-impl transformer_engine --dist-ckpt-strictness log_all"
 FP8 = f"{TE} --rope-fusion --fp8-format hybrid --fp8-recipe delayed"
-RUNS = {  # the number of GPUs, and flags; names that begin with latent train another model
+EP2 = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+OVERLAP = f"{EP2} --overlap-moe-expert-parallel-comm"
+RUNS = {  # the number of GPUs, and flags; names that begin with latent and moe train other models
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
     "cp2": (2, "--context-parallel-size 2"),  # direct, on two GPUs
@@ -175,6 +177,13 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent train an
     "latent-te-tp2": (2, f"{TE} --tensor-model-parallel-size 2"),
     "latent-te-tp2-sp": (2, f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"),
     "latent-te-cp2": (2, f"{TE} --context-parallel-size 2"),
+    "te-offload": (1, f"{TE} --rope-fusion --cpu-offloading-num-layers 2"),
+    "te-weight-shards": (2, f"{TE} --rope-fusion --tensor-parallel-num-weight-shards 2"),
+    "moe-one": (1, ""),
+    "moe-ep2": (2, EP2),
+    "moe-ep2-overlap": (2, OVERLAP),
+    "moe-ep2-overlap-loss-chunk": (2, f"{OVERLAP} --lightning-loss-chunk 32"),
+    "moe-te-ep2-overlap-delay": (2, f"{TE} --rope-fusion {OVERLAP} --delay-wgrad-compute"),
 }
 
 
@@ -194,7 +203,7 @@ def runs(tmp_path_factory):
     @functools.cache
     def run(layout: str) -> Run:
         nproc, more = RUNS[layout]
-        flags = start("latent" if layout.startswith("latent") else "freq4")
+        flags = start(next((name for name in ("latent", "moe") if layout.startswith(name)), "freq4"))
         return run_pretrain([*flags, *more.split()], nproc, gpus=True, env=env)
 
     return run
@@ -209,7 +218,8 @@ def test_trains_as_one_gpu(layout, runs):
     te = TE in RUNS[layout][1]
     if te and not importable("transformer_engine.pytorch"):
         pytest.skip("TransformerEngine does not import")
-    fp8, one = FP8 in RUNS[layout][1], "latent-one" if layout.startswith("latent") else "one"
+    fp8 = FP8 in RUNS[layout][1]
+    one = next((f"{name}-one" for name in ("latent", "moe") if layout.startswith(name)), "one")
     got, want = runs(layout).losses, runs("fp8-te-one" if fp8 else one).losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]
