@@ -118,14 +118,15 @@ def refuse(config, options: LightningOptions, layout: str, args: Namespace | Non
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     shape = resolve_shape(config, options, config.tensor_model_parallel_size)
-    _refuse_head_dims(shape)
+    pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
+    ahead = mtp_pattern(config.mtp_num_layers, options)
+    if any(pattern + ahead):
+        _refuse_head_dims(shape)
     refuse_parts(config)
     if config.multi_latent_attention:
         check_latent_sizes(config)
     if args is not None:
         refuse_parts(args)
-    pattern = lightning_pattern(config.linear_attention_freq, config.num_layers)
-    ahead = mtp_pattern(config.mtp_num_layers, options)
     for depth in lightning_depths(pattern, ahead[:1]):
         log_decay(options.decay, shape.num_heads, depth, config.num_layers, offset=options.decay_offset)
     if config.context_parallel_size > 1 and not all(pattern + ahead):

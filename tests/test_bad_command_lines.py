@@ -197,6 +197,7 @@ GOOD = (
     "--lightning-decay-offset -9",
     f"{REAL} --data-path 0.5 {{folder}}/text 5e-1 {{folder}}/text --split 9,1", "--num-experts 0 --mtp-num-layers 0",
     f"{REAL} --per-split-data-args-path {{folder}}/splits.json", "--recompute-granularity selective",
+    "--linear-attention-freq [0]*4 --kv-channels 8",  # no lightning layer has these channels
 )  # fmt: skip
 
 

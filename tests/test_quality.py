@@ -2,12 +2,14 @@
 
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from examples.quality import corpus, packages, tasks, tokens, train, variants
+from examples.quality import corpus, evaluate, packages, tasks, tokens, train, variants
 from examples.quality.variants import MAIN, SIZES, VARIANTS
 
 from .conftest import SEED
@@ -167,35 +169,40 @@ def test_parameters_are_those_of_built_models():
 WORDS, VOCABULARY = list(range(100, 400)), 512
 
 
-def cases(pairs: int, count: int) -> list[tasks.Recall]:
+def cases(pairs: int, count: int, form: str = "lines") -> list[tasks.Recall]:
     rng = random.Random(SEED)
-    return [tasks.recall(WORDS, 5, 6, pairs, rng) for _ in range(count)]
+    return [tasks.recall(WORDS, 5, 6, form, pairs, rng) for _ in range(count)]
 
 
-def test_recall_is_made_as_it_says():
-    (case,) = cases(8, 1)
-    lines = [case.tokens[4 * i : 4 * i + 4] for i in range(8)]
-    known = {key: value for key, _, value, _ in lines}
+@pytest.mark.parametrize("form, each, of_key, of_value", [("lines", 4, 0, 2), ("adjacent", 2, 0, 1)])
+def test_recall_is_made_as_it_says(form, each, of_key, of_value):
+    (case,) = cases(8, 1, form)
+    lines = [case.tokens[each * i : each * i + each] for i in range(8)]
+    known = {line[of_key]: line[of_value] for line in lines}
     assert len(known) == 8 and not set(known) & set(known.values()) and set(case.values) == set(known.values())
     for place, answer in zip(case.places, case.answers, strict=True):
-        assert case.tokens[place] == 5 and known[case.tokens[place - 1]] == answer and place >= 32
+        key = place - (of_value - 1)
+        assert known[case.tokens[key]] == answer and place >= 8 * each
+        assert form == "adjacent" or case.tokens[place] == 5
     assert len(set(case.places)) == 8 and len(case.tokens) == max(case.places) + 1
     with pytest.raises(ValueError, match="200 pairs need 400 words"):
-        tasks.recall(WORDS, 5, 6, 200, random.Random(0))
+        tasks.recall(WORDS, 5, 6, form, 200, random.Random(0))
 
 
 def knowing(ids: list[int], places: list[int]) -> torch.Tensor:
     """Reads the pairs, and is sure."""
     logits = torch.zeros(len(places), VOCABULARY)
     for row, place in enumerate(places):
-        before = ids.index(ids[place - 1])
-        logits[row, ids[before + 2]] = 50.0
+        lines = ids[place] == 5
+        before = ids.index(ids[place - lines])
+        logits[row, ids[before + 1 + lines]] = 50.0
     return logits
 
 
 def test_recall_scores():
-    right = tasks.score_recall(cases(8, 3), knowing)
-    assert right == {"accuracy": 1.0, "among": 1.0, "nll": pytest.approx(0, abs=1e-6), "queries": 24}
+    for form in tasks.FORMS:
+        right = tasks.score_recall(cases(8, 3, form), knowing)
+        assert right == {"accuracy": 1.0, "among": 1.0, "nll": pytest.approx(0, abs=1e-6), "queries": 24}
     generator = torch.Generator().manual_seed(SEED)
     random_ = lambda ids, places: torch.randn(len(places), VOCABULARY, generator=generator)
     found = tasks.score_recall(cases(16, 200), random_)  # 3200 guesses among 16
@@ -203,6 +210,28 @@ def test_recall_scores():
     assert found["accuracy"] < 0.02
     late = lambda ids, places: knowing(ids, places).roll(1, dims=0)  # the answer to the question before
     assert tasks.score_recall(cases(8, 3), late)["accuracy"] == 0
+
+
+def test_scaled_angles_are_those_of_a_larger_base():
+    """And only while they are asked for; Megatron keeps the angles of lengths that it had."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    of_base = lambda base: RotaryEmbedding(16, 1.0, use_cpu_initialization=True, rotary_base=base)
+    embedding, wanted = of_base(10_000), of_base(10_000 * 4 ** (16 / 14))
+    asked = evaluate.Asked.__new__(evaluate.Asked)
+    asked.model = SimpleNamespace(rotary_pos_emb=embedding)
+    trained = embedding.inv_freq.clone()
+    with asked.scaled(4):
+        torch.testing.assert_close(embedding.inv_freq, wanted.inv_freq, rtol=1e-5, atol=0)
+        assert float(embedding.inv_freq[-1] * 4) == pytest.approx(float(trained[-1]), rel=1e-6)
+        assert embedding.inv_freq[0] == 1
+    assert torch.equal(embedding.inv_freq, trained)
+
+
+def test_pieces_lie_all_over_the_text():
+    assert evaluate.spread(100, 20, 1) == [0] and evaluate.spread(100, 20, 5) == [0, 20, 40, 60, 80]
+    starts = evaluate.spread(8_285_127, 4097, 488)
+    assert starts[0] == 0 and starts[-1] == 8_285_127 - 4097 and min(b - a for a, b in pairwise(starts)) > 4097
 
 
 def encode(text: str) -> list[int]:

@@ -5,22 +5,40 @@ import math
 import shutil
 from pathlib import Path
 
-from examples.quality import plots, report, results, variants
+import pytest
+
+from examples.quality import picks, plots, report, results, variants
 
 
 def a_run(variant: str = "softmax", tokens: float = 1e8, seed: int = 1, nll: float | None = 2.5, **changes) -> dict:
     """What results/NAME.json holds of a complete run of 100 steps of 2 s."""
-    rows = [{"length": 128, "depth": x, "exact": x, "gain": 1 + x, "cases": 2} for x in (0.0, 1.0)]
+    rows = [
+        {"length": 128, "depth": x, "exact": x, "gain": 1 + x, "cases": 10, "scaled": scaled}
+        for scaled in (False, True) for x in (0.0, 1.0)
+    ]  # fmt: skip
+    packages = {f"p{i}": {"tokens": 100 * (i + 1), "nll": (nll or 0.0) + (i - 2) / 10} for i in range(4)}
     tasks = {
-        "loss": {"nll": nll, "by_position": [3.0, 2.0], "length": 4096},
-        "context": {"rows": [{"multiple": 1, "perplexity": 12.0}, {"multiple": 64}]},
-        "recall": {"rows": [{"pairs": 8, "accuracy": 0.5, "among": 0.75}]},
+        "loss": {"nll": nll, "by_position": [3.0, 2.0], "length": 4096, "by_package": packages},
+        "context": {
+            "rows": [
+                {"multiple": 1, "perplexity": 12.0, "scaled": False},
+                {"multiple": 4, "perplexity": 30.0, "scaled": False},
+                {"multiple": 4, "perplexity": 14.0, "scaled": True},
+                {"multiple": 64, "scaled": False},
+            ]
+        },
+        "recall": {
+            "rows": [
+                {"form": x, "pairs": 8, "accuracy": 0.5, "among": 0.75, "queries": 256} for x in ("adjacent", "lines")
+            ]
+        },
         "needle": {"rows": rows},
-        "copy": {"rows": [{"distance": 256, "exact": 0.25, "gain": 2.0}]},
+        "copy": {"rows": [{"distance": 256, "exact": 0.25, "gain": 2.0, "cases": 10}]},
     }
     run = {
         "variant": variant, "size": "base", "seed": seed, "lr": 1e-3, "tag": "", "tokens": tokens, "steps": 100,
-        "parameters": 137_000_000, "losses": [4.0 - i / 50 for i in range(100)], "seconds": [9.0] + [2.0] * 99,
+        "parameters": 137_000_000, "transformer_impl": "transformer_engine",
+        "losses": [4.0 - i / 50 for i in range(100)], "seconds": [9.0] + [2.0] * 99,
         "valid": [{"iteration": 100, "valid_loss": 2.1}], "data": "0",
         "stretches": [{"card": "H200", "commit": "abc", "wall_seconds": 240.0}],
         "tasks": {} if nll is None else {name: task | {"seconds": 12.0} for name, task in tasks.items()},
@@ -52,12 +70,12 @@ def test_page_of_one_run_names_all_that_is_missing(tmp_path: Path):
     text = made(tmp_path / "results", a_run("7:1", nll=None, steps=200), a_run("1:1", losses=[2.0, None]))
     assert (
         "`softmax` with 100M tokens is missing" in text
-        and "Missing, of 29 runs of the plan, 29: `lightning` base" in text
+        and "Missing, of 35 runs of the plan, 35: `lightning` base" in text
     )
     assert "stopped at 100 of 200" in text and "diverged at step 2" in text and "loss.png" in text
     assert text.count("| `softmax` | missing |") >= 1 and "recall.png" not in text
     text = made(tmp_path / "more", a_run("lightning"), a_run("softmax"))
-    assert "Missing, of 29 runs of the plan, 27:" in text and "needle.png" in text
+    assert "Missing, of 35 runs of the plan, 33:" in text and "needle.png" in text
 
 
 def test_loss_at_equal_time_by_hand(tmp_path: Path):
@@ -69,11 +87,18 @@ def test_loss_at_equal_time_by_hand(tmp_path: Path):
         a_run("lightning", **long), a_run("softmax", **long, seconds=[20.0] * 100),
     )  # fmt: skip
     then = 2.45 + 0.1 * math.log10(2)
-    row = f"| `softmax` | 2.4500 ± 0.0500 | 250,000 | 50M | {then:.4f} | 500 | 10M | 2.5500 |"
+    row = f"| `softmax` | 2.4500 ± 0.0500 | 250,000 | 50M | ≤ {then:.4f} | 500 | 10M | 2.5500 |"
     assert row in text and "| `lightning` | 2.6000 | 500,000 | 100M | 2.6000 | 5,000 | 100M | 2.6000 |" in text
     assert "- `lightning`, worse: held-out loss 2.6000 (2.4500)." in text
-    assert "one seed" in text and "| `3:1` | missing | missing" in text
-    assert "perplexity at 1x 12.00 (12.00)" in text.split("no difference beyond the seeds'")[1]
+    assert "| `3:1` | missing | missing" in text
+    assert (
+        "perplexity at 1x 12.00 (12.00); perplexity at 4x 14.00 (14.00)" in text.split("`lightning`, within noise")[1]
+    )
+    more = {"tokens": 5e7, "nll": 2.47} | slow
+    text = made(tmp_path / "more", a_run("lightning", nll=2.6), a_run("softmax", **slow), a_run(**more))
+    assert "| 250,000 | 50M | 2.4700 |" in text  # of a run with as many tokens
+    text = made(tmp_path / "few", a_run("lightning", nll=2.6), a_run(**more), a_run("softmax", seconds=[8.0] * 100))
+    assert "| 125,000 | 25M | > 2.4700 |" in text
 
 
 def test_tables_by_hand(tmp_path: Path):
@@ -86,11 +111,71 @@ def test_tables_by_hand(tmp_path: Path):
     assert "| `lightning,decay=none` | 0.001 | 2.7500 | +0.0500 |" in text
     assert "| `lightning,gate=none` | missing | missing | missing |" in text
     assert "| `lightning` | 2.1000 | 2.2000 |" in text and "| validation loss | 0.001 | 0.004 |" in text
-    assert "| `softmax` | 50% |" in text and "| `softmax` | 1.50 |" in text  # needles: means over depths
-    assert "| `softmax` | 1.00 | 2.00 |" in text and "| `softmax` | 12.00 | missing |" in text
-    assert "| 137.00M | 2.5000 | 2.0600 | 5.0 | 500,000 | complete | H200 | abc |" in text
+    assert "| `softmax` | 50% | 50% |" in text and "| `softmax` | 1.50 | 1.50 |" in text  # needles: means over depths
+    assert "| variant | 1x | 4x | 4x, scaled | sliding |" in text
+    assert f"| `softmax` | 12.00 | 30.00 | 14.00 | {math.exp(2.0):.2f} |" in text
+    assert "| `softmax` | 1.00 | 2.00 |" in text
+    assert "| 137.00M | 2.5000 | 2.1000 | 2.0600 | 5.0 | 500,000 | complete | H200 | abc |" in text
     for name in ("loss", "recall", "needle"):
         assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_what_one_run_cannot_tell(tmp_path: Path):
+    """Without a second seed nothing is judged; with one, the largest distance between seeds is that of all variants; a
+    share of few answers, or of too few, is not better for one of them.
+    """
+
+    def needles(found: int, cases: int) -> dict:
+        rows = [{"length": 128, "depth": 0.5, "exact": found / cases, "gain": 1.0, "cases": cases, "scaled": False}]
+        tasks = a_run(nll=2.5)["tasks"]
+        return {"tasks": tasks | {"needle": {"rows": rows, "seconds": 1.0}}}
+
+    text = made(tmp_path / "one", a_run("1:1", nll=2.4), a_run("softmax", nll=2.5))
+    assert "- `1:1`, better: nothing." in text and "not judged: held-out loss 2.4000 (2.5000)" in text
+    runs = [a_run("softmax", nll=2.5), a_run("lightning", nll=2.7), a_run("lightning", nll=2.75, seed=2)]
+    text = made(tmp_path / "two", a_run("1:1", nll=2.46), *runs)
+    assert "- `1:1`, within noise: held-out loss 2.4600 (2.5000)" in text
+    assert "- `1:1`, better: held-out loss 2.4400" in made(tmp_path / "far", a_run("1:1", nll=2.44), *runs)
+    for cases, kind in ((20, "within noise"), (10, "not judged"), (2000, "better")):
+        found, none = needles(cases // 20, cases), needles(0, cases)
+        several = [a_run("softmax", seed=seed, **none) for seed in (1,)] + [
+            a_run("lightning", seed=seed, **none) for seed in (1, 2)
+        ]
+        text = made(tmp_path / f"cases{cases}", a_run("1:1", **found), *several)
+        (line,) = (x for x in text.splitlines() if x.startswith("- `1:1`") and "needle in 128" in x)
+        assert line.startswith(f"- `1:1`, {kind}:"), line
+
+
+def test_gap_by_package():
+    """Of the same packages, weighted by tokens; its error is that of drawing packages anew."""
+
+    def run(**losses: float) -> results.Run:
+        tasks = {"loss": {"by_package": {x: {"tokens": 1 + (x == "a"), "nll": y} for x, y in losses.items()}}}
+        return results.Run("x", a_run() | {"tasks": tasks})
+
+    found = picks.gap([run(a=2.0, b=3.0, c=9.0)], [run(a=2.3, b=2.7, d=1.0)])
+    assert found.value == pytest.approx((2 * -0.3 + 0.3) / 3) and (found.better, found.packages) == (1, 2)
+    assert found.error == pytest.approx(0.21, abs=0.03)  # -0.3, -0.1 twice, 0.3
+    two = picks.gap([run(a=1.0, b=2.0), run(a=3.0, b=4.0)], [run(a=2.3, b=2.7)])
+    assert two.value == pytest.approx((2 * -0.3 + 0.3) / 3)
+    assert picks.gap([results.Run("x", a_run(nll=None))], [run(a=1.0)]) is None
+
+
+def test_an_ablation_is_compared_at_its_own_rate(tmp_path: Path):
+    """The better rate of the base has nothing to do with it; layers of another kind are no base either."""
+    other = a_run("lightning,norm=none", tokens=1e7, nll=2.9)
+    better = a_run("lightning", tokens=1e7, nll=2.5, lr=2e-3, valid=[{"iteration": 100, "valid_loss": 1.9}])
+    text = made(tmp_path / "none", other, better)
+    assert "| `lightning,norm=none` | 0.001 | 2.9000 | missing |" in text
+    local = a_run("lightning", tokens=1e7, nll=2.8, transformer_impl="local")
+    assert "| `lightning,norm=none` | 0.001 | 2.9000 | missing |" in made(tmp_path / "local", other, better, local)
+    same = a_run("lightning", tokens=1e7, nll=2.8)
+    assert "| `lightning,norm=none` | 0.001 | 2.9000 | +0.1000 |" in made(tmp_path / "same", other, better, same)
+    assert "| `softmax,gate` | missing |" in text
+
+
+def test_a_shared_gpu_gives_no_speed():
+    assert results.Run("x", a_run()).speed == 500_000 and results.Run("x", a_run(shared=True)).speed is None
 
 
 def test_title_of_a_plot_names_tokens_parameters_seeds_card():

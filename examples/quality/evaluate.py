@@ -5,21 +5,27 @@
 Writes RUN/evaluate.json after each task, and skips tasks that are there, so that the same command goes on. Losses come
 from lightning_megatron.inference (perplexity, LossReader), continuations from its generate().
 
-    loss      mean loss of held-out windows of the training length, and by position
+    loss      mean loss of windows of the training length all over the held-out text, by position and by package
     context   perplexity of the same text in windows of 1, 4, 16 and 64 times the training length, states carried
-    recall    multi-query associative recall, by number of pairs
+    recall    multi-query associative recall, by number of pairs, in two forms
     needle    a number in held-out text, by length and depth
     copy      a long identifier, by distance
+
+Beyond the training length softmax layers are asked twice: with the angles that they were trained with, and with those
+of a base that grows with the length (NTK-aware scaling, as it is deployed without further training).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import random
+import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,15 +39,49 @@ POSITIONS = 64  # parts of a window in which losses are averaged
 MULTIPLES = (1, 4, 16, 64)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 20
+FEWEST = 4  # needles of a length and depth, however long they are
 
 
 class Asked:
     """A loaded model, and what it is asked about."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer, processor, text, options: Namespace, length: int):
+    def __init__(
+        self, model: torch.nn.Module, tokenizer, processor, documents: list, packages: list[str], options: Namespace,
+        length: int,
+    ):  # fmt: skip
+        """``documents``: held-out ones, arrays of tokens; ``packages``: whose each is; ``length``: of the training."""
+        import numpy as np
+
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
-        self.text, self.options, self.length = text, options, length
+        self.text, self.packages = np.concatenate(documents), packages
+        self.ends = np.cumsum([len(document) for document in documents])
+        self.options, self.length = options, length
         self.vocabulary = tokenizer.vocab_size
+
+    def angles(self, multiple: int) -> tuple[bool, ...]:
+        """With which angles to ask at so many times the training length: those trained (False), scaled ones (True)."""
+        from lightning_megatron.config import lightning_pattern
+
+        config = self.model.config
+        turned = hasattr(self.model, "rotary_pos_emb") and self.model.position_embedding_type == "rope"
+        softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
+        return (False, True) if turned and softmax and multiple > 1 else (False,)
+
+    @contextlib.contextmanager
+    def scaled(self, multiple: float) -> Iterator[None]:
+        """Angles of a base that is multiple^(d / (d - 2)) times as large, so that the slowest one turns as far as it
+        did in training (NTK-aware scaling: B. Peng et al., arXiv 2309.00071, section 3.1).
+        """
+        embedding = self.model.rotary_pos_emb
+        trained = embedding.inv_freq
+        share = torch.linspace(0, 1, trained.numel(), dtype=torch.float64, device=trained.device)
+        embedding.inv_freq = (trained.double() * multiple**-share).to(trained.dtype)
+        type(embedding).forward.cache_clear()  # Megatron keeps the angles of lengths
+        try:
+            yield
+        finally:
+            embedding.inv_freq = trained
+            type(embedding).forward.cache_clear()
 
     def encode(self, text: str) -> list[int]:
         return list(self.processor.encode(text))
@@ -73,40 +113,73 @@ class Asked:
         return float(torch.cat(found)[-len(answer) :].double().mean())
 
 
+def spread(tokens: int, length: int, count: int) -> list[int]:
+    """Where ``count`` pieces of ``length`` begin that lie evenly in a text of ``tokens``, the first at 0."""
+    return [0] if count == 1 else [i * (tokens - length) // (count - 1) for i in range(count)]
+
+
 @torch.inference_mode()
 def loss(asked: Asked) -> dict:
-    """Mean loss of windows of the training length, and by position in 64 parts."""
+    """Mean loss of windows of the training length all over the text, by position in 64 parts, and by package."""
+    import numpy as np
+
     from lightning_megatron.inference.losses import LossReader
 
-    length, sums, windows = asked.length, 0.0, 0
-    limit = min(len(asked.text), asked.options.loss_tokens)
+    length, found = asked.length, []
+    count = max(1, min(len(asked.text), asked.options.loss_tokens) // length)
+    starts = spread(len(asked.text), length + 1, count)
     with LossReader.opened(asked.model, asked.vocabulary, length, length) as reader:
-        for start in range(0, limit - length, length):
+        for start in starts:
             window = [int(token) for token in asked.text[start : start + length + 1]]
-            sums = sums + reader.losses(window[:-1], window[1:]).double()
-            windows += 1
+            found.append(reader.losses(window[:-1], window[1:]).double())
             reader.forget()
-    means = (sums / windows).cpu()
-    parts = [float(part.mean()) for part in means.chunk(min(POSITIONS, length))]
-    return {"nll": float(means.mean()), "windows": windows, "length": length, "by_position": parts}
+    losses = torch.stack(found).cpu()
+    parts = [float(part.mean()) for part in losses.mean(0).chunk(min(POSITIONS, length))]
+    places = np.asarray(starts)[:, None] + 1 + np.arange(length)  # of the tokens that are foreseen
+    owners, by_package = np.asarray(asked.packages)[np.searchsorted(asked.ends, places, side="right")], {}
+    for name in dict.fromkeys(asked.packages):
+        own = losses[torch.from_numpy(owners == name)]
+        if len(own):
+            by_package[name] = {"tokens": len(own), "nll": float(own.mean())}
+    nll = float(losses.mean())
+    return {"nll": nll, "windows": count, "length": length, "by_position": parts, "by_package": by_package}
 
 
 def context(asked: Asked) -> dict:
-    """Perplexity of the same tokens at several lengths of context; null where the text is shorter than one window."""
+    """Perplexity of the same pieces of text at several lengths of context, of which the longest is one piece; null
+    where the text is shorter.
+    """
     from lightning_megatron.inference.perplexity import perplexity
 
-    tokens = [int(token) for token in asked.text[: asked.options.context_tokens]]
-    rows = []
-    for multiple in asked.options.multiples:
-        window = multiple * asked.length
-        row: dict = {"multiple": multiple, "context": window, "tokens": len(tokens)}
-        if len(tokens) > window:
-            found = perplexity(
-                asked.model, iter(tokens), vocab_size=asked.vocabulary, context=window, chunk=asked.options.chunk
+    multiples = [x for x in asked.options.multiples if x * asked.length < len(asked.text)]
+    piece = max(multiples, default=0) * asked.length + 1
+    count = max(1, min(len(asked.text), asked.options.context_tokens) // piece)
+    starts = spread(len(asked.text), piece, count)
+
+    def read(window: int) -> dict:
+        found = []
+        for start in starts:
+            tokens = (int(token) for token in asked.text[start : start + piece])
+            found.append(
+                perplexity(asked.model, tokens, vocab_size=asked.vocabulary, context=window, chunk=asked.options.chunk)
             )
-            buckets = [{"begin": b.begin, "end": b.end, "tokens": b.tokens, "nll": b.nll} for b in found.buckets]
-            row |= {"nll": found.nll, "perplexity": found.perplexity, "buckets": buckets}
-        rows.append(row)
+        nll = statistics.fmean(x.nll for x in found)  # pieces are equally long
+        buckets = [
+            {"begin": same[0].begin, "end": same[0].end, "tokens": count * same[0].tokens}
+            | {"nll": statistics.fmean(x.nll for x in same)}
+            for same in zip(*(x.buckets for x in found), strict=True)
+        ]
+        return {"nll": nll, "perplexity": math.exp(nll), "buckets": buckets}
+
+    rows: list[dict] = []
+    for multiple in asked.options.multiples:
+        row = {"multiple": multiple, "context": multiple * asked.length, "tokens": count * piece, "scaled": False}
+        if multiple not in multiples:
+            rows.append(row)
+            continue
+        for scaled in asked.angles(multiple):
+            with asked.scaled(multiple) if scaled else contextlib.nullcontext():
+                rows.append(row | {"scaled": scaled} | read(multiple * asked.length))
     return {"rows": rows}
 
 
@@ -115,25 +188,31 @@ def recall(asked: Asked) -> dict:
     words = tasks.word_tokens(asked.processor)
     equals, newline = asked.encode("=")[-1], asked.encode("\n")[-1]
     rows = []
-    for pairs in asked.options.pairs:
-        if 8 * pairs > asked.length or 2 * pairs > len(words):
-            continue
-        rng = random.Random(SEED + pairs)
-        cases = [tasks.recall(words, equals, newline, pairs, rng) for _ in range(asked.options.cases)]
-        rows.append({"pairs": pairs, "chance": 1 / pairs} | tasks.score_recall(cases, asked.logits))
+    for form in tasks.FORMS:
+        for pairs in asked.options.pairs:
+            if 8 * pairs > asked.length or 2 * pairs > len(words):
+                continue
+            rng = random.Random(SEED + pairs)
+            cases = [tasks.recall(words, equals, newline, form, pairs, rng) for _ in range(asked.options.cases)]
+            row = {"form": form, "pairs": pairs, "chance": 1 / pairs}
+            rows.append(row | tasks.score_recall(cases, asked.logits))
     return {"rows": rows}
 
 
 def needle(asked: Asked) -> dict:
     """A needle by length and depth; lengths beyond the held-out text are left out."""
-    rng, cases = random.Random(SEED), []
+    rng, rows = random.Random(SEED), []
     for multiple in asked.options.multiples:
         length = multiple * asked.length
         if length <= len(asked.text):
-            count = max(1, asked.options.cases // multiple)
+            count = max(min(FEWEST, asked.options.cases), asked.options.cases // multiple)
             depths = [x for x in asked.options.depths for _ in range(count)]
-            cases += [tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths]
-    return {"rows": tasks.score_cases(cases, asked.go_on, asked.nll)}
+            cases = [tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths]
+            for scaled in asked.angles(multiple):
+                with asked.scaled(multiple) if scaled else contextlib.nullcontext():
+                    found = tasks.score_cases(cases, asked.go_on, asked.nll)
+                rows += [row | {"scaled": scaled} for row in found]
+    return {"rows": rows}
 
 
 def copy(asked: Asked) -> dict:
@@ -152,13 +231,13 @@ TASKS: dict[str, Callable[[Asked], dict]] = {
 }  # fmt: skip
 
 
-def held_out_tokens(data: Path):
-    """All tokens of the held-out documents, one behind the other, [tokens]."""
+def held_out(data: Path) -> list:
+    """The held-out documents, each an array of tokens: copies, since the data set takes its memory with it."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     documents = IndexedDataset(str(data / "valid_text_document"))
-    return np.concatenate([documents[i] for i in range(len(documents))])
+    return [np.array(documents[i]) for i in range(len(documents))]
 
 
 def evaluate(folder: Path, options: Namespace) -> dict:
@@ -185,8 +264,8 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     tokenizer = build_tokenizer(tokenizer_args(chosen, saved.args))
     processor = sentencepiece.SentencePieceProcessor(model_file=model_file)
     with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=options.flags) as model:
-        text = held_out_tokens(options.data)
-        asked = Asked(model, tokenizer, processor, text, options, saved.args.seq_length)
+        packages = json.loads((options.data / "stats.json").read_text("utf-8"))["valid_packages"]
+        asked = Asked(model, tokenizer, processor, held_out(options.data), packages, options, saved.args.seq_length)
         for name in missing:
             start = time.time()
             result = TASKS[name](asked)
@@ -210,8 +289,8 @@ def parser() -> argparse.ArgumentParser:
     add("--depths", type=float, nargs="+", default=DEPTHS, help="of needles (%(default)s)")
     add("--pairs", type=int, nargs="+", default=(8, 32, 128, 512), help="of recall (%(default)s)")
     add("--cases", type=int, default=32, help="of each kind; of needles fewer at longer lengths (%(default)s)")
-    add("--chunk", type=int, default=8192, help="tokens read at once (%(default)s)")
-    add("--flags", nargs="+", default=[], metavar="FLAG", help="more flags of loading, last on the line")
+    add("--chunk", type=int, default=65536, help="tokens read at once (%(default)s)")
+    add("--flags", nargs=argparse.REMAINDER, default=[], metavar="FLAG", help="more flags of loading, last on the line")
     return made
 
 

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from .results import Results, Run, keys_of, mean, row_of
+from .picks import keys_of, row_of
+from .results import Results, Run, mean
 from .variants import MAIN
 
+FIXED: dict[str, dict] = {"context": {"scaled": False}, "recall": {"form": "adjacent"}}
 COLOURS = {name: f"C{number}" for number, name in enumerate(MAIN)}
 
 
@@ -97,7 +99,8 @@ def _recall(results: Results, runs: list[Run]):
     for axis, (task, key, value, label, form) in zip(axes, kinds, strict=True):
         keys = keys_of(runs, task, key)
         for name in MAIN:
-            points = [(x, found) for x in keys if (found := mean(results.main(name), row_of(task, value, **{key: x})))]
+            picks = {x: row_of(task, value, **{key: x}, **FIXED.get(task, {})) for x in keys}
+            points = [(x, found) for x, pick in picks.items() if (found := mean(results.main(name), pick))]
             if points:
                 bars = [found.spread / 2 for _, found in points]
                 values = [found.value for _, found in points]
@@ -120,7 +123,8 @@ def _needle(results: Results, runs: list[Run]):
     lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
     cells = {
         name: [
-            [mean(results.main(name), row_of("needle", "gain", length=x, depth=y)) for x in lengths] for y in depths
+            [mean(results.main(name), row_of("needle", "gain", length=x, depth=y, scaled=False)) for x in lengths]
+            for y in depths
         ]
         for name in names
     }  # fmt: skip

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import RESULTS, ROOT
-from .results import FIDELITY, Mean, Pick, Results, Run, collect, keys_of, load, loss_of, mean, row_of
+from .picks import Pick, either_angles, gap, keys_of, loss_of, needle_of, of_packages, row_of, sliding
+from .results import FIDELITY, Mean, Results, collect, load, mean, million
+from .tasks import FORMS
 from .variants import ABLATIONS, FAMILY, MAIN, PLAN, SIZES, TWO_SEEDS, Plan
+from .verdicts import verdicts
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "**Nothing is measured yet.** The pipeline is there and tested on CPUs; no run on a GPU has been committed."
 MISSING = "missing"
-HYBRIDS = [name for name in MAIN if name not in ("lightning", "softmax")]
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -32,64 +34,10 @@ def shown(found: Mean | None, form: str = ".4f") -> str:
     return MISSING if found is None else found.text(form)
 
 
-def million(tokens: float) -> str:
-    return f"{tokens / 1e6:,.3g}M"
-
-
 def by_variant(results: Results, head: list[str], picks: list[Pick], form: str) -> list[str]:
     """A row for every variant, a column for every pick."""
     rows = [[f"`{name}`", *(shown(mean(results.main(name), pick), form) for pick in picks)] for name in MAIN]
     return table(["variant", *head], rows)
-
-
-# ---- what is worse, first --------------------------------------------------------------------------------------------
-
-
-def verdicts(results: Results) -> list[str]:
-    """Lightning and the best hybrid beside softmax: what is worse, what the seeds do not tell apart, what is better."""
-    plan, runs = results.plan, [run for name in MAIN for run in results.main(name)]
-    losses = {name: found.value for name in MAIN if (found := mean(results.main(name), loss_of))}
-    if "softmax" not in losses:
-        return [f"Nothing can be compared yet: `softmax` with {million(plan.tokens)} tokens is missing."]
-    hybrids = [name for name in HYBRIDS if name in losses]
-    compared = [x for x in ("lightning", *([min(hybrids, key=losses.__getitem__)] if hybrids else [])) if x in losses]
-    questions: list[tuple[str, Pick, bool, str]] = [("held-out loss", loss_of, False, ".4f")]
-    for x in keys_of(runs, "context", "multiple"):
-        questions.append((f"perplexity at {x:g}x", row_of("context", "perplexity", multiple=x), False, ".2f"))
-    for x in keys_of(runs, "recall", "pairs"):
-        questions.append((f"recall of {x:g} pairs", row_of("recall", "accuracy", pairs=x), True, ".1%"))
-    for x in keys_of(runs, "needle", "length"):
-        questions.append((f"needle in {x:,.0f} tokens", needle_of("exact", x), True, ".0%"))
-    for x in keys_of(runs, "copy", "distance"):
-        questions.append((f"copy over {x:,.0f} tokens", row_of("copy", "exact", distance=x), True, ".0%"))
-    lines = []
-    for name in compared:
-        kinds: dict[str, list[str]] = {"worse": [], "no difference beyond the seeds'": [], "better": []}
-        for title, pick, more, form in questions:
-            own, other = (mean(results.main(x), pick) for x in (name, "softmax"))
-            if own is not None and other is not None:
-                gain = (own.value - other.value) * (1 if more else -1)
-                noise = max(own.spread, other.spread)
-                kind = "no difference beyond the seeds'" if abs(gain) <= noise else "better" if gain > 0 else "worse"
-                kinds[kind].append(f"{title} {own.value:{form}} ({other.value:{form}})")
-        for kind, found in kinds.items():
-            lines.append(f"- `{name}`, {kind}: {'; '.join(found) or 'nothing'}.")
-    seeds = {name: len(results.main(name)) for name in (*compared, "softmax")}
-    few = [f"`{name}`" for name, count in seeds.items() if count < 2]
-    more_seeds = f" Of {', '.join(few)} there is one seed: small differences there mean nothing." if few else ""
-    head = f"Beside `softmax`, whose values are in brackets, after {million(plan.tokens)} tokens.{more_seeds}"
-    return [f"{head} In all tables ± is half of the distance between seeds.", "", *lines]
-
-
-def needle_of(value: str, length: float) -> Pick:
-    """Mean over depths, weighted by the number of cases."""
-
-    def pick(run: Run) -> float | None:
-        rows = [row for row in run.tasks.get("needle", {}).get("rows", []) if row["length"] == length]
-        cases = sum(row["cases"] for row in rows)
-        return sum(row[value] * row["cases"] for row in rows) / cases if cases else None
-
-    return pick
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -112,7 +60,7 @@ def cost(results: Results) -> list[str]:
                 continue
             tokens = plan.tokens * speed / most
             then = results.loss_at(name, tokens)
-            row += [f"{speed:,.0f}", million(tokens), MISSING if then is None else f"{then:.4f}"]
+            row += [f"{speed:,.0f}", million(tokens), MISSING if then is None else f"{then[0]} {then[1]:.4f}".strip()]
         rows.append(row)
     lengths = [SIZES[size].seq_length for size, _ in at]
     head = ["variant", f"loss at {million(plan.tokens)} tokens"]
@@ -120,9 +68,10 @@ def cost(results: Results) -> list[str]:
         head += [f"tokens/s at {length:,}", "tokens in the time", "loss then"]
     note = (
         f"Nats per token of held-out packages. *In the time* in which the fastest variant at that length reads "
-        f"{million(plan.tokens)} tokens. *Loss then*: on the line between the variant's own complete runs of "
-        f"{million(plan.short)} and {million(plan.tokens)} tokens, over the logarithm of the tokens; both were trained "
-        f"at {lengths[0]:,}, so that at {lengths[1]:,} only the speed is of that length."
+        f"{million(plan.tokens)} tokens. *Loss then*: of a run with so many tokens; with ≤ on the line between the "
+        "variant's next runs over the logarithm of the tokens, each with its own schedule, so that the truth is lower; "
+        f"with > that of the shortest run, which had more tokens. All were trained at {lengths[0]:,}; of "
+        f"{lengths[1]:,} there is only the speed, and no model."
     )
     return ["### Loss at equal tokens and at equal GPU time", "", *table(head, rows), note, ""]
 
@@ -142,34 +91,75 @@ def positions(results: Results) -> list[str]:
     return _section(f"Loss by position in the window of {length:,}", results, head, list(map(at, shares)), ".4f")
 
 
+def packages(results: Results) -> list[str]:
+    """Whether a few packages decide."""
+    if all(mean(results.main(name), of_packages) is None for name in MAIN):
+        return []
+    rows = []
+    for name in MAIN:
+        runs = results.main(name)
+        row = [f"`{name}`", shown(mean(runs, loss_of)), shown(mean(runs, of_packages))]
+        found = gap(runs, results.main("softmax")) if name != "softmax" else None
+        row += (
+            ["-", "-"]
+            if found is None
+            else [f"{found.value:+.4f} ± {2 * found.error:.4f}", f"{found.better} of {found.packages}"]
+        )
+        rows.append(row)
+    head = ["variant", "all tokens", "packages alike", "beside softmax, ± two standard errors", "packages better"]
+    note = "*Packages alike*: every package counts the same. Standard errors: packages drawn anew, 1,000 times."
+    return ["### Held-out loss by package", "", *table(head, rows), note, ""]
+
+
 def contexts(results: Results) -> list[str]:
     runs = [run for name in MAIN for run in results.main(name)]
-    keys = keys_of(runs, "context", "multiple")
-    head = [f"{x:g}x" for x in keys]
-    picks = [row_of("context", "perplexity", multiple=x) for x in keys]
+    picks: list[Pick] = []
+    head = []
+    for x in keys_of(runs, "context", "multiple"):
+        for scaled in (False, True):
+            pick = row_of("context", "perplexity", multiple=x, scaled=scaled)
+            if any(pick(run) is not None for run in runs):
+                head.append(f"{x:g}x" + (", scaled" if scaled else ""))
+                picks.append(pick)
+    if picks:
+        head, picks = [*head, "sliding"], [*picks, sliding]
     title = "Perplexity by context, in multiples of the training length, states carried"
-    return _section(title, results, head, picks, ".2f")
+    note = (
+        "*Scaled*: softmax layers with angles of a base that grows with the length (NTK-aware). *Sliding*: windows of "
+        "the training length that move on by a quarter, which is the last quarter of the loss by position; it is of "
+        "other text than the rest of the table."
+    )
+    return [*_section(title, results, head, picks, ".2f"), *([note, ""] if picks else [])]
 
 
 def recalls(results: Results) -> list[str]:
     runs = [run for name in MAIN for run in results.main(name)]
     keys = keys_of(runs, "recall", "pairs")
-    picks = [row_of("recall", value, pairs=x) for x in keys for value in ("accuracy", "among")]
-    head = [title for x in keys for title in (f"{x:g} pairs", "among")]
-    note = "Recall of N pairs (MQAR): share of values that are the likeliest of the vocabulary; *among* the N values"
-    return _section(note, results, head, picks, ".1%")
+    lines = []
+    for form in FORMS:
+        picks = [row_of("recall", value, pairs=x, form=form) for x in keys for value in ("accuracy", "among")]
+        head = [title for x in keys for title in (f"{x:g} pairs", "among")]
+        note = (
+            f"Recall of N pairs (MQAR, {form}): share of values that are the likeliest of the vocabulary; *among* the "
+            "N values"
+        )
+        lines += _section(note, results, head, picks, ".1%")
+    return lines
 
 
 def needles(results: Results) -> list[str]:
     """By length, and for each length by depth."""
     runs = [run for name in MAIN for run in results.main(name)]
     lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
+    asked = [(x, scaled) for x in lengths for scaled in (False, True)]
+    asked = [(x, scaled) for x, scaled in asked if any(needle_of("cases", x, scaled)(run) for run in runs)]
     lines = []
     for value, title, form in (("exact", "share found", ".0%"), ("gain", "nats gained per token of the number", ".2f")):
-        picks = [needle_of(value, x) for x in lengths]
-        lines += _section(f"Needle, {title}, by length", results, [f"{x:,.0f}" for x in lengths], picks, form)
+        picks = [needle_of(value, x, scaled) for x, scaled in asked]
+        head = [f"{x:,.0f}" + (", scaled" if scaled else "") for x, scaled in asked]
+        lines += _section(f"Needle, {title}, by length", results, head, picks, form)
     for length in lengths:
-        picks = [row_of("needle", "gain", length=length, depth=x) for x in depths]
+        picks = [row_of("needle", "gain", length=length, depth=x, scaled=False) for x in depths]
         title = f"Needle in {length:,.0f} tokens, nats gained, by depth (0 is the beginning)"
         lines += _section(title, results, [f"{x:g}" for x in depths], picks, ".2f")
     return lines
@@ -188,30 +178,37 @@ def _section(title: str, results: Results, head: list[str], picks: list[Pick], f
 
 
 def ablations(results: Results) -> list[str]:
-    """At the short budget, beside the variant that each is an ablation of."""
+    """At the short budget, beside the variant that each is an ablation of, at the same learning rate."""
     plan, lines = results.plan, [f"### Ablations, at {million(results.plan.short)} tokens", ""]
+    bases = [name for name in MAIN if any(x.startswith(f"{name},") for x in ABLATIONS)]
     rows = []
-    for name in ("lightning", *(x for x in ABLATIONS if x.startswith("lightning")), "7:1", "7:1,nope"):
-        runs, base = results.best(name, plan.short), results.best(name.partition(",")[0], plan.short)
-        own, of_base = mean(runs, loss_of), mean(base, loss_of)
-        gap = MISSING if own is None or of_base is None else f"{own.value - of_base.value:+.4f}"
+    for name in (x for base in bases for x in (base, *(y for y in ABLATIONS if y.startswith(f"{base},")))):
+        runs = results.best(name, plan.short)
+        rates = {run.about["lr"] for run in runs}
+        same = [run for run in results.at(name.partition(",")[0], plan.size, plan.short) if run.about["lr"] in rates]
+        own, of_base = mean(runs, loss_of), mean((run for run in same if run.state == "complete"), loss_of)
+        apart = MISSING if own is None or of_base is None else f"{own.value - of_base.value:+.4f}"
         pairs = keys_of(runs, "recall", "pairs")
-        recall = [shown(mean(runs, row_of("recall", "accuracy", pairs=x)), ".1%") for x in pairs]
+        recall = [shown(mean(runs, row_of("recall", "accuracy", pairs=x, form=FORMS[0])), ".1%") for x in pairs]
         far = keys_of(runs, "context", "multiple")
-        perplexity = shown(mean(runs, row_of("context", "perplexity", multiple=far[-1])), ".2f") if far else MISSING
-        rates = sorted({run.about["lr"] for run in runs})
+        perplexity = MISSING
+        if far:
+            perplexity = shown(mean(runs, either_angles("context", "perplexity", min, multiple=far[-1])), ".2f")
         rows.append(
-            [f"`{name}`", ", ".join(f"{x:g}" for x in rates) or MISSING, shown(own), gap, perplexity]
+            [f"`{name}`", ", ".join(f"{x:g}" for x in sorted(rates)) or MISSING, shown(own), apart, perplexity]
             + [" / ".join(recall) or MISSING]
         )
     head = ["variant", "lr", "held-out loss", "difference", "perplexity at the longest context", "recall by pairs"]
-    return [*lines, *table(head, rows)]
+    note = (
+        "*Difference* to the base at the same learning rate; ± in the rows of bases says how far two seeds are apart."
+    )
+    return [*lines, *table(head, rows), note, ""]
 
 
 def rates(results: Results) -> list[str]:
     """Last validations of the sweep: by these, and not by what the other tables show, a rate is chosen."""
     plan = results.plan
-    found = {name: {run.about["lr"]: run for run in results.at(name, plan.size, plan.short)} for name in TWO_SEEDS}
+    found = {name: results.sweep(name) for name in TWO_SEEDS}
     columns = sorted({rate for runs in found.values() for rate in runs})
     if not columns:
         return [f"### Learning rates, at {million(plan.short)} tokens", "", f"{MISSING}.", ""]
@@ -223,7 +220,10 @@ def rates(results: Results) -> list[str]:
 
     rows = [[f"`{name}`", *(cell(name, rate) for rate in columns)] for name in TWO_SEEDS]
     others = ", ".join(f"`{name}`" for name, family in FAMILY.items() if family != name)
-    note = f"Of the last validation in training; {others} take the rate of `7:1`."
+    note = (
+        f"The last validation in training, of the same held-out packages that the other tables are of; {others} take "
+        "the rate of `7:1`."
+    )
     return [
         f"### Learning rates, at {million(plan.short)} tokens", "",
         *table(["validation loss", *(f"{rate:g}" for rate in columns)], rows), note, "",
@@ -251,20 +251,25 @@ def fidelity(found: dict) -> list[str]:
 
 
 def every_run(results: Results) -> list[str]:
+    number = lambda value, form: "-" if value is None else format(value, form)
     rows = []
     for run in results.every:
-        about, loss = run.about, loss_of(run)
-        speed = "-" if run.speed is None else f"{run.speed:,.0f}"
+        about = run.about
         rows.append(
-            [f"`{run.variant}` {about['tag']}".rstrip(), about["size"], about.get("transformer_impl", "local")]
-            + [million(about["tokens"]), str(about["seed"])]
-            + [f"{about['lr']:g}", f"{about.get('parameters', 0) / 1e6:.2f}M", "-" if loss is None else f"{loss:.4f}"]
-            + [f"{run.train_loss:.4f}" if run.losses else "-", f"{run.minutes:.1f}", speed, run.state]
-            + [", ".join(sorted(run.cards)), ", ".join(sorted({x["commit"] for x in about["stretches"]}))]
-        )
-    head = ["variant", "size", "layers", "tokens", "seed", "lr", "parameters", "held-out loss", "train loss"]
-    head += ["GPU minutes", "tokens/s", "state", "card", "commit"]
-    note = "GPU minutes: training with starts, validations and saves, and evaluation. Train loss: the last twentieth."
+            [
+                f"`{run.variant}` {about['tag']}".rstrip(), about["size"], run.transformer_impl,
+                million(about["tokens"]), str(about["seed"]), f"{about['lr']:g}",
+                f"{about.get('parameters', 0) / 1e6:.2f}M", number(loss_of(run), ".4f"), number(run.valid_loss, ".4f"),
+                f"{run.train_loss:.4f}" if run.losses else "-", f"{run.minutes:.1f}", number(run.speed, ",.0f"),
+                run.state, ", ".join(sorted(run.cards)), ", ".join(sorted({x["commit"] for x in about["stretches"]})),
+            ]
+        )  # fmt: skip
+    head = ["variant", "size", "layers", "tokens", "seed", "lr", "parameters", "held-out loss", "validation"]
+    head += ["train loss", "GPU minutes", "tokens/s", "state", "card", "commit"]
+    note = (
+        "GPU minutes: training with starts, validations and saves, and evaluation; without a speed, others used the "
+        "GPU at the same time. Train loss: the last twentieth."
+    )
     data = {run.about["data"] for run in results.every}
     mixed = ["**These runs are not of the same text**: see `data` in their files.", ""] if len(data) > 1 else []
     return ["### Every run", "", note, "", *mixed, *table(head, rows)]
@@ -278,7 +283,7 @@ def missing(results: Results) -> list[str]:
 
 
 SECTIONS: tuple[Callable[[Results], list[str]], ...] = (
-    cost, positions, contexts, recalls, needles, copies, ablations, rates,
+    cost, packages, positions, contexts, recalls, needles, copies, ablations, rates,
 )  # fmt: skip
 
 

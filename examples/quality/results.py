@@ -13,11 +13,12 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .picks import Pick, loss_of
 from .train import read_lines
 from .variants import VARIANTS, Plan
 
@@ -104,10 +105,18 @@ class Run:
         return self.about["valid"][-1]["valid_loss"] if self.about["valid"] else None
 
     @property
+    def transformer_impl(self) -> str:
+        return self.about.get("transformer_impl", "local")
+
+    @property
     def speed(self) -> float | None:
-        """Tokens per second of a usual step: those in which kernels are compiled or data is awaited do not count."""
+        """Tokens per second of a usual step: those in which kernels are compiled or data is awaited do not count. None
+        where others used the GPU at the same time.
+        """
         seconds = self.about["seconds"]
-        return self.tokens_a_step / statistics.median(seconds) if len(seconds) > 2 else None
+        if len(seconds) < 3 or self.about.get("shared"):
+            return None
+        return self.tokens_a_step / statistics.median(seconds)
 
     @property
     def minutes(self) -> float:
@@ -142,32 +151,14 @@ class Mean:
         return format(self.value, form) + (f" ± {format(self.spread / 2, form)}" if self.count > 1 else "")
 
 
-Pick = Callable[[Run], float | None]
+def million(tokens: float) -> str:
+    return f"{tokens / 1e6:,.3g}M"
 
 
 def mean(runs: Iterable[Run], pick: Pick) -> Mean | None:
     """Of what ``pick`` finds; None where it finds nothing."""
     found = [x for run in runs if (x := pick(run)) is not None and math.isfinite(x)]
     return Mean(statistics.mean(found), max(found) - min(found), len(found)) if found else None
-
-
-def loss_of(run: Run) -> float | None:
-    return run.tasks.get("loss", {}).get("nll")
-
-
-def row_of(task: str, value: str, **where: float) -> Pick:
-    """A ``Pick`` of one value in a task's row, such as ``row_of("recall", "accuracy", pairs=32)``."""
-
-    def pick(run: Run) -> float | None:
-        rows = run.tasks.get(task, {}).get("rows", [])
-        return next((row.get(value) for row in rows if all(row[key] == x for key, x in where.items())), None)
-
-    return pick
-
-
-def keys_of(runs: Iterable[Run], task: str, key: str) -> list[float]:
-    """All values of ``key`` in a task's rows, sorted."""
-    return sorted({row[key] for run in runs for row in run.tasks.get(task, {}).get("rows", [])})
 
 
 class Results:
@@ -177,7 +168,7 @@ class Results:
         self.every, self.plan = runs, plan
         self._groups = collections.defaultdict(list)
         for run in runs:
-            if not run.about["tag"]:
+            if not run.about["tag"] and run.transformer_impl == plan.transformer_impl:
                 self._groups[run.variant, run.about["size"], self._budget(run)].append(run)
 
     def _budget(self, run: Run) -> float | None:
@@ -193,14 +184,18 @@ class Results:
         """All runs of a variant with so many tokens, whatever their learning rate, seed and state."""
         return self._groups.get((variant, size, tokens), [])
 
+    def sweep(self, variant: str) -> dict[float, Run]:
+        """By learning rate, runs that choose one: of the short budget and of any layers, of the smallest seed."""
+        found: dict[float, Run] = {}
+        for run in sorted(self.every, key=lambda run: (run.about["seed"], run.transformer_impl)):
+            if run.variant == variant and run.about["size"] == self.plan.size and not run.about["tag"]:
+                if self._near(run, self.plan.short):
+                    found.setdefault(run.about["lr"], run)
+        return found
+
     def best(self, variant: str, tokens: float) -> list[Run]:
-        """Complete runs of the learning rate whose last validation is best in the mean, one for each seed."""
-        by_rate = collections.defaultdict(list)
-        for run in self.at(variant, self.plan.size, tokens):
-            if run.state == "complete":
-                by_rate[run.about["lr"]].append(run)
-        means = {rate: found.value for rate, runs in by_rate.items() if (found := mean(runs, lambda x: x.valid_loss))}
-        return by_rate[min(means, key=lambda rate: (means[rate], rate))] if means else []
+        """Complete runs of the learning rate whose last validation is best, one for each seed."""
+        return _best(run for run in self.at(variant, self.plan.size, tokens) if run.state == "complete")
 
     def main(self, variant: str) -> list[Run]:
         return self.best(variant, self.plan.tokens)
@@ -216,16 +211,48 @@ class Results:
         }
         return [row for row in self.plan.wanted() if row not in there]
 
-    def loss_at(self, variant: str, tokens: float) -> float | None:
-        """Held-out loss of a run of so many tokens: on the line through the two budgets of the plan, over log tokens.
+    def loss_at(self, variant: str, tokens: float) -> tuple[str, float] | None:
+        """Held-out loss of a run of so many tokens, by complete runs of any budget, each with its own schedule.
 
-        Both ends are complete runs, each with its own schedule. None where one is missing, or outside of both.
+        Returns:
+            ("", loss) of a run within 2% of the tokens; ("≤", loss) on the line between the next runs over log tokens,
+            above which no convex curve lies; (">", loss) of the shortest run where that has more tokens. None where
+            runs are missing.
         """
-        plan = self.plan
-        ends = [mean(self.best(variant, x), loss_of) for x in (plan.short, plan.tokens)]
-        if tokens >= plan.tokens * 0.999:
-            return ends[1].value if ends[1] else None
-        if None in ends or tokens < plan.short:
+        by_tokens = collections.defaultdict(list)
+        for run in self.every:
+            about = run.about
+            if (run.variant, about["size"], about["tag"], run.state) == (variant, self.plan.size, "", "complete"):
+                if run.transformer_impl == self.plan.transformer_impl:
+                    by_tokens[about["tokens"]].append(run)
+        losses = {x: found.value for x, runs in by_tokens.items() if (found := mean(_best(runs), loss_of))}
+        if not losses:
             return None
-        part = math.log(tokens / plan.short) / math.log(plan.tokens / plan.short)
-        return ends[0].value + part * (ends[1].value - ends[0].value)
+        nearest = min(losses, key=lambda x: abs(x - tokens))
+        if abs(nearest - tokens) <= 0.02 * tokens:
+            return "", losses[nearest]
+        below, above = [x for x in losses if x < tokens], [x for x in losses if x > tokens]
+        if not above:
+            return None
+        b = min(above)
+        if not below:
+            return ">", losses[b]
+        a = max(below)
+        part = math.log(tokens / a) / math.log(b / a)
+        return "≤", losses[a] + part * (losses[b] - losses[a])
+
+
+def _best(runs: Iterable[Run]) -> list[Run]:
+    """Those of the learning rate whose last validation is best in the mean of the seeds that all rates have."""
+    by_rate = collections.defaultdict(list)
+    for run in runs:
+        if run.valid_loss is not None:
+            by_rate[run.about["lr"]].append(run)
+    if not by_rate:
+        return []
+    common = set.intersection(*({run.about["seed"] for run in found} for found in by_rate.values()))
+    means = {
+        rate: statistics.fmean(run.valid_loss for run in found if not common or run.about["seed"] in common)
+        for rate, found in by_rate.items()
+    }
+    return by_rate[min(means, key=lambda rate: (means[rate], rate))]

@@ -177,7 +177,7 @@ class Pipeline:
     def report(self) -> None:
         page = self.out / "quality.md"
         page.write_text(f"# Quality\n\n{report.BEGIN}\n{report.END}\n")
-        plan = Plan(self.scale.size, self.tokens, self.tokens / 5, self.scale.size, self.tokens / 10)
+        plan = Plan(self.scale.size, self.tokens, self.tokens / 5, self.scale.size, self.tokens / 10, "local")
         step("report", lambda: (report.collect(self.runs, self.results), report.write(self.results, page, plan)))
         check_page(page.read_text("utf-8"), self.scale)
 

@@ -18,7 +18,11 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Recall:
-    """Multi-query associative recall (Arora et al., arXiv 2312.04927): pairs, then every key again in another order."""
+    """Multi-query associative recall (Arora et al., arXiv 2312.04927): pairs, then every key again in another order.
+
+    Of the form "adjacent", as there, a value follows its key at once. Of the form "lines", as in code, it stands behind
+    ``key =``: a model must look back from the same token for all keys.
+    """
 
     tokens: list[int]
     places: list[int]
@@ -34,13 +38,17 @@ def word_tokens(processor) -> list[int]:
     return [i for i, x in pieces if x[0] == "\u2581" and len(x) > 2 and x[1:].isascii() and x[1:].islower()]
 
 
-def recall(words: Sequence[int], equals: int, newline: int, pairs: int, rng: random.Random) -> Recall:
-    """One case: lines ``key = value``, then the same lines shuffled, whose values are asked for.
+FORMS = ("adjacent", "lines")
+
+
+def recall(words: Sequence[int], equals: int, newline: int, form: str, pairs: int, rng: random.Random) -> Recall:
+    """One case: ``key value`` or lines ``key = value``, then the same shuffled, whose values are asked for.
 
     Args:
         words: tokens for keys and values; each is used at most once.
-        equals: token between key and value.
-        newline: token behind a value.
+        equals: token between key and value of a line.
+        newline: token behind the value of a line.
+        form: one of ``FORMS``.
 
     Raises:
         ValueError: fewer than 2 words for a pair.
@@ -50,9 +58,11 @@ def recall(words: Sequence[int], equals: int, newline: int, pairs: int, rng: ran
     drawn = rng.sample(list(words), 2 * pairs)
     lines = list(zip(drawn[:pairs], drawn[pairs:], strict=True))
     asked = rng.sample(lines, pairs)
-    tokens = [x for key, value in (*lines, *asked) for x in (key, equals, value, newline)]
-    places = [4 * (pairs + i) + 1 for i in range(pairs)]
-    return Recall(tokens[:-2], places, [value for _, value in asked], drawn[pairs:])
+    between, behind = ([equals], [newline]) if form == "lines" else ([], [])
+    tokens = [x for key, value in (*lines, *asked) for x in (key, *between, value, *behind)]
+    each = 2 + len(between) + len(behind)
+    places = [each * (pairs + i) + len(between) for i in range(pairs)]
+    return Recall(tokens[: places[-1] + 1], places, [value for _, value in asked], drawn[pairs:])
 
 
 def score_recall(cases: Iterable[Recall], logits: Callable[[list[int], list[int]], torch.Tensor]) -> dict[str, float]:

@@ -35,10 +35,11 @@ def prepare(corpus: Path, data: Path, vocabulary: int, sample_bytes: int, seed: 
     """
     from prepare_data import entropy, load_tokenizer, train_tokenizer, write_dataset
 
-    texts = {}
+    texts, packages = {}, {}
     for part in ("train", "heldout"):
         with (corpus / f"{part}.jsonl").open("rb") as file:
-            texts[part] = [json.loads(line)["text"] for line in file]
+            rows = [json.loads(line) for line in file]
+        texts[part], packages[part] = [row["text"] for row in rows], [row["package"] for row in rows]
     start = time.time()
     model = train_tokenizer(texts["train"], vocabulary, sample_bytes, seed)
     print(f"  tokenizer of {vocabulary} pieces trained in {time.time() - start:.0f} s", flush=True)
@@ -56,6 +57,7 @@ def prepare(corpus: Path, data: Path, vocabulary: int, sample_bytes: int, seed: 
         "valid_documents": len(texts["heldout"]),
         "valid_tokens": int(valid.sum()),
         "valid_bytes": size["heldout"],
+        "valid_packages": packages["heldout"],
         "bytes_per_token": size["train"] / int(counts.sum()),
         "valid_bytes_per_token": size["heldout"] / int(valid.sum()),
         "unigram_entropy": entropy(counts),

@@ -44,10 +44,13 @@ RESERVE = 30.0  # seconds of a stretch's limit for the step, validation and save
 Run = Callable[[list[str], Path, bool, float], Iterable[str]]
 
 
-def name_of(variant: str, size: str, tokens: float, seed: int, lr: float, tag: str = "") -> str:
+def name_of(
+    variant: str, size: str, tokens: float, seed: int, lr: float, tag: str = "", transformer_impl: str = "local"
+) -> str:
     """The folder of a run, in letters that any file system takes."""
-    words = (variant.replace(":", "to").replace(",", "-").replace("=", "-"), size, f"{tokens / 1e6:g}M")
-    return "_".join((*words, f"lr{lr:g}", f"seed{seed}", *([tag] if tag else [])))
+    words = [variant.replace(":", "to").replace(",", "-").replace("=", "-"), size, f"{tokens / 1e6:g}M"]
+    words += [f"lr{lr:g}", f"seed{seed}", *(["te"] if transformer_impl == "transformer_engine" else [])]
+    return "_".join(words + ([tag] if tag else []))
 
 
 def steps_of(size: Size, tokens: float) -> int:
@@ -142,6 +145,7 @@ def about(options: argparse.Namespace, gpu: bool) -> dict:
         "variant": options.variant, "size": options.size, "seed": options.seed, "lr": options.lr, "tag": options.tag,
         "tokens": steps * size.batch * size.seq_length, "seq_length": size.seq_length,
         "steps": steps, "fp32": options.fp32 or not gpu, "transformer_impl": options.transformer_impl,
+        "shared": options.shared,
         "flags": flags(options.variant, size) + options.flags,
         "data": json.loads((options.data / "stats.json").read_text("utf-8"))["sha256"]["train_text_document.bin"],
     }  # fmt: skip
@@ -243,7 +247,10 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
 
 
 def folder_of(options: argparse.Namespace) -> Path:
-    return options.runs / name_of(options.variant, options.size, options.tokens, options.seed, options.lr, options.tag)
+    name = name_of(
+        options.variant, options.size, options.tokens, options.seed, options.lr, options.tag, options.transformer_impl
+    )
+    return options.runs / name
 
 
 def state(folder: Path) -> str:
@@ -290,6 +297,7 @@ def add_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--micro-batch", type=int, help="sequences of a pass (default: by the size)")
     add("--eval-iters", type=int, default=4, help="batches of a validation (%(default)s)")
     add("--fp32", action="store_true", help="train in fp32, not bf16 (a CPU always does)")
+    add("--shared", action="store_true", help="others use the GPU at the same time: its seconds are no speed")
     layers = ("local", "transformer_engine")
     add("--transformer-impl", default="local", choices=layers, help="whose layers surround attention (%(default)s)")
     return made

@@ -46,10 +46,16 @@ class Variant:
     """One softmax layer in so many: None for no softmax layer, 1 for softmax alone."""
     options: dict[str, str] = field(default_factory=dict)
     """Flags beside the sizes."""
+    heads: int = 1
+    """In heads of the size; each has so many times fewer channels."""
 
     @property
     def gated(self) -> bool:
         return self.options.get("--lightning-gate") != "none"
+
+    @property
+    def softmax_gated(self) -> bool:
+        return "--attention-output-gate" in self.options
 
     @property
     def output_norm(self) -> bool:
@@ -63,13 +69,18 @@ MAIN = {
     "lightning": Variant(None), "15:1": Variant(16), "7:1": Variant(8), "3:1": Variant(4), "1:1": Variant(2),
     "softmax": Variant(1),
 }  # fmt: skip
+HYBRIDS = [name for name in MAIN if name not in ("lightning", "softmax")]
 ABLATIONS = {
     **{f"lightning,decay={x}": Variant(None, {"--lightning-decay": x}) for x in ("minimax", "alibi", "none")},
     **{f"lightning,norm={x}": Variant(None, {"--lightning-norm": x}) for x in ("all", "none")},
     "lightning,gate=none": Variant(None, {"--lightning-gate": "none"}),
     "lightning,rope": Variant(None, {"--lightning-rope": ""}),
     "7:1,nope": Variant(8, {"--position-embedding-type": "none"}),
-}  # compared with lightning and 7:1, whose decay is tnl, norm head, gate sigmoid, without rope in lightning layers
+    # what lightning layers have beside their attention, for softmax; and another usual cut into heads
+    "softmax,gate": Variant(1, {"--attention-output-gate": ""}),
+    "softmax,qk-norm": Variant(1, {"--qk-layernorm": ""}),
+    "softmax,heads=double": Variant(1, heads=2),
+}  # of lightning and 7:1, whose decay is tnl, norm head, gate sigmoid, without rope in lightning layers; and of softmax
 VARIANTS = MAIN | ABLATIONS
 TWO_SEEDS = ("lightning", "7:1", "softmax")
 FAMILY = {name: name if name in TWO_SEEDS else "7:1" for name in MAIN}  # whose best learning rate a variant takes
@@ -86,11 +97,14 @@ class Plan:
     long_size: str = "base-32k"
     long_tokens: float = 5e6
     """Enough to measure the speed at the longer sequences."""
+    transformer_impl: str = "transformer_engine"
+    """Of all runs that are compared, with the faster softmax attention; runs of others only choose learning rates."""
 
     def wanted(self) -> list[tuple[str, str, float, int]]:
         """(variant, size, tokens, seed) of every run."""
-        main = [(name, self.size, self.tokens, seed) for seed in (1, 2) for name in (MAIN if seed == 1 else TWO_SEEDS)]
-        short = [(name, self.size, self.short, 1) for name in VARIANTS]
+        seeds = [(name, seed) for seed in (1, 2) for name in (MAIN if seed == 1 else TWO_SEEDS)]
+        main = [(name, self.size, tokens, seed) for tokens in (self.tokens, self.short) for name, seed in seeds]
+        short = [(name, self.size, self.short, 1) for name in ABLATIONS]
         return main + short + [(name, self.long_size, self.long_tokens, 1) for name in MAIN]
 
 
@@ -111,7 +125,11 @@ def variant(name: str) -> Variant:
 def parameters(chosen: Variant, size: Size, ffn: int) -> int:
     """Parameters of the model: embeddings are tied, projections have no bias, norms are RMSNorm."""
     lightning, h = chosen.lightning_layers(size.layers), size.hidden
+    softmax = size.layers - lightning
     attention = 4 * h * h * size.layers + lightning * (chosen.gated * h * h + chosen.output_norm * h)
+    attention += softmax * (chosen.softmax_gated * h * h)
+    if "--qk-layernorm" in chosen.options:
+        attention += softmax * 2 * (h // (size.heads * chosen.heads))
     return size.vocabulary * h + attention + size.layers * (3 * h * ffn + 2 * h) + h
 
 
@@ -127,7 +145,7 @@ def flags(name: str, size: Size) -> list[str]:
     """The model's flags of lightning_megatron.pretrain."""
     chosen = variant(name)
     words = f"""
-        --num-layers {size.layers} --hidden-size {size.hidden} --num-attention-heads {size.heads}
+        --num-layers {size.layers} --hidden-size {size.hidden} --num-attention-heads {size.heads * chosen.heads}
         --ffn-hidden-size {ffn_width(chosen, size)} --seq-length {size.seq_length}
         --max-position-embeddings {size.seq_length} --normalization RMSNorm --swiglu --disable-bias-linear
         --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02

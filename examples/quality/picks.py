@@ -1,0 +1,115 @@
+"""Values of a run, as tables and plots take them; and the gap between runs by package."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Run
+
+Pick = Callable[["Run"], float | None]
+
+
+def loss_of(run: Run) -> float | None:
+    """Held-out loss; evaluations that do not know packages read other text."""
+    task = run.tasks.get("loss", {})
+    return task.get("nll") if "by_package" in task else None
+
+
+def row_of(task: str, value: str, **where: object) -> Pick:
+    """A ``Pick`` of one value in a task's row, such as ``row_of("recall", "accuracy", pairs=32)``."""
+
+    def pick(run: Run) -> float | None:
+        rows = run.tasks.get(task, {}).get("rows", [])
+        return next((row.get(value) for row in rows if all(row[key] == x for key, x in where.items())), None)
+
+    return pick
+
+
+def keys_of(runs: Iterable[Run], task: str, key: str) -> list[float]:
+    """All values of ``key`` in a task's rows, sorted."""
+    return sorted({row[key] for run in runs for row in run.tasks.get(task, {}).get("rows", [])})
+
+
+def either_angles(task: str, value: str, better: Callable, **where: object) -> Pick:
+    """The better one of the rows with trained and with scaled angles."""
+
+    def pick(run: Run) -> float | None:
+        found = [row_of(task, value, **where, scaled=scaled)(run) for scaled in (False, True)]
+        return better((x for x in found if x is not None), default=None)
+
+    return pick
+
+
+def needle_of(value: str, length: float, scaled: bool | None = None) -> Pick:
+    """Mean over depths, weighted by the number of cases; of the better angles with ``scaled`` None. ``cases``: their
+    sum.
+    """
+
+    def of(run: Run, scaled: bool) -> float | None:
+        rows = run.tasks.get("needle", {}).get("rows", [])
+        rows = [row for row in rows if row["length"] == length and row["scaled"] == scaled]
+        cases = sum(row["cases"] for row in rows)
+        if not cases or value == "cases":
+            return cases or None
+        return sum(row[value] * row["cases"] for row in rows) / cases
+
+    def pick(run: Run) -> float | None:
+        found = [of(run, x) for x in ((False, True) if scaled is None else (scaled,))]
+        return max((x for x in found if x is not None), default=None)
+
+    return pick
+
+
+def sliding(run: Run) -> float | None:
+    parts = run.tasks.get("loss", {}).get("by_position")
+    return math.exp(statistics.fmean(parts[-max(1, len(parts) // 4) :])) if parts else None
+
+
+def of_packages(run: Run) -> float | None:
+    """Held-out loss in which every package counts the same."""
+    rows = run.tasks.get("loss", {}).get("by_package")
+    return statistics.fmean(row["nll"] for row in rows.values()) if rows else None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Held-out loss of some runs minus that of others on the same text."""
+
+    value: float
+    error: float
+    """Standard error over packages (bootstrap)."""
+    better: int
+    packages: int
+
+
+def gap(runs: Sequence[Run], others: Sequence[Run]) -> Gap | None:
+    """By package, in the mean over seeds; None where that is missing."""
+    own, other = (_by_package(x) for x in (runs, others))
+    names = sorted(own.keys() & other.keys())
+    if not names:
+        return None
+    weights = [own[name][0] for name in names]
+    differences = [own[name][1] - other[name][1] for name in names]
+    draw, means = random.Random(1), []
+    for _ in range(1000):
+        chosen = draw.choices(range(len(names)), k=len(names))
+        means.append(_weighted([differences[i] for i in chosen], [weights[i] for i in chosen]))
+    better = sum(x < 0 for x in differences)
+    return Gap(_weighted(differences, weights), statistics.pstdev(means), better, len(names))
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(x * w for x, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _by_package(runs: Sequence[Run]) -> dict[str, tuple[int, float]]:
+    """(tokens, mean loss) of packages that all runs have."""
+    found = [rows for run in runs if (rows := run.tasks.get("loss", {}).get("by_package"))]
+    names = set.intersection(*map(set, found)) if found else set()
+    return {name: (found[0][name]["tokens"], statistics.fmean(x[name]["nll"] for x in found)) for name in names}
