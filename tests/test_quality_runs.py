@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import random
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.quality import fidelity, results, session, smoke, tokens, train
+from examples.quality import fidelity, report, results, session, smoke, tokens, train
 from examples.quality.variants import SIZES, VARIANTS
 from lightning_megatron.training.refusals import refuse as refuse_flags
 
@@ -216,11 +218,86 @@ def test_flags_are_taken_by_the_entry_point_and_all_but_the_attention_is_equal(p
     assert len(tokens_a_step) == 1
 
 
-def test_distances_of_curves():
-    curves = {"a": [4.0, 2.0], "a-seed2": [4.5, 3.0], "b": [4.0, 1.9]}
-    found = fidelity.distances(curves, "a", "a-seed2")
-    assert found["a-seed2"] == {"mean": 0.75, "end": 1.0, "steps": 2, "of_noise": 1.0}
-    assert found["b"]["mean"] == pytest.approx(0.05) and found["b"]["of_noise"] == pytest.approx(0.05 / 0.75)
+def curve(order: int, shift: float = 0.0, steps: int = 2000) -> list[float]:
+    """Losses that fall, amid the noise of 0.1 nats that batches make in the data order ``order``, then ``shift``."""
+    batches = random.Random(order)
+    return [3 + 7 * math.exp(-i / 150) + batches.gauss(0, 0.1) + shift * (i >= 200) for i in range(steps)]
+
+
+@pytest.mark.parametrize("shift, within", [(0.001, True), (0.03, False), (-0.03, False)])
+def test_a_shifted_curve_is_told_from_the_noise_of_batches(shift, within):
+    """The mean absolute difference of two data orders hides a shift of 0.03 nats; means of blocks do not."""
+    curves = {"a": curve(1), "a-seed2": curve(2), "b": curve(1, shift)}
+    found = fidelity.distances(curves, "a")["b"]
+    seeds = fidelity.distances(curves, "a")["a-seed2"]
+    assert found["mean"] < 0.3 * seeds["mean"]  # of no power
+    assert found["largest"] == pytest.approx(abs(shift)) and found["largest_of_seeds"] == seeds["largest"]
+    assert (found["largest"] <= found["largest_of_seeds"]) == within
+
+
+def test_held_out_losses_are_compared_with_the_seeds_of_the_same_arithmetic():
+    curves = {name: [4.0, 3.0] for name in ("a", "a-seed2", "b", "c", "c-seed2")}
+    losses = {"a": 2.5, "a-seed2": 2.49, "b": 2.515, "c": 2.515, "c-seed2": 2.535}
+    found = fidelity.distances(curves, "a", losses)
+    assert {name: (row["to"], row["seeds"]) for name, row in found.items()} == {
+        "a-seed2": ("a", "a-seed2"), "b": ("a", "a-seed2"), "c": ("a", "c-seed2"), "c-seed2": ("c", "c-seed2")
+    }  # fmt: skip
+    assert found["a-seed2"]["difference"] == pytest.approx(-0.01)
+    assert found["b"]["difference"] == pytest.approx(0.015) and found["b"]["distance_of_seeds"] == pytest.approx(0.01)
+    assert found["c"]["distance_of_seeds"] == pytest.approx(0.02)
+    assert [row["within"] for row in found.values()] == [None, False, True, None]
+    del losses["b"]
+    row = fidelity.distances(curves, "a", losses)["b"]
+    assert row["held_out"] is row["difference"] is row["within"] is None
+    curves["b"] = [4.0, 3.1]
+    assert fidelity.distances(curves, "a", losses)["b"]["within"] is False  # whatever its held-out loss will be
+    alone = fidelity.distances({name: curves[name] for name in ("a", "a-seed2", "c-seed2")}, "a")
+    assert (alone["c-seed2"]["to"], alone["c-seed2"]["seeds"]) == ("a", "a-seed2")
+
+
+def test_curves_are_written_then_all_paths_are_evaluated_at_once(pretend, tmp_path):
+    one, asked = pretend(6), []
+    words = ["train", "--data", str(one.data), "--runs", str(one.runs), "--size", "tiny", "--steps", "6"]
+    options = fidelity.parser().parse_args(words)
+    options.questions = ["--loss-tokens", "9"]
+
+    def evaluates(module: str, words: list[str], seconds: float) -> None:
+        assert list(fidelity.held(one.runs)["curves"]["steps"].values()) == [6, 6] and seconds < options.seconds
+        asked.append((module, words[2:]))
+        for folder, nll in zip(words[:2], (2.5, 2.25), strict=True):
+            (Path(folder) / "evaluate.json").write_text(json.dumps({"tasks": {"loss": {"nll": nll}}}))
+
+    fidelity.train_paths(options, fidelity.ON_CPU, pretended, evaluates)
+    more = ["--data", str(tmp_path), "--tasks", "loss", "--loss-tokens", "9"]
+    assert asked == [("examples.quality.evaluate", more)]
+    found = fidelity.held(one.runs)["curves"]
+    (row,) = found["distances"].values()
+    assert found["held_out"] == dict(zip(fidelity.ON_CPU, (2.5, 2.25), strict=True)) and row["difference"] == -0.25
+    text = "\n".join(report.fidelity({"curves": found}))
+    assert "| `torch-fp32` | 6 | - | - | 2.50000 | - | - | - |" in text
+    assert "| `torch-fp32-seed2` | 6 | 0.00000 | 0.00000 | 2.25000 | -0.25000 | 0.25000 | - |" in text
+    options.steps, options.seconds = 100_000, 33
+    fidelity.train_paths(options, fidelity.ON_CPU, pretended, evaluates)
+    assert len(asked) == 1 and set(fidelity.held(one.runs)["curves"]["held_out"]) == set()  # not complete
+
+
+def test_a_path_that_diverged_is_told(tmp_path):
+    folders = {}
+    for name, losses in {"a": [4.0, 3.0], "a-seed2": [4.0, 3.1], "b": [4.0, math.nan]}.items():
+        folders[name] = folder = tmp_path / name
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / train.TRACKER).write_text("2")
+        diverged = {"diverged": 2} if name == "b" else {}
+        (folder / "run.json").write_text(json.dumps({"steps": 2} | diverged))
+        (folder / "losses.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in losses))
+    found = fidelity.compare(folders, "tiny")
+    assert set(found["distances"]) == {"a-seed2"} and found["distances"]["a-seed2"]["largest"] == pytest.approx(0.1)
+    lines = report.fidelity({"curves": found})
+    assert "| `b` | 2 | - | - | diverged at step 2 | - | - | - |" in lines
+    assert "| `a-seed2` | 2 | 0.10000 | 0.10000 | missing | missing | missing | - |" in lines
+    (folders["a-seed2"] / "run.json").write_text(json.dumps({"steps": 2, "diverged": 2}))
+    with pytest.raises(RuntimeError, match="a-seed2 diverged at step 2, so nothing can be compared"):
+        fidelity.compare(folders, "tiny")
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------

@@ -1,28 +1,47 @@
 """Does the arithmetic change what is learnt, and do states stay bounded?
 
-    python -m examples.quality.fidelity train --data data/quality/data --runs runs --steps 2000
+    python -m examples.quality.fidelity train --data data/quality/data --runs runs --steps 2000 [-- OPTION OF evaluate]
     python -m examples.quality.fidelity states --data data/quality/data --runs runs --states-tokens 1048576
 
 ``train`` trains one small all-lightning model on the same data in the same order by several paths of arithmetic, and
-one path with another seed, whose distance is the noise that the others are compared with. Megatron has no fp64; fp32
-with torch's operator stands for it. Paths run side by side, since so small a model does not fill a GPU. The same
-command goes on. ``states`` reads held-out text with the first path's model, or with that of --run, and records the
-largest absolute value of its states, also of the head that decays least. Both write RUNS/fidelity.json.
+with a second seed, whose distance is the noise that the others are compared with. Megatron has no fp64; fp32 with
+torch's operator stands for it. Paths run side by side, since so small a model does not fill a GPU. Then ``evaluate``
+computes the held-out loss of all of them, with the options behind --. The same command goes on.
+
+Another seed is also another data order, and batches alone move the loss of a step by 0.1 nats. The mean absolute
+difference of two seeds' curves is about that, whatever the arithmetic does: a path that is worse by 0.03 nats would
+pass as a quarter of the noise. Two other measures tell it:
+
+    blocks      signed differences of the mean losses of ten blocks of steps, in which batches average out. The largest
+                counts, but for the first block, where the loss falls by nats from values that the seeds differ in
+    held out    difference of the final losses on the same text, which no data order enters
+
+Both stand beside the same of two seeds of the same arithmetic: one pair, whose held-out losses may be close by chance.
+
+``states`` reads held-out text with the first path's model, or with that of --run, and records the largest absolute
+value of its states, also of the head that decays least. Both write RUNS/fidelity.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
+import time
 from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from examples.provenance import when
 
-from . import train
+from . import session, train
 from .results import FIDELITY
 from .variants import SIZES
 
@@ -35,6 +54,8 @@ PATHS = {  # name -> (fp32, backend, seed)
 }
 ON_CPU = ("torch-fp32", "torch-fp32-seed2")  # Triton has no CPU, and the CPU trains in fp32
 VARIANT = "lightning"
+SECOND = "-seed2"
+BLOCKS = 10
 
 
 def options_of(path: str, options: Namespace) -> Namespace:
@@ -48,43 +69,94 @@ def options_of(path: str, options: Namespace) -> Namespace:
     return train.parser().parse_args([*words, "--", "--lightning-backend", backend])
 
 
-def distances(curves: dict[str, list[float]], reference: str, noise: str) -> dict[str, dict[str, float]]:
-    """Of every curve to the reference: mean absolute difference of losses, over all steps and over the last tenth.
+def seeds_of(path: str, paths: Iterable[str], reference: str) -> str:
+    """The path with the second seed whose distance to its first seed is the noise for ``path``.
+
+    Of the same arithmetic; where that has one seed only, of the reference's.
+    """
+    first = path.removesuffix(SECOND)
+    return f"{first if {first, first + SECOND} <= set(paths) else reference}{SECOND}"
+
+
+def blocks(curve: list[float], other: list[float]) -> list[float]:
+    """Differences of the mean losses of BLOCKS parts, in order; of each step where there are fewer."""
+    gaps = [x - y for x, y in zip(curve, other, strict=True)]
+    ends = [len(gaps) * i // BLOCKS for i in range(BLOCKS + 1)]
+    return [statistics.fmean(gaps[i:j]) for i, j in pairwise(ends) if i < j]
+
+
+def distances(
+    curves: dict[str, list[float]], reference: str, held_out: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Of every path to the reference, and of a second seed to the first of its arithmetic.
 
     Args:
-        curves: losses of every step, by path.
-        noise: the path that differs from the reference in its seed alone; ``of_noise`` is the share of its distance.
+        curves: losses of every step, by path; of as many steps as the shortest.
+        held_out: losses of the checkpoints, by path; without those that are not there.
+
+    Returns:
+        For every path but the reference: ``to``, the path it is compared with; ``seeds``, the path whose distance is
+        its noise; ``mean`` absolute difference of steps; differences of ``blocks``, and the ``largest`` absolute one
+        behind the first; the ``held_out`` loss and the ``difference`` of it (None where a loss is missing);
+        ``largest_of_seeds`` and ``distance_of_seeds``, absolute, the same of ``seeds``; ``within``, whether both are
+        at most those of the seeds (None where that is not known yet, and for the seeds themselves).
     """
     count = min(map(len, curves.values()))
-    last = max(1, count // 10)
-    found = {}
-    for name, curve in curves.items():
-        if name != reference:
-            gaps = [abs(x - y) for x, y in zip(curve[:count], curves[reference][:count], strict=True)]
-            found[name] = {"mean": sum(gaps) / count, "end": sum(gaps[-last:]) / last, "steps": count}
-    for row in found.values():
-        row["of_noise"] = row["mean"] / found[noise]["mean"]
+    found: dict[str, dict[str, Any]] = {}
+    for name in curves:
+        if name == reference:
+            continue
+        seeds = seeds_of(name, curves, reference)
+        to = name.removesuffix(SECOND) if name == seeds else reference
+        curve, other = curves[name][:count], curves[to][:count]
+        of_blocks, loss, beside = blocks(curve, other), held_out.get(name), held_out.get(to)
+        found[name] = {
+            "to": to, "seeds": seeds, "steps": count,
+            "mean": statistics.fmean(abs(x - y) for x, y in zip(curve, other, strict=True)),
+            "blocks": of_blocks, "largest": max(map(abs, of_blocks[1:] or of_blocks)),
+            "held_out": loss, "difference": None if loss is None or beside is None else loss - beside,
+        }  # fmt: skip
+    for name, row in found.items():
+        largest, gap = (found[row["seeds"]][key] for key in ("largest", "difference"))
+        row |= {"largest_of_seeds": largest, "distance_of_seeds": None if gap is None else abs(gap)}
+        known = None not in (gap, row["difference"])
+        tests = [row["largest"] <= largest, abs(row["difference"]) <= abs(gap) if known else None]
+        row["within"] = None if name == row["seeds"] else False if False in tests else None if None in tests else True
     return found
 
 
-def compare(options: Namespace, paths: tuple[str, ...], run: train.Run = train.launch) -> dict:
-    """Train all paths as far as their stretches go, and compare what there is.
+def held_out_loss(folder: Path) -> float | None:
+    """Of a complete training that was evaluated."""
+    path = folder / "evaluate.json"
+    if train.state(folder) != "complete" or not path.is_file():
+        return None
+    return json.loads(path.read_text("utf-8"))["tasks"].get("loss", {}).get("nll")
+
+
+def compare(folders: dict[str, Path], size: str) -> dict:
+    """Compare what there is.
+
+    Args:
+        folders: of the runs, by path; the first one is the reference. Those that diverged are told, not compared.
 
     Raises:
-        RuntimeError: a training failed.
+        RuntimeError: a training has no step, or the reference diverged in one of its seeds.
     """
-    curves, steps = {}, {}
-    with ThreadPoolExecutor(options.together) as pool:
-        folders = list(pool.map(lambda path: train.train(options_of(path, options), run), paths))
-    for path, folder in zip(paths, folders, strict=True):
-        rows = train.read_lines(folder / "losses.jsonl")
-        curves[path], steps[path] = [row["loss"] for row in rows], len(rows)
-        if not rows:
+    reference = next(iter(folders))
+    states = {path: train.state(folder) for path, folder in folders.items()}
+    rows = {path: train.read_lines(folder / "losses.jsonl") for path, folder in folders.items()}
+    for path, folder in folders.items():
+        if not rows[path]:
             raise RuntimeError(f"{folder} has no step: give more --seconds")
-    reference = paths[0]
+        if states[path].startswith("diverged") and path in (reference, reference + SECOND):
+            raise RuntimeError(f"{folder} {states[path]}, so nothing can be compared with it: give a lower --lr")
+    curves = {
+        path: [row["loss"] for row in found] for path, found in rows.items() if not states[path].startswith("diverged")
+    }
+    losses = {path: loss for path in curves if (loss := held_out_loss(folders[path])) is not None}
     return {
-        "variant": VARIANT, "size": options.size, "reference": reference, "steps": steps,
-        "distances": distances(curves, reference, f"{reference}-seed2"),
+        "variant": VARIANT, "size": size, "reference": reference, "steps": {path: len(x) for path, x in rows.items()},
+        "states": states, "held_out": losses, "distances": distances(curves, reference, losses),
         "card": train.card(torch.cuda.is_available()), **when(),
     }  # fmt: skip
 
@@ -133,18 +205,39 @@ def parser() -> argparse.ArgumentParser:
     add("--size", default="fidelity", choices=SIZES, help="of the model (%(default)s)")
     add("--steps", type=int, default=2000, help="of each training (%(default)s)")
     add("--lr", type=float, default=1e-3, help="largest learning rate (%(default)g)")
-    add("--seconds", type=float, default=540, help="after which all have saved and ended (%(default)g)")
+    add("--seconds", type=float, default=540, help="after which all has ended, and is saved (%(default)g)")
     add("--together", type=int, default=len(PATHS), help="paths side by side (%(default)s)")
     add("--paths", nargs="+", choices=PATHS, help="the first one is the reference (all that this machine has)")
     add("--run", help="whose states are read: a name in --runs (the first path's)")
     add("--states-tokens", type=int, default=1 << 20, help="read for the states (%(default)s)")
     add("--chunk", type=int, default=8192, help="tokens between two looks at states (%(default)s)")
+    made.set_defaults(questions=[])
     return made
 
 
-def train_paths(options: Namespace, paths: tuple[str, ...], run: train.Run = train.launch) -> None:
-    """Step ``train``: puts what ``compare`` returns into RUNS/fidelity.json."""
-    _put(options.runs, "curves", compare(options, paths, run))
+def train_paths(
+    options: Namespace, paths: tuple[str, ...], run: train.Run = train.launch, begin: session.Start = session.start
+) -> None:
+    """Step ``train``: trains as far as --seconds go, evaluates once all are complete, writes RUNS/fidelity.json.
+
+    Args:
+        run: starts a training, as ``train.launch``.
+        begin: runs a module with a command line, as ``session.start``.
+
+    Raises:
+        RuntimeError: a training or the evaluation failed; the curves are written before the latter.
+    """
+    end = time.time() + options.seconds
+    with ThreadPoolExecutor(options.together) as pool:
+        trained = pool.map(lambda path: train.train(options_of(path, options), run), paths)
+        folders = dict(zip(paths, trained, strict=True))
+    _put(options.runs, "curves", compare(folders, options.size))
+    whole = [folder for folder in folders.values() if not train.state(folder).startswith("diverged")]
+    left = end - time.time()
+    if left > 0 and all(train.state(folder) == "complete" for folder in whole):
+        words = [*map(str, whole), "--data", str(options.data), "--tasks", "loss", *options.questions]
+        begin("examples.quality.evaluate", words, left)
+        _put(options.runs, "curves", compare(folders, options.size))
 
 
 def _put(runs: Path, key: str, value: dict) -> None:
@@ -160,10 +253,13 @@ def held(runs: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    options = parser().parse_args(words[:cut])
+    options.questions = words[cut + 1 :]
     paths = tuple(options.paths or (PATHS if torch.cuda.is_available() else ON_CPU))
-    if f"{paths[0]}-seed2" not in paths:
-        raise SystemExit(f"fidelity: --paths {' '.join(paths)} lacks {paths[0]}-seed2, the noise; add it")
+    if f"{paths[0]}{SECOND}" not in paths:
+        raise SystemExit(f"fidelity: --paths {' '.join(paths)} lacks {paths[0]}{SECOND}, the noise; add it")
     options.data, options.runs = options.data.resolve(), options.runs.resolve()
     if options.what == "train":
         train_paths(options, paths)

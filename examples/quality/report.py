@@ -235,12 +235,24 @@ def fidelity(found: dict) -> list[str]:
     lines = []
     if "curves" in found:
         about = found["curves"]
-        lines += [f"### Fidelity: {about['size']}, {about['card']}, distance to {about['reference']}", ""]
-        rows = [
-            [name, str(row["steps"]), f"{row['mean']:.5f}", f"{row['end']:.5f}", f"{row['of_noise']:.2f}"]
-            for name, row in about["distances"].items()
-        ]
-        lines += table(["path", "steps", "mean difference", "last tenth", "of the seeds' distance"], rows)
+        reference, losses = about["reference"], about["held_out"]
+        number = lambda value, form: MISSING if value is None else f"{value:{form}}"
+        words = {True: "yes", False: "no", None: MISSING}
+        rows = []
+        for name, state in about["states"].items():
+            row = about["distances"].get(name)
+            cells = [f"`{name}`", str(about["steps"][name])]
+            if row is None:  # the reference, or diverged
+                own = number(losses.get(name), ".5f") if name == reference else state
+                rows.append([*cells, "-", "-", own, "-", "-", "-"])
+                continue
+            cells += [f"{row['largest']:.5f}", f"{row['largest_of_seeds']:.5f}", number(row["held_out"], ".5f")]
+            cells += [number(row["difference"], "+.5f"), number(row["distance_of_seeds"], ".5f")]
+            rows.append([*cells, "-" if name == row["seeds"] else words[row["within"]]])
+        head = ["path", "steps", "largest difference of block means", "of seeds", "held-out loss", "difference"]
+        lines += [f"### Fidelity: {about['size']}, {about['card']}, difference to `{reference}`", ""]
+        lines += table([*head, "of seeds", "both within the seeds'"], rows)
+        lines += ["A path with a second seed is compared with the first seed of its arithmetic: the noise.", ""]
     for about in found.get("states", {}).values():
         title = f"Largest value in the states of `{about['run']}`; weakest decay {about['log_decay']:.2e} per token"
         lines += [f"### {title}", ""]
