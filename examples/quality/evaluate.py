@@ -263,7 +263,8 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     chosen = Namespace(load=load, tokenizer_type=None, tokenizer_model=model_file)
     tokenizer = build_tokenizer(tokenizer_args(chosen, saved.args))
     processor = sentencepiece.SentencePieceProcessor(model_file=model_file)
-    with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=options.flags) as model:
+    flags = ["--transformer-impl", "local", *options.flags]  # whose softmax layers read texts in chunks
+    with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
         packages = json.loads((options.data / "stats.json").read_text("utf-8"))["valid_packages"]
         asked = Asked(model, tokenizer, processor, held_out(options.data), packages, options, saved.args.seq_length)
         for name in missing:

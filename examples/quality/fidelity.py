@@ -173,9 +173,9 @@ def states(folder: Path, data: Path, tokens: int, chunk: int) -> dict:
     from lightning_megatron.inference.loading import loaded_model, read_checkpoint
     from lightning_megatron.inference.reader import Reader
 
-    from .evaluate import held_out_tokens
+    from .evaluate import held_out
 
-    text, rows = held_out_tokens(data), []
+    text, rows = [int(token) for document in held_out(data) for token in document], []
     saved = read_checkpoint(folder / "checkpoint")
     with loaded_model(
         saved, vocab_size=SIZES[json.loads((folder / "run.json").read_text())["size"]].vocabulary
@@ -185,7 +185,7 @@ def states(folder: Path, data: Path, tokens: int, chunk: int) -> dict:
         decays = {number: layers[number].log_decay.detach().float().cpu() for number in reader.lightning_layers()}
         weakest = max((float(x.max()), number, int(x.argmax())) for number, x in decays.items())
         for start in range(0, tokens, chunk):
-            reader.read([int(text[i % len(text)]) for i in range(start, min(start + chunk, tokens))])
+            reader.read([text[i % len(text)] for i in range(start, min(start + chunk, tokens))])
             memory = {number: reader.context.key_value_memory_dict[number][0] for number in decays}
             largest = max(float(state.abs().max()) for state in memory.values())
             head = memory[weakest[1]][0, 0, weakest[2]]
