@@ -63,7 +63,6 @@ CASES = {
     "full-recompute-all": Case("full_iteration", hybrid=True, config=FULL),
     "te": Case("transformer_engine", options=EVERYTHING),
     "te-hybrid-attn": Case("transformer_engine", ("attn",), hybrid=True),
-    "local-router": Case("local", ("attn", "moe_router"), options=EVERYTHING, config=EXPERTS),
     "local-moe": Case("local", ("attn", "moe"), hybrid=True, config=PADDED),
     "te-router": Case("transformer_engine", ("attn", "moe_router"), hybrid=True, config=EXPERTS),
     "te-router-preprocess": Case(

@@ -176,7 +176,9 @@ def test_session_trains_evaluates_and_writes_after_every_stage(pretend, tmp_path
         asked.append((module, folder.name, words[1:]))
         if "softmax" in folder.name:
             raise RuntimeError("no memory")
-        (folder / "evaluate.json").write_text(json.dumps({"tasks": {"loss": {"nll": 2.5, "seconds": 1.0}}}))
+        (folder / "evaluate.json").write_text(
+            json.dumps({"tasks": {"loss": {"nll": 2.5, "by_package": {}, "seconds": 1.0}}})
+        )
 
     def options(seconds: float, *jobs: str) -> argparse.Namespace:
         words = [*jobs, "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "tiny", "--reserve", "1.5"]

@@ -147,7 +147,8 @@ TE = "--transformer-impl transformer_engine --dist-ckpt-strictness log_all"
 FP8 = f"{TE} --rope-fusion --fp8-format hybrid --fp8-recipe delayed"
 EP2 = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = f"{EP2} --overlap-moe-expert-parallel-comm"
-RUNS = {  # the number of GPUs, and flags; names that begin with latent and moe train other models
+OTHERS = MODELS | {"untied": f"{MODELS['freq4']} --untie-embeddings-and-output-weights"}
+RUNS = {  # the number of GPUs, and flags; names that begin with latent, moe and untied train these models
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
     "cp2": (2, "--context-parallel-size 2"),  # direct, on two GPUs
@@ -178,13 +179,18 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent and moe 
     "latent-te-tp2-sp": (2, f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"),
     "latent-te-cp2": (2, f"{TE} --context-parallel-size 2"),
     "te-offload": (1, f"{TE} --rope-fusion --cpu-offloading-num-layers 2"),
-    "te-weight-shards": (2, f"{TE} --rope-fusion --tensor-parallel-num-weight-shards 2"),
+    "untied-one": (1, ""),
+    "untied-te-weight-shards": (2, f"{TE} --rope-fusion --tensor-parallel-num-weight-shards 2"),
     "moe-one": (1, ""),
     "moe-ep2": (2, EP2),
     "moe-ep2-overlap": (2, OVERLAP),
     "moe-ep2-overlap-loss-chunk": (2, f"{OVERLAP} --lightning-loss-chunk 32"),
     "moe-te-ep2-overlap-delay": (2, f"{TE} --rope-fusion {OVERLAP} --delay-wgrad-compute"),
 }
+
+
+def model_of(layout: str) -> str | None:
+    return next((name for name in ("latent", "moe", "untied") if layout.startswith(name)), None)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +200,7 @@ def runs(tmp_path_factory):
 
     @functools.cache
     def start(model: str) -> list[str]:
-        folder, flags = tmp_path_factory.mktemp("initial"), [*SIZE, *TRAIN, *MODELS[model].split()]
+        folder, flags = tmp_path_factory.mktemp("initial"), [*SIZE, *TRAIN, *OTHERS[model].split()]
         flags += ["--v-head-dim", "16"] if model == "latent" else []  # 12 is no head dim of cuDNN
         save = f"--lr 0 --train-iters 1 --save {folder} --save-interval 1 --no-save-optim --no-save-rng".split()
         run_pretrain([*flags, *save], gpus=True, env=env)
@@ -203,7 +209,7 @@ def runs(tmp_path_factory):
     @functools.cache
     def run(layout: str) -> Run:
         nproc, more = RUNS[layout]
-        flags = start(next((name for name in ("latent", "moe") if layout.startswith(name)), "freq4"))
+        flags = start(model_of(layout) or "freq4")
         return run_pretrain([*flags, *more.split()], nproc, gpus=True, env=env)
 
     return run
@@ -219,7 +225,7 @@ def test_trains_as_one_gpu(layout, runs):
     if te and not importable("transformer_engine.pytorch"):
         pytest.skip("TransformerEngine does not import")
     fp8 = FP8 in RUNS[layout][1]
-    one = next((f"{name}-one" for name in ("latent", "moe") if layout.startswith(name)), "one")
+    one = f"{model_of(layout)}-one" if model_of(layout) else "one"
     got, want = runs(layout).losses, runs("fp8-te-one" if fp8 else one).losses
     differences = [abs(a - b) for a, b in zip(got, want, strict=True)]
     learnt = want[0] - want[-1]

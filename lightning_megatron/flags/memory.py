@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..compat import importable
-from .rules import TE, Rule, selective
+from .rules import TE, Rule, Run, selective
 
 _CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -75,6 +75,20 @@ REFUSED = (
     ),
 )
 
+
+def _captures_experts(run: Run) -> bool:
+    """Whether graphs of a training hold experts whose tokens are counted on the host. Megatron's ``local`` captures the
+    layers of a GPTModel as a whole whatever the modules; HybridModel's layers with experts know theirs.
+    """
+    config, impl = run.config, run.get("cuda_graph_impl")
+    padded = config.moe_expert_capacity_factor is not None and config.moe_pad_expert_input_to_capacity
+    counted = config.num_moe_experts and config.moe_token_dispatcher_type != "flex" and not padded
+    inference = run.get("skip_train") or config.moe_pad_experts_for_cuda_graph_inference
+    if not counted or inference or run.get("hybrid_layer_pattern"):
+        return False
+    return impl in ("local", "full_iteration") or (impl == "transformer_engine" and not run.graphed)
+
+
 GRAPHS = (
     Rule(
         "cuda_graph_modules",
@@ -87,6 +101,13 @@ GRAPHS = (
         lambda run: run.graphs and run.packed,
         "captures a batch of one shape, and packed documents (--sft, --dataloader-inter-document-masking) differ in "
         "number from batch to batch; use --cuda-graph-impl none",
+    ),
+    Rule(
+        "cuda_graph_impl",
+        _captures_experts,
+        "captures layers as a whole, and experts that take any number of tokens ask for it while they run (a CUDA "
+        "error of the capture); use --cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router, or "
+        "--moe-expert-capacity-factor with --moe-pad-expert-input-to-capacity",
     ),
     Rule(
         "cuda_graph_impl",

@@ -76,6 +76,14 @@ REFUSED = (
         for kind in ("", "expert_")
     ),
     Rule(
+        "tensor_parallel_num_weight_shards",
+        lambda run: (
+            (run.get("gtp_weight_remat_size") or 1) > 1 and run.get("untie_embeddings_and_output_weights") is False
+        ),
+        "ends Megatron in a RuntimeError (shape of the supplied weight) where the output layer has the embeddings' "
+        "weight; add --untie-embeddings-and-output-weights, or leave it out",
+    ),
+    Rule(
         "batch_invariant_mode",
         lambda run: not run.get("deterministic_mode"),
         "promises the same bits in any batch, but how lightning kernels split a sequence follows the batch size; add "

@@ -70,6 +70,11 @@ REFUSED = {
         )
         for kind in ("", "expert_")
     },
+    "weight-shards-tied": (
+        dict(transformer_impl="transformer_engine", tensor_parallel_num_weight_shards=2, gtp_weight_remat_size=2), {},
+        dict(untie_embeddings_and_output_weights=False),
+        "--tensor-parallel-num-weight-shards 2 ends Megatron in a RuntimeError.*add --untie-embeddings-and-output",
+    ),
     "xavier": ({}, {}, dict(init_method_xavier_uniform=True), "--init-method-xavier-uniform ends .*--init-method-std"),
     "openai-gelu": ({}, {}, dict(openai_gelu=True), "--openai-gelu is not read by Megatron 0.19; leave it out"),
     "relative": (

@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers.flags import CHUNK, FULL, HOST, HYBRID, LATENT, TE, check_allowed, check_refused
 
+EXPERTS = dict(num_moe_experts=4, moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=64)
 # config, options, flags, and what the message says
 REFUSED = {
     "fp8": (dict(fp8="hybrid"), {}, {}, "--fp8-format hybrid needs .*use --transformer-impl transformer_engine"),
@@ -69,6 +70,13 @@ REFUSED = {
     "graphs-sft": (
         dict(cuda_graph_impl="full_iteration"), {}, dict(sft=True), "--cuda-graph-impl full_iteration captures a batch",
     ),
+    **{
+        f"graphs-experts-{impl}": (
+            EXPERTS | dict(cuda_graph_impl=impl, cuda_graph_modules=list(modules)), {}, {},
+            f"--cuda-graph-impl {impl} captures layers as a whole.*modules attn moe_router, or --moe-expert-capacity",
+        )
+        for impl, modules in (("local", ("attn", "moe_router")), ("full_iteration", ()), ("transformer_engine", ()))
+    },
     "graphs-te": (
         dict(cuda_graph_impl="transformer_engine"), {}, {},
         "--cuda-graph-impl transformer_engine captures with .* use local or full_iteration, or install it",
@@ -160,6 +168,18 @@ ALLOWED = {
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]), dict(recompute_qkv=True), {},
     ),
     "graphs": (dict(cuda_graph_impl="local"), {}, {}),
+    "graphs-experts-padded": (
+        EXPERTS | dict(
+            cuda_graph_impl="local", moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True
+        ), {}, {},
+    ),
+    "graphs-experts-served": (
+        EXPERTS | dict(cuda_graph_impl="local", moe_pad_experts_for_cuda_graph_inference=True), {}, {},
+    ),
+    "graphs-experts-loaded": (EXPERTS | dict(cuda_graph_impl="local"), {}, dict(skip_train=True)),
+    "graphs-routers": (
+        TE | EXPERTS | dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=["attn", "moe_router"]), {}, {},
+    ),
     "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
