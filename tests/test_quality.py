@@ -268,8 +268,8 @@ def test_copy():
 
 def test_scores_of_answers():
     found = [tasks.Case([1, 2], [7, 8, 9, 10], [3, 4], {"length": n}) for n in (10, 10, 20)]
-    said = iter([[7, 8, 9, 10], [7, 8, 0, 10], [0, 8, 9, 10]])
-    rows = tasks.score_cases(found, lambda prompt, count: next(said), lambda prompt, answer: float(prompt[0]))
+    right = iter((4, 0, 2, 0, 0, 0))
+    rows = tasks.score_cases(found, lambda prompt, answer: (next(right), float(prompt[0])))
     assert rows == [
         {"length": 10, "exact": 0.5, "tokens": 0.75, "nll": 1.0, "gain": 2.0, "cases": 2},
         {"length": 20, "exact": 0.0, "tokens": 0.0, "nll": 1.0, "gain": 2.0, "cases": 1},

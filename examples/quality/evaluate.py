@@ -3,7 +3,7 @@
     python -m examples.quality.evaluate --data data/quality/data runs/7to1_base_300M_lr0.001_seed1
 
 Writes RUN/evaluate.json after each task, and skips tasks that are there, so that the same command goes on. Losses come
-from lightning_megatron.inference (perplexity, LossReader), continuations from its generate().
+from lightning_megatron.inference (perplexity, LossReader), continuations from its Reader.
 
     loss      mean loss of windows of the training length all over the held-out text, by position and by package
     context   perplexity of the same text in windows of 1, 4, 16 and 64 times the training length, states carried
@@ -11,8 +11,8 @@ from lightning_megatron.inference (perplexity, LossReader), continuations from i
     needle    a number in held-out text, by length and depth
     copy      a long identifier, by distance
 
-Beyond the training length softmax layers are asked twice: with the angles that they were trained with, and with those
-of a base that grows with the length (NTK-aware scaling, as it is deployed without further training).
+Beyond the training length softmax layers have angles of a base that grows with the length (NTK-aware scaling, as it is
+deployed without further training); ``context`` also shows those that they were trained with.
 """
 
 from __future__ import annotations
@@ -46,17 +46,16 @@ class Asked:
     """A loaded model, and what it is asked about."""
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer, processor, documents: list, packages: list[str], options: Namespace,
-        length: int,
+        self, model: torch.nn.Module, vocabulary: int, processor, documents: list, packages: list[str],
+        options: Namespace, length: int,
     ):  # fmt: skip
         """``documents``: held-out ones, arrays of tokens; ``packages``: whose each is; ``length``: of the training."""
         import numpy as np
 
-        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.model, self.vocabulary, self.processor = model, vocabulary, processor
         self.text, self.packages = np.concatenate(documents), packages
         self.ends = np.cumsum([len(document) for document in documents])
         self.options, self.length = options, length
-        self.vocabulary = tokenizer.vocab_size
 
     def angles(self, multiple: int) -> tuple[bool, ...]:
         """With which angles to ask at so many times the training length: those trained (False), scaled ones (True)."""
@@ -94,23 +93,34 @@ class Asked:
         found = self.model(ids, torch.arange(len(tokens), device=device)[None], None)[0]
         return found[places, : self.vocabulary]
 
-    def go_on(self, prompt: list[int], count: int) -> list[int]:
-        from lightning_megatron.inference.generate import generate
-        from lightning_megatron.inference.sampling import Sampling
-
-        sampling = Sampling(tokens=count, temperature=0)
-        return [piece.token for piece in generate(self.model, self.tokenizer, [prompt], sampling)]
-
     @torch.inference_mode()
-    def nll(self, prompt: list[int], answer: list[int]) -> float:
-        from lightning_megatron.inference.losses import LossReader
+    def ask(self, prompt: list[int], answer: list[int]) -> tuple[int, float]:
+        """How far the greedy continuation is ``answer``, and its mean -log p. The prompt is read once: up to the first
+        wrong token, the likeliest one after the answer's so far is what greedy generation says.
+        """
+        from lightning_megatron.inference.angles import angles_on_demand
+        from lightning_megatron.inference.reader import Reader
 
-        tokens, found = [*prompt, *answer], []
-        with LossReader.opened(self.model, self.vocabulary, len(tokens), self.options.chunk) as reader:
-            for start in range(0, len(tokens) - 1, self.options.chunk):
-                targets = tokens[start + 1 : start + 1 + self.options.chunk]
-                found = [*found[-1:], reader.losses(tokens[start : start + len(targets)], targets)]
-        return float(torch.cat(found)[-len(answer) :].double().mean())
+        right, wrong, nll = 0, False, 0.0
+        with angles_on_demand(self.model):
+            reader = Reader(self.model, max_length=len(prompt) + len(answer))
+            for start in range(0, len(prompt), self.options.chunk):
+                logits = reader.read(prompt[start : start + self.options.chunk])
+            for i, token in enumerate(answer):
+                found = logits[0, : self.vocabulary].double().log_softmax(-1)
+                nll -= float(found[token])
+                wrong |= int(found.argmax()) != token
+                right += not wrong
+                if i + 1 < len(answer):
+                    logits = reader.read([token])
+        return right, nll / len(answer)
+
+    def score(self, cases: list[tasks.Case]) -> list[dict]:
+        """Rows of cases of one length; angles are scaled if that is beyond the training length."""
+        multiple = -(-max(len(case.prompt) + len(case.answer) for case in cases) // self.length)
+        scaled = self.angles(multiple)[-1]
+        with self.scaled(multiple) if scaled else contextlib.nullcontext():
+            return [row | {"scaled": scaled} for row in tasks.score_cases(cases, self.ask)]
 
 
 def spread(tokens: int, length: int, count: int) -> list[int]:
@@ -207,23 +217,19 @@ def needle(asked: Asked) -> dict:
         if length <= len(asked.text):
             count = max(min(FEWEST, asked.options.cases), asked.options.cases // multiple)
             depths = [x for x in asked.options.depths for _ in range(count)]
-            cases = [tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths]
-            for scaled in asked.angles(multiple):
-                with asked.scaled(multiple) if scaled else contextlib.nullcontext():
-                    found = tasks.score_cases(cases, asked.go_on, asked.nll)
-                rows += [row | {"scaled": scaled} for row in found]
+            rows += asked.score([tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths])
     return {"rows": rows}
 
 
 def copy(asked: Asked) -> dict:
     """Copies of an identifier from further and further away."""
     pieces = [asked.processor.id_to_piece(token)[1:] for token in tasks.word_tokens(asked.processor)]
-    rng, cases = random.Random(SEED), []
+    rng, rows = random.Random(SEED), []
     for distance in (asked.length // 16, asked.length // 2, 4 * asked.length):
         if 2 * distance <= len(asked.text):
-            for _ in range(asked.options.cases):
-                cases.append(tasks.copy(asked.text, asked.encode, pieces, distance, rng))
-    return {"rows": tasks.score_cases(cases, asked.go_on, asked.nll)}
+            each = range(asked.options.cases)
+            rows += asked.score([tasks.copy(asked.text, asked.encode, pieces, distance, rng) for _ in each])
+    return {"rows": rows}
 
 
 TASKS: dict[str, Callable[[Asked], dict]] = {
@@ -266,7 +272,8 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     flags = ["--transformer-impl", "local", *options.flags]  # whose softmax layers read texts in chunks
     with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
         packages = json.loads((options.data / "stats.json").read_text("utf-8"))["valid_packages"]
-        asked = Asked(model, tokenizer, processor, held_out(options.data), packages, options, saved.args.seq_length)
+        documents, length = held_out(options.data), saved.args.seq_length
+        asked = Asked(model, tokenizer.vocab_size, processor, documents, packages, options, length)
         for name in missing:
             start = time.time()
             result = TASKS[name](asked)

@@ -147,15 +147,13 @@ def _stretch(text: Sequence[int], length: int, rng: random.Random) -> list[int]:
 
 
 def score_cases(
-    cases: Iterable[Case],
-    go_on: Callable[[list[int], int], list[int]],
-    nll: Callable[[list[int], list[int]], float],
+    cases: Iterable[Case], ask: Callable[[list[int], list[int]], tuple[int, float]]
 ) -> list[dict[str, float]]:
     """A row for every label, in the order of the cases.
 
     Args:
-        go_on: ``go_on(prompt, count)``: the likeliest tokens that follow.
-        nll: ``nll(prompt, answer)``: mean of -log p of the answer's tokens, in nats.
+        ask: ``ask(prompt, answer)``: how many tokens of the answer the likeliest continuation has before another one;
+            mean of -log p of the answer's tokens, in nats.
 
     Returns:
         exact: share of answers that are right as a whole; tokens: share of their tokens up to the first wrong one; nll
@@ -163,9 +161,7 @@ def score_cases(
     """
     rows: dict[tuple, dict[str, float]] = {}
     for case in cases:
-        said = go_on(case.prompt, len(case.answer))
-        right = next((i for i, (x, y) in enumerate(zip(said, case.answer, strict=True)) if x != y), len(said))
-        known, unknown = nll(case.prompt, case.answer), nll(case.without, case.answer)
+        (right, known), (_, unknown) = ask(case.prompt, case.answer), ask(case.without, case.answer)
         row = rows.setdefault(
             tuple(case.label.items()), case.label | {"exact": 0.0, "tokens": 0.0, "nll": 0.0, "gain": 0.0, "cases": 0}
         )
