@@ -2,10 +2,12 @@
 
 import random
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -232,6 +234,26 @@ def test_pieces_lie_all_over_the_text():
     assert evaluate.spread(100, 20, 1) == [0] and evaluate.spread(100, 20, 5) == [0, 20, 40, 60, 80]
     starts = evaluate.spread(8_285_127, 4097, 488)
     assert starts[0] == 0 and starts[-1] == 8_285_127 - 4097 and min(b - a for a, b in pairwise(starts)) > 4097
+
+
+def test_loss_of_a_text_that_is_shorter_than_a_window(monkeypatch):
+    """One window of all of it; every foreseen token belongs to the package of its document."""
+    from lightning_megatron.inference.losses import LossReader
+
+    class Counting:
+        losses = staticmethod(lambda tokens, targets: torch.tensor(targets, dtype=torch.float32))
+        forget = staticmethod(lambda: None)
+
+    monkeypatch.setattr(LossReader, "opened", lambda *_: nullcontext(Counting))
+    options = SimpleNamespace(loss_tokens=100)
+    for length, windows, foreseen in ((8, 1, 5), (6, 1, 5), (5, 1, 5), (3, 2, 3)):
+        documents = [np.arange(0, 2), np.arange(2, 6)]
+        asked = evaluate.Asked(SimpleNamespace(), 9, None, documents, ["a", "b"], options, length)
+        found = evaluate.loss(asked)
+        assert (found["windows"], found["length"]) == (windows, foreseen)
+        assert sum(x["tokens"] for x in found["by_package"].values()) == windows * foreseen
+        if windows == 1:
+            assert found["by_package"] == {"a": {"tokens": 1, "nll": 1.0}, "b": {"tokens": 4, "nll": 3.5}}
 
 
 def encode(text: str) -> list[int]:
