@@ -214,7 +214,7 @@ def test_recall_scores():
     assert tasks.score_recall(cases(8, 3), late)["accuracy"] == 0
 
 
-def test_scaled_angles_are_those_of_a_larger_base():
+def test_scaled_angles_are_those_of_a_larger_base(monkeypatch):
     """And only while they are asked for; Megatron keeps the angles of lengths that it had."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -223,11 +223,14 @@ def test_scaled_angles_are_those_of_a_larger_base():
     asked = evaluate.Asked.__new__(evaluate.Asked)
     asked.model = SimpleNamespace(rotary_pos_emb=embedding)
     trained = embedding.inv_freq.clone()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    before = embedding(8)
     with asked.scaled(4):
+        torch.testing.assert_close(embedding(8), wanted(8), rtol=1e-5, atol=0)
         torch.testing.assert_close(embedding.inv_freq, wanted.inv_freq, rtol=1e-5, atol=0)
         assert float(embedding.inv_freq[-1] * 4) == pytest.approx(float(trained[-1]), rel=1e-6)
         assert embedding.inv_freq[0] == 1
-    assert torch.equal(embedding.inv_freq, trained)
+    assert torch.equal(embedding.inv_freq, trained) and torch.equal(embedding(8), before)
 
 
 def test_pieces_lie_all_over_the_text():

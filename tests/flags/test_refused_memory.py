@@ -79,7 +79,7 @@ REFUSED = {
     },
     **{  # of evaluation, too, and whatever the model
         f"graphs-experts-full-{name}": (
-            EXPERTS | dict(cuda_graph_impl="full_iteration"), {}, flags, "--cuda-graph-impl full_iteration captures lay",
+            EXPERTS | dict(cuda_graph_impl="full_iteration"), {}, flags, "--cuda-graph-impl full_iteration captures",
         )
         for name, flags in (("evaluated", dict(skip_train=True)), ("hybrid", dict(hybrid_layer_pattern="M*E")))
     },
