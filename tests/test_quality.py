@@ -2,10 +2,12 @@
 
 import random
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,7 +214,7 @@ def test_recall_scores():
     assert tasks.score_recall(cases(8, 3), late)["accuracy"] == 0
 
 
-def test_scaled_angles_are_those_of_a_larger_base():
+def test_scaled_angles_are_those_of_a_larger_base(monkeypatch):
     """And only while they are asked for; Megatron keeps the angles of lengths that it had."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -221,17 +223,40 @@ def test_scaled_angles_are_those_of_a_larger_base():
     asked = evaluate.Asked.__new__(evaluate.Asked)
     asked.model = SimpleNamespace(rotary_pos_emb=embedding)
     trained = embedding.inv_freq.clone()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    before = embedding(8)
     with asked.scaled(4):
+        torch.testing.assert_close(embedding(8), wanted(8), rtol=1e-5, atol=0)
         torch.testing.assert_close(embedding.inv_freq, wanted.inv_freq, rtol=1e-5, atol=0)
         assert float(embedding.inv_freq[-1] * 4) == pytest.approx(float(trained[-1]), rel=1e-6)
         assert embedding.inv_freq[0] == 1
-    assert torch.equal(embedding.inv_freq, trained)
+    assert torch.equal(embedding.inv_freq, trained) and torch.equal(embedding(8), before)
 
 
 def test_pieces_lie_all_over_the_text():
     assert evaluate.spread(100, 20, 1) == [0] and evaluate.spread(100, 20, 5) == [0, 20, 40, 60, 80]
     starts = evaluate.spread(8_285_127, 4097, 488)
     assert starts[0] == 0 and starts[-1] == 8_285_127 - 4097 and min(b - a for a, b in pairwise(starts)) > 4097
+
+
+def test_loss_of_a_text_that_is_shorter_than_a_window(monkeypatch):
+    """One window of all of it; every foreseen token belongs to the package of its document."""
+    from lightning_megatron.inference.losses import LossReader
+
+    class Counting:
+        losses = staticmethod(lambda tokens, targets: torch.tensor(targets, dtype=torch.float32))
+        forget = staticmethod(lambda: None)
+
+    monkeypatch.setattr(LossReader, "opened", lambda *_: nullcontext(Counting))
+    options = SimpleNamespace(loss_tokens=100)
+    for length, windows, foreseen in ((8, 1, 5), (6, 1, 5), (5, 1, 5), (3, 2, 3)):
+        documents = [np.arange(0, 2), np.arange(2, 6)]
+        asked = evaluate.Asked(SimpleNamespace(), 9, None, documents, ["a", "b"], options, length)
+        found = evaluate.loss(asked)
+        assert (found["windows"], found["length"]) == (windows, foreseen)
+        assert sum(x["tokens"] for x in found["by_package"].values()) == windows * foreseen
+        if windows == 1:
+            assert found["by_package"] == {"a": {"tokens": 1, "nll": 1.0}, "b": {"tokens": 4, "nll": 3.5}}
 
 
 def encode(text: str) -> list[int]:

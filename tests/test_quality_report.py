@@ -78,6 +78,57 @@ def test_page_of_one_run_names_all_that_is_missing(tmp_path: Path):
     assert "Missing, of 35 runs of the plan, 33:" in text and "needle.png" in text
 
 
+@pytest.mark.parametrize("changed", ["none", "loss", "rows", "old"])
+def test_page_of_runs_that_are_not_evaluated_whole(tmp_path: Path, changed: str):
+    """Complete runs whose evaluation is still to come, lacks the loss, has no row, or knows no packages and forms."""
+    tasks = a_run()["tasks"]
+    less = {
+        "none": {},
+        "loss": {name: task for name, task in tasks.items() if name != "loss"},
+        "rows": tasks | {name: {"rows": [], "seconds": 1.0} for name in tasks if name != "loss"},
+        "old": tasks | {
+            "loss": {"nll": 1.5, "by_position": [1.25, 1.25], "length": 4096, "seconds": 1.0},
+            "recall": {"rows": [{"pairs": 8, "accuracy": 0.5, "among": 0.75}], "seconds": 1.0},
+        },
+    }[changed]  # fmt: skip
+    text = made(tmp_path / "results", a_run("softmax", tasks=less), a_run("7:1", tasks=less))
+    assert "Missing, of 35 runs of the plan, 33:" in text and "1.2500" not in text and "3.49" not in text
+    if changed != "rows":
+        assert "Nothing can be compared yet: `softmax` with 100M tokens was not evaluated." in text
+
+
+def test_needles_beyond_the_training_length_are_shown_by_depth(tmp_path: Path):
+    """There softmax layers are asked with scaled angles only, and lightning layers have no others."""
+    tasks = a_run()["tasks"]
+    of = lambda scaled: [row for row in tasks["needle"]["rows"] if row["scaled"] == scaled]
+    runs = [
+        a_run(name, tasks=tasks | {"needle": {"rows": of(scaled), "seconds": 1.0}})
+        for name, scaled in (("lightning", False), ("softmax", True))
+    ]  # fmt: skip
+    for number, some in enumerate((runs, runs[1:])):
+        text = made(tmp_path / str(number), *some)
+        part = text.split("### Needle in 128 tokens, nats gained, by depth")[1].split("###")[0]
+        assert "| `softmax` | 1.00 | 2.00 |" in part and "needle.png" in text
+
+
+def test_a_validation_that_is_no_number_chooses_no_rate(tmp_path: Path):
+    odd = a_run("softmax", nll=2.9, valid=[{"iteration": 100, "valid_loss": math.nan}])
+    text = made(tmp_path / "results", odd, a_run("softmax", nll=2.4, lr=2e-3))
+    assert "| `softmax` | 2.4000 | 500,000 |" in text and "| nan |" not in text
+    nothing = {key: value for key, value in a_run(losses=[], tasks={}, valid=[]).items() if key != "parameters"}
+    assert "0.00M" not in made(tmp_path / "nothing", nothing)
+
+
+def test_one_package_has_no_standard_error(tmp_path: Path):
+    def run(variant: str, nll: float, **changes) -> dict:
+        loss = a_run(nll=nll)["tasks"]["loss"] | {"by_package": {"p": {"tokens": 9, "nll": nll}}}
+        return a_run(variant, tasks={"loss": loss | {"seconds": 1.0}}, **changes)
+
+    text = made(tmp_path / "results", run("softmax", 2.5), run("softmax", 2.51, seed=2), run("7:1", 2.4))
+    assert "| `7:1` | 2.4000 | 2.4000 | -0.1050 | 1 of 1 |" in text
+    assert "- `7:1`, not judged: held-out loss 2.4000 (2.5050)." in text
+
+
 def test_loss_at_equal_time_by_hand(tmp_path: Path):
     """Lightning is twice as fast at 4K, ten times at 32K; softmax loses 0.1 nats for each tenth of the tokens."""
     slow, long = {"seconds": [4.0] * 100}, {"size": "base-32k", "nll": None, "tokens": 1e6}
@@ -172,6 +223,9 @@ def test_an_ablation_is_compared_at_its_own_rate(tmp_path: Path):
     same = a_run("lightning", tokens=1e7, nll=2.8)
     assert "| `lightning,norm=none` | 0.001 | 2.9000 | +0.1000 |" in made(tmp_path / "same", other, better, same)
     assert "| `softmax,gate` | missing |" in text
+    near = {"context": {"rows": [{"multiple": 1, "perplexity": 12.0, "scaled": False}], "seconds": 1.0}}
+    text = made(tmp_path / "near", other | {"tasks": other["tasks"] | near}, same)
+    assert "| 2.9000 | +0.1000 | missing | 50.0% |" in text and "| +0.0000 | 14.00 | 50.0% |" in text
 
 
 def test_a_shared_gpu_gives_no_speed():

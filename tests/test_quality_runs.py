@@ -124,6 +124,24 @@ def test_killed_stretch_leaves_no_step_twice(pretend):
         results.one_file(folder)
 
 
+def test_a_run_goes_on_whoever_shares_the_gpu(pretend):
+    """Also one of before there was the option; its speed counts only where no stretch was shared."""
+    folder = train.train(pretend(8), pretended)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["shared"] is False and run["transformer_impl"] == "local"
+    run |= train.about(pretend(30), torch.cuda.is_available())
+    del run["shared"], run["transformer_impl"]
+    (folder / "run.json").write_text(json.dumps(run))
+    folder = folder.rename(folder.with_name(train.folder_of(pretend(30)).name))
+    assert train.train(pretend(30, "--shared"), pretended) == folder and train.state(folder) == "complete"
+    assert json.loads((folder / "run.json").read_text())["shared"]
+    assert train.train(pretend(30), pretended) == folder
+    words = ["train", "--data", "data", "--runs", "runs"]
+    side_by_side, alone = (fidelity.parser().parse_args([*words, *x]) for x in ([], ["--together", "1"]))
+    path = fidelity.ON_CPU[0]
+    assert fidelity.options_of(path, side_by_side).shared and not fidelity.options_of(path, alone).shared
+
+
 def test_megatron_ends_with_its_driver(pretend, tmp_path, monkeypatch):
     """A driver that is killed leaves no training behind, also where that prints nothing for long."""
     monkeypatch.setenv("QUIET", "1")
@@ -340,6 +358,12 @@ def test_pipeline(tmp_path: Path):
     """What ``make quality-smoke`` runs and checks, smaller: but for the time limit, which is tested above."""
     pytest.importorskip("datasketch")
     smoke.pipeline(smoke.Pipeline(tmp_path, TINY, lines_of, begin, cut_at))
+    (folder,) = (tmp_path / "runs").glob("softmax_*")
+    tasks = lambda: json.loads((folder / "evaluate.json").read_text())["tasks"]
+    before, words = tasks(), ["--data", str(tmp_path / "data"), "--loss-tokens", "200"]
+    begin("examples.quality.evaluate", [str(folder), *words, "--tasks", "loss", "--again"], 600)
+    assert tasks()["loss"]["windows"] == 1 < before["loss"]["windows"]
+    assert {**tasks(), "loss": None} == {**before, "loss": None}  # the other tasks are kept
     stats = tmp_path / "data" / "stats.json"
     stats.write_text(stats.read_text().replace('"train_text_document.bin": "', '"train_text_document.bin": "0'))
     words = ["--variant", "3:1", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--size", "tiny"]

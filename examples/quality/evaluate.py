@@ -130,12 +130,14 @@ def spread(tokens: int, length: int, count: int) -> list[int]:
 
 @torch.inference_mode()
 def loss(asked: Asked) -> dict:
-    """Mean loss of windows of the training length all over the text, by position in 64 parts, and by package."""
+    """Mean loss of windows of the training length all over the text, by position in 64 parts, and by package; of one
+    window where the text is shorter.
+    """
     import numpy as np
 
     from lightning_megatron.inference.losses import LossReader
 
-    length, found = asked.length, []
+    length, found = min(asked.length, len(asked.text) - 1), []
     count = max(1, min(len(asked.text), asked.options.loss_tokens) // length)
     starts = spread(len(asked.text), length + 1, count)
     with LossReader.opened(asked.model, asked.vocabulary, length, length) as reader:
@@ -260,10 +262,10 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     load, path = folder / "checkpoint", folder / "evaluate.json"
     saved, model_file = read_checkpoint(load), str(options.data / "tokenizer.model")
     step = int((load / TRACKER).read_text())
-    found = json.loads(path.read_text("utf-8")) if path.is_file() and not options.again else {}
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if found.get("step") != step:
         found = {"run": folder.name, "step": step, "tasks": {}}
-    missing = [name for name in options.tasks if name not in found["tasks"]]
+    missing = [name for name in options.tasks if options.again or name not in found["tasks"]]
     if not missing:
         return found
     chosen = Namespace(load=load, tokenizer_type=None, tokenizer_model=model_file)

@@ -66,6 +66,7 @@ def options_of(path: str, options: Namespace) -> Namespace:
     words += ["--tokens", str(options.steps * size.batch * size.seq_length), "--lr", str(options.lr)]
     words += ["--seed", str(seed), "--seconds", str(options.seconds), "--tag", path, "--eval-iters", "1"]
     words += ["--fp32"] if fp32 else []
+    words += ["--shared"] if options.together > 1 else []
     return train.parser().parse_args([*words, "--", "--lightning-backend", backend])
 
 

@@ -26,7 +26,7 @@ def row_of(task: str, value: str, **where: object) -> Pick:
 
     def pick(run: Run) -> float | None:
         rows = run.tasks.get(task, {}).get("rows", [])
-        return next((row.get(value) for row in rows if all(row[key] == x for key, x in where.items())), None)
+        return next((row.get(value) for row in rows if all(row.get(key) == x for key, x in where.items())), None)
 
     return pick
 
@@ -67,7 +67,7 @@ def needle_of(value: str, length: float, scaled: bool | None = None) -> Pick:
 
 
 def sliding(run: Run) -> float | None:
-    parts = run.tasks.get("loss", {}).get("by_position")
+    parts = run.tasks["loss"].get("by_position") if loss_of(run) is not None else None
     return math.exp(statistics.fmean(parts[-max(1, len(parts) // 4) :])) if parts else None
 
 
@@ -82,8 +82,8 @@ class Gap:
     """Held-out loss of some runs minus that of others on the same text."""
 
     value: float
-    error: float
-    """Standard error over packages (bootstrap)."""
+    error: float | None
+    """Standard error over packages (bootstrap); None of one package."""
     better: int
     packages: int
 
@@ -101,7 +101,8 @@ def gap(runs: Sequence[Run], others: Sequence[Run]) -> Gap | None:
         chosen = draw.choices(range(len(names)), k=len(names))
         means.append(_weighted([differences[i] for i in chosen], [weights[i] for i in chosen]))
     better = sum(x < 0 for x in differences)
-    return Gap(_weighted(differences, weights), statistics.pstdev(means), better, len(names))
+    error = statistics.pstdev(means) if len(names) > 1 else None
+    return Gap(_weighted(differences, weights), error, better, len(names))
 
 
 def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:

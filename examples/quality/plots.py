@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from .picks import keys_of, row_of
+from .picks import either_angles, keys_of, loss_of, row_of
 from .results import Results, Run, mean
 from .variants import MAIN
 
@@ -37,7 +37,12 @@ def draw(results: Results, folder: Path) -> list[tuple[Path, str]]:
     for runs, name, title, plot in (
         (trained, "loss", "Loss by tokens, by GPU time and by position", _loss),
         (asked, "recall", "Perplexity by context, recall and copies", _recall),
-        ([run for run in asked if "needle" in run.tasks], "needle", "Needles by length and depth", _needle),
+        (
+            [run for run in asked if run.tasks.get("needle", {}).get("rows")],
+            "needle",
+            "Needles by length and depth",
+            _needle,
+        ),
     ):
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
@@ -74,7 +79,7 @@ def _loss(results: Results, runs: list[Run]):
         axes[0].plot([(i + 1) * run.tokens_a_step / 1e6 for i in range(len(losses))], losses, label=label, **line)
         minutes = statistics.median(run.about["seconds"]) / 60
         axes[1].plot([(i + 1) * minutes for i in range(len(losses))], losses, **line)
-        if "loss" in run.tasks:
+        if loss_of(run) is not None:
             parts, length = run.tasks["loss"]["by_position"], run.tasks["loss"]["length"]
             axes[2].plot([(i + 0.5) * length / len(parts) for i in range(len(parts))], parts, **line)
     names = ("million tokens", "minutes, by the median step", "position in the window")
@@ -123,7 +128,7 @@ def _needle(results: Results, runs: list[Run]):
     lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
     cells = {
         name: [
-            [mean(results.main(name), row_of("needle", "gain", length=x, depth=y, scaled=False)) for x in lengths]
+            [mean(results.main(name), either_angles("needle", "gain", max, length=x, depth=y)) for x in lengths]
             for y in depths
         ]
         for name in names
@@ -131,7 +136,7 @@ def _needle(results: Results, runs: list[Run]):
     values = {
         name: [[float("nan") if x is None else x.value for x in row] for row in rows] for name, rows in cells.items()
     }
-    top = max(0.1, *(x for rows in values.values() for row in rows for x in row if x == x))
+    top = max((0.1, *(x for rows in values.values() for row in rows for x in row if x == x)))
     figure, axes = _axes(len(names))
     for axis, name in zip(axes, names, strict=True):
         axis.grid(visible=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import RESULTS, ROOT
 from .picks import Pick, either_angles, gap, keys_of, loss_of, needle_of, of_packages, row_of, sliding
-from .results import FIDELITY, Mean, Results, collect, load, mean, million
+from .results import FIDELITY, Mean, Results, Run, collect, load, mean, million
 from .tasks import FORMS
 from .variants import ABLATIONS, FAMILY, MAIN, PLAN, SIZES, TWO_SEEDS, Plan
 from .verdicts import verdicts
@@ -78,14 +78,21 @@ def cost(results: Results) -> list[str]:
 
 def positions(results: Results) -> list[str]:
     """A few parts of the window."""
-    lengths = {run.tasks["loss"]["length"] for name in MAIN for run in results.main(name)}
+    runs = [run for name in MAIN for run in results.main(name) if loss_of(run) is not None]
+    lengths = {run.tasks["loss"]["length"] for run in runs}
     if not lengths:
         return []
     length = min(lengths)
     shares = [0.0, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 63 / 64]
 
     def at(share: float) -> Pick:
-        return lambda run: (parts := run.tasks["loss"]["by_position"])[min(len(parts) - 1, int(share * len(parts)))]
+        def pick(run: Run) -> float | None:
+            if loss_of(run) is None:
+                return None
+            parts = run.tasks["loss"]["by_position"]
+            return parts[min(len(parts) - 1, int(share * len(parts)))]
+
+        return pick
 
     head = [f"from {int(share * length):,}" for share in shares]
     return _section(f"Loss by position in the window of {length:,}", results, head, list(map(at, shares)), ".4f")
@@ -100,11 +107,11 @@ def packages(results: Results) -> list[str]:
         runs = results.main(name)
         row = [f"`{name}`", shown(mean(runs, loss_of)), shown(mean(runs, of_packages))]
         found = gap(runs, results.main("softmax")) if name != "softmax" else None
-        row += (
-            ["-", "-"]
-            if found is None
-            else [f"{found.value:+.4f} ± {2 * found.error:.4f}", f"{found.better} of {found.packages}"]
-        )
+        if found is None:
+            row += ["-", "-"]
+        else:
+            error = "" if found.error is None else f" ± {2 * found.error:.4f}"
+            row += [f"{found.value:+.4f}{error}", f"{found.better} of {found.packages}"]
         rows.append(row)
     head = ["variant", "all tokens", "packages alike", "beside softmax, ± two standard errors", "packages better"]
     note = "*Packages alike*: every package counts the same. Standard errors: packages drawn anew, 1,000 times."
@@ -159,7 +166,7 @@ def needles(results: Results) -> list[str]:
         head = [f"{x:,.0f}" + (", scaled" if scaled else "") for x, scaled in asked]
         lines += _section(f"Needle, {title}, by length", results, head, picks, form)
     for length in lengths:
-        picks = [row_of("needle", "gain", length=length, depth=x, scaled=False) for x in depths]
+        picks = [either_angles("needle", "gain", max, length=length, depth=x) for x in depths]
         title = f"Needle in {length:,.0f} tokens, nats gained, by depth (0 is the beginning)"
         lines += _section(title, results, [f"{x:g}" for x in depths], picks, ".2f")
     return lines
@@ -181,27 +188,28 @@ def ablations(results: Results) -> list[str]:
     """At the short budget, beside the variant that each is an ablation of, at the same learning rate."""
     plan, lines = results.plan, [f"### Ablations, at {million(results.plan.short)} tokens", ""]
     bases = [name for name in MAIN if any(x.startswith(f"{name},") for x in ABLATIONS)]
+    names = [x for base in bases for x in (base, *(y for y in ABLATIONS if y.startswith(f"{base},")))]
+    asked = [run for name in names for run in results.best(name, plan.short)]
+    perplexity_at = lambda x: either_angles("context", "perplexity", min, multiple=x)
+    far = [x for x in keys_of(asked, "context", "multiple") if any(perplexity_at(x)(run) is not None for run in asked)]
+    pairs = keys_of(asked, "recall", "pairs")
     rows = []
-    for name in (x for base in bases for x in (base, *(y for y in ABLATIONS if y.startswith(f"{base},")))):
+    for name in names:
         runs = results.best(name, plan.short)
         rates = {run.about["lr"] for run in runs}
         same = [run for run in results.at(name.partition(",")[0], plan.size, plan.short) if run.about["lr"] in rates]
         own, of_base = mean(runs, loss_of), mean((run for run in same if run.state == "complete"), loss_of)
         apart = MISSING if own is None or of_base is None else f"{own.value - of_base.value:+.4f}"
-        pairs = keys_of(runs, "recall", "pairs")
         recall = [shown(mean(runs, row_of("recall", "accuracy", pairs=x, form=FORMS[0])), ".1%") for x in pairs]
-        far = keys_of(runs, "context", "multiple")
         perplexity = MISSING
         if far:
-            perplexity = shown(mean(runs, either_angles("context", "perplexity", min, multiple=far[-1])), ".2f")
+            perplexity = shown(mean(runs, perplexity_at(far[-1])), ".2f")
         rows.append(
             [f"`{name}`", ", ".join(f"{x:g}" for x in sorted(rates)) or MISSING, shown(own), apart, perplexity]
-            + [" / ".join(recall) or MISSING]
+            + [" / ".join(recall) if recall and runs else MISSING]
         )
     head = ["variant", "lr", "held-out loss", "difference", "perplexity at the longest context", "recall by pairs"]
-    note = (
-        "*Difference* to the base at the same learning rate; ± in the rows of bases says how far two seeds are apart."
-    )
+    note = "*Difference* to the base at the same learning rate; ± of bases: half of the distance of two seeds."
     return [*lines, *table(head, rows), note, ""]
 
 
@@ -271,7 +279,8 @@ def every_run(results: Results) -> list[str]:
             [
                 f"`{run.variant}` {about['tag']}".rstrip(), about["size"], run.transformer_impl,
                 million(about["tokens"]), str(about["seed"]), f"{about['lr']:g}",
-                f"{about.get('parameters', 0) / 1e6:.2f}M", number(loss_of(run), ".4f"), number(run.valid_loss, ".4f"),
+                f"{about['parameters'] / 1e6:.2f}M" if "parameters" in about else "-",
+                number(loss_of(run), ".4f"), number(run.valid_loss, ".4f"),
                 f"{run.train_loss:.4f}" if run.losses else "-", f"{run.minutes:.1f}", number(run.speed, ",.0f"),
                 run.state, ", ".join(sorted(run.cards)), ", ".join(sorted({x["commit"] for x in about["stretches"]})),
             ]

@@ -101,8 +101,9 @@ class Run:
 
     @property
     def valid_loss(self) -> float | None:
-        """Of the last validation of the training."""
-        return self.about["valid"][-1]["valid_loss"] if self.about["valid"] else None
+        """Of the last validation of the training; None without one, and where it is no number."""
+        found = self.about["valid"][-1]["valid_loss"] if self.about["valid"] else None
+        return found if found is not None and math.isfinite(found) else None
 
     @property
     def transformer_impl(self) -> str:

@@ -158,8 +158,11 @@ class Record:
         """Raises ValueError where the folder is of another run than ``what``."""
         self.path = folder / "run.json"
         self.run = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else what | {"stretches": []}
-        if other := [key for key, value in what.items() if self.run.get(key) != value]:
+        for key, value in (("transformer_impl", "local"), ("shared", False)):  # older files do not have them
+            self.run.setdefault(key, value)
+        if other := [key for key, value in what.items() if key != "shared" and self.run.get(key) != value]:
             raise ValueError(f"{folder} is of a run with other {', '.join(other)}: give another --runs, or remove it")
+        self.run["shared"] |= what["shared"]  # of one stretch is enough
         self._last: dict[str, int] = {}
         self._files = {name: folder / f"{name}.jsonl" for name in ("losses", "valid")}
 

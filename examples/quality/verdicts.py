@@ -48,7 +48,7 @@ def questions(results: Results) -> list[Question]:
 def noise(results: Results, name: str, question: Question) -> float | None:
     """A difference between a variant and softmax that means nothing: the largest distance between seeds of any variant,
     and two standard errors of what the answers or packages leave to chance. None where no variant has two seeds, or
-    where the answers are too few.
+    where the answers or packages are too few.
     """
     pick, both = question.pick, [results.main(x) for x in (name, "softmax")]
     seeds = [found.spread for x in MAIN if (found := mean(results.main(x), pick)) and found.count > 1]
@@ -65,6 +65,8 @@ def noise(results: Results, name: str, question: Question) -> float | None:
             variance += smooth * (1 - smooth) / count
         chance = 2 * math.sqrt(variance)
     elif pick is loss_of and (found := gap(*both)):
+        if found.error is None:
+            return None
         chance = 2 * found.error
     return max(*seeds, chance)
 
@@ -73,7 +75,9 @@ def verdicts(results: Results) -> list[str]:
     """Lightning and all hybrids beside softmax: what is worse, what nothing tells apart, what is better."""
     plan = results.plan
     if mean(results.main("softmax"), loss_of) is None:
-        return [f"Nothing can be compared yet: `softmax` with {million(plan.tokens)} tokens is missing."]
+        runs = results.main("softmax")
+        what = "was not evaluated" if runs else "is missing"
+        return [f"Nothing can be compared yet: `softmax` with {million(plan.tokens)} tokens {what}."]
     lines = []
     for name in ("lightning", *HYBRIDS):
         kinds: dict[str, list[str]] = {"worse": [], "within noise": [], "better": [], "not judged": []}
@@ -95,7 +99,7 @@ def verdicts(results: Results) -> list[str]:
         f"Beside `softmax`, whose values are in brackets, after {million(plan.tokens)} tokens. *Within noise*: a "
         "difference of at most the largest distance between two seeds of one variant, or two standard errors of the "
         "answers or packages. *Not judged*: no variant has two seeds there, or fewer than "
-        f"{FEWEST} answers. Beyond the training length the better angles of two count (below). In all tables ± is half "
-        "of the distance between seeds."
+        f"{FEWEST} answers or two packages. Beyond the training length the better angles of two count (below). In all "
+        "tables ± is half of the distance between seeds."
     )
     return [head, "", *lines]

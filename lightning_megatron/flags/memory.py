@@ -77,16 +77,19 @@ REFUSED = (
 
 
 def _captures_experts(run: Run) -> bool:
-    """Whether graphs of a training hold experts whose tokens are counted on the host. Megatron's ``local`` captures the
-    layers of a GPTModel as a whole whatever the modules; HybridModel's layers with experts know theirs.
+    """Whether graphs hold experts whose tokens are counted on the host. Megatron's ``local`` captures the layers of a
+    GPTModel in training as a whole whatever the modules; HybridModel's layers with experts know theirs. A graph of the
+    full iteration holds all layers of any model, in evaluation, too.
     """
     config, impl = run.config, run.get("cuda_graph_impl")
     padded = config.moe_expert_capacity_factor is not None and config.moe_pad_expert_input_to_capacity
     counted = config.num_moe_experts and config.moe_token_dispatcher_type != "flex" and not padded
     inference = run.get("skip_train") or config.moe_pad_experts_for_cuda_graph_inference
-    if not counted or inference or run.get("hybrid_layer_pattern"):
+    if not counted or impl == "full_iteration":
+        return bool(counted)
+    if inference or run.get("hybrid_layer_pattern"):
         return False
-    return impl in ("local", "full_iteration") or (impl == "transformer_engine" and not run.graphed)
+    return impl == "local" or (impl == "transformer_engine" and not run.graphed)
 
 
 GRAPHS = (

@@ -77,6 +77,12 @@ REFUSED = {
         )
         for impl, modules in (("local", ("attn", "moe_router")), ("full_iteration", ()), ("transformer_engine", ()))
     },
+    **{  # of evaluation, too, and whatever the model
+        f"graphs-experts-full-{name}": (
+            EXPERTS | dict(cuda_graph_impl="full_iteration"), {}, flags, "--cuda-graph-impl full_iteration captures",
+        )
+        for name, flags in (("evaluated", dict(skip_train=True)), ("hybrid", dict(hybrid_layer_pattern="M*E")))
+    },
     "graphs-te": (
         dict(cuda_graph_impl="transformer_engine"), {}, {},
         "--cuda-graph-impl transformer_engine captures with .* use local or full_iteration, or install it",
@@ -176,6 +182,7 @@ ALLOWED = {
     "graphs-experts-served": (
         EXPERTS | dict(cuda_graph_impl="local", moe_pad_experts_for_cuda_graph_inference=True), {}, {},
     ),
+    "graphs-experts-hybrid": (EXPERTS | dict(cuda_graph_impl="local"), {}, dict(hybrid_layer_pattern="M*E")),
     "graphs-experts-loaded": (EXPERTS | dict(cuda_graph_impl="local"), {}, dict(skip_train=True)),
     "graphs-routers": (
         TE | EXPERTS | dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=["attn", "moe_router"]), {}, {},
