@@ -56,6 +56,12 @@ def made(folder: Path, *runs: dict) -> str:
     return report.write(folder, page, variants.Plan("base", 1e8, 1e7, "base-32k", 1e6))
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take more time than the rest of a page."""
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+
+
 def state(**changes) -> str:
     return results.Run("x", a_run(**changes)).state
 
@@ -111,7 +117,7 @@ def test_needles_beyond_the_training_length_are_shown_by_depth(tmp_path: Path):
         assert "| `softmax` | 1.00 | 2.00 |" in part and "needle.png" in text
 
 
-def test_a_validation_that_is_no_number_chooses_no_rate(tmp_path: Path):
+def test_a_validation_that_is_no_number_chooses_no_rate(tmp_path: Path, without_plots):
     odd = a_run("softmax", nll=2.9, valid=[{"iteration": 100, "valid_loss": math.nan}])
     text = made(tmp_path / "results", odd, a_run("softmax", nll=2.4, lr=2e-3))
     assert "| `softmax` | 2.4000 | 500,000 |" in text and "| nan |" not in text
@@ -119,7 +125,7 @@ def test_a_validation_that_is_no_number_chooses_no_rate(tmp_path: Path):
     assert "0.00M" not in made(tmp_path / "nothing", nothing)
 
 
-def test_one_package_has_no_standard_error(tmp_path: Path):
+def test_one_package_has_no_standard_error(tmp_path: Path, without_plots):
     def run(variant: str, nll: float, **changes) -> dict:
         loss = a_run(nll=nll)["tasks"]["loss"] | {"by_package": {"p": {"tokens": 9, "nll": nll}}}
         return a_run(variant, tasks={"loss": loss | {"seconds": 1.0}}, **changes)
@@ -129,7 +135,7 @@ def test_one_package_has_no_standard_error(tmp_path: Path):
     assert "- `7:1`, not judged: held-out loss 2.4000 (2.5050)." in text
 
 
-def test_loss_at_equal_time_by_hand(tmp_path: Path):
+def test_loss_at_equal_time_by_hand(tmp_path: Path, without_plots):
     """Lightning is twice as fast at 4K, ten times at 32K; softmax loses 0.1 nats for each tenth of the tokens."""
     slow, long = {"seconds": [4.0] * 100}, {"size": "base-32k", "nll": None, "tokens": 1e6}
     text = made(
@@ -171,7 +177,7 @@ def test_tables_by_hand(tmp_path: Path):
         assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
 
 
-def test_what_one_run_cannot_tell(tmp_path: Path):
+def test_what_one_run_cannot_tell(tmp_path: Path, without_plots):
     """Without a second seed nothing is judged; with one, the largest distance between seeds is that of all variants; a
     share of few answers, or of too few, is not better for one of them.
     """
