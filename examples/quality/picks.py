@@ -99,14 +99,10 @@ def gap(runs: Sequence[Run], others: Sequence[Run]) -> Gap | None:
     draw, means = random.Random(1), []
     for _ in range(1000):
         chosen = draw.choices(range(len(names)), k=len(names))
-        means.append(_weighted([differences[i] for i in chosen], [weights[i] for i in chosen]))
+        means.append(statistics.fmean([differences[i] for i in chosen], [weights[i] for i in chosen]))
     better = sum(x < 0 for x in differences)
     error = statistics.pstdev(means) if len(names) > 1 else None
-    return Gap(_weighted(differences, weights), error, better, len(names))
-
-
-def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(x * w for x, w in zip(values, weights, strict=True)) / sum(weights)
+    return Gap(statistics.fmean(differences, weights), error, better, len(names))
 
 
 def _by_package(runs: Sequence[Run]) -> dict[str, tuple[int, float]]:

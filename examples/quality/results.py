@@ -221,11 +221,10 @@ class Results:
             runs are missing.
         """
         by_tokens = collections.defaultdict(list)
-        for run in self.every:
-            about = run.about
-            if (run.variant, about["size"], about["tag"], run.state) == (variant, self.plan.size, "", "complete"):
-                if run.transformer_impl == self.plan.transformer_impl:
-                    by_tokens[about["tokens"]].append(run)
+        for (name, size, _), runs in self._groups.items():
+            for run in runs if (name, size) == (variant, self.plan.size) else ():
+                if run.state == "complete":
+                    by_tokens[run.about["tokens"]].append(run)
         losses = {x: found.value for x, runs in by_tokens.items() if (found := mean(_best(runs), loss_of))}
         if not losses:
             return None
