@@ -36,32 +36,25 @@ def keys_of(runs: Iterable[Run], task: str, key: str) -> list[float]:
     return sorted({row[key] for run in runs for row in run.tasks.get(task, {}).get("rows", [])})
 
 
-def either_angles(task: str, value: str, better: Callable, **where: object) -> Pick:
-    """The better one of the rows with trained and with scaled angles."""
+def perplexity_at(multiple: float) -> Pick:
+    """Perplexity at so many times the training length, of the better one of trained and scaled angles."""
 
     def pick(run: Run) -> float | None:
-        found = [row_of(task, value, **where, scaled=scaled)(run) for scaled in (False, True)]
-        return better((x for x in found if x is not None), default=None)
+        of = lambda scaled: row_of("context", "perplexity", multiple=multiple, scaled=scaled)(run)
+        return min((x for x in map(of, (False, True)) if x is not None), default=None)
 
     return pick
 
 
-def needle_of(value: str, length: float, scaled: bool | None = None) -> Pick:
-    """Mean over depths, weighted by the number of cases; of the better angles with ``scaled`` None. ``cases``: their
-    sum.
-    """
+def needle_of(value: str, length: float) -> Pick:
+    """Mean over depths, weighted by the number of cases; ``cases``: their sum."""
 
-    def of(run: Run, scaled: bool) -> float | None:
-        rows = run.tasks.get("needle", {}).get("rows", [])
-        rows = [row for row in rows if row["length"] == length and row["scaled"] == scaled]
+    def pick(run: Run) -> float | None:
+        rows = [row for row in run.tasks.get("needle", {}).get("rows", []) if row["length"] == length]
         cases = sum(row["cases"] for row in rows)
         if not cases or value == "cases":
             return cases or None
         return sum(row[value] * row["cases"] for row in rows) / cases
-
-    def pick(run: Run) -> float | None:
-        found = [of(run, x) for x in ((False, True) if scaled is None else (scaled,))]
-        return max((x for x in found if x is not None), default=None)
 
     return pick
 

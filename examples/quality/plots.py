@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from .picks import either_angles, keys_of, loss_of, row_of
+from .picks import keys_of, loss_of, row_of
 from .results import Results, Run, mean
 from .variants import MAIN
 
@@ -128,7 +128,7 @@ def _needle(results: Results, runs: list[Run]):
     lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
     cells = {
         name: [
-            [mean(results.main(name), either_angles("needle", "gain", max, length=x, depth=y)) for x in lengths]
+            [mean(results.main(name), row_of("needle", "gain", length=x, depth=y)) for x in lengths]
             for y in depths
         ]
         for name in names

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import RESULTS, ROOT
-from .picks import Pick, either_angles, gap, keys_of, loss_of, needle_of, of_packages, row_of, sliding
+from .picks import Pick, gap, keys_of, loss_of, needle_of, of_packages, perplexity_at, row_of, sliding
 from .results import FIDELITY, Mean, Results, Run, collect, load, mean, million
 from .tasks import FORMS
 from .variants import ABLATIONS, FAMILY, MAIN, PLAN, SIZES, TWO_SEEDS, Plan
@@ -158,15 +158,12 @@ def needles(results: Results) -> list[str]:
     """By length, and for each length by depth."""
     runs = [run for name in MAIN for run in results.main(name)]
     lengths, depths = keys_of(runs, "needle", "length"), keys_of(runs, "needle", "depth")
-    asked = [(x, scaled) for x in lengths for scaled in (False, True)]
-    asked = [(x, scaled) for x, scaled in asked if any(needle_of("cases", x, scaled)(run) for run in runs)]
     lines = []
     for value, title, form in (("exact", "share found", ".0%"), ("gain", "nats gained per token of the number", ".2f")):
-        picks = [needle_of(value, x, scaled) for x, scaled in asked]
-        head = [f"{x:,.0f}" + (", scaled" if scaled else "") for x, scaled in asked]
+        picks, head = [needle_of(value, x) for x in lengths], [f"{x:,.0f}" for x in lengths]
         lines += _section(f"Needle, {title}, by length", results, head, picks, form)
     for length in lengths:
-        picks = [either_angles("needle", "gain", max, length=length, depth=x) for x in depths]
+        picks = [row_of("needle", "gain", length=length, depth=x) for x in depths]
         title = f"Needle in {length:,.0f} tokens, nats gained, by depth (0 is the beginning)"
         lines += _section(title, results, [f"{x:g}" for x in depths], picks, ".2f")
     return lines
@@ -190,7 +187,6 @@ def ablations(results: Results) -> list[str]:
     bases = [name for name in MAIN if any(x.startswith(f"{name},") for x in ABLATIONS)]
     names = [x for base in bases for x in (base, *(y for y in ABLATIONS if y.startswith(f"{base},")))]
     asked = [run for name in names for run in results.best(name, plan.short)]
-    perplexity_at = lambda x: either_angles("context", "perplexity", min, multiple=x)
     far = [x for x in keys_of(asked, "context", "multiple") if any(perplexity_at(x)(run) is not None for run in asked)]
     pairs = keys_of(asked, "recall", "pairs")
     rows = []

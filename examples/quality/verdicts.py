@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .picks import Pick, either_angles, gap, keys_of, loss_of, needle_of, row_of
+from .picks import Pick, gap, keys_of, loss_of, needle_of, perplexity_at, row_of
 from .results import Results, mean, million
 from .tasks import FORMS
 from .variants import HYBRIDS, MAIN
@@ -31,7 +31,7 @@ def questions(results: Results) -> list[Question]:
     runs = [run for name in MAIN for run in results.main(name)]
     found = [Question("held-out loss", loss_of, ".4f")]
     for x in keys_of(runs, "context", "multiple"):
-        found.append(Question(f"perplexity at {x:g}x", either_angles("context", "perplexity", min, multiple=x), ".2f"))
+        found.append(Question(f"perplexity at {x:g}x", perplexity_at(x), ".2f"))
     for form in FORMS:
         for x in keys_of(runs, "recall", "pairs"):
             pick, cases = (row_of("recall", value, pairs=x, form=form) for value in ("accuracy", "queries"))
