@@ -179,13 +179,19 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent, moe and
     "latent-te-tp2-sp": (2, f"{TE} --tensor-model-parallel-size 2 --sequence-parallel"),
     "latent-te-cp2": (2, f"{TE} --context-parallel-size 2"),
     "te-offload": (1, f"{TE} --rope-fusion --cpu-offloading-num-layers 2"),
+    "te-offload-pinned": (
+        1,
+        f"{TE} --rope-fusion --cpu-offloading-num-layers 2 --cpu-offloading-retain-pinned-cpu-buffers",
+    ),
     "untied-one": (1, ""),
     "untied-te-weight-shards": (2, f"{TE} --rope-fusion --tensor-parallel-num-weight-shards 2"),
     "moe-one": (1, ""),
     "moe-ep2": (2, EP2),
     "moe-ep2-overlap": (2, OVERLAP),
     "moe-ep2-overlap-loss-chunk": (2, f"{OVERLAP} --lightning-loss-chunk 32"),
+    "moe-ep2-overlap-early": (2, f"{OVERLAP} --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream"),
     "moe-te-ep2-overlap-delay": (2, f"{TE} --rope-fusion {OVERLAP} --delay-wgrad-compute"),
+    "moe-te-expert-weight-shards": (2, f"{TE} --rope-fusion --expert-tensor-parallel-num-weight-shards 2"),
 }
 
 
