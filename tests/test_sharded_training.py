@@ -178,17 +178,16 @@ def test_torch_fsdp2(model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("written", ["torch_dist", "torch_dcp"])
-def test_torch_fsdp2_goes_on(written, tmp_path):
-    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", UNTIED, "--ckpt-format", written]
+def test_weights_of_torch_fsdp2_go_on(tmp_path):
+    """Adam begins anew: to go on with its states is refused, flags/test_refused.py."""
+    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", UNTIED]
     flags += "--use-torch-fsdp2 --no-gradient-accumulation-fusion".split()
     run = functools.partial(run_pretrain, nproc=2, gpus=True, env=CONNECTIONS)
     want = run(flags)
     first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
-    again = run([*flags, "--load", tmp_path])
-    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
-    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
-    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+    again = run([*flags, "--load", tmp_path, "--no-load-optim"])
+    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2 and len(again.losses) == 3
+    assert again.losses[0] == pytest.approx(want.losses[2], abs=TRAINED_LOSSES)
 
 
 @pytest.mark.gpu

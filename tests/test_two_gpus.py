@@ -147,8 +147,11 @@ TE = "--transformer-impl transformer_engine --dist-ckpt-strictness log_all"
 FP8 = f"{TE} --rope-fusion --fp8-format hybrid --fp8-recipe delayed"
 EP2 = "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
 OVERLAP = f"{EP2} --overlap-moe-expert-parallel-comm"
-OTHERS = MODELS | {"untied": f"{MODELS['freq4']} --untie-embeddings-and-output-weights"}
-RUNS = {  # the number of GPUs, and flags; names that begin with latent, moe and untied train these models
+OTHERS = MODELS | {
+    "untied": f"{MODELS['freq4']} --untie-embeddings-and-output-weights",
+    "experts-last": f"{MODELS['moe']} --moe-layer-freq [0,1]*2",  # "moe" begins with experts and ends without
+}
+RUNS = {  # the number of GPUs, and flags; names that begin with latent, moe, untied and experts-last train these models
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
     "cp2": (2, "--context-parallel-size 2"),  # direct, on two GPUs
@@ -187,16 +190,20 @@ RUNS = {  # the number of GPUs, and flags; names that begin with latent, moe and
     "untied-te-weight-shards": (2, f"{TE} --rope-fusion --tensor-parallel-num-weight-shards 2"),
     "moe-one": (1, ""),
     "moe-ep2": (2, EP2),
-    "moe-ep2-overlap": (2, OVERLAP),
-    "moe-ep2-overlap-loss-chunk": (2, f"{OVERLAP} --lightning-loss-chunk 32"),
-    "moe-ep2-overlap-early": (2, f"{OVERLAP} --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream"),
-    "moe-te-ep2-overlap-delay": (2, f"{TE} --rope-fusion {OVERLAP} --delay-wgrad-compute"),
     "moe-te-expert-weight-shards": (2, f"{TE} --rope-fusion --expert-tensor-parallel-num-weight-shards 2"),
+    "experts-last-one": (1, ""),
+    "experts-last-ep2-overlap": (2, OVERLAP),
+    "experts-last-ep2-overlap-loss-chunk": (2, f"{OVERLAP} --lightning-loss-chunk 32"),
+    "experts-last-ep2-overlap-early": (
+        2,
+        f"{OVERLAP} --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream",
+    ),
+    "experts-last-te-ep2-overlap-delay": (2, f"{TE} --rope-fusion {OVERLAP} --delay-wgrad-compute"),
 }
 
 
 def model_of(layout: str) -> str | None:
-    return next((name for name in ("latent", "moe", "untied") if layout.startswith(name)), None)
+    return next((name for name in ("latent", "moe", "untied", "experts-last") if layout.startswith(name)), None)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from ..config import expert_pattern
 from .rules import Rule, Run
+
+_OVERLAP = "overlap_moe_expert_parallel_comm"
 
 
 def _fused_bias(run: Run) -> bool:
     """Local experts weigh tokens inside the fused activation, whose kernels take no bias."""
     return run.local and bool(run.config.bias_activation_fusion and run.config.add_bias_linear)
+
+
+def _overlaps(run: Run) -> bool:
+    return bool(run.config.overlap_moe_expert_parallel_comm)
+
+
+def _ends_dense(run: Run) -> bool:
+    config = run.config
+    return not expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)[-1]
 
 
 REFUSED = (
@@ -23,6 +35,24 @@ REFUSED = (
         "has no fused activation with biases in Megatron 0.19; add --disable-bias-linear, or --no-bias-gelu-fusion "
         "(--no-bias-swiglu-fusion with --swiglu)",
         "--num-experts",
+    ),
+    Rule(
+        _OVERLAP,
+        lambda run: _overlaps(run) and run.get("hybrid_layer_pattern"),
+        "has a schedule for GPTModel, and HybridModel none (Megatron 0.19); leave out one of the two",
+    ),
+    Rule(
+        _OVERLAP,
+        lambda run: _overlaps(run) and _ends_dense(run),
+        "leaves the norm behind the last layer out where that layer has no experts, which trains another function "
+        "(Megatron 0.19); give the last layer experts by --moe-layer-freq, or leave it out",
+    ),
+    Rule(
+        _OVERLAP,
+        lambda run: _overlaps(run) and run.mtp and run.packed,
+        "has multi-token prediction for plain sequences only, and packed documents (--sft, "
+        "--dataloader-inter-document-masking) end in an AssertionError in the first step (Megatron 0.19); leave out "
+        "one of the three",
     ),
     Rule(
         "distribute_saved_activations",

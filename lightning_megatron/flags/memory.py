@@ -159,6 +159,18 @@ OPTIMIZERS = (
         "needs CUDA devices, without which its worker dies and the run hangs (Megatron 0.19); leave it out",
     ),
     Rule(
+        "ckpt_format",
+        lambda run: run.get("use_torch_fsdp2") and run.get("ckpt_format") == "torch_dcp" and run.get("load"),
+        "can be saved, and not loaded (a TypeError in Megatron 0.19); use --use-megatron-fsdp, or --ckpt-format "
+        "torch_dist, whose weights load with --no-load-optim or --finetune",
+    ),
+    Rule(
+        "use_torch_fsdp2",
+        lambda run: run.get("load") and not (run.get("no_load_optim") or run.get("finetune")),
+        "does not go on where it stopped: Megatron 0.19 loads Adam's states without the number of its steps; use "
+        "--use-megatron-fsdp, or add --no-load-optim or --finetune for the weights alone",
+    ),
+    Rule(
         "use_torch_fsdp2",
         lambda run: not torch.cuda.is_available(),
         "needs CUDA devices, to which torch's fully_shard moves parameters; use --use-megatron-fsdp, or leave it out",
@@ -199,6 +211,12 @@ OPTIMIZERS = (
 )
 
 WARNED = (
+    Rule(
+        "use_torch_fsdp2",
+        lambda run: run.get("save") and not run.get("no_save_optim"),
+        "saves states of the optimizer with which no run can go on (Megatron 0.19 does not load the number of its "
+        "steps); use --use-megatron-fsdp",
+    ),
     Rule(
         _CHUNK,
         lambda run: run.config.context_parallel_size > 1 or run.packed or (run.latent and run.options.rope),

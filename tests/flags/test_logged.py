@@ -45,6 +45,10 @@ LOGGED = {
         {}, OWN,
         ["--offload-modules core_attn attn_norm moves nothing of", "attn_norm, mlp_norm"],
     ),
+    "fsdp2-saves": (
+        {}, {}, OWN | dict(use_torch_fsdp2=True, save="there", no_save_optim=False),
+        ["--use-torch-fsdp2 saves states of the optimizer with which no run can go on"],
+    ),
     "layernorm-1p": (
         dict(layernorm_zero_centered_gamma=True), {}, OWN,
         ["--apply-layernorm-1p holds for layer norms", "stay around 1"],

@@ -339,6 +339,30 @@ REFUSED = {
         dict(bf16=True), {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
         "--use-megatron-fsdp cannot load weights without the optimizer's in bf16 .*; leave --no-load-optim",
     ),
+    **{
+        f"fsdp2-{name}": (
+            {}, {}, dict(use_torch_fsdp2=True, load="there", ckpt_format="torch_dist") | flags, f"--{flag} {message}",
+        )
+        for name, flags, flag, message in (
+            ("goes-on", {}, "use-torch-fsdp2", "does not go on where it stopped.*add --no-load-optim or --finetune"),
+            ("dcp", dict(ckpt_format="torch_dcp"), "ckpt-format torch_dcp", "can be saved, and not loaded"),
+            ("dcp-weights", dict(ckpt_format="torch_dcp", finetune=True), "ckpt-format torch_dcp", "can be saved"),
+        )
+    },
+    **{
+        f"overlap-{name}": (
+            dict(
+                num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
+                moe_token_dispatcher_type="alltoall", bf16=True, **config,
+            ), {}, args, f"--overlap-moe-expert-parallel-comm {message}",
+        )
+        for name, config, args, message in (
+            ("dense", dict(moe_layer_freq=2), {}, "leaves the norm behind the last layer out.*--moe-layer-freq"),
+            ("listed", dict(moe_layer_freq=[1, 1, 1, 0]), {}, "leaves the norm behind the last layer out"),
+            ("hybrid", {}, dict(hybrid_layer_pattern="L*E"), "has a schedule for GPTModel, and HybridModel none"),
+            ("packed", dict(mtp_num_layers=1), dict(sft=True), "has multi-token prediction for plain sequences only"),
+        )
+    },
     "fsdp-finetunes": (
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
@@ -396,6 +420,12 @@ ALLOWED = {
     "adam-distributed": ({}, {}, dict(optimizer="adam", use_distributed_optimizer=True)),
     "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
+    "overlap-last": (
+        dict(
+            num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
+            moe_token_dispatcher_type="alltoall", bf16=True, moe_layer_freq=[0, 0, 0, 1],
+        ), {}, dict(sft=True),
+    ),
     "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
     "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
     "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),
