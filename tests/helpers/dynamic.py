@@ -37,6 +37,7 @@ from lightning_megatron.spec import get_hybrid_block_spec, get_mtp_block_spec
 from tests import layers
 from tests.conftest import _poisoned
 from tests.helpers.models import gpt
+from tests.tolerances import UNIT
 
 NOISE = 1e-5  # of logits in fp32, relative to the largest of a position: what users are promised
 VOCAB = 64  # of helpers.models.gpt
@@ -246,12 +247,13 @@ class Run:
             left, end = left + max(end - replay.end, 0), min(end, replay.end)
             there = [i for i in range(end) if i in got]
             rows = torch.stack([got[i] for i in there]) if there else want[:0]
-            error = difference(rows, want[there])
-            if error >= NOISE and (exact := self._exact(tokens, places)) is not None:
-                # a token whose values almost cancel: the engine is as exact as the pass without caches, or it is not
-                mine, other = (difference(x, exact[there]) for x in (rows, want[there]))
-                noisy, error = noisy + 1, 0.0 if mine < 4 * other < 4 * NOISE else error
-            worst = max(worst, error)
+            errors = differences(rows, want[there])
+            if (errors >= NOISE).any() and (exact := self._exact(tokens, places)) is not None:
+                # tokens whose values almost cancel: the engine is as exact as passes without caches
+                mine, others = differences(rows, exact[there]), self._without_caches(tokens, places, exact)[there]
+                excused = (errors >= NOISE) & (mine < 4 * others) & (others < 10 * NOISE)
+                noisy, errors = noisy + int(excused.sum()), errors.masked_fill(excused, 0.0)
+            worst = max(worst, float(errors.max()) if len(errors) else 0.0)
             positions += len(rows)
             for i, token in list(enumerate(new, start=len(prompt) - 1))[: max(end - len(prompt) + 1, 0)]:
                 tie = want[i].max() - want[i, token] < NOISE * largest[i]
@@ -271,6 +273,10 @@ class Run:
             return None
         mixers = [m for m in self.model.modules() if isinstance(m, LightningAttention)]
         given = [mixer.options for mixer in mixers]
+        # A training goes on with the memory of its buffers and optimizer, not with converted copies.
+        parameters = list(self.model.parameters())
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        memory = [(tensor, tensor.data) for tensor in (*parameters, *grads, *self.model.buffers())]
         norms = {m: m.backend for m in self.model.modules() if getattr(m, "backend", self) in (None, "auto")}
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -284,12 +290,32 @@ class Run:
                 return self.model(tokens.clone(), places.clone(), None)[0].cpu()
             finally:
                 torch.set_default_dtype(torch.float32)
-                self.model.float()
+                for tensor, data in memory:
+                    tensor.data = data
                 for mixer, options in zip(mixers, given, strict=True):
                     mixer.log_decay = mixer.log_decay.float()
                     mixer.options = options
                 for norm, backend in norms.items():
                     norm.backend = backend
+
+    def _without_caches(self, tokens: torch.Tensor, places: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+        """The largest of eight differences to ``exact`` at each position: of passes in fp32 whose weights differ in the
+        last bit. Of one pass alone it may be small by chance.
+        """
+        parameters, found = list(self.model.parameters()), []
+        rng = torch.Generator().manual_seed(tokens.numel())
+        with torch.inference_mode(False), torch.no_grad():
+            kept = [parameter.clone() for parameter in parameters]
+            try:
+                for _ in range(8):
+                    for parameter, value in zip(parameters, kept, strict=True):
+                        parameter.copy_(value * (1 + UNIT * torch.randn(value.shape, generator=rng).to(value)))
+                    logits = self.model(tokens.clone(), places.clone(), None)[0].float().cpu()
+                    found.append(differences(logits, exact))
+            finally:
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.copy_(value)
+        return torch.stack(found).amax(0)
 
     def close(self) -> None:
         for handle in self.handles:
@@ -346,9 +372,14 @@ class Replay:
         return None
 
 
+def differences(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Of each position, relative to its largest logit."""
+    return (got - want).abs().amax(-1) / want.abs().amax(-1)
+
+
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest of all positions, relative to the largest logit of the position."""
-    return float(((got - want).abs().amax(-1) / want.abs().amax(-1)).max()) if len(got) else 0.0
+    """Largest of all positions."""
+    return float(differences(got, want).max()) if len(got) else 0.0
 
 
 def agree(mine: list[int], other: list[int], rows: torch.Tensor, logits: torch.Tensor) -> int:
