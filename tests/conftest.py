@@ -1,7 +1,6 @@
 """For all tests: Triton's interpreter without a GPU, seeded values, poisoned memory, nothing left, the gpu marker."""
 
 import argparse
-import collections
 import functools
 import gc
 import os
@@ -44,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[drawn.CASES] = collections.Counter(item.nodeid.partition("[")[0] for item in items)
+    config.stash[drawn.CASES] = drawn.count(item.nodeid for item in items)
     if (path := config.getoption("--drawn")) is not None:
         out = drawn.left_out(items, drawn.read(path), SEED)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])

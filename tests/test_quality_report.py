@@ -79,6 +79,8 @@ def test_page_of_one_run_names_all_that_is_missing(tmp_path: Path):
     )
     assert "stopped at 100 of 200" in text and "diverged at step 2" in text and "loss.png" in text
     assert text.count("| `softmax` | missing |") >= 1 and "recall.png" not in text
+    alone = made(tmp_path / "alone", a_run("softmax"))
+    assert "Nothing can be compared yet: of 100M tokens only `softmax` was evaluated." in alone
     text = made(tmp_path / "more", a_run("lightning"), a_run("softmax"))
     assert "Missing, of 35 runs of the plan, 33:" in text and "needle.png" in text
 

@@ -95,6 +95,8 @@ def verdicts(results: Results) -> list[str]:
                 for kind, x in kinds.items()
                 if x or kind != "not judged"
             ]
+    if not lines:
+        return [f"Nothing can be compared yet: of {million(plan.tokens)} tokens only `softmax` was evaluated."]
     head = (
         f"Beside `softmax`, whose values are in brackets, after {million(plan.tokens)} tokens. *Within noise*: a "
         "difference of at most the largest distance between two seeds of one variant, or two standard errors of the "
