@@ -160,6 +160,8 @@ def test_loss_at_equal_time_by_hand(tmp_path: Path, without_plots):
     assert "| 250,000 | 50M | 2.4700 |" in text  # of a run with as many tokens
     text = made(tmp_path / "few", a_run("lightning", nll=2.6), a_run(**more), a_run("softmax", seconds=[8.0] * 100))
     assert "| 125,000 | 25M | > 2.4700 |" in text
+    text = made(tmp_path / "shared", a_run("softmax", shared=True), a_run("softmax", tokens=1e7, nll=2.55))
+    assert "| `softmax` | 2.5000 | 50,000 | 100M |" in text  # of the run that had the GPU to itself
 
 
 def test_tables_by_hand(tmp_path: Path):

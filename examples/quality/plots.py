@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from .picks import keys_of, loss_of, row_of
+from .picks import Pick, keys_of, loss_of, perplexity_at, row_of
 from .results import Results, Run, mean
+from .tasks import FORMS
 from .variants import MAIN
 
-FIXED: dict[str, dict] = {"context": {"scaled": False}, "recall": {"form": "adjacent"}}
 COLOURS = {name: f"C{number}" for number, name in enumerate(MAIN)}
 
 
@@ -48,7 +48,8 @@ def draw(results: Results, folder: Path) -> list[tuple[Path, str]]:
         path.unlink(missing_ok=True)
         if runs:
             figure = plot(results, runs)
-            figure.suptitle(f"{title}: {title_of(runs)}", fontsize=10)
+            gap, size = ("\n", 9) if figure.get_figwidth() < 8 else (" ", 10)
+            figure.suptitle(f"{title}:{gap}{title_of(runs)}", fontsize=size)
             figure.savefig(path, dpi=110, metadata={"Software": None})
             found.append((path, title))
     return found
@@ -77,8 +78,9 @@ def _loss(results: Results, runs: list[Run]):
         told.add(run.variant)
         line = {"color": COLOURS[run.variant], "linewidth": 1.1, "linestyle": "-" if run.about["seed"] == 1 else "--"}
         axes[0].plot([(i + 1) * run.tokens_a_step / 1e6 for i in range(len(losses))], losses, label=label, **line)
-        minutes = statistics.median(run.about["seconds"]) / 60
-        axes[1].plot([(i + 1) * minutes for i in range(len(losses))], losses, **line)
+        if speed := run.speed or results.speed(run.variant, results.plan.size):
+            minutes = run.tokens_a_step / speed / 60
+            axes[1].plot([(i + 1) * minutes for i in range(len(losses))], losses, **line)
         if loss_of(run) is not None:
             parts, length = run.tasks["loss"]["by_position"], run.tasks["loss"]["length"]
             axes[2].plot([(i + 0.5) * length / len(parts) for i in range(len(parts))], parts, **line)
@@ -96,16 +98,24 @@ def _loss(results: Results, runs: list[Run]):
 
 def _recall(results: Results, runs: list[Run]):
     figure, axes = _axes(3)
-    kinds: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
-        ("context", "multiple", "perplexity", "context, in training lengths", "{:g}".format),
-        ("recall", "pairs", "accuracy", "pairs to recall (MQAR)", "{:g}".format),
-        ("copy", "distance", "gain", "distance of a copy (tokens)", "{:,.0f}".format),
+    copied = lambda x: row_of("copy", "gain", distance=x)
+    recalled = lambda x: row_of("recall", "accuracy", pairs=x, form=FORMS[0])
+    kinds: tuple[tuple[str, str, Callable[[float], Pick], str, str, Callable[[float], str]], ...] = (
+        (
+            "context",
+            "multiple",
+            perplexity_at,
+            "perplexity, the better angles",
+            "context, in training lengths",
+            "{:g}".format,
+        ),
+        ("recall", "pairs", recalled, "share of values right", f"pairs to recall (MQAR, {FORMS[0]})", "{:g}".format),
+        ("copy", "distance", copied, "nats gained", "distance of a copy (tokens)", "{:,.0f}".format),
     )
-    for axis, (task, key, value, label, form) in zip(axes, kinds, strict=True):
+    for axis, (task, key, pick_at, value, label, form) in zip(axes, kinds, strict=True):
         keys = keys_of(runs, task, key)
         for name in MAIN:
-            picks = {x: row_of(task, value, **{key: x}, **FIXED.get(task, {})) for x in keys}
-            points = [(x, found) for x, pick in picks.items() if (found := mean(results.main(name), pick))]
+            points = [(x, found) for x in keys if (found := mean(results.main(name), pick_at(x)))]
             if points:
                 bars = [found.spread / 2 for _, found in points]
                 values = [found.value for _, found in points]
@@ -116,7 +126,7 @@ def _recall(results: Results, runs: list[Run]):
         axis.set_xscale("log", base=2)
         axis.set_xticks(keys, [form(x) for x in keys])
         axis.set_xlabel(label)
-        axis.set_ylabel({"accuracy": "share of values right", "gain": "nats gained"}.get(value, value))
+        axis.set_ylabel(value)
     axes[0].set_yscale("log")  # softmax may be lost beyond its training length
     figure.legend(loc="outside right center", frameon=False)
     return figure

@@ -46,8 +46,8 @@ def by_variant(results: Results, head: list[str], picks: list[Pick], form: str) 
 def cost(results: Results) -> list[str]:
     """Loss at equal tokens and at equal time, at both lengths."""
     plan = results.plan
-    at = [(plan.size, plan.tokens), (plan.long_size, plan.long_tokens)]
-    speeds = [{name: results.speed(name, *where) for name in MAIN} for where in at]
+    sizes = (plan.size, plan.long_size)
+    speeds = [{name: results.speed(name, size) for name in MAIN} for size in sizes]
     fastest = [max((x for x in found.values() if x), default=None) for found in speeds]
     rows = []
     for name in MAIN:
@@ -62,7 +62,7 @@ def cost(results: Results) -> list[str]:
             then = results.loss_at(name, tokens)
             row += [f"{speed:,.0f}", million(tokens), MISSING if then is None else f"{then[0]} {then[1]:.4f}".strip()]
         rows.append(row)
-    lengths = [SIZES[size].seq_length for size, _ in at]
+    lengths = [SIZES[size].seq_length for size in sizes]
     head = ["variant", f"loss at {million(plan.tokens)} tokens"]
     for length in lengths:
         head += [f"tokens/s at {length:,}", "tokens in the time", "loss then"]
