@@ -207,6 +207,21 @@ def test_megatron_fsdp_goes_on(model, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not (importable(TE) or importable("apex.optimizers")), reason="needs a fused Adam: TE's or apex's")
+@pytest.mark.parametrize("flags", ["", "--bf16", "--bf16 --use-distributed-optimizer"])
+def test_fused_adam_goes_on(flags, tmp_path):
+    """It counts its steps in its groups of parameters, where torch's Adam has a number for each parameter."""
+    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", *flags.split()]
+    run = functools.partial(run_pretrain, nproc=2, gpus=True)
+    want = run(flags)
+    first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
+    again = run([*flags, "--load", tmp_path])
+    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
+    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
+    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "strategy",
