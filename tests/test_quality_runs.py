@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_run_whose_loss_is_no_number_ends_and_is_not_continued(pretend, monkeypa
     train.train(pretend(10_000), never)
 
 
+def asked_for(tmp_path: Path, tokens: float, seconds: float, *words: str) -> argparse.Namespace:
+    """Options of a session."""
+    words = [*words, "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "tiny", "--reserve", "1.5"]
+    made = session.parser().parse_args([*words, "--results", str(tmp_path / "out"), "--tokens", str(tokens)])
+    made.seconds, made.questions = seconds, ["--cases", "3"]
+    return made
+
+
 def test_session_trains_evaluates_and_writes_after_every_stage(pretend, tmp_path, capsys):
     one, asked = pretend(30), []
     out = tmp_path / "out"
@@ -198,12 +207,7 @@ def test_session_trains_evaluates_and_writes_after_every_stage(pretend, tmp_path
             json.dumps({"tasks": {"loss": {"nll": 2.5, "by_package": {}, "seconds": 1.0}}})
         )
 
-    def options(seconds: float, *jobs: str) -> argparse.Namespace:
-        words = [*jobs, "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "tiny", "--reserve", "1.5"]
-        made = session.parser().parse_args([*words, "--results", str(out), "--tokens", str(one.tokens)])
-        made.seconds, made.questions = seconds, ["--cases", "3"]
-        return made
-
+    options = lambda seconds, *jobs: asked_for(tmp_path, one.tokens, seconds, *jobs)
     found = session.session(options(60, "softmax", "7:1@2"), pretended, evaluates)
     assert found == {"softmax": "failed: no memory", "7:1@2": "complete, with loss"}
     assert [(x, name[:5], words[-2:]) for x, name, words in asked] == [
@@ -216,6 +220,43 @@ def test_session_trains_evaluates_and_writes_after_every_stage(pretend, tmp_path
     assert session.session(options(1.0, "3:1"), pretended, evaluates) == {"3:1": "no time"}
     with pytest.raises(ValueError, match="variant 2:1 is unknown|variant '2:1' is unknown"):
         session.session(options(60, "2:1"), pretended, evaluates)
+    for job in ("softmax@x", "softmax/fast"):
+        with pytest.raises(ValueError, match=f"job '{job}' is not VARIANT.*such as softmax@2/1e-3"):
+            session.session(options(60, job), pretended, evaluates)
+
+
+def test_session_evaluates_beside_the_next_training(pretend, tmp_path):
+    """The first evaluation ends behind the beginning of the second training, whose speed is none then."""
+    asked, trains = threading.Event(), threading.Event()
+
+    def run(words: list[str], *rest) -> Iterator[str]:
+        if words[words.index("--lr") + 1] == "0.001":
+            assert asked.wait(60)
+            trains.set()
+        yield from pretended(words, *rest)
+
+    def evaluates(module: str, words: list[str], seconds: float) -> None:
+        asked.set()
+        assert trains.wait(60)
+        loss = {"nll": 2.5, "by_package": {}, "seconds": 1.0}
+        Path(words[0], "evaluate.json").write_text(json.dumps({"tasks": {"loss": loss}}))
+
+    options = asked_for(tmp_path, pretend(30).tokens, 90, "7:1/2e-3", "softmax/1e-3", "--beside")
+    found = session.session(options, run, evaluates)
+    assert found == dict.fromkeys(("7:1/2e-3", "softmax/1e-3"), "complete, with loss")
+    runs = {run.variant: run for run in results.load(tmp_path / "out")}
+    assert [(run.about["lr"], results.loss_of(run), run.about["shared"]) for run in (runs["7:1"], runs["softmax"])] == [
+        (2e-3, 2.5, False), (1e-3, 2.5, True),
+    ]  # fmt: skip
+    assert runs["7:1"].speed and runs["softmax"].speed is None
+
+
+def test_a_session_ends_with_what_an_evaluation_beside_it_ends_with(pretend, tmp_path):
+    def evaluates(*_) -> None:
+        raise KeyError("rows")
+
+    with pytest.raises(KeyError, match="rows"):
+        session.session(asked_for(tmp_path, pretend(30).tokens, 60, "7:1", "--beside"), pretended, evaluates)
 
 
 def test_flags_are_taken_by_the_entry_point_and_all_but_the_attention_is_equal(pretend, monkeypatch):
