@@ -17,16 +17,18 @@ CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """All flags of the own entry point, Megatron's included, and of the commands of inference."""
+    """All flags of the own entry point, Megatron's included, of the commands of inference and of examples/quality."""
     import argparse
 
     from megatron.training.arguments import add_megatron_arguments
 
+    from examples.quality import evaluate, session, train
     from lightning_megatron.inference import generate, perplexity, serve
     from lightning_megatron.training.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    parsers = (parser, generate.parser(), perplexity.parser(), serve.parser())
+    quality = (train.parser(), session.parser(), evaluate.parser())
+    parsers = (parser, generate.parser(), perplexity.parser(), serve.parser(), *quality)
     return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
 
 
@@ -34,8 +36,6 @@ OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, 
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
     "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance",
     "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
-    "--runs", "--variant", "--tokens", "--minutes", "--size",  # of examples/quality
-    "--results", "--tasks", "--train-only", "--seconds",
     "--no-stream-ckpt-dequant",  # of Megatron 0.19 alone
 }  # fmt: skip
 
