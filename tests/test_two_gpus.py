@@ -158,7 +158,7 @@ OTHERS = MODELS | {
     "untied": f"{MODELS['freq4']} --untie-embeddings-and-output-weights",
     "experts-last": f"{MODELS['moe']} --moe-layer-freq [0,1]*2",  # "moe" begins with experts and ends without
     "ahead": f"{MODELS['moe']} --moe-layer-freq [0,1]*2 --mtp-num-layers 1",
-    "shared": f"{MODELS['moe']} --swiglu --moe-shared-expert-intermediate-size 64",
+    "shared": f"{MODELS['moe']} --normalization RMSNorm --swiglu --moe-shared-expert-intermediate-size 64",
     "decaying": f"{MODELS['freq4']} --lr-decay-style linear",  # a rate that a graph of the optimizer must read anew
 }
 NAMED = ("latent", "moe", "untied", "experts-last", "ahead", "shared", "decaying")
@@ -213,10 +213,16 @@ RUNS = {  # the number of GPUs, and flags; names that begin with one of NAMED tr
     "ahead-one": (1, ""),
     "ahead-ep2-overlap": (2, OVERLAP),
     "shared-one": (1, ""),
-    "shared-te-grouped": (2, f"{GROUPED} --moe-router-fusion --moe-shared-expert-overlap"),
+    "shared-te-grouped": (
+        2,
+        f"{GROUPED} --moe-router-fusion --moe-shared-expert-overlap --fused-residual-rmsnorm",
+    ),
     "shared-te-grouped-offload": (2, f"{GROUPED} {FINE}"),
     "decaying-one": (1, ""),
-    "decaying-te-optimizer-graph": (1, f"{TE} --rope-fusion --optimizer-cuda-graph"),
+    "decaying-te-optimizer-graph": (
+        1,
+        f"{TE} --rope-fusion --optimizer-cuda-graph --no-bias-swiglu-fusion --use-te-activation-func",
+    ),
     "graphs-gathered": (2, f"{GATHERED} --cuda-graph-impl local"),
     "te-graphs-gathered": (2, f"{TE} --rope-fusion {GATHERED} --cuda-graph-impl transformer_engine"),
     "fp8-te-param-gather": (2, f"{FP8} {GATHERED} --fp8-param-gather"),

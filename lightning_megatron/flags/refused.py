@@ -119,6 +119,16 @@ REFUSED = (
     ),
     Rule(
         "recompute_modules",
+        lambda run: (
+            selective(run, "layernorm")
+            and run.config.fused_residual_rmsnorm
+            and (run.config.num_moe_experts is not None or run.latent)  # whose norms no projection begins with
+        ),
+        "frees what a norm returns, which is the residual, too, with --fused-residual-rmsnorm before experts and "
+        "multi-latent attention; leave out one of the two",
+    ),
+    Rule(
+        "recompute_modules",
         lambda run: selective(run, "layernorm", "moe_act") and not importable(TE),
         "needs TransformerEngine for layernorm and moe_act, and it does not import: use --recompute-granularity full, "
         "or install it",

@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.flags import CHUNK, FULL, HOST, HYBRID, LATENT, TE, check_allowed, check_refused
 
 EXPERTS = dict(num_moe_experts=4, moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=64)
+NORMS = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
 # config, options, flags, and what the message says
 REFUSED = {
     "fp8": (dict(fp8="hybrid"), {}, {}, "--fp8-format hybrid needs .*use --transformer-impl transformer_engine"),
@@ -21,6 +22,13 @@ REFUSED = {
             ("residual", dict(apply_residual_connection_post_layernorm=True), {}),
             ("scale", {}, dict(embedding_scale=8.0)),
         )
+    },
+    **{
+        f"recompute-layernorm-fused-{name}": (
+            TE | NORMS | dict(fused_residual_rmsnorm=True) | config, {}, {},
+            "--recompute-modules layernorm frees .* with --fused-residual-rmsnorm .*; leave out one of the two",
+        )
+        for name, config in (("experts", dict(num_moe_experts=4)), ("latent", HYBRID | LATENT))
     },
     "recompute-moe-act": (
         dict(recompute_granularity="selective", recompute_modules=["moe_act"]), {}, {},
@@ -215,6 +223,9 @@ ALLOWED = {
     "cpu-offloading-te": (TE | dict(cpu_offloading=True), {}, dict(hybrid_layer_pattern=None)),
     "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
+    "layernorm-fused-dense": (
+        TE | NORMS | dict(fused_residual_rmsnorm=True), {}, {},
+    ),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),
     "chunk-and-host": (FULL, CHUNK | HOST, {}),
