@@ -71,12 +71,33 @@ def check_folder(args: Namespace) -> None:
             f"{flag} {load}: {TRACKER} names {folder.name}, which is not there; write the number of an "
             "iter_ folder that is complete into the file, or give another folder"
         )
-    folder = chosen if args.ckpt_step else folder
-    if args.rank == 0 and folder.is_dir():  # checksums wait for all ranks, which share them
+    found = _to_load(load, args)
+    if args.rank == 0 and found is not None and found.is_dir():  # checksums wait for all ranks, which share them
         try:
-            verify(folder, contents=False, of_megatron=args.ckpt_format == "torch_dist")
+            verify(found, contents=False, of_megatron=args.ckpt_format == "torch_dist")
         except BrokenFile as error:
-            raise _broken(error, folder) from error
+            raise _broken(error, found) from error
+
+
+def _to_load(load_dir: str | None, args: Namespace) -> Path | None:
+    """The iteration that Megatron will load; None where there is none, or not in a file system.
+
+    A checkpoint of ``--non-persistent-ckpt-type global`` goes before one that is not newer. Those of ``local`` are in
+    files of nvidia-resiliency-ext, and are not looked at.
+    """
+    if not load_dir or "://" in load_dir:
+        return None
+    tracker, text = Path(load_dir, TRACKER), str(args.ckpt_step or "")
+    if not text and tracker.is_file():
+        text = tracker.read_text("utf-8", errors="replace").strip()
+    iteration = int(text) if text.isdigit() else 0
+    if getattr(args, "non_persistent_ckpt_type", None) == "global":
+        elsewhere = args.non_persistent_global_ckpt_dir or str(tracker.with_name("non_persistent"))
+        short = Path(elsewhere, TRACKER)
+        newest = short.read_text("utf-8", errors="replace").strip() if short.is_file() else ""
+        if newest.isdigit() and int(newest) >= iteration:
+            return short.with_name(f"iter_{int(newest):07d}")
+    return tracker.with_name("release" if text == "release" else f"iter_{iteration:07d}") if text else None
 
 
 def _broken(error: BrokenFile | str, folder: Path) -> CheckpointError:
@@ -96,12 +117,8 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
     Raises:
         CheckpointError: naming the file and the remedy.
     """
-    tracker = Path(load_dir or "", TRACKER)
-    if not load_dir or "://" in load_dir or not (args.ckpt_step or tracker.is_file()):
-        return
-    text = str(args.ckpt_step) if args.ckpt_step else tracker.read_text("utf-8", errors="replace").strip()
-    folder = tracker.with_name("release" if text == "release" else f"iter_{int(text) if text.isdigit() else 0:07d}")
-    if not folder.is_dir():
+    folder = _to_load(load_dir, args)
+    if folder is None or not folder.is_dir():
         return  # left to gave_up
     if not is_distributed(folder) and not args.use_mp_args_from_checkpoint_args:  # which takes the sizes from it
         _refuse_other_sizes(folder, args)

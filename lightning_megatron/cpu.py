@@ -146,6 +146,7 @@ def _stub_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.Stream = Stream
     cuda.current_stream = lambda device=None: Stream()
+    torch.Tensor.record_stream = lambda tensor, stream: None  # core/pipeline_parallel/utils.py:269
 
 
 def _map_rng() -> None:

@@ -109,6 +109,44 @@ def test_no_flipped_bit_of_data_is_missed(format, copied):
     verify(folder)
 
 
+SHORT = dict(ckpt_format="torch_dist", use_mp_args_from_checkpoint_args=False, non_persistent_ckpt_type="global")
+
+
+def with_short_lived(folder: Path, persistent: int, short: int, elsewhere: Path | None = None) -> Path:
+    """Moves iteration ``short`` to where Megatron keeps short-lived checkpoints."""
+    there = elsewhere or folder / "non_persistent"
+    there.mkdir(exist_ok=True)
+    shutil.move(folder / f"iter_{short:07d}", there / f"iter_{short:07d}")
+    (there / TRACKER).write_text(str(short))
+    (folder / TRACKER).write_text(str(persistent))
+    return there / f"iter_{short:07d}" / "__0_0.distcp"
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("step", [None, 1])
+def test_the_newest_of_short_lived_and_persistent_checkpoints_is_checked(given, step, copied, tmp_path):
+    folder, elsewhere = copied(), tmp_path / "elsewhere"
+    path = with_short_lived(folder, 1, 2, elsewhere if given else None)
+    args = Namespace(**SHORT, ckpt_step=step, non_persistent_global_ckpt_dir=str(elsewhere) if given else None)
+    refuse_broken(str(folder), args)
+    BREAKS["cut-off"][1](folder / "iter_0000001" / path.name)
+    refuse_broken(str(folder), args)  # which nobody reads
+    BREAKS["cut-off"][1](path)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} is cut off")):
+        refuse_broken(str(folder), args)
+
+
+def test_an_older_short_lived_checkpoint_is_not_checked(copied):
+    folder = copied()
+    path = with_short_lived(folder, 2, 1)
+    args = Namespace(**SHORT, ckpt_step=None, non_persistent_global_ckpt_dir=None)
+    BREAKS["cut-off"][1](path)
+    refuse_broken(str(folder), args)
+    BREAKS["cut-off"][1](folder / "iter_0000002" / path.name)
+    with pytest.raises(CheckpointError, match="iter_0000002.*is cut off"):
+        refuse_broken(str(folder), args)
+
+
 def middle_of_data(data: bytes) -> float:
     """Where in the bytes the middle of the largest record of an archive is, as a part of their number."""
     found, at = [], data.find(b"PK\x03\x04")
@@ -175,6 +213,19 @@ def test_checksums_are_left_out_where_that_is_asked_for(way, copied):
         path.write_bytes(path.read_bytes()[:-2000])
         run = run_pretrain(f"{flags} --load {folder}".split(), check=False)
         assert not run.ok and f"{path} is cut off" in run.log
+
+
+def test_a_run_ends_where_a_short_lived_checkpoint_is_altered(copied):
+    folder = copied()
+    path = with_short_lived(folder, 1, 2)
+    flags = f"{FLAGS} --load {folder} --non-persistent-ckpt-type global --non-persistent-save-interval 9".split()
+    run = run_pretrain(flags, 2)
+    assert len(run.losses) == 2, "it goes on behind the short-lived checkpoint, which is the newest"
+    BREAKS["cut-off"][1](folder / "iter_0000001" / path.name)
+    assert run_pretrain(flags, 2).losses == run.losses, "nobody reads the older one"
+    flip(path, 0.5)
+    run = run_pretrain(flags, 2, check=False)
+    assert not run.ok and str(path) in run.log and not run.losses
 
 
 def test_old_format_and_a_tracker_without_a_number(copied):

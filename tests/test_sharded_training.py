@@ -51,6 +51,15 @@ def test_instances_of_the_distributed_optimizer():
     assert_same_training(train("all", "dp2", flags), train("all", "dp2"))
 
 
+def test_weights_are_gathered_in_the_step():
+    """Those of the first of two chunks of a stage, while the optimizer goes on with the others."""
+    stages = "--global-batch-size 8 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    flags = [*SIZE, *TRAIN, *f"{MODELS['freq4']} --mock-data {UNTIED} --use-distributed-optimizer {stages}".split()]
+    gathered = "--ckpt-format torch --overlap-grad-reduce --overlap-param-gather"  # Megatron refuses other formats
+    gathered += " --overlap-param-gather-with-optimizer-step"
+    assert_same_training(run_pretrain([*flags, *gathered.split()], 4), run_pretrain(flags, 4))
+
+
 @fsdp
 def test_megatron_fsdp_saves_weights(tmp_path):
     """Without states of torch's Adam, which make a save hang; and not --swiglu in fp32."""

@@ -69,6 +69,13 @@ REFUSED = (
         "--cpu-offloading-num-layers",
     ),
     Rule(
+        "cpu_offloading",
+        lambda run: run.get("hybrid_layer_pattern"),
+        "is not read by HybridModel, which would keep all on the GPU (Megatron 0.19); use GPTModel, or "
+        f"--lightning-offload-activations with {_FULL}",
+        "--cpu-offloading-num-layers",
+    ),
+    Rule(
         _CHUNK,
         lambda run: run.config.context_parallel_size > 1 and not run.options.cp_keep_states,
         "keeps states for the recomputation; leave --no-lightning-cp-keep-states out",
@@ -121,7 +128,35 @@ GRAPHS = (
 )
 
 _EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
+_GRAPH = "optimizer_cuda_graph"  # replays the kernels of one step, with the numbers that they were launched with
 OPTIMIZERS = (
+    *(
+        Rule(_GRAPH, when, text)
+        for when, text in (
+            (
+                lambda run: run.get("optimizer") not in (None, "adam") or run.get("optimizer_cpu_offload"),
+                "would train on with the learning rate of the step that it captures, as only Adam on the GPU reads its "
+                "own from the device (Megatron 0.19); use --optimizer adam without --optimizer-cpu-offload, or leave "
+                "it out",
+            ),
+            (
+                lambda run: not importable(TE),
+                "needs TransformerEngine's Adam and norm of gradients, and it does not import: torch's and apex's ask "
+                "for the norm in the captured step (a CUDA error), and with --clip-grad 0 torch's trains on with the "
+                "learning rate of that step; leave it out, or install TransformerEngine",
+            ),
+            (
+                lambda run: run.config.fp16,
+                "captures the step, which asks --fp16 whether gradients overflowed (a CUDA error); use --bf16, or "
+                "leave it out",
+            ),
+            (
+                lambda run: run.get("weight_decay_incr_style") not in (None, "constant"),
+                "would train on with the weight decay of the step that it captures; use --weight-decay-incr-style "
+                "constant, or leave it out",
+            ),
+        )
+    ),
     Rule(
         "optimizer",
         lambda run: run.get("optimizer") in _EMERGING and run.config.fp16,

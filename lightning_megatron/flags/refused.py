@@ -47,6 +47,8 @@ REFUSED_ALWAYS = {
     "freeze_all_layers": "is ignored by Megatron 0.19, which would train all layers, and in later versions writes no "
     "checkpoints; leave it out, and evaluate with --skip-train",
     "init_method_xavier_uniform": "ends Megatron 0.19 in a TypeError; leave it out, and choose --init-method-std",
+    "moe_use_upcycling": "ends Megatron 0.19 in a TypeError before the first step; convert the dense checkpoint with a "
+    "program of your own, and --load the result with --finetune",
     "openai_gelu": "is not read by Megatron 0.19; leave it out",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
@@ -114,6 +116,16 @@ REFUSED = (
         ),
         "frees what a norm returns, which is the residual, too, with --apply-residual-connection-post-layernorm and "
         "--lightning-embedding-scale; leave layernorm out",
+    ),
+    Rule(
+        "recompute_modules",
+        lambda run: (
+            selective(run, "layernorm")
+            and run.config.fused_residual_rmsnorm
+            and (run.config.num_moe_experts is not None or run.latent)  # whose norms no projection begins with
+        ),
+        "frees what a norm returns, which is the residual, too, with --fused-residual-rmsnorm before experts and "
+        "multi-latent attention; leave out one of the two",
     ),
     Rule(
         "recompute_modules",

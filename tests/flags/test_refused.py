@@ -294,6 +294,9 @@ REFUSED = {
         {}, {}, dict(rampup_batch_size=[16, 8, 300]),
         "--rampup-batch-size 16 8 300 is ignored .*--step-batch-size",
     ),
+    "upcycling": (
+        {}, {}, dict(moe_use_upcycling=True), "--moe-use-upcycling ends Megatron 0.19 in a TypeError .*--finetune",
+    ),
     "freeze": ({}, {}, dict(freeze_all_layers=True), "--freeze-all-layers is ignored by Megatron .*leave it out"),
     "heterogeneous-json": (
         {}, {}, dict(heterogeneous_layers_config_encoded_json="{}"),

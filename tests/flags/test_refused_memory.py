@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.flags import CHUNK, FULL, HOST, HYBRID, LATENT, TE, check_allowed, check_refused
 
 EXPERTS = dict(num_moe_experts=4, moe_token_dispatcher_type="alltoall", moe_ffn_hidden_size=64)
+NORMS = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
 # config, options, flags, and what the message says
 REFUSED = {
     "fp8": (dict(fp8="hybrid"), {}, {}, "--fp8-format hybrid needs .*use --transformer-impl transformer_engine"),
@@ -21,6 +22,13 @@ REFUSED = {
             ("residual", dict(apply_residual_connection_post_layernorm=True), {}),
             ("scale", {}, dict(embedding_scale=8.0)),
         )
+    },
+    **{
+        f"recompute-layernorm-fused-{name}": (
+            TE | NORMS | dict(fused_residual_rmsnorm=True) | config, {}, {},
+            "--recompute-modules layernorm frees .* with --fused-residual-rmsnorm .*; leave out one of the two",
+        )
+        for name, config in (("experts", dict(num_moe_experts=4)), ("latent", HYBRID | LATENT))
     },
     "recompute-moe-act": (
         dict(recompute_granularity="selective", recompute_modules=["moe_act"]), {}, {},
@@ -43,6 +51,26 @@ REFUSED = {
         dict(cpu_offloading=True), {}, {},
         "--cpu-offloading-num-layers needs TransformerEngine.*use --lightning-offload-activations",
     ),
+    "cpu-offloading-hybrid-model": (
+        TE | dict(cpu_offloading=True), {}, dict(hybrid_layer_pattern="L-*-"),
+        "--cpu-offloading-num-layers is not read by HybridModel.*use GPTModel, or --lightning-offload-activations",
+    ),
+    **{
+        f"optimizer-graph-{name}": (
+            config, {}, dict(optimizer_cuda_graph=True) | flags, f"--optimizer-cuda-graph {message}",
+        )
+        for name, config, flags, message in (
+            ("torch", {}, {}, "needs TransformerEngine's Adam .* leave it out, or install TransformerEngine"),
+            ("sgd", TE, dict(optimizer="sgd"), "would train on with the learning rate .*; use --optimizer adam"),
+            ("muon", TE, dict(optimizer="muon", muon_split_qkv=False), "would train on with the learning rate"),
+            ("host", TE | dict(bf16=True), dict(optimizer_cpu_offload=True), "would train.*without --optimizer-cpu"),
+            ("fp16", TE | dict(fp16=True), dict(optimizer="adam"), "captures the step, which asks .*; use --bf16"),
+            (
+                "decay", TE, dict(weight_decay_incr_style="cosine"),
+                "would train on with the weight decay .*; use --weight-decay-incr-style constant",
+            ),
+        )
+    },
     "chunk-alone": (
         {}, CHUNK, {},
         "--lightning-recompute-chunk 64 acts on layers that are recomputed; add --recompute-granularity full .*leave",
@@ -187,8 +215,17 @@ ALLOWED = {
     "graphs-routers": (
         TE | EXPERTS | dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=["attn", "moe_router"]), {}, {},
     ),
+    "optimizer-graph": (
+        TE | dict(bf16=True), {},
+        dict(optimizer_cuda_graph=True, optimizer="adam", optimizer_cpu_offload=False)
+        | dict(weight_decay_incr_style="constant"),
+    ),
+    "cpu-offloading-te": (TE | dict(cpu_offloading=True), {}, dict(hybrid_layer_pattern=None)),
     "offload-bf16": (dict(bf16=True), {}, dict(optimizer_cpu_offload=True)),
     "selective-mlp": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), {}, {}),
+    "layernorm-fused-dense": (
+        TE | NORMS | dict(fused_residual_rmsnorm=True), {}, {},
+    ),
     "layernorm-te": (TE | dict(recompute_granularity="selective", recompute_modules=["layernorm"]), {}, {}),
     "modules-unused": (dict(recompute_modules=["layernorm"]), {}, {}),
     "chunk-and-host": (FULL, CHUNK | HOST, {}),
