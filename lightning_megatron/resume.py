@@ -101,6 +101,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         )
     else:
         _check_names(saved, load_dir)
+        _check_model(saved, load_dir, args)
         _check_function(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in state:
@@ -121,6 +122,22 @@ def _check_names(saved: Any, load_dir: str) -> None:
             "which named the norm before experts mlp.linear_fc1.layer_norm_weight and not pre_mlp_layernorm.weight; "
             "go on with the version that saved it, or rename these tensors"
         )
+
+
+def _check_model(saved: Any, load_dir: str, args: Namespace) -> None:
+    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone."""
+    before, now = (getattr(x, "hybrid_layer_pattern", None) for x in (saved, args))
+    if before and not now:
+        what, remedy = f"HybridModel (--hybrid-layer-pattern {before})", f"give --hybrid-layer-pattern {before}"
+    elif now and not before and "L" in now:
+        what = f"GPTModel, and this run has HybridModel (--hybrid-layer-pattern {now})"
+        remedy = "leave --hybrid-layer-pattern out, and give the checkpoint's --num-layers and --linear-attention-freq"
+    else:
+        return
+    raise CheckpointError(
+        f"the checkpoint in {load_dir} is of a {what}, and tensors of lightning layers have other names in the other "
+        f"model, also with --finetune: {remedy}"
+    )
 
 
 def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:

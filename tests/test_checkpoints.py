@@ -383,6 +383,26 @@ def test_tensors_that_do_not_fit_are_named(flags, message, saved):
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("flags", [LEGACY, f"{LEGACY} --auto-detect-ckpt-format"])
+def test_the_other_format_does_not_load_this_one(flags, saved):
+    log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+    assert "was saved with --ckpt-format torch_dist, which a run with --ckpt-format torch does not load: leave" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("finetune", ["", "--finetune"])
+def test_the_other_model_is_refused(finetune, saved, tmp_path):
+    """GPTModel and HybridModel compute the same of the same layers, and name their tensors differently."""
+    pattern = "--hybrid-layer-pattern L-L-L-*-"
+    pieces = MODEL.replace("--num-layers 4 ", "")
+    hybrid = f"{pieces} {pattern} --attention-output-gate --train-iters 4"
+    run_pretrain(f"{hybrid} --save {tmp_path} --save-interval 2 --exit-interval 2".split())
+    log = refusal(start("own", f"{HYBRID} {finetune}", load=tmp_path, check=False))
+    assert f"is of a HybridModel ({pattern})" in log and f"give {pattern}" in log and "Traceback" not in log
+    log = refusal(run_pretrain(f"{hybrid} --load {saved('own')} {finetune}".split(), check=False))
+    assert "is of a GPTModel" in log and "leave --hybrid-layer-pattern out" in log and "Traceback" not in log
+
+
 @pytest.mark.parametrize("flag, rate", [("override", "1.000000E-03"), ("use-checkpoint", "2.000000E-03")])
 def test_schedule_can_be_settled(flag, rate, saved):
     run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
