@@ -33,7 +33,7 @@ _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
         "train_samples", "distributed_timeout_minutes", "save_retain_interval", "loss_scale_window",
         "num_distributed_optimizer_instances", "sft_sequence_length",
     )),
-    (1, 4_000_000_000, "1 or more, up to 4000000000", ("seed",)),  # numpy's end at 2**32, and stages of a pipeline add to them
+    (1, 4_000_000_000, "1 or more, up to 4000000000", ("seed",)),  # numpy's end at 2**32, and stages add to them
     (0, _NO_END, "0 or more", (
         "train_iters", "eval_iters", "num_workers", "mtp_num_layers", "num_experts", "lr", "min_lr", "lr_warmup_init",
         "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples", "weight_decay",
