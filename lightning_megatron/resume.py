@@ -41,6 +41,11 @@ _GROUP_VALUES = {
 }
 # What decides which tokens see each other and count, and may change on purpose: named in the log.
 _DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
+# What decides which samples come in which order.
+_SAMPLES = (
+    "seed", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "split", "mock_data",
+    "seq_length", "dataloader_type",
+)  # fmt: skip
 
 
 def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> CheckpointError | None:
@@ -201,14 +206,22 @@ def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
 
 
 def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
-    found = [
-        f"--{name.replace('_', '-')}: {_show(getattr(saved, name), name)} in the checkpoint, "
-        f"{_show(getattr(args, name), name)} in this run"
-        for name in _DATA
+    if found := _others(_DATA, saved, args):
+        log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
+    if not args.finetune and (found := _others(_SAMPLES, saved, args)):
+        log(
+            f"this run goes on behind the samples that the checkpoint in {load_dir} has consumed, and they come in "
+            f"another order, or are others, so that some are read twice or left out: {'; '.join(found)}"
+        )
+
+
+def _others(names: tuple[str, ...], saved: Any, args: Namespace) -> list[str]:
+    return [
+        f"{_flag(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} in "
+        "this run"
+        for name in names
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
     ]
-    if found:
-        log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
 
 
 def _count(record: dict[str, Any]) -> str:

@@ -390,6 +390,14 @@ def test_the_other_format_does_not_load_this_one(flags, saved):
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("way, flags", [("own", HYBRID), ("gpt", f"{HYBRID} {SPEC}")])
+def test_other_samples_are_named(way, flags, saved):
+    run = start(way, f"{flags} --seed 7 --seq-length 32", load=saved(way))
+    line = "--seed: 1234 in the checkpoint, 7 in this run; --seq-length: 64 in the checkpoint, 32 in this run"
+    assert run.log.count(line) == 1
+    assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
+
+
 @pytest.mark.parametrize("finetune", ["", "--finetune"])
 def test_the_other_model_is_refused(finetune, saved, tmp_path):
     """GPTModel and HybridModel compute the same of the same layers, and name their tensors differently."""
