@@ -46,6 +46,11 @@ _SAMPLES = (
     "seed", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "split", "mock_data",
     "seq_length", "dataloader_type",
 )  # fmt: skip
+# What else decides how weights change, and no function.
+_TRAINING = (
+    "clip_grad", "hidden_dropout", "attention_dropout", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
+    "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_input_jitter_eps", "mtp_loss_scaling_factor",
+)  # fmt: skip
 
 
 def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> CheckpointError | None:
@@ -208,6 +213,8 @@ def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
 def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
     if found := _others(_DATA, saved, args):
         log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
+    if not args.finetune and (found := _others(_TRAINING, saved, args)):
+        log(f"this run trains otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
     if not args.finetune and (found := _others(_SAMPLES, saved, args)):
         log(
             f"this run goes on behind the samples that the checkpoint in {load_dir} has consumed, and they come in "

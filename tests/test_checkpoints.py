@@ -392,10 +392,19 @@ def test_the_other_format_does_not_load_this_one(flags, saved):
 
 @pytest.mark.parametrize("way, flags", [("own", HYBRID), ("gpt", f"{HYBRID} {SPEC}")])
 def test_other_samples_are_named(way, flags, saved):
-    run = start(way, f"{flags} --seed 7 --seq-length 32", load=saved(way))
+    run = start(way, f"{flags} --seed 7 --seq-length 32 --clip-grad 0.5", load=saved(way))
+    assert run.log.count("was trained: --clip-grad: 1.0 in the checkpoint, 0.5 in this run") == 1
     line = "--seed: 1234 in the checkpoint, 7 in this run; --seq-length: 64 in the checkpoint, 32 in this run"
     assert run.log.count(line) == 1
     assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
+
+
+def test_a_list_of_one_is_its_value(tmp_path):
+    """Megatron parses some flags as lists, and saves a list of one as its value."""
+    experts = "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+    start("own", f"{HYBRID} {experts}", save=tmp_path)
+    experts = experts.replace("--num-experts 4 ", "--use-checkpoint-args ")
+    assert len(start("own", f"{HYBRID} {experts}", load=tmp_path).losses) == 2
 
 
 @pytest.mark.parametrize("finetune", ["", "--finetune"])
