@@ -239,7 +239,9 @@ class _SwiGLU(torch.autograd.Function):
         ctx.by_torch = by_torch
         if by_torch:
             a, b = _halves(x)
-            return (F.silu(a) * b).to(x.dtype)
+            y = F.silu(a) * b
+            # torch.compile (2.11) takes an output of to() that changes nothing for one without a gradient: dx is 0
+            return y if y.dtype == x.dtype else y.to(x.dtype)
         from .triton import pointwise as pointwise_kernels
 
         with device_of(x):
