@@ -122,6 +122,11 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
         return  # left to gave_up
     if not is_distributed(folder) and not args.use_mp_args_from_checkpoint_args:  # which takes the sizes from it
         _refuse_other_sizes(folder, args)
+    if is_distributed(folder) and args.ckpt_format == "torch":  # with --auto-detect-ckpt-format, too: a KeyError
+        raise CheckpointError(
+            f"{folder} was saved with --ckpt-format torch_dist, which a run with --ckpt-format torch does not load: "
+            "leave the flag out (torch_dist is the default, and also loads what was saved with torch)"
+        )
     together, start = dist.is_initialized(), time.monotonic()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     checksums = getattr(args, ATTRIBUTE, {"options": {}})["options"].get("checksums", True)

@@ -27,8 +27,30 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
     "wd_incr_steps": _ITERATIONS.replace(", --lr-decay-iters", ""),
     "wd_incr_style": "--weight-decay-incr-style",
 }
+# Values of the schedule that Megatron's checkpoints have among the args alone, and does not compare.
+_UNKEPT_SCHEDULE = ("lr_warmup_init", "wsd_decay_steps", "lr_wsd_decay_style", "decoupled_lr", "decoupled_min_lr")
+_RATES = ("max_lr", "min_lr", "decoupled_lr", "decoupled_min_lr")  # by which Megatron finds groups of parameters
+# What optimizers keep in their groups of parameters: Megatron goes on with the checkpoint's, whatever the flags say.
+_GROUP_VALUES = {
+    "adam": ("adam_beta1", "adam_beta2", "adam_eps"),
+    "sgd": ("sgd_momentum",),
+    "lion": ("adam_beta1", "adam_beta2"),  # Megatron 0.19 reads --lion-beta1 and 2 as Muon's scalar optimizer alone
+    "muon": ("muon_momentum",),
+    "muon's lion": ("lion_beta1", "lion_beta2"),
+    "soap": ("adam_beta1", "adam_beta2", "adam_eps"),
+}
 # What decides which tokens see each other and count, and may change on purpose: named in the log.
 _DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
+# What decides which samples come in which order.
+_SAMPLES = (
+    "seed", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "split", "mock_data",
+    "seq_length", "dataloader_type",
+)  # fmt: skip
+# What else decides how weights change, and no function.
+_TRAINING = (
+    "clip_grad", "hidden_dropout", "attention_dropout", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
+    "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_input_jitter_eps", "mtp_loss_scaling_factor",
+)  # fmt: skip
 
 
 def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> CheckpointError | None:
@@ -89,6 +111,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         )
     else:
         _check_names(saved, load_dir)
+        _check_model(saved, load_dir, args)
         _check_function(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in state:
@@ -109,6 +132,22 @@ def _check_names(saved: Any, load_dir: str) -> None:
             "which named the norm before experts mlp.linear_fc1.layer_norm_weight and not pre_mlp_layernorm.weight; "
             "go on with the version that saved it, or rename these tensors"
         )
+
+
+def _check_model(saved: Any, load_dir: str, args: Namespace) -> None:
+    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone."""
+    before, now = (getattr(x, "hybrid_layer_pattern", None) for x in (saved, args))
+    if before and not now:
+        what, remedy = f"HybridModel (--hybrid-layer-pattern {before})", f"give --hybrid-layer-pattern {before}"
+    elif now and not before and "L" in now:
+        what = f"GPTModel, and this run has HybridModel (--hybrid-layer-pattern {now})"
+        remedy = "leave --hybrid-layer-pattern out, and give the checkpoint's --num-layers and --linear-attention-freq"
+    else:
+        return
+    raise CheckpointError(
+        f"the checkpoint in {load_dir} is of a {what}, and tensors of lightning layers have other names in the other "
+        f"model, also with --finetune: {remedy}"
+    )
 
 
 def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
@@ -172,14 +211,24 @@ def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
 
 
 def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
-    found = [
-        f"--{name.replace('_', '-')}: {_show(getattr(saved, name), name)} in the checkpoint, "
-        f"{_show(getattr(args, name), name)} in this run"
-        for name in _DATA
+    if found := _others(_DATA, saved, args):
+        log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
+    if not args.finetune and (found := _others(_TRAINING, saved, args)):
+        log(f"this run trains otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
+    if not args.finetune and (found := _others(_SAMPLES, saved, args)):
+        log(
+            f"this run goes on behind the samples that the checkpoint in {load_dir} has consumed, and they come in "
+            f"another order, or are others, so that some are read twice or left out: {'; '.join(found)}"
+        )
+
+
+def _others(names: tuple[str, ...], saved: Any, args: Namespace) -> list[str]:
+    return [
+        f"{_flag(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} in "
+        "this run"
+        for name in names
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
     ]
-    if found:
-        log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
 
 
 def _count(record: dict[str, Any]) -> str:
@@ -247,32 +296,88 @@ def _form_of_optimizer(args: Any) -> str:
 
 
 def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) -> None:
-    """What its assertions do not name: the flag, and that there are two to settle it."""
-    settled = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if settled and hasattr(args, "lightning_decay"):  # the own entry point: patches.chained_optimizer
-        return
+    """What its assertions do not name: the flag, and that there are two to settle it; and what they do not compare."""
     from megatron.training.training import get_optimizer_param_scheduler
 
+    own = hasattr(args, "lightning_decay")  # the own entry point: patches.chained_optimizer
     now = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
     batch = getattr(saved_args, "global_batch_size", None), args.global_batch_size
 
     def show(name: str, value: Any, size: int | None) -> str:
         return f"{value} samples ({value / size:g} iterations)" if "steps" in name and size else str(value)
 
-    lines = [
-        f"{flag}: {show(name, saved[name], batch[0])} in the checkpoint, {show(name, now[name], batch[1])} in this run"
+    def line(flag: str, name: str, was: Any, this: Any) -> str:
+        return f"{flag}: {show(name, was, batch[0])} in the checkpoint, {show(name, this, batch[1])} in this run"
+
+    kept = {
+        name: line(flag, name, saved[name], now[name])
         for name, flag in _SCHEDULER.items()
-        if name in saved and saved[name] != now[name] and (not settled or name in ("max_lr", "min_lr"))
-    ]
-    if lines and settled:
-        raise CheckpointError(
-            "\n  ".join(["Megatron finds the optimizer's state by rates that are others in the checkpoint:", *lines])
-            + "\nGive the checkpoint's; or go on without that state, with --no-load-optim; or train by "
-            "lightning_megatron.pretrain, which finds it"
+        if name in saved and saved[name] != now[name]
+    }
+    unkept = {name: line(flag, name, was, this) for name, flag, was, this in _unkept(saved_args, args, now)}
+    groups = {name: line(_flag(name), name, was, this) for name, was, this in _group_values(saved_args, args)}
+    rates = {name: x for name, x in (kept | unkept).items() if name in _RATES}
+    not_taken = {name: x for name, x in unkept.items() if name not in _RATES}  # by --use-checkpoint-...
+    if args.override_opt_param_scheduler:
+        found = {} if own else rates | groups
+        what = (
+            "Megatron finds the optimizer's state by rates and keeps values in it, which the checkpoint has otherwise:"
         )
-    if lines:
-        raise CheckpointError(
-            "\n  ".join(["the schedule of learning rate and weight decay is another than the checkpoint's:", *lines])
-            + "\nTo go on with this run's values, give --override-opt-param-scheduler; with the checkpoint's, "
+        remedy = (
+            "Give the checkpoint's; or go on without that state, with --no-load-optim; or train by "
+            "lightning_megatron.pretrain, which takes this run's"
+        )
+    elif args.use_checkpoint_opt_param_scheduler:
+        found = not_taken if own else rates | not_taken
+        what = "--use-checkpoint-opt-param-scheduler does not take these from the checkpoint:"
+        remedy = "Give the checkpoint's; or --override-opt-param-scheduler instead, for this run's"
+        if not own:
+            remedy = "Give the checkpoint's; or go on without the optimizer's state, with --no-load-optim"
+    else:
+        found = kept | unkept | groups
+        what = "the schedule of learning rate and weight decay is another than the checkpoint's:"
+        if not kept and not unkept:
+            what = "the optimizer's state was saved with other values, with which Megatron would go on:"
+        remedy = (
+            "To go on with this run's values, give --override-opt-param-scheduler; with the checkpoint's, "
             "--use-checkpoint-opt-param-scheduler"
         )
+        if not_taken:
+            flags = "; ".join(text.partition(": ")[0] for text in not_taken.values())
+            remedy += f" and the checkpoint's {flags}"
+    if found:
+        raise CheckpointError("\n  ".join([what, *found.values()]) + f"\n{remedy}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    """Name, flag, and both values of what differs, where it acts."""
+
+    def value(of: Any, name: str) -> Any:
+        if name != "wsd_decay_steps":
+            return getattr(of, name, None)
+        iterations = getattr(of, "lr_wsd_decay_iters", None)
+        return getattr(of, "lr_wsd_decay_samples", None) if iterations is None else iterations * of.global_batch_size
+
+    acts = {"lr_warmup_init": now["lr_warmup_steps"] > 0}
+    acts |= dict.fromkeys(("wsd_decay_steps", "lr_wsd_decay_style"), now["lr_decay_style"] == "WSD")
+    flags = {"wsd_decay_steps": "--lr-wsd-decay-iters, --lr-wsd-decay-samples or --global-batch-size"}
+    found = [
+        (name, flags.get(name, _flag(name)), value(saved, name), value(args, name))
+        for name in _UNKEPT_SCHEDULE
+        if acts.get(name, True)
+    ]
+    # an older checkpoint, or one of another schedule, holds none
+    return [row for row in found if row[2] != row[3] and not (row[2] is None and row[0] != "decoupled_min_lr")]
+
+
+def _group_values(saved: Any, args: Namespace) -> list[tuple[str, Any, Any]]:
+    """Name and both values of what differs, of the optimizers of this run."""
+    kind, scalar = args.optimizer, getattr(args, "muon_scalar_optimizer", "adam")
+    kinds = ["muon", "muon's lion" if scalar == "lion" else scalar] if "muon" in kind else [kind]
+    names = [name for one in kinds for name in _GROUP_VALUES.get(one, ()) if hasattr(saved, name)]
+    values = ((name, getattr(saved, name), getattr(args, name)) for name in names)
+    return [(name, was, this) for name, was, this in values if was != this]

@@ -8,6 +8,8 @@ Why:      experts have an optimizer of their own where expert parallelism is mor
           Megatron finds the groups of a checkpoint by what they hold, the learning rates among it, so that with another
           --lr or --min-lr it finds none and fails: --override-opt-param-scheduler and
           --use-checkpoint-opt-param-scheduler, which settle the rest of the schedule, are looked at behind it.
+          The groups also hold the betas, epsilon and momentum of the run that saved them, which take the place of
+          the flags' without a word; ``resume`` refuses others without one of the two flags.
 Versions: megatron-core 0.19, 0.20
 Can go:   when a checkpoint saved with --expert-model-parallel-size 2 resumes with 1, and the other way round; and any
           with another --lr and either of the two flags, with the losses of the rate that the flag chooses.
@@ -23,6 +25,7 @@ from ._replace import replace
 SYMBOLS = ("megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",)
 _EXPERTS = "is_expert_parallel"
 _RATES = ("max_lr", "min_lr")
+_OF_FLAGS = ("betas", "eps", "momentum", "beta2", "shampoo_beta")  # of any optimizer, in its groups
 
 
 def regrouped(optimizers: list[Any], state: Any) -> Any:
@@ -123,7 +126,12 @@ def _wrap(original: Callable) -> Callable:
             rerate(optimizer.param_groups, _inner(one).get("param_groups", []))
             for optimizer, one in zip(optimizers, states, strict=False)  # Megatron says what is missing
         ]
+        flags = [[{x: group[x] for x in _OF_FLAGS if x in group} for group in one.param_groups] for one in optimizers]
         original(self, state)
+        if get_args().override_opt_param_scheduler:
+            for optimizer, ours in zip(optimizers, flags, strict=True):
+                for group, values in zip(optimizer.param_groups, ours, strict=True):
+                    group.update(values)
         if get_args().use_checkpoint_opt_param_scheduler:  # Megatron asks for it once it has the schedule
             for optimizer, before in zip(optimizers, rates, strict=False):
                 for group, values in zip(optimizer.param_groups, before, strict=True):

@@ -60,6 +60,7 @@ BAD = (
             ("--lightning-scale", 0, "more than 0"),
         )
     ),
+    ("--seed 4294967296", "--seed 4294967296 is refused: give 1 or more, up to 4000000000"),
     ("--lightning-norm-groups 3", "--lightning-norm-groups 3 .*use --lightning-norm group or leave"),
     ("--lightning-recompute-chunk 0", "--lightning-recompute-chunk 0 must be at least 1, or left out"),
     ("--lightning-decay-offset 9", "--lightning-decay tnl with --lightning-decay-offset 9 .*use a smaller"),

@@ -39,6 +39,10 @@ SAVED = {
     "own-bare": ("own", f"--linear-attention-freq 4 {BARE}"),
     "own-legacy": ("own", f"{HYBRID} {LEGACY}"),
     "own-minimax": ("own", f"{HYBRID} --lightning-decay minimax"),
+    "own-wsd": (
+        "own", f"{HYBRID} --lr-decay-style WSD --lr-wsd-decay-iters 2 --lr-warmup-iters 1 --decoupled-lr 1e-3 "
+        "--untie-embeddings-and-output-weights",
+    ),
     "gpt": ("gpt", f"{HYBRID} {SPEC}"),
     "gpt-minimax": (
         "gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}",
@@ -81,6 +85,23 @@ REFUSED = {
         "own", "own", f"{HYBRID} --train-iters 6",
         "--train-iters or --global-batch-size: 16 samples (4 iterations) in the checkpoint, "
         "24 samples (6 iterations) in this run",
+    ),
+    "schedule-optimizer": (
+        "own", "own", f"{HYBRID} --adam-beta2 0.5 --adam-eps 1e-2",
+        "  --adam-beta2: 0.999 in the checkpoint, 0.5 in this run\n"
+        "  --adam-eps: 1e-08 in the checkpoint, 0.01 in this run",
+    ),
+    "schedule-optimizer-spec": (
+        "gpt", "gpt", f"{HYBRID} {SPEC} --adam-beta1 0.5", "--adam-beta1: 0.9 in the checkpoint, 0.5 in this run",
+    ),
+    "schedule-wsd": (
+        "own-wsd", "own", f"{HYBRID} --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-wsd-decay-style linear "
+        "--lr-warmup-iters 1 --lr-warmup-init 1e-3 --decoupled-lr 1e-4 --untie-embeddings-and-output-weights",
+        "  --lr-warmup-init: 0.0 in the checkpoint, 0.001 in this run\n"
+        "  --lr-wsd-decay-iters, --lr-wsd-decay-samples or --global-batch-size: 8 samples (2 iterations) in the "
+        "checkpoint, 4 samples (1 iterations) in this run\n"
+        "  --lr-wsd-decay-style: exponential in the checkpoint, linear in this run\n"
+        "  --decoupled-lr: 0.001 in the checkpoint, 0.0001 in this run",
     ),
     "schedule-spec": (
         "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
@@ -362,10 +383,82 @@ def test_tensors_that_do_not_fit_are_named(flags, message, saved):
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("flags", [LEGACY, f"{LEGACY} --auto-detect-ckpt-format"])
+def test_the_other_format_does_not_load_this_one(flags, saved):
+    log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+    assert "was saved with --ckpt-format torch_dist, which a run with --ckpt-format torch does not load: leave" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("way, flags", [("own", HYBRID), ("gpt", f"{HYBRID} {SPEC}")])
+def test_other_samples_are_named(way, flags, saved):
+    run = start(way, f"{flags} --seed 7 --seq-length 32 --clip-grad 0.5", load=saved(way))
+    assert run.log.count("was trained: --clip-grad: 1.0 in the checkpoint, 0.5 in this run") == 1
+    line = "--seed: 1234 in the checkpoint, 7 in this run; --seq-length: 64 in the checkpoint, 32 in this run"
+    assert run.log.count(line) == 1
+    assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
+
+
+def test_a_list_of_one_is_its_value(tmp_path):
+    """Megatron parses some flags as lists, and saves a list of one as its value."""
+    experts = "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+    start("own", f"{HYBRID} {experts}", save=tmp_path)
+    experts = experts.replace("--num-experts 4 ", "--use-checkpoint-args ")
+    assert len(start("own", f"{HYBRID} {experts}", load=tmp_path).losses) == 2
+
+
+@pytest.mark.parametrize("finetune", ["", "--finetune"])
+def test_the_other_model_is_refused(finetune, saved, tmp_path):
+    """GPTModel and HybridModel compute the same of the same layers, and name their tensors differently."""
+    pattern = "--hybrid-layer-pattern L-L-L-*-"
+    pieces = MODEL.replace("--num-layers 4 ", "")
+    hybrid = f"{pieces} {pattern} --attention-output-gate --train-iters 4"
+    run_pretrain(f"{hybrid} --save {tmp_path} --save-interval 2 --exit-interval 2".split())
+    log = refusal(start("own", f"{HYBRID} {finetune}", load=tmp_path, check=False))
+    assert f"is of a HybridModel ({pattern})" in log and f"give {pattern}" in log and "Traceback" not in log
+    log = refusal(run_pretrain(f"{hybrid} --load {saved('own')} {finetune}".split(), check=False))
+    assert "is of a GPTModel" in log and "leave --hybrid-layer-pattern out" in log and "Traceback" not in log
+
+
 @pytest.mark.parametrize("flag, rate", [("override", "1.000000E-03"), ("use-checkpoint", "2.000000E-03")])
 def test_schedule_can_be_settled(flag, rate, saved):
     run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
     assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+
+
+ADAM = "--adam-beta1 0.5 --adam-beta2 0.6 --adam-eps 1e-2"
+
+
+@pytest.mark.parametrize("flags, values", [
+    ("--override-opt-param-scheduler", (0.5, 0.6, 1e-2)), ("--use-checkpoint-opt-param-scheduler", (0.9, 0.999, 1e-8)),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["", "--use-distributed-optimizer", LEGACY])
+def test_betas_and_epsilon_can_be_settled(kind, flags, values, tmp_path):
+    """The next checkpoint has, in its groups of parameters, those that the flag chooses."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    start("own", f"{HYBRID} {LEGACY} {kind}", save=first)
+    start("own", f"{HYBRID} {LEGACY} {kind} {ADAM} {flags} --save {second} --save-interval 4", load=first)
+    [file] = second.glob("iter_*/mp_rank_00*/model_optim_rng.pt")
+    optimizer = torch.load(file, weights_only=False)["optimizer"]
+    groups = optimizer.get("optimizer", optimizer)["param_groups"]
+    assert groups and {(*group["betas"], group["eps"]) for group in groups} == {values}
+
+
+def test_checkpoints_hold_no_shape_of_the_schedule(saved):
+    """What Megatron's scheduler does not save is not taken from the checkpoint."""
+    flags = f"{SAVED['own-wsd'][1]} --lr-wsd-decay-iters 1 --use-checkpoint-opt-param-scheduler"
+    log = refusal(start("own", flags, load=saved("own-wsd"), check=False))
+    assert (
+        "--use-checkpoint-opt-param-scheduler does not take these from the checkpoint:\n  --lr-wsd-decay-iters" in log
+    )
+    flags = flags.replace("--use-checkpoint", "--override")
+    assert len(start("own", flags, load=saved("own-wsd")).losses) == 2
+
+
+def test_other_betas_under_a_spec_are_refused(saved):
+    flags = f"{HYBRID} {SPEC} --adam-beta2 0.5 --override-opt-param-scheduler"
+    log = refusal(start("gpt", flags, load=saved("gpt"), check=False))
+    assert "--adam-beta2: 0.999 in the checkpoint, 0.5 in this run" in log and "--no-load-optim" in log
 
 
 def test_another_rate_under_a_spec_is_refused(saved):

@@ -261,6 +261,8 @@ def assert_ends_with(run: Run, message: str) -> None:
 
 WRONG = {
     "tokens": ("--tokens 0", "--tokens 0 must be at least 1"),
+    "many-tokens": (f"--tokens {10**21}", f"--tokens {10**21} must be at most 2147483647"),
+    "seed": (f"--seed {10**21}", f"--seed {10**21} must be from -{2**62} to {2**62}"),
     "batch": ("--batch 0", "--batch 0 must be at least 1"),
     "samples": ("--samples 0", "--samples 0 must be at least 1"),
     "temperature": ("--temperature -1", "--temperature -1.0 must be at least 0"),

@@ -255,6 +255,8 @@ def test_errors_come_before_the_model(checkpoint, tmp_path):
     assert_ends_with(command(folder, tmp_path / "one", *few), "has 1 tokens: give a text of 2 or more")
     assert_ends_with(command(folder, tmp_path / "bytes", *few), "is no UTF-8 text")
     assert_ends_with(command(folder, tmp_path / "text", "--chunk", "0"), "--chunk 0 must be at least 1 token")
+    huge = command(folder, tmp_path / "text", "--chunk", str(10**20))
+    assert_ends_with(huge, f"--chunk {10**20} must be at most {2**63 - 1} tokens")
     assert_ends_with(command(folder, tmp_path / "text", "--context", "some"), "some is neither a number of tokens nor")
     run = command(folder, tmp_path / "text", *few)
     assert run.ok and "2 tokens of" in run.log, run.log

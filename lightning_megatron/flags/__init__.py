@@ -13,11 +13,11 @@ from ..config import LightningOptions, lightning_pattern
 from . import experts, fp8, latent, later, log, memory, mlp, refused, warned
 from .refused import REFUSED_ALWAYS
 from .rules import TE, Rule, Run, flag_of, shown
-from .unread import ROTARY_ONLY, SOFTMAX_ONLY
+from .unread import OPTIMIZER_ONLY, ROTARY_ONLY, SOFTMAX_ONLY
 
 __all__ = [
-    "REFUSED", "REFUSED_ALWAYS", "ROTARY_ONLY", "SOFTMAX_ONLY", "WARNED", "flag_of", "messages_of_refusal",
-    "refuse_parts", "shown", "warnings_of",
+    "OPTIMIZER_ONLY", "REFUSED", "REFUSED_ALWAYS", "ROTARY_ONLY", "SOFTMAX_ONLY", "WARNED", "flag_of",
+    "messages_of_refusal", "refuse_parts", "shown", "warnings_of",
 ]  # fmt: skip
 
 REFUSED = (
@@ -86,6 +86,13 @@ def warnings_of(config, options: LightningOptions, layout: str, args: Namespace 
     if run.get("position_embedding_type") is not None and not run.rotates:
         if given := _given(ROTARY_ONLY, run):
             lines.append(", ".join(given) + ": act on rotary embeddings only; no layer of this model uses them")
+    unread = [
+        f"{flag_of(name)}{shown(value)} (needs {where})"
+        for name, (defaults, read, where) in OPTIMIZER_ONLY.items()
+        if (value := run.get(name)) is not None and value not in defaults and not read(run)
+    ]
+    if unread and not run.get("skip_train"):
+        lines.append(", ".join(unread) + ": not read in this training")
     return lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from ..compat import importable
@@ -127,6 +129,16 @@ GRAPHS = (
     ),
 )
 
+
+def _scales_twice() -> bool:
+    """Whether the package's step scales what Megatron's class has scaled already, by a value that this does not set."""
+    try:
+        package = importlib.import_module("emerging_optimizers.orthogonalized_optimizers.adaptive_muon")
+    except ImportError:
+        return False
+    return hasattr(package.AdaptiveMuon, "_apply_muon_scale")
+
+
 _EMERGING = ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
 _GRAPH = "optimizer_cuda_graph"  # replays the kernels of one step, with the numbers that they were launched with
 OPTIMIZERS = (
@@ -242,6 +254,33 @@ OPTIMIZERS = (
                 lambda run: run.get("num_distributed_optimizer_instances") > 1 and not importable("einops"),
             ),
         )
+    ),
+    Rule(
+        "optimizer",
+        lambda run: run.get("optimizer") == "adaptive_muon" and _scales_twice(),
+        "ends Megatron 0.19 in an AttributeError (scale_mode) in the first step, with this version of the package "
+        "emerging-optimizers; use muon",
+    ),
+    Rule(
+        "optimizer",
+        lambda run: (
+            run.get("optimizer") == "soap"
+            and run.get("save")
+            and not run.get("no_save_optim")
+            and run.get("ckpt_format") != "torch"
+        ),
+        "cannot be saved in Megatron 0.19: its preconditioners are no shape of a parameter (an AssertionError at the "
+        "first save); use --ckpt-format torch, or --no-save-optim",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run, name=name, default=default: run.get("optimizer") == "lion" and run.get(name) != default,
+            f"is not read with --optimizer lion by Megatron 0.19, which takes --{
+                name.replace('lion', 'adam').replace('_', '-')
+            }; give that",
+        )
+        for name, default in (("lion_beta1", 0.95), ("lion_beta2", 0.98))
     ),
 )
 

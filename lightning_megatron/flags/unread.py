@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from .rules import Run
+
 # Flags of softmax attention that change nothing in an all-lightning model, and the values that nobody gave.
 SOFTMAX_ONLY = {
     "apply_query_key_layer_scaling": (False,),
@@ -28,4 +33,68 @@ ROTARY_ONLY = {
     "rotary_percent": (None, 1.0),
     "rotary_seq_len_interpolation_factor": (None,),
     "use_rope_scaling": (None, False),
+}
+
+
+def _optimizers(run: Run) -> set[str]:
+    """That of matrices, and with Muon and SOAP that of all other parameters."""
+    kind = run.get("optimizer") or "adam"
+    if kind == "soap":
+        return {kind, "adam"}
+    return {"muon", run.get("muon_scalar_optimizer") or "adam"} if "muon" in kind else {kind}
+
+
+def _adam(run: Run) -> Any:
+    return "adam" in _optimizers(run)
+
+
+def _betas(run: Run) -> Any:
+    return _adam(run) or run.get("optimizer") == "lion"
+
+
+def _muon(run: Run) -> Any:
+    return "muon" in _optimizers(run)
+
+
+def _lion(run: Run) -> Any:
+    return "lion" in _optimizers(run)  # with --optimizer lion they are refused
+
+
+def _wsd(run: Run) -> Any:
+    return run.get("lr_decay_style") == "WSD"
+
+
+def _fp16(run: Run) -> Any:
+    return run.get("fp16")
+
+
+# Flags of the optimizer, the values that nobody gave, and where they are read.
+OPTIMIZER_ONLY: dict[str, tuple[tuple, Callable[[Run], Any], str]] = {
+    "adam_beta1": ((0.9,), _betas, "--optimizer adam, soap or lion"),
+    "adam_beta2": ((0.999,), _betas, "--optimizer adam, soap or lion"),
+    "adam_eps": ((1e-8,), _adam, "--optimizer adam"),
+    "sgd_momentum": ((0.9,), lambda run: "sgd" in _optimizers(run), "--optimizer sgd"),
+    "muon_momentum": ((0.9,), _muon, "--optimizer muon"),
+    "muon_nesterov": ((False,), _muon, "--optimizer muon"),
+    "muon_scale_mode": (("spectral",), _muon, "--optimizer muon"),
+    "muon_num_ns_steps": ((5,), _muon, "--optimizer muon"),
+    "muon_extra_scale_factor": ((1.0,), _muon, "--optimizer muon"),
+    "muon_scalar_optimizer": (("adam",), _muon, "--optimizer muon"),
+    "lion_beta1": ((0.95,), _lion, "--muon-scalar-optimizer lion"),
+    "lion_beta2": ((0.98,), _lion, "--muon-scalar-optimizer lion"),
+    "lr_wsd_decay_iters": ((None,), _wsd, "--lr-decay-style WSD"),
+    "lr_wsd_decay_samples": ((None,), _wsd, "--lr-decay-style WSD"),
+    "lr_wsd_decay_style": (("exponential",), _wsd, "--lr-decay-style WSD"),
+    "lr_warmup_init": (
+        (0.0,),
+        lambda run: any(run.get(f"lr_warmup_{x}") for x in ("iters", "samples", "fraction")),
+        "--lr-warmup-iters, -samples or -fraction",
+    ),
+    "min_lr": ((0.0,), lambda run: run.get("lr_decay_style") != "constant", "another --lr-decay-style than constant"),
+    "decoupled_min_lr": ((None,), lambda run: run.get("decoupled_lr") is not None, "--decoupled-lr"),
+    "loss_scale": ((None,), _fp16, "--fp16"),
+    "initial_loss_scale": ((2.0**32,), _fp16, "--fp16"),
+    "min_loss_scale": ((1.0,), _fp16, "--fp16"),
+    "loss_scale_window": ((1000,), _fp16, "--fp16"),
+    "hysteresis": ((2,), _fp16, "--fp16"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,6 +189,7 @@ def build_engine(
     states = MambaInferenceStateConfig.from_model(model)
     each, keys = _state_bytes(states), states is None or Symbols.ATTENTION in states.layer_type_list
     free = _free_bytes() if gpu else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free
     if max_requests is None:
         room = buffer_gb * GIB if buffer_gb is not None else None if free is None else _SHARE * free
         wanted = 64 if gpu else 8
@@ -216,8 +218,10 @@ def build_engine(
             buffer = needed + int(_CPU_GIB * GIB)
     else:
         buffer = int(buffer_gb * GIB)
-    if needed >= buffer or (free is not None and needed > free):
-        held = f"buffer_gb={buffer / GIB:.3g}" if needed >= buffer else f"{free / GIB:.3g} GiB that are free"
+    if needed >= buffer or needed > memory:
+        held = f"the {memory / GIB:.3g} GiB of this machine" if free is None else f"{free / GIB:.3g} GiB that are free"
+        if needed >= buffer:
+            held = f"buffer_gb={buffer / GIB:.3g}"
         raise ValueError(
             f"states of {max_requests} requests take {needed / GIB:.3g} GiB ({each / GIB:.3g} each), more than {held}: "
             "give fewer requests, or more memory"

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -193,6 +194,8 @@ def _run(options: Namespace, flags: list[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1 token")
+        if value is not None and value > sys.maxsize:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at most {sys.maxsize} tokens")
     check_layout(flags)
     saved = read_checkpoint(options.load, options.ckpt_step)
     limit = saved.args.max_position_embeddings

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from megatron.core.inference.sampling.torch_sampling import TorchSampling
 
+_MOST = 2**31 - 1
+_MOST_SEED = 2**62
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +44,10 @@ class Sampling:
         for name in ("tokens", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+            if getattr(self, name) > _MOST:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at most {_MOST}")
+        if not abs(self.seed) <= _MOST_SEED:  # with the number of a sample it must go into 64 bits
+            raise ValueError(f"--seed {self.seed} must be from {-_MOST_SEED} to {_MOST_SEED}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature} must be at least 0, and finite; 0 takes the likeliest")
         if self.top_k is not None and self.top_k < 1:

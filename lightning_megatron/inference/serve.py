@@ -89,6 +89,10 @@ def _run(options: Namespace, flags: list[str]) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be above 0")
+        if value is not None and not value < 2**31:  # nan, too
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be below {2**31}")
+    if not 0 <= options.port < 2**16:  # the system would take its lowest 16 bits
+        raise UsageError(f"--port {options.port} must be from 0, for any that is free, to {2**16 - 1}")
     if options.max_waiting < 0:
         raise UsageError(f"--max-waiting {options.max_waiting} must be at least 0")
     from .engine import EXPERTS, GRAPHED_EXPERTS, build_engine

@@ -11,6 +11,7 @@ from . import torch_backend
 from .backend import Backend, Documents, choose, device_of
 from .checks import check_shapes, check_values, state_dtype_of
 from .kept import keep
+from .once import once_differentiable
 
 DENSE = torch.contiguous_format
 
@@ -157,18 +158,10 @@ class _LightningAttention(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dfinal):
-        if torch.is_grad_enabled():  # create_graph=True
-            return _gradients_once(ctx, do, dfinal)
-        return _gradients(ctx, do, dfinal)
-
-
-def _gradients(ctx, do, dfinal):
-    dq, dk, dv, dinitial = _backward(ctx.call, ctx.saved_tensors, ctx.plan, do, dfinal)
-    return None, dq, dk, dv, None, dinitial, None
-
-
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+        dq, dk, dv, dinitial = _backward(ctx.call, ctx.saved_tensors, ctx.plan, do, dfinal)
+        return None, dq, dk, dv, None, dinitial, None
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from . import loss, torch_backend
 from .backend import choose
+from .once import once_differentiable
 
 # Products of bf16 or fp16 that are added to fp32; the first releases with out_dtype want the sum in bf16 as well.
 _ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
@@ -98,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return log_total - hit
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
         hidden, weight, index, log_total = ctx.saved_tensors
         parts = index.shape[0]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from . import torch_backend
 from .backend import choose, device_of
+from .once import once_differentiable
 
 
 def vocab_parallel_cross_entropy(
@@ -59,7 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (log_total - hit).view(shape[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dloss):
         logits, index, log_total = ctx.saved_tensors
         dlogits = gradient(logits, index, log_total, dloss.reshape(-1), ctx.by_torch)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from . import torch_backend
 from .backend import choose, device_of
+from .once import once_differentiable
 
 SILU = {"silu": (True, False), "silu-qkv": (True, True), "none": (False, False)}  # of q and k, and of v
 GATES = ("sigmoid", "linear", "none")
@@ -168,7 +169,7 @@ class _SplitHeads(torch.autograd.Function):
         return heads
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dq, dgate, dk, dv):
         from .triton import pointwise as pointwise_kernels
 
@@ -189,7 +190,7 @@ class _NormGate(torch.autograd.Function):
             return pointwise_kernels.norm_gate_forward(o, gate, weight, kind, width, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         from .triton import pointwise as pointwise_kernels
 
@@ -215,7 +216,7 @@ class _NormResidual(torch.autograd.Function):
         return y, x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy, dx):
         from .triton import pointwise as pointwise_kernels
 
@@ -238,14 +239,16 @@ class _SwiGLU(torch.autograd.Function):
         ctx.by_torch = by_torch
         if by_torch:
             a, b = _halves(x)
-            return (F.silu(a) * b).to(x.dtype)
+            y = F.silu(a) * b
+            # torch.compile (2.11) takes an output of to() that changes nothing for one without a gradient: dx is 0
+            return y if y.dtype == x.dtype else y.to(x.dtype)
         from .triton import pointwise as pointwise_kernels
 
         with device_of(x):
             return pointwise_kernels.swiglu_forward(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         if ctx.by_torch:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from .. import ops
 from ..ops import backend as backends
 from ..ops import checks
+from ..ops.once import once_differentiable
 from . import recompute
 from .chunks import DocumentStates, Rows, chunks_of
 from .consistency import Values, check_consistency, check_divisible, tokens_of_ranks
@@ -149,7 +150,7 @@ class _ContextParallel(torch.autograd.Function):
         return o, end if plan.need_final else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, do, dfinal):
         plan, chunks, factors = ctx.plan, ctx.chunks, ctx.factors
         q, k, v, initial_state, incoming, _, *saved = ctx.saved_tensors

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from ..ops.merge import merge_parts
+from ..ops.once import once_differentiable
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ class OverRanks(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         group, (near, *far) = ctx.group, ctx.again

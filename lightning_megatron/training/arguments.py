@@ -253,7 +253,8 @@ def refuse_dropped(given: Namespace, args: Namespace, brought: dict[str, typing.
     lines = [
         f"{flags.get(name, flag_of(name))}: {value} in the checkpoint, {getattr(given, name)} in this run"
         for name, value in brought.items()
-        if getattr(given, name, value) != value and getattr(args, name) == value
+        if getattr(given, name, value) not in (value, [value])  # Megatron makes a value of a list of one
+        and getattr(args, name) == value
     ]
     if lines:
         raise ValueError(

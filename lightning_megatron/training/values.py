@@ -30,9 +30,10 @@ _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
         "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
         "decoder_last_pipeline_num_layers", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
         "moe_router_topk", "moe_ffn_hidden_size", "recompute_num_layers", "log_interval", "eval_interval",
-        "train_samples", "distributed_timeout_minutes", "seed", "save_retain_interval", "loss_scale_window",
+        "train_samples", "distributed_timeout_minutes", "save_retain_interval", "loss_scale_window",
         "num_distributed_optimizer_instances", "sft_sequence_length",
     )),
+    (1, 4_000_000_000, "1 or more, up to 4000000000", ("seed",)),  # numpy's end at 2**32, and stages add to them
     (0, _NO_END, "0 or more", (
         "train_iters", "eval_iters", "num_workers", "mtp_num_layers", "num_experts", "lr", "min_lr", "lr_warmup_init",
         "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples", "weight_decay",

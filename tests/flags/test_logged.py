@@ -27,6 +27,17 @@ LOGGED = {
     "norm-affine": ({}, dict(norm="none", norm_affine=False), OWN, ["--no-lightning-norm-affine acts on nothing"]),
     "norm-eps": ({}, dict(norm="none", norm_eps=1e-3), OWN, ["--lightning-norm-eps 0.001 is that of the output norm"]),
     "offset": ({}, dict(decay="alibi", decay_offset=1), OWN, ["--lightning-decay-offset 1 shifts decays that depend"]),
+    "optimizer": (
+        {}, {},
+        OWN | dict(optimizer="sgd", adam_eps=1e-2, sgd_momentum=0.5, lr_decay_style="cosine", lr_wsd_decay_iters=2),
+        ["--adam-eps 0.01 (needs --optimizer adam), --lr-wsd-decay-iters 2 (needs --lr-decay-style WSD): not read"],
+    ),
+    "optimizer-adam": (
+        {}, {}, OWN | dict(sgd_momentum=0.5, muon_momentum=0.5, lr_decay_style="constant", min_lr=1e-4, loss_scale=4.0,
+                           lr_warmup_init=1e-3, decoupled_min_lr=1e-3),
+        ["--sgd-momentum 0.5", "--muon-momentum 0.5", "--min-lr 0.0001", "--loss-scale 4.0 (needs --fp16)",
+         "--lr-warmup-init 0.001", "--decoupled-min-lr 0.001"],
+    ),
     "angles": ({}, dict(lrpe_layers=1), OWN | dict(decoupled_lr=1e-4), ["--decoupled-lr 0.0001 holds for the angles"]),
     "chunk-cp": (
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
@@ -187,6 +198,12 @@ QUIET = {
     "a-hybrid-of-ones-own": (HYBRID | dict(rotary_interleaved=True), {}, {}),
     "spec-with-128": (dict(kv_channels=128), {}, {"rank": 0}),
     "muon": ({}, {}, OWN | MUON),
+    "muon-values": (
+        {}, {},
+        OWN | MUON | dict(muon_momentum=0.5, adam_eps=1e-2, muon_scalar_optimizer="adam", lr_decay_style="WSD",
+                          lr_wsd_decay_iters=2, lr_warmup_init=1e-3, lr_warmup_fraction=0.1),
+    ),
+    "fp16": (dict(fp16=True), {}, OWN | dict(loss_scale=4.0, min_lr=1e-4, lr_decay_style="linear")),
     "muon-same-parts": ({}, dict(gate="none"), OWN | MUON),
     "muon-same-parts-gated": (HYBRID | dict(attention_output_gate=True), {}, OWN | MUON),
     "spec-with-option": ({}, dict(key_head_dim=128), {"rank": 0}),
@@ -223,7 +240,7 @@ def test_tables_name_fields_and_flags(parse):
     named = (
         {*tables.REFUSED_ALWAYS}
         | {rule.attribute for rule in (*tables.REFUSED, *tables.WARNED)}
-        | {*tables.SOFTMAX_ONLY, *tables.ROTARY_ONLY}
+        | {*tables.SOFTMAX_ONLY, *tables.ROTARY_ONLY, *tables.OPTIMIZER_ONLY}
     )
     assert named <= known, named - known
 

@@ -330,6 +330,17 @@ REFUSED = {
         dict(fp16=True), {}, dict(optimizer="adaptive_muon"),
         "--optimizer adaptive_muon has no loss scale .*; use --bf16",
     ),
+    "soap-saves": (
+        {}, {}, dict(optimizer="soap", save="there", ckpt_format="torch_dist"),
+        "--optimizer soap cannot be saved .*; use --ckpt-format torch, or --no-save-optim",
+    ),
+    "lion-beta": (
+        {}, {}, dict(optimizer="lion", lion_beta1=0.5, lion_beta2=0.98),
+        "--lion-beta1 0.5 is not read with --optimizer lion .*--adam-beta1; give that",
+    ),
+    "adaptive-muon": (
+        {}, {}, dict(optimizer="adaptive_muon"), "--optimizer adaptive_muon ends Megatron 0.19 in an AttributeError",
+    ),
     "fsdp-fp32": (
         SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
         "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",

@@ -89,12 +89,14 @@ def test_recomputed(impl, rng):
     assert_same_bits(evaluate(attn, case), evaluate(impl.attn, case))
 
 
-def test_second_derivatives_are_refused(impl, rng):
+@pytest.mark.parametrize("loss", [lambda o: o.square().sum(), lambda o: o.sum()], ids=["square", "constant-gradient"])
+def test_second_derivatives_are_refused(impl, rng, loss):
+    """Also where the gradient of the output is a constant, of which torch's once_differentiable makes constants."""
     case = small(rng, impl)
-    q = case.q.detach().requires_grad_()
-    (dq,) = torch.autograd.grad(call(impl, case, q=q)[0].square().sum(), q, create_graph=True)
+    q, k = (x.detach().requires_grad_() for x in (case.q, case.k))
+    (dq,) = torch.autograd.grad(loss(call(impl, case, q=q, k=k)[0]), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+        (dq.sum() + k.sum()).backward()
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_megatron.ops import norm_gate, norm_residual, split_heads
+from lightning_megatron.ops import norm_gate, norm_residual, split_heads, swiglu
 from lightning_megatron.ops.triton import pointwise as pointwise_kernels
 
 from ..tolerances import POINTWISE, SMALLEST, error
@@ -483,3 +483,13 @@ def test_sums_of_the_weight_are_short(width):
         if launch.what == "norm_gate_grad_kernel":
             programs = launch.arguments["dweight"].shape[0]
             assert programs * 2 * 4 <= 0.1 * 8192 * 5 * 2 and launch.grid[0] >= 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_swiglu_has_the_same_gradient(dtype):
+    x = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    (want,) = torch.autograd.grad(swiglu(x, backend="torch").square().sum(), x)
+    compiled = torch.compile(lambda x: swiglu(x, backend="torch"), backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert want.abs().sum() > 0
+    torch.testing.assert_close(got, want)

@@ -35,6 +35,13 @@ def test_what_cannot_start_says_why(checkpoint, server):
         f"cannot listen at 127.0.0.1, port {port}: Address already in use": ("--port", port),
         "--max-requests 0 must be above 0": ("--max-requests", "0"),
         "states of 4096 requests take": ("--max-requests", "4096", "--max-tokens", "4096", "--buffer-gb", "0.01"),
+        "--max-sequence-length 100000000000000000000 must be below 2147483648": (
+            "--max-sequence-length",
+            "1" + 20 * "0",
+        ),
+        "--buffer-gb nan must be below": ("--buffer-gb", "nan"),
+        "--port 99999 must be from 0, for any that is free, to 65535": ("--port", "99999"),
+        "states of 1073741824 requests take": ("--max-requests", "1073741824", "--max-tokens", "1073741824"),
         "max_tokens=100 must be a multiple of 64": ("--max-tokens", "100"),
         "no latest_checkpointed_iteration.txt there": ("--load", str(checkpoint)),
         "start it with torchrun --nproc-per-node 2": ("--tensor-model-parallel-size", "2"),
