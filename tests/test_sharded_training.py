@@ -8,6 +8,7 @@ GPU: without them they are skipped.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lightning_megatron.spec import get_hybrid_block_spec
 from tests import layers
 from tests.helpers.models import gpt
 from tests.helpers.training import MODELS, SIZE, TRAIN, assert_same_training, gradient_norms, train
-from tests.launch import run_pretrain, spawn
+from tests.launch import Run, run_pretrain, spawn
 from tests.tolerances import NOISE, TRAINED_LOSSES, TRAINED_LOSSES_BF16, TRAINED_NORMS_BF16
 
 UNTIED = "--untie-embeddings-and-output-weights"
@@ -171,6 +172,21 @@ def test_muon_takes_q_gate_k_and_v_as_matrices(split):
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
 
 
+def stopped(model: str, flags: str, folder: Path, loading: str = "", **arguments) -> tuple[Run, Run]:
+    """A run of five iterations, and what goes on from the checkpoint of one that was stopped behind the second."""
+    words = [*SIZE, *TRAIN, *MODELS[model].split(), "--mock-data", *flags.split()]
+    run = functools.partial(run_pretrain, nproc=2, gpus=True, **arguments)
+    want, first = run(words), run([*words, "--save", folder, *"--save-interval 2 --exit-interval 2".split()])
+    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
+    return want, run([*words, "--load", folder, *loading.split()])
+
+
+def assert_goes_on(model: str, flags: str, folder: Path, **arguments) -> None:
+    want, again = stopped(model, flags, folder, **arguments)
+    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
+    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("model", ["all", "freq4"])
@@ -189,14 +205,9 @@ def test_torch_fsdp2(model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_weights_of_torch_fsdp2_go_on(tmp_path):
     """Adam begins anew: to go on with its states is refused, flags/test_refused.py."""
-    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", UNTIED]
-    flags += "--use-torch-fsdp2 --no-gradient-accumulation-fusion".split()
-    run = functools.partial(run_pretrain, nproc=2, gpus=True, env=CONNECTIONS)
-    want = run(flags)
-    first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
-    again = run([*flags, "--load", tmp_path, "--no-load-optim"])
-    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2 and len(again.losses) == 3
-    assert again.losses[0] == pytest.approx(want.losses[2], abs=TRAINED_LOSSES)
+    flags = f"{UNTIED} --use-torch-fsdp2 --no-gradient-accumulation-fusion"
+    want, again = stopped("freq4", flags, tmp_path, "--no-load-optim", env=CONNECTIONS)
+    assert len(again.losses) == 3 and again.losses[0] == pytest.approx(want.losses[2], abs=TRAINED_LOSSES)
 
 
 @pytest.mark.gpu
@@ -205,14 +216,7 @@ def test_weights_of_torch_fsdp2_go_on(tmp_path):
 @pytest.mark.parametrize("model", ["all", "freq4"])
 def test_megatron_fsdp_goes_on(model, tmp_path):
     """With the states of the optimizer, which a checkpoint of torch's Adam cannot hold; --swiglu needs --bf16."""
-    flags = [*SIZE, *TRAIN, *MODELS[model].split(), *f"--mock-data --bf16 {FSDP}".split()]
-    run = functools.partial(run_pretrain, nproc=2, gpus=True, env=CONNECTIONS)
-    want = run(flags)
-    first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
-    again = run([*flags, "--load", tmp_path])
-    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
-    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
-    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+    assert_goes_on(model, f"--bf16 {FSDP}", tmp_path, env=CONNECTIONS)
 
 
 @pytest.mark.gpu
@@ -220,14 +224,7 @@ def test_megatron_fsdp_goes_on(model, tmp_path):
 @pytest.mark.parametrize("flags", ["", "--bf16", "--bf16 --use-distributed-optimizer"])
 def test_fused_adam_goes_on(flags, tmp_path):
     """It counts its steps in its groups of parameters, where torch's Adam has a number for each parameter."""
-    flags = [*SIZE, *TRAIN, *MODELS["freq4"].split(), "--mock-data", *flags.split()]
-    run = functools.partial(run_pretrain, nproc=2, gpus=True)
-    want = run(flags)
-    first = run([*flags, "--save", tmp_path, *"--save-interval 2 --exit-interval 2".split()])
-    again = run([*flags, "--load", tmp_path])
-    assert want.losses[-1] < want.losses[0] - 0.1 and len(first.losses) == 2
-    assert again.losses == pytest.approx(want.losses[2:], abs=TRAINED_LOSSES)
-    assert gradient_norms(again) == pytest.approx(gradient_norms(want)[2:], rel=1e-3)
+    assert_goes_on("freq4", flags, tmp_path)
 
 
 @pytest.mark.gpu
