@@ -82,6 +82,13 @@ def test_text_that_is_no_string(name: str, value: object, complaint: str, tmp_pa
     assert f"{name}, line {len(WORDS) + 2}" in message and complaint in message
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_tokenizer(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    monkeypatch.setattr(prepare_data, "train_tokenizer", None)
+    message = error_of(Path("/proc/nowhere"), "--text", tmp_path / "text.txt")
+    assert "--out /proc/nowhere cannot be written to (" in message
+
+
 def test_a_line_without_text_among_others(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(LINES + '{"txt": "b"}\n')
     assert f"line {len(WORDS) + 1} is no JSON object with" in error_of(tmp_path, "--text", tmp_path / "text.txt")

@@ -271,6 +271,28 @@ CONTRADICTIONS = (
         lambda args: args.train_iters is not None and args.train_samples is not None,
         "--train-iters {train_iters} and --train-samples {train_samples} both say how long to train: leave out one",
     ),
+    *(
+        Contradiction(
+            lambda args, name=name, length=length: (
+                not args.skip_train and getattr(args, length) and getattr(args, name)
+            ),
+            f"{flag_of(name)} {{{name}}} is counted in {unit}, and {flag_of(length)} {{{length}}} is not: give "
+            f"{flag_of(other)}, or {flag_of(other_length)}",
+        )
+        for length, other_length, unit, ending, wanted in (
+            ("train_iters", "train_samples", "samples", "samples", "iters"),
+            ("train_samples", "train_iters", "iterations", "iters", "samples"),
+        )
+        for name, other in ((f"{part}_{ending}", f"{part}_{wanted}") for part in ("lr_decay", "lr_warmup"))
+    ),
+    Contradiction(
+        lambda args: (
+            args.weight_decay_incr_style == "constant"
+            and (args.start_weight_decay is not None or args.end_weight_decay is not None)
+        ),
+        "--start-weight-decay and --end-weight-decay are for a weight decay that grows: add --weight-decay-incr-style "
+        "linear or cosine, or give --weight-decay instead",
+    ),
     Contradiction(
         lambda args: args.lr is not None and args.min_lr is not None and args.min_lr > args.lr,
         "--min-lr {min_lr} is above --lr {lr}: give at most that",
