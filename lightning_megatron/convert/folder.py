@@ -55,6 +55,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConvertError(
+            f"{path.parent} holds no config.json: give a folder as `hf download ORG/NAME --local-dir FOLDER` or "
+            "save_pretrained() leaves it"
+        ) from error
     except OSError as error:
         raise cannot("read", path, error) from error
     except ValueError as error:

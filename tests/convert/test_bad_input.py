@@ -139,7 +139,7 @@ FAULTS = {
     "no-map": (empty_index, ("model.safetensors.index.json has no weight_map",)),
     "index": (break_index, ("model.safetensors.index.json is not JSON: ",)),
     "weights": (no_weights, ("holds no *.safetensors",)),
-    "no-config": (no_config, ("cannot read ", "config.json: No such file")),
+    "no-config": (no_config, ("holds no config.json", "hf download ORG/NAME --local-dir FOLDER")),
     "config": (config('{"model_type": "toy",'), ("config.json is not JSON: ", "line 1 column 22")),
     "list": (config("[]"), ("config.json must hold a JSON object, but holds a list",)),
     "family": (config('{"model_type": "kda"}'), ("config.json: model_type 'kda' is not supported",)),
