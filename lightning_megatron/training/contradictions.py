@@ -277,13 +277,13 @@ CONTRADICTIONS = (
                 not args.skip_train and getattr(args, length) and getattr(args, name)
             ),
             f"{flag_of(name)} {{{name}}} is counted in {unit}, and {flag_of(length)} {{{length}}} is not: give "
-            f"{flag_of(other)}, or {flag_of(other_length)}",
+            f"{flag_of(length.replace('train', part))}, or {flag_of(other)}",
         )
-        for length, other_length, unit, ending, wanted in (
-            ("train_iters", "train_samples", "samples", "samples", "iters"),
-            ("train_samples", "train_iters", "iterations", "iters", "samples"),
+        for length, other, unit in (
+            ("train_iters", "train_samples", "samples"), ("train_samples", "train_iters", "iterations"),
         )
-        for name, other in ((f"{part}_{ending}", f"{part}_{wanted}") for part in ("lr_decay", "lr_warmup"))
+        for part in ("lr_decay", "lr_warmup")
+        for name in (other.replace("train", part),)
     ),
     Contradiction(
         lambda args: (

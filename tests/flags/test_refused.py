@@ -10,6 +10,10 @@ from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
 from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, QUICK, SWIGLU, TE, check_allowed, check_refused, model
 
+OVERLAP = dict(
+    num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
+    moe_token_dispatcher_type="alltoall", bf16=True,
+)  # fmt: skip
 # config, options, flags, and what the message says
 REFUSED = {
     "fp4": (dict(fp4="e2m1"), {}, {}, "--fp4-format e2m1 needs .*use --transformer-impl transformer_engine"),
@@ -365,10 +369,7 @@ REFUSED = {
     },
     **{
         f"overlap-{name}": (
-            dict(
-                num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
-                moe_token_dispatcher_type="alltoall", bf16=True, **config,
-            ), {}, args, f"--overlap-moe-expert-parallel-comm {message}",
+            OVERLAP | config, {}, args, f"--overlap-moe-expert-parallel-comm {message}",
         )
         for name, config, args, message in (
             ("dense", dict(moe_layer_freq=2), {}, "leaves the norm behind the last layer out.*--moe-layer-freq"),
@@ -434,12 +435,7 @@ ALLOWED = {
     "adam-distributed": ({}, {}, dict(optimizer="adam", use_distributed_optimizer=True)),
     "rope-scaling": ({}, {}, dict(use_rope_scaling=True, rope_scaling_factor=8.0)),
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
-    "overlap-last": (
-        dict(
-            num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
-            moe_token_dispatcher_type="alltoall", bf16=True, moe_layer_freq=[0, 0, 0, 1],
-        ), {}, dict(sft=True),
-    ),
+    "overlap-last": (OVERLAP | dict(moe_layer_freq=[0, 0, 0, 1]), {}, dict(sft=True)),
     "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
     "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
     "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),
