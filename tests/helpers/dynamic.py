@@ -373,8 +373,8 @@ class Replay:
 
 
 def differences(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Of each position, relative to its largest logit."""
-    return (got - want).abs().amax(-1) / want.abs().amax(-1)
+    """Of each position, relative to its largest logit; infinite where a logit is no number, so that no bound holds."""
+    return ((got - want).abs().amax(-1) / want.abs().amax(-1)).nan_to_num(nan=float("inf"))
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
