@@ -107,8 +107,8 @@ class LightningOptions:
     recompute_chunk: int | None = _option(
         None,
         "with full recompute, compute a layer again in chunks of so many tokens, so that no tensor inside of it is "
-        "longer: lightning layers whole; softmax layers, and all layers with context or sequence parallelism or packed "
-        "documents, their MLPs (default: one chunk)",
+        "longer: lightning layers whole; softmax layers, and all layers with context parallelism, their MLPs (default: "
+        "one chunk)",
     )
     offload_activations: bool = _option(
         False,

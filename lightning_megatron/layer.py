@@ -6,10 +6,10 @@ first, and for each computes the forward again and differentiates it at once. Pr
 full recompute; gradients of weights are summed over the chunks in fp32 and rounded once.
 
 A lightning layer is computed whole, chunk after chunk, as each hands its state to the next one: the recurrence itself
-(Lightning Attention-2, arXiv:2401.04658, section 3.2). Where a chunk cannot be computed by itself, in softmax layers,
-over context-parallel ranks and with packed documents, that holds for the MLP with its norm and residual, as in tiled
-MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). Layers with experts are left whole, as their routing looks at all
-tokens.
+(Lightning Attention-2, arXiv:2401.04658, section 3.2). Packed documents may begin and end anywhere in chunks. Where a
+chunk cannot be computed by itself, in softmax layers and over context-parallel ranks, that holds for the MLP with its
+norm and residual, as in tiled MLPs (ALST, Bekman et al. 2025, arXiv:2506.13996). Layers with experts are left whole, as
+their routing looks at all tokens.
 
 Sequence-parallel ranks exchange their rows first, so that each holds its part of every chunk (``parallel.interleave``),
 and afterwards again: five exchanges a layer and step, of s / P rows each, beside the 14 times s rows that are gathered
@@ -49,27 +49,19 @@ class ChunkedLayer(TransformerLayer):
         super().__init__(config, submodules, *args, **kwargs)
         self.recompute_chunk = recompute_chunk
         attention = self.self_attention
-        self.passes_state = (
-            isinstance(attention, LightningAttention)
-            and attention.rotary_pos_emb is None  # it and lrpe count positions from the first token that they see
-            and attention.lrpe is None
-            and attention.pg_collection.cp.size() == 1
-        )
+        self.passes_state = isinstance(attention, LightningAttention) and attention.pg_collection.cp.size() == 1
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """hidden ``[s, b, h]`` -> ``(output [s, b, h], context)``."""
-        whole = self.passes_state and not args and kwargs.get("packed_seq_params") is None
-        if not (whole and self._in_chunks(hidden_states, kwargs.get("inference_context"))):
+        if not (self.passes_state and not args and self._in_chunks(hidden_states, kwargs.get("inference_context"))):
             return super().forward(hidden_states, *args, **kwargs)
-        plain, angles = super().forward, kwargs.pop("rotary_pos_emb", None)
-        rows, ranks = self._rows(hidden_states), self._ranks()
-        group = self.self_attention.pg_collection.tp
+        plain, rows, ranks = super().forward, self._rows(hidden_states), self._ranks()
+        group, tokens = self.self_attention.pg_collection.tp, ranks * hidden_states.shape[0]
         order = interleave(group, hidden_states.shape[0], rows) if ranks > 1 else None
 
         def step(x: torch.Tensor, state: torch.Tensor | None, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-            turned = _cut(angles, slice(ranks * part.start, ranks * part.stop))
-            with self.self_attention.passing(state) as passed:
-                output, _ = plain(x, rotary_pos_emb=turned, **kwargs | {"attention_mask": None})
+            with self.self_attention.passing(state, ranks * part.start, tokens) as passed:
+                output, _ = plain(x, **kwargs | {"attention_mask": None})
             return output, passed.state
 
         return in_chunks(step, hidden_states, rows, list(self.parameters()), order), None
@@ -96,13 +88,6 @@ class ChunkedLayer(TransformerLayer):
     def _ranks(self) -> int:
         """That share a sequence of hidden states."""
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-
-
-def _cut(angles: Any, rows: slice) -> Any:
-    """Those of a chunk: angles are ``[s, 1, 1, dim]``, or a pair of such for q and k."""
-    if isinstance(angles, (tuple, list)):
-        return tuple(_cut(part, rows) for part in angles)
-    return None if angles is None else angles[rows]
 
 
 def in_chunks(

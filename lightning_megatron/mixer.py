@@ -24,10 +24,10 @@ from .config import LightningOptions, mark_parts, prepared_with, recomputes, res
 from .decay import log_decay
 from .layer_log import StateSums
 from .norm import HeadNorm, OutputNorm
-from .ops import norm_gate, split_heads, unfusable
+from .ops import norm_gate, packed_part, split_heads, unfusable
 from .packed import layout_of, packed_bounds, sharing_group
 from .parallel import exchange_once, lightning_attn
-from .rope import LRPE, angle_table, own_angles, own_rotary_embedding, rotate
+from .rope import LRPE, angle_table, chunk_angles, own_angles, own_rotary_embedding, rotate
 from .selective import parameters_of, recomputed
 
 logger = logging.getLogger("lightning_megatron")
@@ -52,9 +52,13 @@ class LightningAttentionSubmodules:
 
 @dataclass
 class Passed:
-    """The state between two chunks of a sequence: fp32 ``[b, H, K, V]``, or None before the first."""
+    """Where a chunk of a sequence begins, and how many tokens the sequence has. The state between two chunks: fp32
+    ``[b, H, K, V]``, or None before the first.
+    """
 
     state: torch.Tensor | None
+    start: int
+    tokens: int
 
 
 class LightningAttention(MegatronModule):
@@ -201,9 +205,11 @@ class LightningAttention(MegatronModule):
         return heads, self.shape.key_dim * (1 if self.lrpe is None else 2), self.shape.value_dim
 
     @contextlib.contextmanager
-    def passing(self, state: torch.Tensor | None) -> Iterator[Passed]:
-        """While it is open, ``forward`` begins with ``state`` and leaves the final one in what this yields."""
-        self._passed = passed = Passed(state)
+    def passing(self, state: torch.Tensor | None, start: int, tokens: int) -> Iterator[Passed]:
+        """While it is open, ``forward`` takes a chunk of a sequence, as ``Passed`` says, with the angles and bounds of
+        documents of the whole one, and leaves the final state in what this yields.
+        """
+        self._passed = passed = Passed(state, start, tokens)
         try:
             yield passed
         finally:
@@ -261,8 +267,9 @@ class LightningAttention(MegatronModule):
             return self.linear_proj(self._decode(cached, mixed, rotary_pos_emb, hidden_states))
         if options.rope and self.rotary_pos_emb is not None:
             rotary_pos_emb = own_angles(
-                self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group
-            )
+                self.rotary_pos_emb, hidden_states, self.config, packed_seq_params, inference_context, group,
+                tokens=None if self._passed is None else self._passed.tokens,
+            )  # fmt: skip
         where = dict(cu_seqlens=cu_seqlens, group=group, layout=layout)
         heads = partial(self._heads, rotary_pos_emb=rotary_pos_emb, inference_context=inference_context, **where)
         attend = partial(self._attend, cached=cached, **where)
@@ -284,7 +291,10 @@ class LightningAttention(MegatronModule):
 
         q [s, b, H, K], gate [s, b, Hkv, H / Hkv * V], k [s, b, Hkv, K], v [s, b, Hkv, V]
         """
-        options = self.options
+        options, bounds, start = self.options, cu_seqlens, 0
+        if self._passed is not None:  # every token of a chunk gets an angle of its own
+            start, bounds = self._passed.start, None
+            rotary_pos_emb = chunk_angles(rotary_pos_emb, start, mixed.shape[0], cu_seqlens)
         nvtx_range_push(suffix="split_heads")
         q, gate, k, v = split_heads(
             mixed, self.shape.group_dims, feature_map=options.feature_map, backend=options.backend
@@ -295,7 +305,7 @@ class LightningAttention(MegatronModule):
         if options.rope:
             nvtx_range_push(suffix="rotary_pos_emb")
             q, k = rotate(
-                q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=cu_seqlens,
+                q, k, rotary_pos_emb, config=self.config, layer_number=self.layer_number, cu_seqlens=bounds,
                 inference_context=inference_context, cp_group=self.pg_collection.cp, group=group, layout=layout,
                 backend=options.backend,
             )  # fmt: skip
@@ -303,8 +313,9 @@ class LightningAttention(MegatronModule):
         if self.lrpe is not None:
             nvtx_range_push(suffix="lrpe")
             q, k = self.lrpe(
-                q, k, cu_seqlens=cu_seqlens, inference_context=inference_context, group=group, layout=layout
-            )
+                q, k, cu_seqlens=cu_seqlens, inference_context=inference_context, group=group, layout=layout,
+                start=start,
+            )  # fmt: skip
             nvtx_range_pop(suffix="lrpe")
         return q, gate, k, v
 
@@ -315,6 +326,12 @@ class LightningAttention(MegatronModule):
         nvtx_range_push(suffix="lightning_attention")
         if isinstance(cached, RequestStates):
             o = cached.attend(q, k, v, self.log_decay, scale=self.scale, backend=options.backend)
+        elif passed is not None and cu_seqlens is not None:
+            o, passed.state = packed_part(
+                *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, start=passed.start, total=passed.tokens,
+                cu_seqlens=cu_seqlens, initial_state=passed.state, scale=self.scale, backend=options.backend,
+            )  # fmt: skip
+            o = o.transpose(0, 1)
         else:
             state = None if cached is None else cached.initial
             o, state = lightning_attn(

@@ -30,14 +30,19 @@ def own_rotary_embedding(config, options: LightningOptions, key_dim: int, cp_gro
     )  # fmt: skip
 
 
-def own_angles(embedding, hidden_states: torch.Tensor, config, packed, inference_context, group):
-    """What a layer's own rotary embedding returns for this rank's tokens, or packed for all positions there are."""
-    if packed is not None and packed.max_seqlen_q is None:
+def own_angles(
+    embedding, hidden_states: torch.Tensor, config, packed, inference_context, group, tokens: int | None = None
+):  # fmt: skip
+    """What a layer's own rotary embedding returns for this rank's tokens, or packed for all positions there are.
+
+    ``tokens``: of the sequence of which these are a chunk.
+    """
+    if packed is not None and packed.max_seqlen_q is None and tokens is None:
         tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        length = hidden_states.shape[0] * tp * (1 if group is None else group.size())
-    else:
-        length = embedding.get_rotary_seq_len(inference_context, None, hidden_states, config, packed)
-    return embedding(length, packed_seq=packed is not None)
+        tokens = hidden_states.shape[0] * tp * (1 if group is None else group.size())
+    if tokens is None or packed is not None and packed.max_seqlen_q is not None:
+        tokens = embedding.get_rotary_seq_len(inference_context, None, hidden_states, config, packed)
+    return embedding(tokens, packed_seq=packed is not None)
 
 
 def rotate(
@@ -179,6 +184,18 @@ def packed_angles(
     return freqs[positions if whole else _in_documents(positions, cu_seqlens)]
 
 
+def chunk_angles(rotary_pos_emb, start: int, tokens: int, cu_seqlens: torch.Tensor | None):
+    """Angles ``[tokens, 1, 1, dim]`` of so many tokens from ``start`` on, of those of all positions, or a pair of each;
+    of packed documents by their positions in these.
+    """
+    if isinstance(rotary_pos_emb, (tuple, list)):
+        return tuple(chunk_angles(x, start, tokens, cu_seqlens) for x in rotary_pos_emb)
+    if rotary_pos_emb is None or cu_seqlens is None:
+        return None if rotary_pos_emb is None else rotary_pos_emb[start : start + tokens]
+    positions = torch.arange(start, start + tokens, device=rotary_pos_emb.device)
+    return rotary_pos_emb[_in_documents(positions, cu_seqlens)]
+
+
 def _in_documents(positions: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Positions in the whole sequence -> in their documents."""
     bounds = cu_seqlens.long()
@@ -212,10 +229,13 @@ class LRPE(torch.nn.Module):
         inference_context,
         group: dist.ProcessGroup | None,
         layout: str,
+        start: int = 0,
     ) -> list[torch.Tensor]:
-        """Each x ``[s, b, heads, K]`` -> ``[s, b, heads, 2 K]``; the other arguments are those of ``rotate``."""
+        """Each x ``[s, b, heads, K]``, of tokens from ``start`` on, -> ``[s, b, heads, 2 K]``; the other arguments are
+        those of ``rotate``.
+        """
         tokens, device = xs[0].shape[0], xs[0].device
-        positions = token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens, device=device)
+        positions = start + token_positions(tokens, group=group, layout=layout, cu_seqlens=cu_seqlens, device=device)
         if cu_seqlens is not None:
             positions = _in_documents(positions, cu_seqlens)
         if inference_context is not None:

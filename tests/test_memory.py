@@ -15,6 +15,7 @@ from lightning_megatron.layer import in_chunks
 from lightning_megatron.offload import SLAB, HostMemory, Offloader
 from lightning_megatron.parallel import exchange_once
 from lightning_megatron.parallel.interleave import interleave
+from tests.helpers.documents import write_equal_documents
 from tests.helpers.training import LAYOUTS, RECOMPUTE, assert_same_training, train
 from tests.launch import spawn
 
@@ -60,16 +61,28 @@ def script(tmp_path):
         ("freq4", "tp2-sp", (24, 24), 30, 3 * 64),  # with rotary angles and a norm over all ranks
         ("freq4", "pp2-vp2", (48, 48), 0, 0),  # one layer a stage: its input is needed first
         ("all", "cp2", (48, 64), 30, 3 * 64),
+        # documents begin inside of chunks, and one where a chunk does
+        ("freq4-packed", "one", (48, 48), 30, 3 * 128),
+        ("all-packed", "tp2-sp", (24, 24), 30, 3 * 64),
+        # angles of layers' own, and learnt ones
+        ("latent", "tp2-sp", (24, 24), 30, 3 * 64),
+        ("latent-packed", "one", (48, 48), 30, 3 * 128),
+        ("lrpe-packed", "one", (48, 48), 30, 3 * 128),
+        ("lrpe", "tp2-sp", (24, 24), 30, 3 * 64),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_same_training(model, layout, longest, sent, tokens, script):
+def test_same_training(model, layout, longest, sent, tokens, script, tmp_path):
     """Losses and gradients with both options; and nothing longer than a chunk goes through what they cut."""
     nproc, _ = LAYOUTS[layout]
-    run = train(model, layout, f"{RECOMPUTE} {BOTH}", script=script)
+    model, _, packed = model.partition("-")
+    data = f"{write_equal_documents(tmp_path)} --dataloader-inter-document-masking" if packed else ""
+    if model == "lrpe":
+        model, data = "all", f"{data} --lightning-lrpe-layers 2"
+    run = train(model, layout, f"{RECOMPUTE} {BOTH} {data}", script=script)
     assert run.log.count(f"<longest {longest[0]} {longest[1]}, sent {sent}, ") == nproc, run.log[-3000:]
     assert run.log.count(f", {tokens * INPUT} bytes>") == nproc
-    want = train(model, layout, RECOMPUTE)
+    want = train(model, layout, f"{RECOMPUTE} {data}")
     assert_same_training(run, want)
     assert want.losses[-1] < want.losses[0] - 0.3
 

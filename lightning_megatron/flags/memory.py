@@ -292,14 +292,9 @@ WARNED = (
     ),
     Rule(
         _CHUNK,
-        lambda run: run.config.context_parallel_size > 1 or run.packed or (run.latent and run.options.rope),
-        "computes the MLPs in chunks, and attention whole: a chunk of a lightning layer needs one sequence, without "
-        "context parallelism, packed documents, and --lightning-rope beside --multi-latent-attention",
-    ),
-    Rule(
-        _CHUNK,
-        lambda run: run.options.lrpe_layers,
-        "computes the attention of layers with --lightning-lrpe-layers whole, and their MLPs in chunks",
+        lambda run: run.config.context_parallel_size > 1,
+        "computes the MLPs in chunks, and attention whole: chunks of lightning layers need the whole sequence on one "
+        "context-parallel rank",
     ),
     Rule(
         _CHUNK,

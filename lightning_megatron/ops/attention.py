@@ -77,12 +77,49 @@ def lightning_attn(
     return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens)
 
 
+def packed_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
+    start: int,
+    total: int,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``lightning_attn`` of some consecutive tokens of packed documents, which may begin and end inside of documents.
+
+    Args:
+        q, k, v, log_decay, scale, backend: as of ``lightning_attn``; B = 1.
+        start: the first of the tokens, of ``total`` ones that all documents have.
+        cu_seqlens: ``[N+1]``, bounds of all documents.
+        initial_state: ``[1, H, K, V]``, what the part before returned; None before the first. It counts where a
+            document goes on from there.
+
+    Returns:
+        ``(o [1, T, H, V], state [1, H, K, V])``: the state of the last token's document.
+
+    Raises:
+        ValueError: as ``lightning_attn``.
+    """
+    call = _checked(q, k, v, log_decay, scale, initial_state, True, None, backend)._replace(part=(start, total))
+    check_values(log_decay, cu_seqlens, total)
+    if initial_state is not None:  # chosen, not multiplied by 0: another document's NaN stays there
+        initial_state = torch.where((cu_seqlens == start).any(), 0.0, initial_state)
+    return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens)
+
+
 class _Call(NamedTuple):
     """What follows from the arguments that are no tensors, and from shapes, dtypes and devices."""
 
     backend: Backend
     scale: float
     need_final: bool
+    part: tuple[int, int] | None = None
+    """Of packed documents: the first token, and the number of all."""
 
 
 _calls: dict[Hashable, _Call] = {}
@@ -124,7 +161,10 @@ def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens):
     log_decay, documents, ids, bounds = log_decay.contiguous(), None, None, None
     with device_of(q):  # Triton launches on the current device; autograd sees to it in the backward
         if cu_seqlens is not None:
-            documents = ids, bounds, _ = call.backend.find_documents(cu_seqlens, q.shape[1], q.shape[1])
+            start, total = call.part or (None, q.shape[1])
+            documents = ids, bounds, _ = call.backend.find_documents(
+                cu_seqlens, q.shape[1], total, starts=None if start is None else (start,)
+            )
         o, final, saved, plan = call.backend.forward(
             q, k, v, log_decay, call.scale, initial_state, documents, call.need_final
         )
@@ -134,7 +174,7 @@ def _forward(call: _Call, q, k, v, log_decay, initial_state, cu_seqlens):
 def _backward(call: _Call, saved, plan, do, dfinal):
     """Gradients of q, k, v and initial_state."""
     q, k, v, log_decay, initial_state, ids, bounds, *rest = saved
-    documents = None if bounds is None else Documents(ids, bounds, by_row=False)
+    documents = None if bounds is None else Documents(ids, bounds, by_row=call.part is not None)
     if do is None:  # only the final state was used
         do = q.new_zeros(*q.shape[:3], v.shape[3])
     do = do if do.stride(-1) == 1 else do.contiguous()

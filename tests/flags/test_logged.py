@@ -43,9 +43,6 @@ LOGGED = {
         FULL | dict(context_parallel_size=2), CHUNK, OWN,
         ["--lightning-recompute-chunk 64 computes the MLPs in chunks, and attention whole"],
     ),
-    "chunk-packed": (
-        FULL, CHUNK, OWN | dict(dataloader_inter_document_masking=True), ["--lightning-recompute-chunk 64", "packed"],
-    ),
     "chunk-experts": (FULL | dict(num_moe_experts=4), CHUNK, OWN, ["chunk 64 leaves layers with experts whole"]),
     "mlp-chunks": (
         FULL | dict(mlp_chunks_for_training=4), {}, OWN,

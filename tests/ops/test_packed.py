@@ -1,9 +1,14 @@
 """Documents packed along T (cu_seqlens): each must be as if it were alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from ..tolerances import SMALLEST, TOLERANCES, error
+from lightning_megatron.ops import packed_part
+from lightning_megatron.ops.reference import recurrent_lightning_attn
+
+from ..tolerances import SMALLEST, TOLERANCES, assert_close, error
 from .cases import EVERYTHING, Case, assert_same_bits, check, evaluate, make_case, pick, random_documents
 
 # with segments of 64 tokens, which are one or two chunks
@@ -91,3 +96,45 @@ def test_bounds_of_any_kind(impl, rng):
     assert not strided.is_contiguous()
     for bounds in (wide, strided):
         assert_same_bits(evaluate(impl.attn, case.replace(cu_seqlens=bounds)), want)
+
+
+@pytest.mark.parametrize("cuts", [(), (32, 64, 128), "random"], ids=str)
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_parts_are_the_whole(impl, rng, cut, documents, cuts):
+    """Part after part with the state of the one before: outputs, the last state and every gradient of the whole."""
+    cut(64)
+    T = sum(documents)
+    if not T:
+        pytest.skip("no token, no part")
+    if cuts == "random":
+        cuts = sorted({pick(rng, range(1, max(T, 2))) for _ in range(3)})
+    edges = [0, *(x for x in cuts if x < T), T]
+    last = max(n for n, length in enumerate(documents) if length)
+    case = make_case(rng, impl, documents=documents, Hkv=1, initial=False)
+    case = case.replace(dfinal=case.dfinal[:1])
+    print(impl, edges, case)
+
+    def in_parts(q, k, v, log_decay, scale, cu_seqlens):
+        outputs, state = [], None
+        for a, b in pairwise(edges):
+            o, state = packed_part(
+                *(x[:, a:b] for x in (q, k, v)), log_decay, start=a, total=T, cu_seqlens=cu_seqlens,
+                initial_state=state, scale=scale, backend=impl.backend,
+            )  # fmt: skip
+            outputs.append(o)
+        return torch.cat(outputs, 1), state
+
+    def whole(**given):
+        o, final = recurrent_lightning_attn(**given)
+        return o, final[last : last + 1]
+
+    assert_close(evaluate(in_parts, case), evaluate(whole, case.to(device="cpu")), impl.backend, impl.dtype)
+
+
+def test_bounds_of_parts_are_checked(impl, rng):
+    case = make_case(rng, impl, documents=(5, 11))
+    with pytest.raises(ValueError, match="end at T = 12, but goes from 0 to 16"):
+        packed_part(
+            case.q, case.k, case.v, case.log_decay, start=0, total=12, cu_seqlens=case.cu_seqlens, initial_state=None,
+            backend=impl.backend,
+        )  # fmt: skip
