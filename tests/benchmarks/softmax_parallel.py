@@ -103,6 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     group, first, rows = dist.group.WORLD, dist.get_rank() == 0, []
     torch.manual_seed(dist.get_rank())
     te = TE if importable("transformer_engine.pytorch") else ()
+    about = {"card": torch.cuda.get_device_name(), "gpus": group.size(), "torch": torch.__version__, **when()}
+    about["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if te:
+        about["transformer-engine"] = importlib.metadata.version("transformer-engine")
     if first:
         print(f"{'heads':>8s}{'tokens':>8s}  {'scheme':24s}{'fwd ms':>9s}{'bwd ms':>9s}{'of ours':>9s}  differs by")
     for word in options.heads:
@@ -142,13 +147,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{word:>8s}{show_length(tokens):>8s}  {'one GPU':24s}{alone['forward_ms']:9.3f}"
                       f"{alone['backward_ms']:9.3f}", flush=True)  # fmt: skip
             del inputs, want, got
-    if first:
-        about = {"card": torch.cuda.get_device_name(), "gpus": group.size(), "torch": torch.__version__, **when()}
-        about["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        about["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if te:
-            about["transformer-engine"] = importlib.metadata.version("transformer-engine")
-        write(options.out / "softmax_parallel.json", about, "softmax_parallel", rows)
+            if first:
+                write(options.out / "softmax_parallel.json", about, "softmax_parallel", rows)
     dist.destroy_process_group()
 
 
