@@ -9,10 +9,10 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..compat import importable
-from ..config import LightningOptions, lightning_pattern
+from ..config import LightningOptions, flag_of, lightning_pattern
 from . import experts, fp8, latent, later, log, memory, mlp, refused, warned
 from .refused import REFUSED_ALWAYS
-from .rules import TE, Rule, Run, flag_of, shown
+from .rules import TE, Rule, Run, shown
 from .unread import OPTIMIZER_ONLY, ROTARY_ONLY, SOFTMAX_ONLY
 
 __all__ = [

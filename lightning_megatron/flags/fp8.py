@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..config import expert_pattern, resolve_shape
+from ..config import expert_pattern, flag_of, resolve_shape
 from .rules import Rule, Run
 
 _CAPABILITY = {  # of a GPU, at least; TransformerEngine's own checks come after the model is built
@@ -81,7 +81,7 @@ def _unaligned(run: Run) -> str | None:
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         rows, length = run.get(name), run.get("seq_length")
         if rows and length and (tokens := rows * length // run.config.context_parallel_size) % step:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             return (
                 f"needs multiples of {step} tokens in a microbatch, and {flag} {rows} with --seq-length {length} gives "
                 f"a rank {tokens}: change one of them"

@@ -7,7 +7,9 @@ import importlib
 import torch
 
 from ..compat import importable
-from .rules import TE, Rule, Run, flag_of, selective
+from ..config import flag_of
+from ..optimizers import FLAGS
+from .rules import TE, Rule, Run, selective
 
 _CHUNK, _OFFLOAD = "lightning_recompute_chunk", "lightning_offload_activations"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -275,11 +277,11 @@ OPTIMIZERS = (
     *(
         Rule(
             name,
-            lambda run, name=name, default=default: run.get("optimizer") == "lion" and run.get(name) != default,
+            lambda run, name=name: run.get("optimizer") == "lion" and run.get(name) != FLAGS[name].default,
             "is not read with --optimizer lion by Megatron 0.19, which takes "
             f"{flag_of(name.replace('lion', 'adam'))}; give that",
         )
-        for name, default in (("lion_beta1", 0.95), ("lion_beta2", 0.98))
+        for name in ("lion_beta1", "lion_beta2")
     ),
 )
 

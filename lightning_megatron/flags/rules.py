@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LightningOptions, cut_as_softmax, mtp_pattern, recomputes
+from ..config import LightningOptions, cut_as_softmax, flag_of, mtp_pattern, recomputes
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -101,10 +101,6 @@ class Rule(NamedTuple):
             return None
         text = self.text if isinstance(self.text, str) else self.text(run)
         return (self.flag or flag_of(self.attribute)) + shown(value) + " " + text
-
-
-def flag_of(attribute: str) -> str:
-    return "--" + attribute.replace("_", "-")
 
 
 def shown(value: Any) -> str:
