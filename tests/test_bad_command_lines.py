@@ -46,7 +46,19 @@ BAD = (
     ),
     ("--batch-size 4", "--batch-size .*use --micro-batch-size"),
     ("--checkpoint-activations", "--checkpoint-activations is no option any more: use --recompute-granularity full"),
-    ("--step-batch-size-schedule foo", '"THRESHOLD:BATCH_SIZE".*--step-batch-size-schedule foo'),
+    *(
+        (f"{more}--step-batch-size-schedule '{schedule}'", f"--step-batch-size-schedule {schedule} .*{said}")
+        for more, schedule, said in (
+            ("", "foo", "cannot be read: give pairs TOKENS:BATCH_SIZE .*0:256,1B:512"),
+            ("", "", "cannot be read: give pairs"), ("", "0:2,64:x", "cannot be read"), ("", "0:2:4", "cannot be read"),
+            ("", "0:2,inf:4", "cannot be read"), ("", "0:2,M:4", "cannot be read"),
+            ("", "0:2,4:4", "twice within one sample.*--seq-length 32 or more apart"),
+            ("", "0:2,1K:4,1.001K:8", "twice within one sample.*--seq-length 32 or more apart"),
+            ("", "0:2,1K:0", "below 1: give 1 or more"), ("", "1K:2", "begin with 0:BATCH_SIZE"),
+            ("--micro-batch-size 2 ", "0:3", "no multiple of --micro-batch-size 2 x 1 .*give one"),
+            ("2|", "0:3", "no multiple of --micro-batch-size 1 x 2 .*give one"),
+        )
+    ),
     ("--dataloader-type external", "--dataloader-type external .*use single or cyclic"),
     ("--yaml-cfg x.yaml", "--yaml-cfg: x.yaml would replace the command line.*give flags"),
     # ---- numbers that mean nothing
@@ -225,6 +237,8 @@ GOOD = (
     f"{REAL} --per-split-data-args-path {{folder}}/splits.json", "--recompute-granularity selective",
     "--train-iters 1000000 --global-batch-size 100", "--num-workers 64 --vocab-size 1000000 --eval-iters 1000",
     "--log-interval {never} --eval-interval {never} --exit-interval {never} --lr-decay-iters {never}",
+    "--step-batch-size-schedule 0:2,32:4", "--step-batch-size-schedule '1e3:8 0:1,.1K:2'",
+    "2|--step-batch-size-schedule 5:2,1M:3",
     "--linear-attention-freq [0]*4 --kv-channels 8",  # no lightning layer has these channels
 )  # fmt: skip
 
