@@ -75,7 +75,7 @@ BAD = (
             ("--lr", -1, "0 or more"), ("--train-iters", -1, "0 or more"), ("--num-workers", -1, "0 or more"),
             ("--norm-epsilon", -1, "0 or more"), ("--hidden-dropout", 2, "0 or more, and less than 1"),
             ("--adam-beta2", 1, "0 or more, and less than 1"), ("--rotary-percent", 0, "more than 0, and at most 1"),
-            ("--lightning-scale", 0, "more than 0"),
+            ("--lightning-scale", 0, "more than 0"), ("--moe-layer-freq", 0, "1 or more"),
             # ... and those that no machine could build: Megatron would count for hours, or end in an allocation
             *((flag, 10**9, "[01] or more, up to 10000$") for flag in MANY),
             *((flag, 10**12, "(1 or more, up to|at most) 10000000$") for flag in LARGE),
@@ -239,6 +239,8 @@ GOOD = (
     "--log-interval {never} --eval-interval {never} --exit-interval {never} --lr-decay-iters {never}",
     "--step-batch-size-schedule 0:2,32:4", "--step-batch-size-schedule '1e3:8 0:1,.1K:2'",
     "2|--step-batch-size-schedule 5:2,1M:3",
+    "--num-experts 4 --moe-layer-freq [0]*4",
+    "2|--num-experts 4 --moe-layer-freq [0]*4 --disable-bias-linear --tensor-model-parallel-size 2",
     "--linear-attention-freq [0]*4 --kv-channels 8",  # no lightning layer has these channels
 )  # fmt: skip
 

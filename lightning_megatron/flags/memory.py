@@ -88,10 +88,10 @@ def _captures_experts(run: Run) -> bool:
     """
     config, impl = run.config, run.get("cuda_graph_impl")
     padded = config.moe_expert_capacity_factor is not None and config.moe_pad_expert_input_to_capacity
-    counted = config.num_moe_experts and config.moe_token_dispatcher_type != "flex" and not padded
+    counted = run.experts and config.moe_token_dispatcher_type != "flex" and not padded
     inference = run.get("skip_train") or config.moe_pad_experts_for_cuda_graph_inference
     if not counted or impl == "full_iteration":
-        return bool(counted)
+        return counted
     if inference or run.get("hybrid_layer_pattern"):
         return False
     return impl == "local" or (impl == "transformer_engine" and not run.graphed)
@@ -139,7 +139,7 @@ WARNED = (
     ),
     Rule(
         _CHUNK,
-        lambda run: run.config.num_moe_experts is not None,
+        lambda run: run.experts,
         "leaves layers with experts whole",
     ),
     Rule(_CHUNK, lambda run: run.mtp, "leaves multi-token prediction layers whole"),

@@ -90,7 +90,8 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
                 f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
             )
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train):
+    routed = args.num_experts and (not isinstance(args.moe_layer_freq, list) or any(args.moe_layer_freq))
+    if routed and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train):
         # Megatron says so in the first step
         raise ValueError(
             f"--num-experts {args.num_experts} with --tensor-model-parallel-size {args.tensor_model_parallel_size} "

@@ -48,8 +48,9 @@ _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
         "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage",
         "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers", "moe_router_topk", "recompute_num_layers", "log_interval", "eval_interval",
-        "save_retain_interval", "loss_scale_window", "num_distributed_optimizer_instances",
+        "decoder_last_pipeline_num_layers", "moe_layer_freq", "moe_router_topk", "recompute_num_layers",
+        "log_interval", "eval_interval", "save_retain_interval", "loss_scale_window",
+        "num_distributed_optimizer_instances",
     )),
     (1, 4_000_000_000, "1 or more, up to 4000000000", ("seed",)),  # numpy's end at 2**32, and stages add to them
     (0, _NO_END, "0 or more", (
