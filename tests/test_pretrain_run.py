@@ -1,5 +1,7 @@
 """The own entry point under Megatron's real pretrain(), on the CPU."""
 
+import re
+
 import pytest
 
 from tests.launch import run_pretrain
@@ -40,6 +42,15 @@ def test_loss_falls_and_log_says_what_runs():
     ):
         assert run.log.count(line) == 1, line
     assert "throughput per GPU (TFLOP/s/GPU)" in run.log
+
+
+def test_evaluation_needs_no_length_of_training():
+    """--skip-train alone evaluates as it does with --train-iters 0."""
+    flags = " ".join(FLAGS).replace("--lr 1e-2 ", "").replace("--eval-iters 0", "--eval-iters 2 --skip-train")
+    assert "--train-iters 6 " in flags
+    logs = [run_pretrain(flags.replace("--train-iters 6 ", given).split()).log for given in ("", "--train-iters 0 ")]
+    losses = [re.findall(r"validation loss .* on (\w+) set \| lm loss value: (\S+)", log) for log in logs]
+    assert losses[0] == losses[1] and [name for name, _ in losses[0]] == ["validation", "test"]
 
 
 @pytest.mark.parametrize(
