@@ -31,6 +31,11 @@ LINEAR_HEADS = (
 )
 
 
+def flag_of(attribute: str) -> str:
+    """The flag that sets an attribute of Megatron's args."""
+    return "--" + attribute.replace("_", "-")
+
+
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
@@ -271,7 +276,7 @@ def check_latent_sizes(config: Any) -> None:
     if config.rope_type not in ("rope", "yarn"):
         raise ValueError(f"--rope-type {config.rope_type} is unknown; choose rope or yarn")
     for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        value, flag = getattr(config, name), flag_of(name)
         if value is None and name == "q_lora_rank":
             continue
         if value is None or value < 1:

@@ -27,6 +27,7 @@ from .config import (
     RESIDUAL_FACTORS,
     LightningOptions,
     expert_pattern,
+    flag_of,
     lightning_depths,
     lightning_pattern,
     mtp_pattern,
@@ -210,7 +211,7 @@ def _dropped(model: Model) -> str | None:
 
 
 def _option(name: str, before: Any) -> Row:
-    return Row(name, "--lightning-" + name.replace("_", "-"), "lightning", lambda m: getattr(m.options, name), before)
+    return Row(name, flag_of("lightning_" + name), "lightning", lambda m: getattr(m.options, name), before)
 
 
 # fmt: off

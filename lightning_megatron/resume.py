@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from .checkpoint_folder import TRACKER, CheckpointError, log
+from .config import flag_of
+from .optimizers import FLAGS, optimizers_of
 from .record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences
 from .saved import saved_function
 
@@ -30,15 +32,6 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
 # Values of the schedule that Megatron's checkpoints have among the args alone, and does not compare.
 _UNKEPT_SCHEDULE = ("lr_warmup_init", "wsd_decay_steps", "lr_wsd_decay_style", "decoupled_lr", "decoupled_min_lr")
 _RATES = ("max_lr", "min_lr", "decoupled_lr", "decoupled_min_lr")  # by which Megatron finds groups of parameters
-# What optimizers keep in their groups of parameters: Megatron goes on with the checkpoint's, whatever the flags say.
-_GROUP_VALUES = {
-    "adam": ("adam_beta1", "adam_beta2", "adam_eps"),
-    "sgd": ("sgd_momentum",),
-    "lion": ("adam_beta1", "adam_beta2"),  # Megatron 0.19 reads --lion-beta1 and 2 as Muon's scalar optimizer alone
-    "muon": ("muon_momentum",),
-    "muon's lion": ("lion_beta1", "lion_beta2"),
-    "soap": ("adam_beta1", "adam_beta2", "adam_eps"),
-}
 # What decides which tokens see each other and count, and may change on purpose: named in the log.
 _DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
 # What decides which samples come in which order.
@@ -224,8 +217,8 @@ def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
 
 def _others(names: tuple[str, ...], saved: Any, args: Namespace) -> list[str]:
     return [
-        f"{_flag(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} in "
-        "this run"
+        f"{flag_of(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} "
+        "in this run"
         for name in names
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
     ]
@@ -315,7 +308,7 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
         if name in saved and saved[name] != now[name]
     }
     unkept = {name: line(flag, name, was, this) for name, flag, was, this in _unkept(saved_args, args, now)}
-    groups = {name: line(_flag(name), name, was, this) for name, was, this in _group_values(saved_args, args)}
+    groups = {name: line(flag_of(name), name, was, this) for name, was, this in _group_values(saved_args, args)}
     rates = {name: x for name, x in (kept | unkept).items() if name in _RATES}
     not_taken = {name: x for name, x in unkept.items() if name not in _RATES}  # by --use-checkpoint-...
     if args.override_opt_param_scheduler:
@@ -349,10 +342,6 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
         raise CheckpointError("\n  ".join([what, *found.values()]) + f"\n{remedy}")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
     """Name, flag, and both values of what differs, where it acts."""
 
@@ -366,7 +355,7 @@ def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str,
     acts |= dict.fromkeys(("wsd_decay_steps", "lr_wsd_decay_style"), now["lr_decay_style"] == "WSD")
     flags = {"wsd_decay_steps": "--lr-wsd-decay-iters, --lr-wsd-decay-samples or --global-batch-size"}
     found = [
-        (name, flags.get(name, _flag(name)), value(saved, name), value(args, name))
+        (name, flags.get(name, flag_of(name)), value(saved, name), value(args, name))
         for name in _UNKEPT_SCHEDULE
         if acts.get(name, True)
     ]
@@ -376,8 +365,8 @@ def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str,
 
 def _group_values(saved: Any, args: Namespace) -> list[tuple[str, Any, Any]]:
     """Name and both values of what differs, of the optimizers of this run."""
-    kind, scalar = args.optimizer, getattr(args, "muon_scalar_optimizer", "adam")
-    kinds = ["muon", "muon's lion" if scalar == "lion" else scalar] if "muon" in kind else [kind]
-    names = [name for one in kinds for name in _GROUP_VALUES.get(one, ()) if hasattr(saved, name)]
+    kinds = optimizers_of(args.optimizer, getattr(args, "muon_scalar_optimizer", None))
+    kept = (name for kind in kinds for name, flag in FLAGS.items() if flag.kept and kind in flag.readers)
+    names = [name for name in kept if hasattr(saved, name)]
     values = ((name, getattr(saved, name), getattr(args, name)) for name in names)
     return [(name, was, this) for name, was, this in values if was != this]

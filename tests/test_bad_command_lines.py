@@ -19,6 +19,12 @@ MODEL = (
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 255"
 )
 REAL = "-mock-data --tokenizer-type NullTokenizer"  # -flag takes a flag of MODEL away
+MANY = ("--num-layers", "--num-attention-heads", "--num-experts", "--mtp-num-layers")
+LARGE = (
+    "--hidden-size", "--ffn-hidden-size", "--kv-channels", "--vocab-size", "--padded-vocab-size",
+    "--make-vocab-size-divisible-by", "--micro-batch-size", "--global-batch-size", "--eval-global-batch-size",
+    "--moe-ffn-hidden-size", "--q-lora-rank",
+)  # fmt: skip
 # What is typed, and what the line says: flag and remedy. `2|` starts two processes; {folder} holds the files below.
 BAD = (
     # ---- flags and values that do not exist
@@ -40,7 +46,19 @@ BAD = (
     ),
     ("--batch-size 4", "--batch-size .*use --micro-batch-size"),
     ("--checkpoint-activations", "--checkpoint-activations is no option any more: use --recompute-granularity full"),
-    ("--step-batch-size-schedule foo", '"THRESHOLD:BATCH_SIZE".*--step-batch-size-schedule foo'),
+    *(
+        (f"{more}--step-batch-size-schedule '{schedule}'", f"--step-batch-size-schedule {schedule} .*{said}")
+        for more, schedule, said in (
+            ("", "foo", "cannot be read: give pairs TOKENS:BATCH_SIZE .*0:256,1B:512"),
+            ("", "", "cannot be read: give pairs"), ("", "0:2,64:x", "cannot be read"), ("", "0:2:4", "cannot be read"),
+            ("", "0:2,inf:4", "cannot be read"), ("", "0:2,M:4", "cannot be read"),
+            ("", "0:2,4:4", "twice within one sample.*--seq-length 32 or more apart"),
+            ("", "0:2,1K:4,1.001K:8", "twice within one sample.*--seq-length 32 or more apart"),
+            ("", "0:2,1K:0", "below 1: give 1 or more"), ("", "1K:2", "begin with 0:BATCH_SIZE"),
+            ("--micro-batch-size 2 ", "0:3", "no multiple of --micro-batch-size 2 x 1 .*give one"),
+            ("2|", "0:3", "no multiple of --micro-batch-size 1 x 2 .*give one"),
+        )
+    ),
     ("--dataloader-type external", "--dataloader-type external .*use single or cyclic"),
     ("--yaml-cfg x.yaml", "--yaml-cfg: x.yaml would replace the command line.*give flags"),
     # ---- numbers that mean nothing
@@ -57,8 +75,24 @@ BAD = (
             ("--lr", -1, "0 or more"), ("--train-iters", -1, "0 or more"), ("--num-workers", -1, "0 or more"),
             ("--norm-epsilon", -1, "0 or more"), ("--hidden-dropout", 2, "0 or more, and less than 1"),
             ("--adam-beta2", 1, "0 or more, and less than 1"), ("--rotary-percent", 0, "more than 0, and at most 1"),
-            ("--lightning-scale", 0, "more than 0"),
+            ("--lightning-scale", 0, "more than 0"), ("--moe-layer-freq", 0, "1 or more"),
+            # ... and those that no machine could build: Megatron would count for hours, or end in an allocation
+            *((flag, 10**9, "[01] or more, up to 10000$") for flag in MANY),
+            *((flag, 10**12, "(1 or more, up to|at most) 10000000$") for flag in LARGE),
+            *((flag, 10**12, "1 or more, up to 2000000000$") for flag in ("--seq-length", "--max-position-embeddings")),
+            *((flag, 10**20, "[01] or more, up to 100000000000$") for flag in ("--train-iters", "--eval-iters")),
+            ("--num-workers", 10**6, "0 or more, up to 1000$"),
+            ("--distributed-timeout-minutes", 10**20, "1 or more, up to 1000000000$"),
+            ("--rotary-base", 10**26, "more than 0, up to 10{18}$"),
         )
+    ),
+    ("-train-iters --train-samples 100000000000000000000", "--train-samples 10{20} is refused: give 1 or more, up to"),
+    ("--train-iters 10000000000 --global-batch-size 1000", "--train-iters 10{10} x --global-batch-size 1000 .*give"),
+    ("-train-iters --train-samples 100000000000", "--train-samples 10{11} needs an index .*GiB.*give fewer"),
+    ("--eval-iters 100000000000", "--eval-iters 10{11} x --eval-global-batch-size 1 needs an index .*give fewer"),
+    (
+        "--train-iters 100000 --eval-interval 1 --eval-iters 10000000",
+        "--eval-iters 10{7} x --eval-global-batch-size 1, 100001 times by --eval-interval needs .*give fewer",
     ),
     ("--seed 4294967296", "--seed 4294967296 is refused: give 1 or more, up to 4000000000"),
     ("--lightning-norm-groups 3", "--lightning-norm-groups 3 .*use --lightning-norm group or leave"),
@@ -201,6 +235,12 @@ GOOD = (
     "--lightning-decay-offset -9",
     f"{REAL} --data-path 0.5 {{folder}}/text 5e-1 {{folder}}/text --split 9,1", "--num-experts 0 --mtp-num-layers 0",
     f"{REAL} --per-split-data-args-path {{folder}}/splits.json", "--recompute-granularity selective",
+    "--train-iters 1000000 --global-batch-size 100", "--num-workers 64 --vocab-size 1000000 --eval-iters 1000",
+    "--log-interval {never} --eval-interval {never} --exit-interval {never} --lr-decay-iters {never}",
+    "--step-batch-size-schedule 0:2,32:4", "--step-batch-size-schedule '1e3:8 0:1,.1K:2'",
+    "2|--step-batch-size-schedule 5:2,1M:3",
+    "--num-experts 4 --moe-layer-freq [0]*4",
+    "2|--num-experts 4 --moe-layer-freq [0]*4 --disable-bias-linear --tensor-model-parallel-size 2",
     "--linear-attention-freq [0]*4 --kv-channels 8",  # no lightning layer has these channels
 )  # fmt: skip
 
@@ -223,7 +263,7 @@ def check(tmp_path_factory):
 
     def one(line: str, **env: str):
         world, bar, flags = line.rpartition("|")
-        words, given = shlex.split(flags.format(folder=folder)), MODEL.split()
+        words, given = shlex.split(flags.format(folder=folder, never=10**20)), MODEL.split()
         for word in [word for word in words if re.match(r"-[a-z]", word)]:
             words.remove(word)
             at = given.index("-" + word)

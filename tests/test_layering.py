@@ -12,7 +12,7 @@ PACKAGE = "lightning_megatron"
 
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
-    {"__init__", "config", "compat", "packed", "ops", "peak", "layer_log", "logs", "integrity"},
+    {"__init__", "config", "compat", "packed", "ops", "peak", "layer_log", "logs", "integrity", "optimizers"},
     {"models"},
     {"cpu"},
     {"parallel"},
@@ -37,9 +37,10 @@ LAYERS = [
 # ... and these parts less than that.
 ONLY = {
     "decay": {"config"},
-    "flags": {"config", "compat"},
+    "flags": {"config", "compat", "optimizers"},
     "layer_log": set(),
     "logs": set(),
+    "optimizers": set(),
     "peak": set(),
     "models": {"config"},
     "caches": {"config", "ops"},
@@ -49,7 +50,7 @@ ONLY = {
     "record": {"config", "decay"},
     "saved": {"config", "record"},
     "checkpoint_folder": {"record", "integrity"},
-    "resume": {"checkpoint_folder", "record", "saved"},
+    "resume": {"checkpoint_folder", "config", "optimizers", "record", "saved"},
     "patches": {
         *{"config", "compat", "ops", "packed", "parallel", "rope", "softmax"},
         *{"checkpoint_folder", "record", "resume", "offload", "layer_log"},
@@ -66,6 +67,7 @@ OUTSIDE = {
     "convert": {"torch", "safetensors", "tqdm", "megatron", "tokenizers", "transformers"},
     "flags": {"torch"},
     "inference": {"torch", "megatron", "quart", "hypercorn", "werkzeug", "msgpack"},
+    "optimizers": set(),
     "peak": set(),
     "layer_log": {"torch"},
     "logs": {"megatron"},

@@ -1,7 +1,10 @@
 """The own entry point under Megatron's real pretrain(), on the CPU."""
 
+import re
+
 import pytest
 
+from tests.helpers.documents import write_equal_documents
 from tests.launch import run_pretrain
 from tests.tolerances import TRAINED_LOSSES
 
@@ -40,6 +43,26 @@ def test_loss_falls_and_log_says_what_runs():
     ):
         assert run.log.count(line) == 1, line
     assert "throughput per GPU (TFLOP/s/GPU)" in run.log
+
+
+@pytest.mark.parametrize("length", ["--train-iters 9", "--train-samples 37"])
+def test_data_last_as_long_as_a_schedule_of_batches(length, tmp_path):
+    """4 batches of 1, until 256 tokens, then of 8. Blended data have no sample more than they are asked for."""
+    write_equal_documents(tmp_path)
+    data = f"--tokenizer-type NullTokenizer --train-data-path 1 {tmp_path}/text 1 {tmp_path}/text --vocab-size 255"
+    flags = " ".join(FLAGS).replace("--global-batch-size 4 ", "").replace("--mock-data --vocab-size 128", data)
+    flags = flags.replace("--train-iters 6", length)
+    run = run_pretrain([*flags.split(), "--step-batch-size-schedule", "0:1,256:8"])
+    assert len(run.losses) == 9 and re.findall(r"consumed samples: +(\d+)", run.log)[-1] == "44"
+
+
+def test_evaluation_needs_no_length_of_training():
+    """--skip-train alone evaluates as it does with --train-iters 0."""
+    flags = " ".join(FLAGS).replace("--lr 1e-2 ", "").replace("--eval-iters 0", "--eval-iters 2 --skip-train")
+    assert "--train-iters 6 " in flags
+    logs = [run_pretrain(flags.replace("--train-iters 6 ", given).split()).log for given in ("", "--train-iters 0 ")]
+    losses = [re.findall(r"validation loss .* on (\w+) set \| lm loss value: (\S+)", log) for log in logs]
+    assert losses[0] == losses[1] and [name for name, _ in losses[0]] == ["validation", "test"]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..compat import importable
-from ..config import LightningOptions, lightning_pattern
-from . import experts, fp8, latent, later, log, memory, mlp, refused, warned
+from ..config import LightningOptions, flag_of, lightning_pattern
+from . import experts, fp8, latent, later, log, memory, mlp, optimizers, refused, warned
 from .refused import REFUSED_ALWAYS
-from .rules import TE, Rule, Run, flag_of, shown
+from .rules import TE, Rule, Run, shown
 from .unread import OPTIMIZER_ONLY, ROTARY_ONLY, SOFTMAX_ONLY
 
 __all__ = [
@@ -29,10 +29,10 @@ REFUSED = (
     *experts.REFUSED,
     *mlp.REFUSED,
     *memory.GRAPHS,
-    *memory.OPTIMIZERS,
+    *optimizers.REFUSED,
     *log.REFUSED,
 )
-WARNED = (*latent.WARNED, *memory.WARNED, *mlp.WARNED, *warned.WARNED)
+WARNED = (*latent.WARNED, *optimizers.WARNED, *memory.WARNED, *mlp.WARNED, *warned.WARNED)
 
 
 def refuse_parts(asked) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..config import expert_pattern
 from .rules import Rule, Run
 
 _OVERLAP = "overlap_moe_expert_parallel_comm"
@@ -10,7 +9,7 @@ _OVERLAP = "overlap_moe_expert_parallel_comm"
 
 def _fused_bias(run: Run) -> bool:
     """Local experts weigh tokens inside the fused activation, whose kernels take no bias."""
-    return run.local and bool(run.config.bias_activation_fusion and run.config.add_bias_linear)
+    return run.local and run.experts and bool(run.config.bias_activation_fusion and run.config.add_bias_linear)
 
 
 def _overlaps(run: Run) -> bool:
@@ -18,14 +17,13 @@ def _overlaps(run: Run) -> bool:
 
 
 def _ends_dense(run: Run) -> bool:
-    config = run.config
-    return not expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)[-1]
+    return not run.routed[-1]
 
 
 REFUSED = (
     Rule(
         "num_moe_experts",
-        lambda run: run.config.add_bias_linear and run.config.moe_shared_expert_intermediate_size,
+        lambda run: run.experts and run.config.add_bias_linear and run.config.moe_shared_expert_intermediate_size,
         "with --moe-shared-expert-intermediate-size has no biases in Megatron 0.19; add --disable-bias-linear",
         "--num-experts",
     ),

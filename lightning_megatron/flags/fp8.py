@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..config import expert_pattern, resolve_shape
+from ..config import flag_of, resolve_shape
 from .rules import Rule, Run
 
 _CAPABILITY = {  # of a GPU, at least; TransformerEngine's own checks come after the model is built
@@ -40,14 +40,14 @@ def _step(run: Run) -> int:
 def sizes(run: Run) -> Iterator[tuple[str, int, str]]:
     """Rows and columns of the weights on one tensor-parallel rank: flags, number, and what it is."""
     config = run.config
-    tp, experts = config.tensor_model_parallel_size, config.num_moe_experts
+    tp = config.tensor_model_parallel_size
     shape = resolve_shape(config, run.options, tp)
     yield "--hidden-size", config.hidden_size, "the hidden size"
     yield "--lightning-num-kv-heads", shape.projection_dim // tp, "the fused projection of lightning layers"
     yield "--num-attention-heads", shape.output_dim // tp, "the output projection of lightning layers"
-    if not all(expert_pattern(config.moe_layer_freq, config.num_layers, experts)):
+    if not all(run.routed):
         yield "--ffn-hidden-size", config.ffn_hidden_size // tp, "the MLP"
-    if experts:
+    if run.experts:
         expert_tp = config.expert_tensor_parallel_size or tp
         yield "--moe-ffn-hidden-size", (config.moe_ffn_hidden_size or config.ffn_hidden_size) // expert_tp, "an expert"
         if config.moe_shared_expert_intermediate_size:
@@ -81,7 +81,7 @@ def _unaligned(run: Run) -> str | None:
     for name in ("micro_batch_size", "eval_micro_batch_size"):
         rows, length = run.get(name), run.get("seq_length")
         if rows and length and (tokens := rows * length // run.config.context_parallel_size) % step:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             return (
                 f"needs multiples of {step} tokens in a microbatch, and {flag} {rows} with --seq-length {length} gives "
                 f"a rank {tokens}: change one of them"

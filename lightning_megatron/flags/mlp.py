@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..compat import importable, version
-from ..config import expert_pattern
 from .rules import TE, Rule, Run
 
 
@@ -23,14 +22,12 @@ def _fused_swiglu(run: Run) -> bool:
 
 
 def _ungrouped(run: Run) -> bool:
-    return run.config.num_moe_experts is not None and (run.local or not run.config.moe_grouped_gemm)
+    return run.experts and (run.local or not run.config.moe_grouped_gemm)
 
 
 def _dense(run: Run) -> bool:
     """Whether some MLP, a shared expert too, is not one of routed experts."""
-    config = run.config
-    routed = expert_pattern(config.moe_layer_freq, config.num_layers, config.num_moe_experts)
-    return not all(routed) or bool(config.moe_shared_expert_intermediate_size)
+    return not all(run.routed) or bool(run.config.moe_shared_expert_intermediate_size)
 
 
 REFUSED = (
@@ -66,7 +63,7 @@ REFUSED = (
     ),
     Rule(
         "moe_router_fusion",
-        lambda run: run.config.num_moe_experts is not None and not importable(TE),
+        lambda run: run.experts and not importable(TE),
         "needs TransformerEngine's kernels in the first step, and it does not import; leave it out, or install it",
     ),
 )
@@ -74,7 +71,7 @@ REFUSED = (
 WARNED = tuple(
     Rule(
         name,
-        lambda run: run.local and run.config.num_moe_experts is not None,
+        lambda run: run.local and run.experts,
         "is not read by experts of --transformer-impl local, which compute the same, one after the other",
     )
     for name in ("moe_grouped_gemm", "use_fused_weighted_squared_relu")

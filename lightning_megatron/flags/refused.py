@@ -122,7 +122,7 @@ REFUSED = (
         lambda run: (
             selective(run, "layernorm")
             and run.config.fused_residual_rmsnorm
-            and (run.config.num_moe_experts is not None or run.latent)  # whose norms no projection begins with
+            and (run.experts or run.latent)  # whose norms no projection begins with
         ),
         "frees what a norm returns, which is the residual, too, with --fused-residual-rmsnorm before experts and "
         "multi-latent attention; leave out one of the two",
@@ -213,7 +213,7 @@ REFUSED = (
     ),
     Rule(
         "lightning_bilinear_glu",
-        lambda run: run.config.num_moe_experts is not None,
+        lambda run: run.experts,
         "is not an option of experts; leave out --num-experts",
     ),
     Rule(

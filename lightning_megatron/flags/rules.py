@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import LightningOptions, cut_as_softmax, mtp_pattern, recomputes
+from ..config import LightningOptions, cut_as_softmax, expert_pattern, flag_of, mtp_pattern, recomputes
 
 TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
@@ -48,6 +48,18 @@ class Run(NamedTuple):
     def attends(self) -> bool:
         """Whether some layer has softmax attention, of multi-token prediction, too."""
         return bool(self.softmax) or not all(self.ahead)
+
+    @property
+    def routed(self) -> list[bool]:
+        """Which layers have experts in place of a dense MLP; --num-experts alone gives none where --moe-layer-freq has
+        zeros only."""
+        return expert_pattern(self.config.moe_layer_freq, self.config.num_layers, self.config.num_moe_experts)
+
+    @property
+    def experts(self) -> bool:
+        """Whether some layer has experts. HybridModel's layers of multi-token prediction, of another pattern, may."""
+        ahead = self.config.num_moe_experts and self.mtp and self.get("hybrid_layer_pattern")
+        return bool(ahead) or any(self.routed)
 
     @property
     def packed(self) -> bool:
@@ -101,10 +113,6 @@ class Rule(NamedTuple):
             return None
         text = self.text if isinstance(self.text, str) else self.text(run)
         return (self.flag or flag_of(self.attribute)) + shown(value) + " " + text
-
-
-def flag_of(attribute: str) -> str:
-    return "--" + attribute.replace("_", "-")
 
 
 def shown(value: Any) -> str:

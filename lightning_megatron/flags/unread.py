@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..optimizers import FLAGS, Flag, optimizers_of
 from .rules import Run
 
 # Flags of softmax attention that change nothing in an all-lightning model, and the values that nobody gave.
@@ -36,28 +37,8 @@ ROTARY_ONLY = {
 }
 
 
-def _optimizers(run: Run) -> set[str]:
-    """That of matrices, and with Muon and SOAP that of all other parameters."""
-    kind = run.get("optimizer") or "adam"
-    if kind == "soap":
-        return {kind, "adam"}
-    return {"muon", run.get("muon_scalar_optimizer") or "adam"} if "muon" in kind else {kind}
-
-
-def _adam(run: Run) -> Any:
-    return "adam" in _optimizers(run)
-
-
-def _betas(run: Run) -> Any:
-    return _adam(run) or run.get("optimizer") == "lion"
-
-
-def _muon(run: Run) -> Any:
-    return "muon" in _optimizers(run)
-
-
-def _lion(run: Run) -> Any:
-    return "lion" in _optimizers(run)  # with --optimizer lion they are refused
+def _reads(flag: Flag) -> Callable[[Run], Any]:
+    return lambda run: {*optimizers_of(run.get("optimizer"), run.get("muon_scalar_optimizer"))} & {*flag.readers}
 
 
 def _wsd(run: Run) -> Any:
@@ -68,20 +49,9 @@ def _fp16(run: Run) -> Any:
     return run.get("fp16")
 
 
-# Flags of the optimizer, the values that nobody gave, and where they are read.
+# Flags of the optimizer and its schedule, the values that nobody gave, and where they are read.
 OPTIMIZER_ONLY: dict[str, tuple[tuple, Callable[[Run], Any], str]] = {
-    "adam_beta1": ((0.9,), _betas, "--optimizer adam, soap or lion"),
-    "adam_beta2": ((0.999,), _betas, "--optimizer adam, soap or lion"),
-    "adam_eps": ((1e-8,), _adam, "--optimizer adam"),
-    "sgd_momentum": ((0.9,), lambda run: "sgd" in _optimizers(run), "--optimizer sgd"),
-    "muon_momentum": ((0.9,), _muon, "--optimizer muon"),
-    "muon_nesterov": ((False,), _muon, "--optimizer muon"),
-    "muon_scale_mode": (("spectral",), _muon, "--optimizer muon"),
-    "muon_num_ns_steps": ((5,), _muon, "--optimizer muon"),
-    "muon_extra_scale_factor": ((1.0,), _muon, "--optimizer muon"),
-    "muon_scalar_optimizer": (("adam",), _muon, "--optimizer muon"),
-    "lion_beta1": ((0.95,), _lion, "--muon-scalar-optimizer lion"),
-    "lion_beta2": ((0.98,), _lion, "--muon-scalar-optimizer lion"),
+    **{name: ((flag.default,), _reads(flag), flag.where) for name, flag in FLAGS.items()},
     "lr_wsd_decay_iters": ((None,), _wsd, "--lr-decay-style WSD"),
     "lr_wsd_decay_samples": ((None,), _wsd, "--lr-decay-style WSD"),
     "lr_wsd_decay_style": (("exponential",), _wsd, "--lr-decay-style WSD"),

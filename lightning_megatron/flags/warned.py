@@ -105,7 +105,7 @@ WARNED = (
     Rule(
         "sft",
         lambda run: (
-            run.config.num_moe_experts
+            run.experts
             and (
                 "quantile_balancing" in run.config.moe_router_load_balancing_type
                 or run.config.mlp_chunks_for_training > 1

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from ..config import flag_of
 from .kinds import check_kind, check_kinds
 from .units import Unit
 
@@ -92,9 +93,9 @@ def command_line(flags: Flags) -> list[str]:
     for name, value in flags.items():
         if value is None or value is False:
             if value is False and name.startswith("lightning_"):  # our switches have both directions
-                words.append("--no-" + name.replace("_", "-"))
+                words.append(flag_of("no_" + name))
             continue
-        words.append("--" + name.replace("_", "-"))
+        words.append(flag_of(name))
         if value is not True:
             words.append(str(value))
     return words

@@ -279,6 +279,8 @@ def args_defaults(args: Namespace) -> dict[str, typing.Any]:
         defaults["apply_rope_fusion"] = importable(_TE) and not plain
     if args.eval_iters is None:
         defaults["eval_iters"] = _EVAL_ITERS if has_validation_data(args) else 0
+    if args.skip_train and args.train_iters is None and args.train_samples is None:
+        defaults["train_iters"] = 0  # Megatron multiplies it for the training data, which nobody reads
     if args.tokenizer_type is None and args.mock_data:
         defaults["tokenizer_type"] = "NullTokenizer"
     return defaults

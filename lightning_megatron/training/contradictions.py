@@ -61,6 +61,28 @@ def _listed(value: Any) -> list | None:
     return value if isinstance(value, list) else None
 
 
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _count(text: str) -> int:
+    text = text.strip().upper()
+    factor = _SUFFIXES.get(text[-1:], 1)
+    return int(float(text if factor == 1 else text[:-1]) * factor)
+
+
+def _batches(args: Namespace) -> list[tuple[int, int]] | None:
+    """First sample and batch size of each step of --step-batch-size-schedule, sorted; none if nobody gave it, None if
+    it cannot be read."""
+    if args.step_batch_size_schedule is None:
+        return []
+    try:
+        pairs = [entry.split(":") for entry in args.step_batch_size_schedule.replace(",", " ").split()]
+        steps = sorted((_count(start) // (args.seq_length or 1), _count(size)) for start, size in pairs)
+    except (ValueError, OverflowError):
+        return None
+    return steps or None
+
+
 _COMMUNICATION = ("p2p", "a2a", "all_gather", "a2a+p2p")
 _OF_FILES = (
     "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer",
@@ -182,6 +204,35 @@ CONTRADICTIONS = (
         ),
         "--global-batch-size {global_batch_size} is no multiple of --micro-batch-size {micro_batch_size} x {data} "
         "data-parallel ranks: give one",
+    ),
+    Contradiction(
+        lambda args: _batches(args) is None,
+        "--step-batch-size-schedule {step_batch_size_schedule} cannot be read: give pairs TOKENS:BATCH_SIZE with "
+        "commas between them, such as 0:256,1B:512",
+    ),
+    Contradiction(
+        lambda args: any(size < 1 for _, size in _batches(args) or ()),
+        "--step-batch-size-schedule {step_batch_size_schedule} has a batch size below 1: give 1 or more",
+    ),
+    Contradiction(
+        lambda args: (batches := _batches(args)) and batches[0][0] > 0,
+        "--step-batch-size-schedule {step_batch_size_schedule} has no batch size for the first tokens: begin with "
+        "0:BATCH_SIZE",
+    ),
+    Contradiction(
+        lambda args: (batches := _batches(args)) and len(dict(batches)) < len(batches),
+        "--step-batch-size-schedule {step_batch_size_schedule} changes the batch size twice within one sample: it "
+        "counts tokens, so give numbers that are --seq-length {seq_length} or more apart",
+    ),
+    Contradiction(
+        lambda args: (
+            not args.load  # which may begin behind the first step
+            and min(_model_size(args)) > 0
+            and (batches := _batches(args))
+            and _cut(batches[0][1], args.micro_batch_size, data_parallel_size(args))
+        ),
+        "--step-batch-size-schedule {step_batch_size_schedule} begins with a batch that is no multiple of "
+        "--micro-batch-size {micro_batch_size} x {data} data-parallel ranks: give one",
     ),
     Contradiction(
         lambda args: (args.seq_length or 0) > (args.max_position_embeddings or math.inf),

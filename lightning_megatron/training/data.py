@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer import TransformerConfig
@@ -223,6 +224,17 @@ def packed_seq_params(batch: dict[str, Any], of_sample: int | None) -> PackedSeq
     )
 
 
+def _samples_of_schedule(args: Namespace) -> int:
+    """Samples of --train-iters steps with --step-batch-size-schedule. Megatron counts a batch without it for each step,
+    or leaves out a part of the last batch, so that the data would end before the training (StopIteration)."""
+    consumed = 0
+    for _ in range(args.train_iters):
+        update_num_microbatches(consumed, consistency_check=False)
+        consumed += get_current_global_batch_size()
+    update_num_microbatches(args.consumed_train_samples, consistency_check=False)
+    return consumed
+
+
 def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: int | None = None) -> Any:
     """Train, validation and test datasets of ``samples`` sequences each; None where this rank reads none."""
     args = get_args()
@@ -271,5 +283,7 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
             "every context-parallel rank divides its loss by its own number of tokens that count, which --sft and "
             "--eod-mask-loss leave unequal: pass --calculate-per-token-loss to weigh all tokens alike",
         )
+    if args.step_batch_size_schedule is not None and args.train_iters and not args.phase_transition_iterations:
+        samples = [max(samples[0], _samples_of_schedule(args)), *samples[1:]]
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()

@@ -49,6 +49,8 @@ _REFUSED_WITH_LOSS_CHUNK = {
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
+_INDEX_OF_A_SAMPLE = 12  # bytes: 4 for its place in the shuffled order, 2 x 4 for where it begins; 8 each in long ones
+
 _FILES = (
     "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path",
     "per_dataset_sequences_path", "te_precision_config_file", "tp_comm_overlap_cfg", "nccl_communicator_config_path",
@@ -88,7 +90,8 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk}: chunks need whole weights, so use "
                 f"{args.tensor_model_parallel_size}, the tensor-parallel size, or leave it out"
             )
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train):
+    routed = args.num_experts and (not isinstance(args.moe_layer_freq, list) or any(args.moe_layer_freq))
+    if routed and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train):
         # Megatron says so in the first step
         raise ValueError(
             f"--num-experts {args.num_experts} with --tensor-model-parallel-size {args.tensor_model_parallel_size} "
@@ -166,6 +169,37 @@ def _refuse_missing_files(args: Namespace) -> None:
         raise ValueError("no data: give --data-path PREFIX (or --train-data-path and the like), or --mock-data")
     if not args.use_checkpoint_args:  # the checkpoint may bring the tokenizer
         refuse_missing_tokenizer(args)
+
+
+def refuse_too_many_samples(args: Namespace) -> None:
+    """Refuse a length of training or evaluation that no host could list: Megatron's data loader would count samples
+    for hours, without a word. Flags as Megatron has validated them.
+
+    Raises:
+        ValueError: naming the flags that multiply to it, and the memory.
+    """
+    if args.sft or args.phase_transition_iterations:  # no index of samples; or one of a phase, counted later
+        return
+    train = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    steps = args.train_iters or train // args.global_batch_size
+    times = 1
+    if not args.skip_train:
+        times = max(steps // args.eval_interval + 1 - (args.start_eval_at_iter or 0) // args.eval_interval, 0)
+    evaluated = args.eval_iters * args.eval_global_batch_size
+    evaluation = (
+        f"--eval-iters {args.eval_iters} x --eval-global-batch-size {args.eval_global_batch_size}"  # test: once
+    )
+    whole = f"--train-iters {args.train_iters} x --global-batch-size {args.global_batch_size}"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for samples, flags in (
+        (train, f"--train-samples {train}" if args.train_samples else whole),
+        (evaluated * max(times, 1), f"{evaluation}, {times} times by --eval-interval" if times > 1 else evaluation),
+    ):
+        if (size := _INDEX_OF_A_SAMPLE * samples) > memory:
+            raise ValueError(
+                f"{flags} needs an index of {samples} samples, which Megatron builds in the host's memory: "
+                f"{size / 2**30:.4g} GiB or more, of {memory / 2**30:.4g}; give fewer"
+            )
 
 
 def refuse_unwritable(args: Namespace) -> None:

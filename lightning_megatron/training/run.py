@@ -63,7 +63,13 @@ from .data import (
 )
 from .loss import chunked_loss, loss_func
 from .models import defaults_of_model, table
-from .refusals import refuse, refuse_missing_tokenizer, refuse_small_vocabulary, refuse_unwritable
+from .refusals import (
+    refuse,
+    refuse_missing_tokenizer,
+    refuse_small_vocabulary,
+    refuse_too_many_samples,
+    refuse_unwritable,
+)
 from .released import LIST
 from .values import megatron_refuses, options_as_flags, refuse_contradictions, refuse_values
 from .watch import Watch, shared_store
@@ -135,6 +141,7 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         with megatron_refuses(raw):
             model = gpt_config_from_args(args, config=config)
         model.transformer_layer_spec = make_spec(options)
+    refuse_too_many_samples(args)
     sources.refuse_broken(args)
     refuse_unwritable(args)
     log_single_rank(logger, logging.INFO, parts_in_use(args, norm_name(config, options)))

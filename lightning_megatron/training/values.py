@@ -20,30 +20,47 @@ from ..flags import flag_of, shown
 from .contradictions import CONTRADICTIONS, data_parallel_size
 
 _NO_END = math.inf
+# Ends far above what anyone trains: beyond them the model, or the index of the data, is built for hours without a word,
+# or an allocation fails that names no flag.
+_MANY, _LARGE, _LONG, _STEPS = 10_000, 10_000_000, 2_000_000_000, 10**11
 # lowest value, highest value, what is allowed in words, flags. Values that lie between them pass, nan does not.
 _BOUNDS: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
+    (1, _MANY, f"1 or more, up to {_MANY}", (  # modules, one by one
+        "num_layers", "encoder_num_layers", "num_attention_heads", "num_query_groups",
+    )),
+    (0, _MANY, f"0 or more, up to {_MANY}", ("mtp_num_layers", "num_experts")),
+    (0, 1000, "0 or more, up to 1000", ("num_workers",)),  # processes of each rank and dataset
+    (1, _LARGE, f"1 or more, up to {_LARGE}", (  # dimensions of tensors
+        "hidden_size", "ffn_hidden_size", "kv_channels", "moe_ffn_hidden_size", "vocab_size", "padded_vocab_size",
+        "make_vocab_size_divisible_by", "micro_batch_size", "global_batch_size", "eval_micro_batch_size",
+    )),
+    (-_NO_END, _LARGE, f"at most {_LARGE}", (
+        "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "moe_latent_size",
+        "moe_shared_expert_intermediate_size", "eval_global_batch_size",
+    )),
+    (1, _LONG, f"1 or more, up to {_LONG}", (  # Megatron's index counts the tokens of a sample in 32 bits
+        "seq_length", "encoder_seq_length", "max_position_embeddings", "sft_sequence_length",
+    )),
+    (1, _STEPS, f"1 or more, up to {_STEPS}", ("train_samples",)),
+    (0, _STEPS, f"0 or more, up to {_STEPS}", ("train_iters", "eval_iters")),
+    (1, 10**9, "1 or more, up to 1000000000", ("distributed_timeout_minutes",)),  # the end of a timedelta is near
     (1, _NO_END, "1 or more", (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size", "eval_micro_batch_size",
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
         "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage",
         "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-        "moe_router_topk", "moe_ffn_hidden_size", "recompute_num_layers", "log_interval", "eval_interval",
-        "train_samples", "distributed_timeout_minutes", "save_retain_interval", "loss_scale_window",
-        "num_distributed_optimizer_instances", "sft_sequence_length",
+        "decoder_last_pipeline_num_layers", "moe_layer_freq", "moe_router_topk", "recompute_num_layers",
+        "log_interval", "eval_interval", "save_retain_interval", "loss_scale_window",
+        "num_distributed_optimizer_instances",
     )),
     (1, 4_000_000_000, "1 or more, up to 4000000000", ("seed",)),  # numpy's end at 2**32, and stages add to them
     (0, _NO_END, "0 or more", (
-        "train_iters", "eval_iters", "num_workers", "mtp_num_layers", "num_experts", "lr", "min_lr", "lr_warmup_init",
-        "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples", "weight_decay",
-        "start_weight_decay", "end_weight_decay", "clip_grad", "init_method_std", "layernorm_epsilon",
+        "lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr", "lr_warmup_iters", "lr_warmup_samples",
+        "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad", "init_method_std", "layernorm_epsilon",
         "manual_gc_interval", "adam_eps", "exit_interval", "ckpt_step", "save_interval", "non_persistent_save_interval",
         "mtp_loss_scaling_factor",
     )),
-    (math.ulp(0), _NO_END, "more than 0", (
-        "initial_loss_scale", "lightning_scale", "lightning_embedding_scale", "rotary_base",
-    )),
+    (math.ulp(0), _NO_END, "more than 0", ("initial_loss_scale", "lightning_scale", "lightning_embedding_scale")),
+    (math.ulp(0), 10**18, "more than 0, up to 1000000000000000000", ("rotary_base",)),  # an int of 64 bits
     (0, math.nextafter(1, 0), "0 or more, and less than 1", (
         "hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction", "sgd_momentum",
     )),

@@ -437,6 +437,9 @@ ALLOWED = {
     "memory-efficient-norm-apex": (dict(memory_efficient_layer_norm=True, normalization="LayerNorm"), {}, {}),
     "overlap-last": (OVERLAP | dict(moe_layer_freq=[0, 0, 0, 1]), {}, dict(sft=True)),
     "fsdp-bf16": (SWIGLU | dict(bf16=True), {}, dict(use_megatron_fsdp=True, save="there")),
+    "no-experts-bias": (
+        dict(num_moe_experts=4, moe_layer_freq=[0] * 4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
+    ),
     "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
     "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),
     "window-te": (HYBRID | TE | dict(window_size=(8, 0)), {}, {}),

@@ -202,6 +202,10 @@ ALLOWED = {
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]), dict(recompute_qkv=True), {},
     ),
     "graphs": (dict(cuda_graph_impl="local"), {}, {}),
+    **{
+        f"graphs-no-experts-{impl}": (EXPERTS | dict(moe_layer_freq=[0] * 4, cuda_graph_impl=impl), {}, {})
+        for impl in ("local", "full_iteration")
+    },
     "graphs-experts-padded": (
         EXPERTS | dict(
             cuda_graph_impl="local", moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True

@@ -13,7 +13,7 @@ from tests.helpers.parser import read_help_once
 read_help_once()
 
 # Modules that ask which packages import.
-ASKING = (arguments, refusals, tables, tables.refused, tables.memory, tables.mlp)
+ASKING = (arguments, refusals, tables, tables.refused, tables.memory, tables.mlp, tables.optimizers)
 MODEL = (
     "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128"

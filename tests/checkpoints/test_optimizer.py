@@ -1,0 +1,158 @@
+"""The optimizer's state goes on in any layout, and another optimizer, rate or schedule is refused or settled."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.helpers.checkpoints import HYBRID, LEGACY, SAVED, SPEC, refusal, start
+
+# Loaded checkpoint, way of starting, flags, and what is said.
+REFUSED = {
+    "schedule": (
+        "own", "own", f"{HYBRID} --train-iters 6",
+        "--train-iters or --global-batch-size: 16 samples (4 iterations) in the checkpoint, "
+        "24 samples (6 iterations) in this run",
+    ),
+    "schedule-optimizer": (
+        "own", "own", f"{HYBRID} --adam-beta2 0.5 --adam-eps 1e-2",
+        "  --adam-beta2: 0.999 in the checkpoint, 0.5 in this run\n"
+        "  --adam-eps: 1e-08 in the checkpoint, 0.01 in this run",
+    ),
+    "schedule-optimizer-spec": (
+        "gpt", "gpt", f"{HYBRID} {SPEC} --adam-beta1 0.5", "--adam-beta1: 0.9 in the checkpoint, 0.5 in this run",
+    ),
+    "schedule-wsd": (
+        "own-wsd", "own", f"{HYBRID} --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-wsd-decay-style linear "
+        "--lr-warmup-iters 1 --lr-warmup-init 1e-3 --decoupled-lr 1e-4 --untie-embeddings-and-output-weights",
+        "  --lr-warmup-init: 0.0 in the checkpoint, 0.001 in this run\n"
+        "  --lr-wsd-decay-iters, --lr-wsd-decay-samples or --global-batch-size: 8 samples (2 iterations) in the "
+        "checkpoint, 4 samples (1 iterations) in this run\n"
+        "  --lr-wsd-decay-style: exponential in the checkpoint, linear in this run\n"
+        "  --decoupled-lr: 0.001 in the checkpoint, 0.0001 in this run",
+    ),
+    "schedule-spec": (
+        "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
+        "  --lr: 0.002 in the checkpoint, 0.001 in this run\n"
+        "  --lr-decay-style: constant in the checkpoint, linear in this run",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_schedule_is_refused(name, saved):
+    checkpoint, way, flags, message = REFUSED[name]
+    log = refusal(start(way, flags, load=saved(checkpoint), check=False))
+    assert message in log and "--override-opt-param-scheduler" in log
+    if way == "own":  # the message alone, and status 2
+        assert "\nlightning-pretrain: " in log and "Traceback" not in log
+
+
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+SHARDED = f"{HYBRID} --use-distributed-optimizer"
+
+
+def test_sharded_optimizer_moves_to_another_layout(tmp_path, whole):
+    """What examples/pretrain_1gpu.sh and then pretrain_tp2_sp.sh do, and back."""
+    start("own", SHARDED, save=tmp_path / "one")
+    run = start("own", f"{SHARDED} {TP2}", load=tmp_path / "one")
+    assert run.losses == pytest.approx(whole("own")[2:], abs=5e-6)
+
+
+def test_optimizer_of_one_layout_is_refused_in_another(tmp_path):
+    start("own", f"{SHARDED} --no-dist-ckpt-optim-fully-reshardable", save=tmp_path)
+    log = refusal(start("own", f"{SHARDED} {TP2}", load=tmp_path, check=False))
+    assert "was saved for TP 1, PP 1 only, and this run has TP 2, PP 1" in log and "Traceback" not in log
+    for words in ("--dist-ckpt-optim-fully-reshardable", "--no-load-optim --no-load-rng", "--finetune"):
+        assert words in log
+    assert len(start("own", f"{SHARDED} {TP2} --no-load-optim --no-load-rng", load=tmp_path).losses) == 2
+
+
+EXPERTS = f"{HYBRID} --use-distributed-optimizer --num-experts 4 --moe-ffn-hidden-size 32 --ffn-hidden-size 64"
+EP2 = "--expert-model-parallel-size 2"
+
+
+@pytest.mark.parametrize("before, now", [(EP2, ""), ("", EP2)])
+def test_experts_move_to_another_expert_parallel_size(before, now, tmp_path):
+    """With EP 2 experts have an optimizer of their own. Gradients of the last step tell what the optimizer did."""
+    start("own", f"{EXPERTS} {before}", save=tmp_path)
+    moved, same = (start("own", f"{EXPERTS} {flags}", load=tmp_path) for flags in (now, before))
+    norms = [[float(norm) for norm in re.findall(r"grad norm: ([0-9.]+)", run.log)] for run in (moved, same)]
+    assert len(moved.losses) == len(norms[0]) == 2
+    assert moved.losses == pytest.approx(same.losses, abs=2e-5) and norms[0] == pytest.approx(norms[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("before, now", [("--use-distributed-optimizer", ""), ("", "--use-distributed-optimizer")])
+def test_distributed_optimizer_or_not(before, now, tmp_path):
+    start("own", f"{HYBRID} {before}", save=tmp_path)
+    log = refusal(start("own", f"{HYBRID} {now}", load=tmp_path, check=False))
+    assert "has another form. Go on with" in log and "--no-load-optim" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("flags, was, now", [
+    ("--optimizer muon", "adam, fp32", "muon, --muon-scalar-optimizer adam, fp32"),
+    ("--optimizer sgd --sgd-momentum 0", "adam, fp32", "sgd, --sgd-momentum 0, fp32"),
+    ("--bf16", "adam, fp32", "adam, --bf16 or --fp16"),
+    ("--decoupled-lr 1e-3", "adam, fp32", "adam, --decoupled-lr, fp32"),
+])  # fmt: skip
+def test_another_optimizer_is_refused(flags, was, now, saved):
+    """Its tensors are others; Megatron lists all names of the checkpoint on every rank, and no flag."""
+    log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+    assert f"is that of --optimizer {was}, and this run has --optimizer {now}. Go on with" in log
+    assert "--no-load-optim" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("flags", ["", "--sgd-momentum 0", "--bf16"])
+def test_sgd_goes_on(flags, tmp_path):
+    flags = f"{HYBRID} --optimizer sgd --lr 0.1 {flags}"
+    losses = [*start("own", flags, save=tmp_path).losses, *start("own", flags, load=tmp_path).losses]
+    assert losses == pytest.approx(start("own", flags).losses, abs=2e-5)  # without its momentum off by 1e-2
+
+
+@pytest.mark.parametrize("flag, rate", [("override", "1.000000E-03"), ("use-checkpoint", "2.000000E-03")])
+def test_schedule_can_be_settled(flag, rate, saved):
+    run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
+    assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+
+
+ADAM = "--adam-beta1 0.5 --adam-beta2 0.6 --adam-eps 1e-2"
+
+
+@pytest.mark.parametrize("flags, values", [
+    ("--override-opt-param-scheduler", (0.5, 0.6, 1e-2)), ("--use-checkpoint-opt-param-scheduler", (0.9, 0.999, 1e-8)),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["", "--use-distributed-optimizer", LEGACY])
+def test_betas_and_epsilon_can_be_settled(kind, flags, values, tmp_path):
+    """The next checkpoint has, in its groups of parameters, those that the flag chooses."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    start("own", f"{HYBRID} {LEGACY} {kind}", save=first)
+    start("own", f"{HYBRID} {LEGACY} {kind} {ADAM} {flags} --save {second} --save-interval 4", load=first)
+    [file] = second.glob("iter_*/mp_rank_00*/model_optim_rng.pt")
+    optimizer = torch.load(file, weights_only=False)["optimizer"]
+    groups = optimizer.get("optimizer", optimizer)["param_groups"]
+    assert groups and {(*group["betas"], group["eps"]) for group in groups} == {values}
+
+
+def test_checkpoints_hold_no_shape_of_the_schedule(saved):
+    """What Megatron's scheduler does not save is not taken from the checkpoint."""
+    flags = f"{SAVED['own-wsd'][1]} --lr-wsd-decay-iters 1 --use-checkpoint-opt-param-scheduler"
+    log = refusal(start("own", flags, load=saved("own-wsd"), check=False))
+    assert (
+        "--use-checkpoint-opt-param-scheduler does not take these from the checkpoint:\n  --lr-wsd-decay-iters" in log
+    )
+    flags = flags.replace("--use-checkpoint", "--override")
+    assert len(start("own", flags, load=saved("own-wsd")).losses) == 2
+
+
+def test_other_betas_under_a_spec_are_refused(saved):
+    flags = f"{HYBRID} {SPEC} --adam-beta2 0.5 --override-opt-param-scheduler"
+    log = refusal(start("gpt", flags, load=saved("gpt"), check=False))
+    assert "--adam-beta2: 0.999 in the checkpoint, 0.5 in this run" in log and "--no-load-optim" in log
+
+
+def test_another_rate_under_a_spec_is_refused(saved):
+    flags = f"{HYBRID} {SPEC} --lr 1e-3 --override-opt-param-scheduler"
+    log = refusal(start("gpt", flags, load=saved("gpt"), check=False))
+    assert "--lr: 0.002 in the checkpoint, 0.001 in this run" in log and "--no-load-optim" in log
