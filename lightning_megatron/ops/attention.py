@@ -104,6 +104,16 @@ def packed_part(
 
     Raises:
         ValueError: as ``lightning_attn``.
+
+    Example::
+
+        state, outputs = None, []
+        for a in range(0, T, 4096):
+            part = [x[:, a : a + 4096] for x in (q, k, v)]
+            o, state = packed_part(
+                *part, log_decay, start=a, total=T, cu_seqlens=cu_seqlens, initial_state=state
+            )
+            outputs.append(o)
     """
     call = _checked(q, k, v, log_decay, scale, initial_state, True, None, backend)._replace(part=(start, total))
     check_values(log_decay, cu_seqlens, total)
