@@ -110,9 +110,7 @@ def packed_part(
         state, outputs = None, []
         for a in range(0, T, 4096):
             part = [x[:, a : a + 4096] for x in (q, k, v)]
-            o, state = packed_part(
-                *part, log_decay, start=a, total=T, cu_seqlens=cu_seqlens, initial_state=state
-            )
+            o, state = packed_part(*part, log_decay, start=a, total=T, cu_seqlens=cu_seqlens, initial_state=state)
             outputs.append(o)
     """
     call = _checked(q, k, v, log_decay, scale, initial_state, True, None, backend)._replace(part=(start, total))
