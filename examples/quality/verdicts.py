@@ -90,10 +90,11 @@ def verdicts(results: Results) -> list[str]:
                 kind = kind or ("better" if better > 0 else "worse")
                 kinds[kind].append(f"{question.title} {own.value:{question.form}} ({other.value:{question.form}})")
         if any(kinds.values()):
+            judged = any(x for kind, x in kinds.items() if kind != "not judged")
             lines += [
                 f"- `{name}`, {kind}: {'; '.join(x) or 'nothing'}."
                 for kind, x in kinds.items()
-                if x or kind != "not judged"
+                if x or (judged and kind != "not judged")  # "worse: nothing" of what nobody judged would mislead
             ]
     if not lines:
         return [f"Nothing can be compared yet: of {million(plan.tokens)} tokens only `softmax` was evaluated."]
