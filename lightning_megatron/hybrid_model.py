@@ -29,6 +29,7 @@ try:
 
     from .compat import importable
     from .config import LightningOptions, mark_prepared, prepared_with
+    from .layer import ChunkedLayer
     from .norm import layer_norm_spec
     from .patches import hybrid_symbol
     from .patches.hybrid_symbol import LETTER, add_letter
@@ -83,12 +84,11 @@ def checked(config: Any, options: LightningOptions, pattern: str) -> Any:
             f"--lightning-mtp-attention {options.mtp_attention} is not supported in HybridModel, whose "
             f"{FLAG} says what stands behind /; leave it out, or use GPTModel and --mtp-num-layers"
         )
-    for name, none in (("recompute_chunk", None), ("embedding_scale", 1.0)):
-        if getattr(options, name) != none:
-            raise ValueError(
-                f"lightning {name}={getattr(options, name)} is not supported in HybridModel, whose layers are halves "
-                "of GPTModel's; leave it out, or use GPTModel"
-            )
+    if options.embedding_scale != 1.0:
+        raise ValueError(
+            f"lightning embedding_scale={options.embedding_scale} is not supported in HybridModel, whose layers are "
+            "halves of GPTModel's; leave it out, or use GPTModel"
+        )
     if config.rotary_interleaved:
         raise ValueError(
             "--rotary-interleaved is not supported in HybridModel: Megatron (0.19, and main) makes its angles for the "
@@ -211,6 +211,10 @@ class LightningStack(HybridStack):
                 )
 
 
+class ChunkedMLP(ChunkedLayer, MLPLayer):
+    """``layer.ChunkedLayer`` of an MLP that is a layer by itself."""
+
+
 class _Attention(BaseTransformerLayer):
     """Builds the lightning layer of a place, or the layer of all other places."""
 
@@ -226,27 +230,30 @@ def _layers(view: Any, options: LightningOptions, layout: str, submodules: Any, 
     lightning, softmax = get_hybrid_layer_specs(pair, options, layout=layout)
     if ours:
         submodules = dataclasses.replace(
-            submodules, attention_layer=_attention_half(softmax), mlp_layer=_mlp_half(lightning, MLPLayer)
+            submodules, attention_layer=_attention_half(softmax), mlp_layer=_mlp_half(lightning, MLPLayer, ChunkedMLP)
         )
         if Symbols.MOE in view.hybrid_layer_pattern:
             pair.moe_layer_freq = [1, 1]
             experts = get_hybrid_layer_specs(pair, options, layout=layout)[0]
             submodules = dataclasses.replace(submodules, moe_layer=_mlp_half(experts, experts.module))
-    return submodules, _attention_half(lightning)
+    return submodules, _attention_half(lightning, ChunkedLayer)
 
 
-def _half(spec: ModuleSpec, module: type, *parts: str) -> ModuleSpec:
-    """``module`` with some of the submodules of a layer."""
+def _half(spec: ModuleSpec, module: type, *parts: str, chunked: type | None = None) -> ModuleSpec:
+    """``module`` with some of the submodules of a layer; ``chunked`` where the layer is recomputed in chunks."""
     kept = {name: getattr(spec.submodules, name) for name in (*parts, "sharded_state_dict_keys_map")}
-    return ModuleSpec(module=module, submodules=TransformerLayerSubmodules(**kept))
+    submodules = TransformerLayerSubmodules(**kept)
+    if chunked and spec.module is ChunkedLayer:
+        return ModuleSpec(module=chunked, params=spec.params, submodules=submodules)
+    return ModuleSpec(module=module, submodules=submodules)
 
 
-def _attention_half(spec: ModuleSpec) -> ModuleSpec:
-    return _half(spec, TransformerLayer, "input_layernorm", "self_attention", "self_attn_bda")
+def _attention_half(spec: ModuleSpec, chunked: type | None = None) -> ModuleSpec:
+    return _half(spec, TransformerLayer, "input_layernorm", "self_attention", "self_attn_bda", chunked=chunked)
 
 
-def _mlp_half(spec: ModuleSpec, module: type) -> ModuleSpec:
-    return _half(spec, module, "pre_mlp_layernorm", "mlp", "mlp_bda")
+def _mlp_half(spec: ModuleSpec, module: type, chunked: type | None = None) -> ModuleSpec:
+    return _half(spec, module, "pre_mlp_layernorm", "mlp", "mlp_bda", chunked=chunked)
 
 
 def _at(lightning: ModuleSpec, view: Any, number: int) -> ModuleSpec:

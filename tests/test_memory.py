@@ -43,6 +43,7 @@ sent = (offloader.sent, offloader.memory.bytes) if offloader else (0, 0)
 print(f"<longest {' '.join(map(str, longest.values()))}, sent {sent[0]}, {sent[1]} bytes>\\n", end="")
 """
 BOTH = f"--lightning-recompute-chunk {CHUNK} --lightning-offload-activations"
+MORE = {"lrpe": "--lightning-lrpe-layers 2", "hybrid": "--hybrid-layer-pattern L-L-*-L-"}  # of "all"
 INPUT = 4 * 64  # bytes of a token's hidden states
 
 
@@ -69,6 +70,9 @@ def script(tmp_path):
         ("latent-packed", "one", (48, 48), 30, 3 * 128),
         ("lrpe-packed", "one", (48, 48), 30, 3 * 128),
         ("lrpe", "tp2-sp", (24, 24), 30, 3 * 64),
+        # attentions and MLPs are layers by themselves; the softmax layer's attention stays whole
+        ("hybrid-packed", "one", (48, 48), 70, 7 * 128),
+        ("hybrid", "tp2-sp", (24, 24), 70, 7 * 64),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -77,8 +81,8 @@ def test_same_training(model, layout, longest, sent, tokens, script, tmp_path):
     nproc, _ = LAYOUTS[layout]
     model, _, packed = model.partition("-")
     data = f"{write_equal_documents(tmp_path)} --dataloader-inter-document-masking" if packed else ""
-    if model == "lrpe":
-        model, data = "all", f"{data} --lightning-lrpe-layers 2"
+    if model in MORE:
+        model, data = "all", f"{data} {MORE[model]}"
     run = train(model, layout, f"{RECOMPUTE} {BOTH} {data}", script=script)
     assert run.log.count(f"<longest {longest[0]} {longest[1]}, sent {sent}, ") == nproc, run.log[-3000:]
     assert run.log.count(f", {tokens * INPUT} bytes>") == nproc

@@ -179,7 +179,6 @@ def test_layers_are_counted_as_in_gpt_model():
         ("LELE", {}, "E needs --num-experts"),
         ("L-L-/L", {}, "multi-token prediction .* cannot be lightning .*--lightning-mtp-attention lightning"),
         ("L-L-/*", {}, "multi-token prediction .* has parts of TransformerEngine"),
-        ("L-L-", dict(recompute_chunk=64), "recompute_chunk=64 is not supported in HybridModel"),
         (
             "L-L-",
             dict(mtp_attention="lightning"),
