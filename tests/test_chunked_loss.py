@@ -31,6 +31,7 @@ pretrain.main()
 
 
 UNTIED = "--untie-embeddings-and-output-weights"
+HYBRID = "--hybrid-layer-pattern L-L-*-L-"  # HybridModel
 # Several buckets: the output layer's weight comes after others, and is read when its own hook has waited for it.
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 10000"
 
@@ -45,8 +46,13 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 10000"
         ("pp2", "", "10 of 128"),
         ("pp2", UNTIED, "10 of 128"),
         ("dp2", f"{UNTIED} {OVERLAP}", "10 of 128"),
+        ("one", HYBRID, "10 of 128"),
+        ("tp2-sp", f"{HYBRID} {UNTIED} --use-mup --mup-output-mult 2", "20 of 64"),
+        ("cp2", f"{HYBRID} --use-distributed-optimizer {OVERLAP}", "20 of 64"),
+        ("pp2", "--hybrid-layer-pattern L-L-|*-L-", "10 of 128"),
     ],
-    ids=["tied", "untied", "tp2-sp-tied", "cp2-overlap-tied", "pp2-tied", "pp2-untied", "dp2-overlap-untied"],
+    ids=["tied", "untied", "tp2-sp-tied", "cp2-overlap-tied", "pp2-tied", "pp2-untied", "dp2-overlap-untied"]
+    + ["hybrid", "hybrid-tp2-sp-mup", "hybrid-cp2-overlap", "hybrid-pp2"],
 )
 def test_same_training(layout, flags, calls, tmp_path):
     """From the same initial values, 2 microbatches of 5 steps; ``calls``: how many on all ranks, of so many tokens."""
@@ -90,6 +96,7 @@ def test_model_never_makes_logits(world, config):
     [
         ("--lightning-loss-chunk 0", ["--lightning-loss-chunk 0", "1 token or more", "leave it out"]),
         ("--mtp-num-layers 2", ["--mtp-num-layers 2 is refused with --lightning-loss-chunk 9", "leave out one"]),
+        ("--hybrid-layer-pattern L-L-/*-", ["--hybrid-layer-pattern L-L-/*- is refused with --lightning-loss-chunk 9"]),
         ("--fp8-output-proj", ["--fp8-output-proj is refused"]),
         ("--defer-embedding-wgrad-compute", ["--defer-embedding-wgrad-compute is refused"]),
         ("--use-megatron-fsdp", ["--use-megatron-fsdp is refused", "--use-distributed-optimizer"]),

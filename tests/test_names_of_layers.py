@@ -151,8 +151,8 @@ def test_the_own_entry_point_refuses_wrong_names():
         (["--experimental-attention-variant", "lightening"], "'lightening' (choose lightning, or leave the flag out)"),
         (["--hybrid-layer-pattern", "*-*-"], "has no lightning layer (L)"),
         (
-            [*HYBRID, "--lightning-loss-chunk", "8"],
-            "--hybrid-layer-pattern L-L-L-*- is refused with --lightning-loss-chunk",
+            ["--hybrid-layer-pattern", "L-L-/*-", "--lightning-loss-chunk", "8"],
+            "--hybrid-layer-pattern L-L-/*- is refused with --lightning-loss-chunk 8",
         ),
     ):
         run = run_pretrain([*OWN, *flags], check=False)

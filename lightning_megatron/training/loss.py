@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,13 +42,15 @@ def chunked_loss(
     scale_logits: Callable,
     context: int,
     backend: str | None = None,
+    call: Callable | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """GPTModel's ``output_processor``: the loss [b, s] as of its own function, ``context`` tokens at a time.
 
     It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose
     forward knows which weight, group and layout: only the product in it is another one, which returns losses instead of
-    logits. ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``.
+    logits. ``backend`` is that of ``lightning_attn``; bind it with ``functools.partial``. ``call`` is the layer's
+    forward where its hooks have run.
 
     Raises:
         ValueError: an output layer with bias, with sharded weights, with another dtype of logits than that of the
@@ -92,7 +95,30 @@ def chunked_loss(
     output_layer._forward_impl = product
     try:
         # scaled hidden states (--use-mup) make scaled logits
-        loss, _ = output_layer(scale_logits(hidden_states), weight=output_weight, runtime_gather_output=False)
+        loss, _ = (call or output_layer)(scale_logits(hidden_states), weight=output_weight, runtime_gather_output=False)
     finally:
         del output_layer._forward_impl
     return loss.transpose(0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def output_processed(model: torch.nn.Module, processor: Callable, labels: torch.Tensor, context: Any) -> Iterator[None]:
+    """While it is open, a HybridModel returns what ``processor`` makes of its hidden states: it has no argument
+    ``output_processor``, as GPTModel has.
+    """
+    if not model.post_process:
+        yield
+        return
+    layer = model.output_layer
+    given = dict(output_layer=layer, labels=labels, scale_logits=model._scale_logits, context=context)
+
+    def forward(hidden_states, weight=None, runtime_gather_output=None):
+        call = partial(type(layer).forward, layer)
+        return processor(hidden_states=hidden_states, output_weight=weight, call=call, **given), None
+
+    layer.forward, model._scale_logits = forward, lambda loss: loss
+    model.compute_language_model_loss = lambda labels, loss: loss
+    try:
+        yield
+    finally:
+        del layer.forward, model._scale_logits, model.compute_language_model_loss

@@ -44,7 +44,6 @@ _REFUSED_WITH_LOSS_CHUNK = {
     "defer_embedding_wgrad_compute": "it keeps the gradient of the logits of all tokens: leave it out",
     "use_megatron_fsdp": _WHOLE_WEIGHT,
     "use_torch_fsdp2": _WHOLE_WEIGHT,
-    "hybrid_layer_pattern": "HybridModel computes its loss in one piece: leave out one of the two",
 }
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -77,6 +76,12 @@ def refuse(args: Namespace) -> None:
                 f"--lightning-loss-chunk {args.loss_chunk} must be 1 token or more: use some thousand, or leave it out"
             )
         _refuse_any(args, _REFUSED_WITH_LOSS_CHUNK, f"is refused with --lightning-loss-chunk {args.loss_chunk}")
+        if "/" in (args.hybrid_layer_pattern or ""):
+            raise ValueError(
+                f"--hybrid-layer-pattern {args.hybrid_layer_pattern} is refused with --lightning-loss-chunk "
+                f"{args.loss_chunk}: layers of multi-token prediction (behind /) take the logits of all tokens; leave "
+                "out one of the two"
+            )
         dtype = _DTYPES.get(logits := getattr(args, "logit_dtype", None), logits)  # in 0.20; first a name, then a dtype
         hidden = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         if dtype not in (None, hidden):

@@ -20,6 +20,7 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_model_config,
     log_single_rank,
+    unwrap_model,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, pretrain, set_startup_timestamps
 from megatron.training.argument_utils import (
@@ -61,7 +62,7 @@ from .data import (
     padding_of_stage,
     tokens_per_sample,
 )
-from .loss import chunked_loss, loss_func
+from .loss import chunked_loss, loss_func, output_processed
 from .models import defaults_of_model, table
 from .refusals import (
     refuse,
@@ -189,13 +190,17 @@ def forward_step(
     # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
     forward = model.build_schedule_plan if return_schedule_plan else model
     others: dict[str, Any] = {}
+    processed: contextlib.AbstractContextManager = contextlib.nullcontext()
     if args.loss_chunk:
         processor = partial(chunked_loss, backend=args.lightning_backend)
-        others = {"output_processor": processor, "output_processor_context": args.loss_chunk}
+        if args.hybrid_layer_pattern is None:
+            others = {"output_processor": processor, "output_processor_context": args.loss_chunk}
+        else:
+            processed = output_processed(unwrap_model(model), processor, batch["labels"], args.loss_chunk)
     if batch["padding_mask"] is not None:
         first = get_attr_wrapped_model(model, "pre_process")
         others["padding_mask"] = padding_of_stage(batch["padding_mask"], args, first)
-    with stimer:
+    with stimer, processed:
         output = forward(
             batch["tokens"],
             batch["position_ids"],
