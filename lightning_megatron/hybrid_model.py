@@ -234,7 +234,8 @@ def _layers(view: Any, options: LightningOptions, layout: str, submodules: Any, 
         )
         if Symbols.MOE in view.hybrid_layer_pattern:
             pair.moe_layer_freq = [1, 1]
-            experts = get_hybrid_layer_specs(pair, options, layout=layout)[0]
+            whole = dataclasses.replace(options, recompute_chunk=None)
+            experts = get_hybrid_layer_specs(pair, whole, layout=layout)[0]
             submodules = dataclasses.replace(submodules, moe_layer=_mlp_half(experts, experts.module))
     return submodules, _attention_half(lightning, ChunkedLayer)
 

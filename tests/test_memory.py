@@ -43,7 +43,12 @@ sent = (offloader.sent, offloader.memory.bytes) if offloader else (0, 0)
 print(f"<longest {' '.join(map(str, longest.values()))}, sent {sent[0]}, {sent[1]} bytes>\\n", end="")
 """
 BOTH = f"--lightning-recompute-chunk {CHUNK} --lightning-offload-activations"
-MORE = {"lrpe": "--lightning-lrpe-layers 2", "hybrid": "--hybrid-layer-pattern L-L-*-L-"}  # of "all"
+MORE = {  # of "all"
+    "lrpe": "--lightning-lrpe-layers 2",
+    "hybrid": "--hybrid-layer-pattern L-L-*-L-",
+    "experts": "--hybrid-layer-pattern LEL-LE*- --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 "
+    "--moe-router-load-balancing-type none",
+}
 INPUT = 4 * 64  # bytes of a token's hidden states
 
 
@@ -73,6 +78,7 @@ def script(tmp_path):
         # attentions and MLPs are layers by themselves; the softmax layer's attention stays whole
         ("hybrid-packed", "one", (48, 48), 70, 7 * 128),
         ("hybrid", "tp2-sp", (24, 24), 70, 7 * 64),
+        ("experts-packed", "one", (48, 48), 70, 7 * 128),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
