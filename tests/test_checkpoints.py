@@ -32,6 +32,7 @@ SPEC = f"{GPT} --no-create-attention-mask-in-dataloader --spec lightning_megatro
 BARE = "--lightning-gate none --lightning-norm none"
 HYBRID = "--linear-attention-freq 4 --attention-output-gate"  # all layers have projections of the same shapes
 LEGACY = "--ckpt-format torch"
+MUP = "--use-mup --mup-output-mult 0.4 --lightning-scale 0.2"  # no part of the function follows the base
 TRACKER = "latest_checkpointed_iteration.txt"
 # The checkpoints that are loaded: way of starting, flags.
 SAVED = {
@@ -43,6 +44,7 @@ SAVED = {
         "own", f"{HYBRID} --lr-decay-style WSD --lr-wsd-decay-iters 2 --lr-warmup-iters 1 --decoupled-lr 1e-3 "
         "--untie-embeddings-and-output-weights",
     ),
+    "own-mup": ("own", f"{HYBRID} {MUP} --mup-base-hidden-size 32"),
     "gpt": ("gpt", f"{HYBRID} {SPEC}"),
     "gpt-minimax": (
         "gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}",
@@ -102,6 +104,13 @@ REFUSED = {
         "checkpoint, 4 samples (1 iterations) in this run\n"
         "  --lr-wsd-decay-style: exponential in the checkpoint, linear in this run\n"
         "  --decoupled-lr: 0.001 in the checkpoint, 0.0001 in this run",
+    ),
+    "schedule-mup": (
+        "own-mup", "own", f"{HYBRID} {MUP} --mup-base-hidden-size 16",
+        "  --mup-base-hidden-size: 32 in the checkpoint, 16 in this run",
+    ),
+    "schedule-mup-default": (
+        "own-mup", "own", f"{HYBRID} {MUP}", "  --mup-base-hidden-size: 32 in the checkpoint, 64 in this run",
     ),
     "schedule-spec": (
         "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
@@ -399,6 +408,27 @@ def test_other_samples_are_named(way, flags, saved):
     assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
 
 
+def test_other_tokens_that_count_are_named(saved):
+    run = start("own", f"{HYBRID} --calculate-per-token-loss --null-tokenizer-eod-id 3", load=saved("own"))
+    assert run.log.count("--null-tokenizer-eod-id: none in the checkpoint, 3 in this run") == 1
+    assert run.log.count("was trained: --calculate-per-token-loss: off in the checkpoint, on in this run") == 1
+    assert "samples in all" not in run.log
+
+
+def test_what_megatron_asserts_is_told_with_a_remedy(saved, tmp_path):
+    (tmp_path / "vocab").touch()
+    for flags, words in (
+        ("--data-parallel-random-init", "--data-parallel-random-init: off in the checkpoint, on in this run"),
+        (
+            f"--vocab-file {tmp_path}/vocab --max-position-embeddings 128",
+            "with --vocab-file .*--max-position-embeddings: 64 in the checkpoint, 128 in this run",
+        ),
+    ):
+        log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+        assert re.search(f"{words}. Give the checkpoint's; or load only its weights with --finetune", log)
+        assert "Traceback" not in log
+
+
 def test_a_list_of_one_is_its_value(tmp_path):
     """Megatron parses some flags as lists, and saves a list of one as its value."""
     experts = "--num-experts 4 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
@@ -424,6 +454,18 @@ def test_the_other_model_is_refused(finetune, saved, tmp_path):
 def test_schedule_can_be_settled(flag, rate, saved):
     run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
     assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+    # data are shuffled for as many samples as a run reads
+    assert run.log.count("reads 24 samples in all, and the one that saved the checkpoint in") == 1
+    assert run.log.count("was to read 16 (--train-iters, --train-samples, --global-batch-size)") == 1
+
+
+@pytest.mark.parametrize("flag", ["override", "use-checkpoint"])
+def test_base_of_mup_can_be_settled(flag, saved):
+    """Rates are those of the base that the flag chooses."""
+    flags = f"{HYBRID} {MUP} --mup-base-hidden-size"
+    run = start("own", f"{flags} 16 --{flag}-opt-param-scheduler", load=saved("own-mup"))
+    same = run.losses == pytest.approx(start("own", f"{flags} 32", load=saved("own-mup")).losses, abs=2e-5)
+    assert same == (flag == "use-checkpoint")
 
 
 ADAM = "--adam-beta1 0.5 --adam-beta2 0.6 --adam-eps 1e-2"
