@@ -459,6 +459,16 @@ def test_schedule_can_be_settled(flag, rate, saved):
     assert run.log.count("was to read 16 (--train-iters, --train-samples, --global-batch-size)") == 1
 
 
+@pytest.mark.parametrize("kind", ["", "--use-distributed-optimizer"])
+@pytest.mark.parametrize("lr", ["1e-3", "4e-3"])
+def test_rates_of_mup_are_those_of_their_weights(lr, kind, tmp_path):
+    """At half the rate, other weights have the one that hidden ones have in the checkpoint; at twice, the reverse."""
+    flags = f"{HYBRID} {MUP} --mup-base-hidden-size 32 {kind}"
+    start("own", flags, save=tmp_path)
+    run = start("own", f"{flags} --lr {lr} --use-checkpoint-opt-param-scheduler", load=tmp_path)
+    assert run.losses == pytest.approx(start("own", flags).losses[2:], abs=2e-5)
+
+
 @pytest.mark.parametrize("flag", ["override", "use-checkpoint"])
 def test_base_of_mup_can_be_settled(flag, saved):
     """Rates are those of the base that the flag chooses."""
