@@ -382,6 +382,17 @@ REFUSED = {
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
     ),
+    "config-logger": (
+        {}, {}, dict(config_logger_dir="there"), "--config-logger-dir there ends Megatron .*TypeError.*leave it out",
+    ),
+    "activations": (
+        {}, {}, dict(save_activations_interval=2), "--save-activations-interval 2 ends Megatron .*install Transformer",
+    ),
+    "dgrads": ({}, {}, dict(save_dgrads_interval=2), "--save-dgrads-interval 2 ends Megatron .*install Transformer"),
+    "phases": (
+        {}, {}, dict(phase_transition_iterations=[2]),
+        "--phase-transition-iterations 2 ends Megatron .*without --train-samples",
+    ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (
         {}, {}, dict(multiple_validation_sets=True),
