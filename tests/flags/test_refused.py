@@ -347,11 +347,15 @@ REFUSED = {
     ),
     "fsdp-fp32": (
         SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
-        "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
+        "--use-megatron-fsdp can neither save nor load --swiglu in fp32 .*; use --bf16",
+    ),
+    "fsdp-loads-fp32": (
+        SWIGLU, {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
+        "--use-megatron-fsdp can neither save nor load --swiglu in fp32 .*; use --bf16",
     ),
     "fsdp-saves-nothing": (
         dict(gated_linear_unit=True, bf16=False), {}, dict(use_megatron_fsdp=True, save="x", no_save_optim=True),
-        "--use-megatron-fsdp cannot save --swiglu",
+        "--use-megatron-fsdp can neither save nor load --swiglu",
     ),
     "fsdp-loads-weights": (
         dict(bf16=True), {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
