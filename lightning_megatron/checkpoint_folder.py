@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .integrity import BrokenFile, complete_iterations, is_distributed, verify
+from .integrity import BrokenFile, complete_iterations, format_of, is_distributed, verify
 from .record import ATTRIBUTE
 
 logger = logging.getLogger("lightning_megatron")
@@ -73,6 +73,7 @@ def check_folder(args: Namespace) -> None:
         )
     found = _to_load(load, args)
     if args.rank == 0 and found is not None and found.is_dir():  # checksums wait for all ranks, which share them
+        _refuse_other_format(found, args)
         try:
             verify(found, contents=False, of_megatron=args.ckpt_format == "torch_dist")
         except BrokenFile as error:
@@ -122,11 +123,7 @@ def refuse_broken(load_dir: str | None, args: Namespace) -> None:
         return  # left to gave_up
     if not is_distributed(folder) and not args.use_mp_args_from_checkpoint_args:  # which takes the sizes from it
         _refuse_other_sizes(folder, args)
-    if is_distributed(folder) and args.ckpt_format == "torch":  # with --auto-detect-ckpt-format, too: a KeyError
-        raise CheckpointError(
-            f"{folder} was saved with --ckpt-format torch_dist, which a run with --ckpt-format torch does not load: "
-            "leave the flag out (torch_dist is the default, and also loads what was saved with torch)"
-        )
+    _refuse_other_format(folder, args)
     together, start = dist.is_initialized(), time.monotonic()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     checksums = getattr(args, ATTRIBUTE, {"options": {}})["options"].get("checksums", True)
@@ -154,6 +151,23 @@ def log(message: str, level: int = logging.WARNING) -> None:
     from megatron.core.utils import log_single_rank
 
     log_single_rank(logger, level, message)
+
+
+def _refuse_other_format(folder: Path, args: Namespace) -> None:
+    """Megatron ends in a KeyError, with --auto-detect-ckpt-format, too, or misses a file that this format has not."""
+    saved, now = format_of(folder), args.ckpt_format
+    if saved == now or (saved, now) == ("torch", "torch_dist"):
+        return
+    remedy = "leave the flag out (torch_dist is the default, and also loads what was saved with torch)"
+    if now == "fsdp_dtensor":
+        remedy = "leave the flag and --use-megatron-fsdp out"
+    if saved == "fsdp_dtensor":
+        remedy = "give --use-megatron-fsdp --ckpt-format fsdp_dtensor"
+    if saved == "torch_dcp":
+        remedy = "Megatron 0.19 loads it in no run; train again, and save without --ckpt-format torch_dcp"
+    raise CheckpointError(
+        f"{folder} was saved with --ckpt-format {saved}, which a run with --ckpt-format {now} does not load: {remedy}"
+    )
 
 
 def _refuse_other_sizes(folder: Path, args: Namespace) -> None:

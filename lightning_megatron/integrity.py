@@ -57,6 +57,24 @@ def is_distributed(folder: Path) -> bool:
     return (folder / "metadata.json").exists() or (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
 
 
+def format_of(folder: Path) -> str:
+    """The ``--ckpt-format`` that saved it. Without metadata.json, .metadata tells: what torch_dist keeps elsewhere is
+    among the tensors of the others.
+    """
+    if not is_distributed(folder):
+        return "torch"
+    if (folder / "metadata.json").exists() or not (folder / ".metadata").exists():
+        return "torch_dist"
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            names = pickle.load(file).state_dict_metadata
+    except Exception:  # unpickling altered bytes can raise anything; ``verify`` says so
+        return "torch_dist"
+    if "checkpoint_version" not in names:
+        return "torch_dist"
+    return "fsdp_dtensor" if any(name.startswith("model.module.") for name in names) else "torch_dcp"
+
+
 def _read(path: Path, read: Any) -> Any:
     try:
         return read(path)
@@ -144,7 +162,7 @@ def complete_iterations(load_dir: Path) -> list[str]:
     whole = []
     for folder in sorted(load_dir.glob("iter_*"), reverse=True):
         try:
-            verify(folder, contents=False)
+            verify(folder, contents=False, of_megatron=format_of(folder) == "torch_dist")
         except BrokenFile:
             continue
         whole.append(folder.name)

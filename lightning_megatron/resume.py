@@ -30,10 +30,18 @@ _SCHEDULER = {  # values of OptimizerParamScheduler, by the flags that set them;
     "wd_incr_style": "--weight-decay-incr-style",
 }
 # Values of the schedule that Megatron's checkpoints have among the args alone, and does not compare.
-_UNKEPT_SCHEDULE = ("lr_warmup_init", "wsd_decay_steps", "lr_wsd_decay_style", "decoupled_lr", "decoupled_min_lr")
-_RATES = ("max_lr", "min_lr", "decoupled_lr", "decoupled_min_lr")  # by which Megatron finds groups of parameters
+_UNKEPT_SCHEDULE = (
+    "lr_warmup_init", "wsd_decay_steps", "lr_wsd_decay_style", "decoupled_lr", "decoupled_min_lr",
+    "mup_base_hidden_size",
+)  # fmt: skip
+# By these Megatron finds groups of parameters; muP divides rates by the hidden size over this one.
+_RATES = ("max_lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "mup_base_hidden_size")
 # What decides which tokens see each other and count, and may change on purpose: named in the log.
-_DATA = ("dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "tokenizer_type")
+_DATA = (
+    "dataloader_inter_document_masking", "sft", "reset_position_ids", "eod_mask_loss", "lightning_sft_answers_only",
+    "sft_tokenizer_prompt_format", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern",
+    "null_tokenizer_eod_id",
+)  # fmt: skip
 # What decides which samples come in which order.
 _SAMPLES = (
     "seed", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "split", "mock_data",
@@ -43,6 +51,9 @@ _SAMPLES = (
 _TRAINING = (
     "clip_grad", "hidden_dropout", "attention_dropout", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
     "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_input_jitter_eps", "mtp_loss_scaling_factor",
+    "mtp_detach_heads", "calculate_per_token_loss", "apply_wd_to_qk_layernorm",
+    "muon_nesterov", "muon_scale_mode", "muon_coefficient_type", "muon_num_ns_steps", "muon_tp_mode",
+    "muon_extra_scale_factor", "muon_split_qkv",
 )  # fmt: skip
 
 
@@ -106,6 +117,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         _check_names(saved, load_dir)
         _check_model(saved, load_dir, args)
         _check_function(saved, load_dir, args)
+        _check_asserted(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in state:
         return  # an imported checkpoint, and one of --no-save-optim, have no optimizer
@@ -193,6 +205,21 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
     )
 
 
+def _check_asserted(saved: Any, load_dir: str, args: Namespace) -> None:
+    """What else Megatron asserts (``check_checkpoint_args``), without a remedy."""
+    by_flag = {
+        "vocab_file": ("max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"),
+        "data_parallel_random_init": ("data_parallel_random_init",),
+        "phase_transition_iterations": ("global_batch_size",),
+    }
+    for given, names in by_flag.items():
+        if not args.finetune and getattr(args, given, None) and (found := _others(names, saved, args)):
+            raise CheckpointError(
+                f"with {flag_of(given)} Megatron goes on with the values of the checkpoint in {load_dir} alone: "
+                f"{'; '.join(found)}. Give the checkpoint's; or load only its weights with --finetune"
+            )
+
+
 def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
     """Whether one vocabulary gives both numbers of rows, and only the tensor-parallel size differs."""
     names = ("padded_vocab_size", "tensor_model_parallel_size", "make_vocab_size_divisible_by")
@@ -213,14 +240,37 @@ def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
             f"this run goes on behind the samples that the checkpoint in {load_dir} has consumed, and they come in "
             f"another order, or are others, so that some are read twice or left out: {'; '.join(found)}"
         )
+    was, now = (_all_samples(x) for x in (saved, args))
+    if not args.finetune and None not in (was, now) and was != now:
+        log(
+            f"this run reads {now} samples in all, and the one that saved the checkpoint in {load_dir} was to read "
+            f"{was} (--train-iters, --train-samples, --global-batch-size): of data that are read more than once, they "
+            "come in another order, so that some are read once more or less often"
+        )
+
+
+def _all_samples(args: Any) -> int | None:
+    """For how many Megatron shuffles the data; None if not known."""
+    if samples := getattr(args, "train_samples", None):
+        return samples
+    iterations, batch = (getattr(args, name, None) for name in ("train_iters", "global_batch_size"))
+    return iterations * batch if iterations and batch else None
+
+
+def _acts(name: str, args: Any) -> bool:
+    """Whether a flag of some part acts on anything: whether the part is there."""
+    parts = {"muon_": "muon" in getattr(args, "optimizer", ""), "mtp_": getattr(args, "mtp_num_layers", None)}
+    parts |= {"moe_": getattr(args, "num_experts", None), "sft_": getattr(args, "sft", False)}
+    return all(there for part, there in parts.items() if name.removeprefix("lightning_").startswith(part))
 
 
 def _others(names: tuple[str, ...], saved: Any, args: Namespace) -> list[str]:
     return [
-        f"{flag_of(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} "
+        f"{_named(name)}: {_show(getattr(saved, name), name)} in the checkpoint, {_show(getattr(args, name), name)} "
         "in this run"
         for name in names
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+        if _acts(name, args)
     ]
 
 
@@ -342,16 +392,26 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
         raise CheckpointError("\n  ".join([what, *found.values()]) + f"\n{remedy}")
 
 
+def _named(name: str) -> str:
+    """The flag of an attribute of args, or what it is where its flag says the opposite."""
+    return (
+        "q, k and v as matrices of their own (off: --muon-no-split-qkv)" if name == "muon_split_qkv" else flag_of(name)
+    )
+
+
 def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
     """Name, flag, and both values of what differs, where it acts."""
 
     def value(of: Any, name: str) -> Any:
+        if name == "mup_base_hidden_size":
+            return getattr(of, name, None) or getattr(of, "hidden_size", None)
         if name != "wsd_decay_steps":
             return getattr(of, name, None)
         iterations = getattr(of, "lr_wsd_decay_iters", None)
         return getattr(of, "lr_wsd_decay_samples", None) if iterations is None else iterations * of.global_batch_size
 
     acts = {"lr_warmup_init": now["lr_warmup_steps"] > 0}
+    acts["mup_base_hidden_size"] = bool(getattr(args, "use_mup", False))
     acts |= dict.fromkeys(("wsd_decay_steps", "lr_wsd_decay_style"), now["lr_decay_style"] == "WSD")
     flags = {"wsd_decay_steps": "--lr-wsd-decay-iters, --lr-wsd-decay-samples or --global-batch-size"}
     found = [

@@ -47,6 +47,7 @@ def regrouped(optimizers: list[Any], state: Any) -> Any:
     saved = [group for one in theirs for group in _inner(one)["param_groups"]]
     # the step of all parameters, where it does not lie in the groups
     common = {key: value for key, value in _inner(theirs[0]).get("state", {}).items() if isinstance(key, str)}
+    groups = [group for one in optimizers for group in one.optimizer.state_dict()["param_groups"]]
     for optimizer, own in zip(optimizers, ours, strict=True):
         for key, value in theirs[0].items():
             if key not in ("state", "param_groups"):
@@ -56,7 +57,8 @@ def regrouped(optimizers: list[Any], state: Any) -> Any:
             inner = own["optimizer"] = dict(inner)  # of which the checkpoint may have one for all
         if common:
             inner["state"] = common | inner.get("state", {})
-        inner["param_groups"] = [_of(group, saved) for group in optimizer.optimizer.state_dict()["param_groups"]]
+        own_groups = optimizer.optimizer.state_dict()["param_groups"]
+        inner["param_groups"] = [_of(group, groups, saved) for group in own_groups]
     return ours[0] if len(optimizers) == 1 else dict(enumerate(ours))
 
 
@@ -66,9 +68,10 @@ def _inner(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved group that holds what this one holds, with the parameters of this one."""
-    found = _like(group, saved, (_EXPERTS, *_RATES))
+def _of(group: dict[str, Any], groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved group that holds what this one of ``groups`` holds, with the parameters of this one."""
+    free = (_EXPERTS, *_RATES)
+    found = _like(group, _rates_there(group, groups, saved, free), saved, free)
     if found is None:
         raise ValueError(
             f"the optimizer of the checkpoint has no group of parameters with {_held(group, (_EXPERTS, *_RATES))}, as "
@@ -85,8 +88,9 @@ def rerate(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[di
         The checkpoint's rates for each of ``groups``; none for a group that it does not have.
     """
     before, rest = [], list(saved)
-    for group in groups:
-        found = _like(group, rest, _RATES)
+    there = [_rates_there(group, groups, saved, _RATES) for group in groups]  # before any is written
+    for group, rates in zip(groups, there, strict=True):
+        found = _like(group, rates, rest, _RATES)
         before.append({} if found is None else {name: found[name] for name in _RATES if name in found})
         if found is not None:
             found.update((name, group[name]) for name in _RATES if name in group)
@@ -94,10 +98,38 @@ def rerate(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[di
     return before
 
 
-def _like(group: dict[str, Any], saved: list[dict[str, Any]], free: tuple[str, ...]) -> dict[str, Any] | None:
-    """The saved group that holds the same but for ``free``, and of several the one with the same values of these."""
+def _rates_there(
+    group: dict[str, Any], groups: list[dict[str, Any]], saved: list[dict[str, Any]], free: tuple[str, ...]
+) -> tuple:
+    """The rates that one of ``groups`` has in the checkpoint, where several are told apart by their rates alone: those
+    of muP, hidden weights and all others. Their order is that of this run's: one of these may have the rate that
+    another one has there.
+    """
+    held = _held(group, free)
+    ours, theirs = (sorted({_rates(x) for x in some if _held(x, free) == held}) for some in (groups, saved))
+    return theirs[ours.index(_rates(group))] if len(ours) == len(theirs) else _rates(group)
+
+
+def _rates(group: dict[str, Any]) -> tuple:
+    return tuple(value if (value := _value(group, name)) is not None else -1.0 for name in _RATES)
+
+
+def _like(
+    group: dict[str, Any], rates: tuple, saved: list[dict[str, Any]], free: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """The saved group that holds the same but for ``free``, and of several one with these rates, and with the same
+    values of the rest of ``free``.
+    """
     found = [other for other in saved if _held(other, free) == _held(group, free)]
-    return max(found, key=lambda other: sum(_value(other, name) == _value(group, name) for name in free), default=None)
+    others = [name for name in free if name not in _RATES]
+    return max(
+        found,
+        key=lambda other: (
+            sum(a == b for a, b in zip(_rates(other), rates, strict=True))
+            + sum(_value(other, name) == _value(group, name) for name in others)
+        ),
+        default=None,
+    )
 
 
 def _held(group: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:

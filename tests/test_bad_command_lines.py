@@ -136,6 +136,11 @@ BAD = (
     ("--linear-attention-freq [1,0]", "--linear-attention-freq lists 2 layers.*give one entry a layer"),
     ("--swiglu --squared-relu", "--swiglu, --squared-relu .*leave out all but one"),
     ("--bf16 --fp16", "--bf16 and --fp16 .*leave out one"),
+    (  # the check speaks of the environment, and stands below one of another flag
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --ckpt-format fsdp_dtensor "
+        "--no-gradient-accumulation-fusion --use-distributed-optimizer",
+        "FSDP requires CUDA_DEVICE_MAX_CONNECTIONS.*given: --use-megatron-fsdp; change",
+    ),
     ("--fp16-lm-cross-entropy", "only support in fp16.*--fp16-lm-cross-entropy.*change one of them"),
     ("--mtp-num-layers 1", "--mtp-num-layers 1 .*use rope or none"),
     ("--lightning-mtp-attention lightning", "--lightning-mtp-attention lightning .*add --mtp-num-layers"),

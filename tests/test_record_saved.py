@@ -103,6 +103,38 @@ def test_other_spec_before_records(caplog):
         check({"args": args}, "folder", now)
 
 
+PART = dict(optimizer="muon", mtp_num_layers=1, sft=True, num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "there, name, was, now, said",
+    [
+        ("optimizer", "muon_nesterov", False, True, "--muon-nesterov: off in the checkpoint, on in this run"),
+        ("optimizer", "muon_scale_mode", "spectral", "unit_rms_norm", "--muon-scale-mode: spectral in the checkpoint"),
+        ("optimizer", "muon_coefficient_type", "quintic", "polar_express", "--muon-coefficient-type: quintic in"),
+        ("optimizer", "muon_num_ns_steps", 5, 2, "--muon-num-ns-steps: 5 in the checkpoint, 2 in this run"),
+        ("optimizer", "muon_extra_scale_factor", 1.0, 0.1, "--muon-extra-scale-factor: 1.0 in the checkpoint, 0.1 in"),
+        ("optimizer", "muon_tp_mode", "blockwise", "duplicated", "--muon-tp-mode: blockwise in the checkpoint"),
+        ("optimizer", "muon_split_qkv", True, False, "(off: --muon-no-split-qkv): on in the checkpoint, off in this"),
+        ("mtp_num_layers", "mtp_detach_heads", False, True, "--mtp-detach-heads: off in the checkpoint, on in this"),
+        ("num_experts", "moe_z_loss_coeff", None, 0.1, "--moe-z-loss-coeff: none in the checkpoint, 0.1 in this run"),
+        ("sft", "sft_tokenizer_prompt_format", "default", "identity", "--sft-tokenizer-prompt-format: default in the"),
+        ("sft", "lightning_sft_answers_only", False, True, "--lightning-sft-answers-only: off in the checkpoint, on"),
+        (None, "tokenizer_model", "a", "b", "--tokenizer-model: a in the checkpoint, b in this run"),
+        (None, "apply_wd_to_qk_layernorm", False, True, "--apply-wd-to-qk-layernorm: off in the checkpoint, on"),
+    ],
+)
+def test_other_training_is_named_where_its_part_is_there(there, name, was, now, said, caplog):
+    saved = Namespace(**SAVED | dict(spec=["my_module", "my_spec"]), **{name: was})
+    args = Namespace(finetune=False, no_load_optim=True, lightning_function=running(), **{name: now})
+    check({"args": saved}, "folder", args)
+    assert (said in caplog.text) == (there is None)
+    caplog.clear()
+    vars(args).update(PART if there is None else {there: PART[there]})
+    check({"args": saved}, "folder", args)
+    assert said in caplog.text
+
+
 @pytest.mark.parametrize(
     "more, what",
     [

@@ -69,6 +69,21 @@ def test_megatron_fsdp_saves_weights(tmp_path):
     again = train("freq2", "dp2", f"{FSDP} --no-load-optim", load=tmp_path, fresh=False, env=CONNECTIONS)
     assert len(first.losses) == 2 and len(again.losses) == 3, "it goes on behind the two iterations that were saved"
     assert again.losses[0] < first.losses[1]
+    for flags in ("--no-load-optim", "--finetune", "--ckpt-format torch", "--auto-detect-ckpt-format"):
+        other = train("freq2", "dp2", flags, load=tmp_path, fresh=False, check=False)
+        assert "was saved with --ckpt-format fsdp_dtensor, which a run with --ckpt-format torch" in other.log
+        assert "does not load: give --use-megatron-fsdp --ckpt-format fsdp_dtensor" in other.log
+        assert "Traceback" not in other.log
+
+
+@fsdp
+@pytest.mark.parametrize("saved", ["torch_dist", "torch"])
+def test_megatron_fsdp_loads_no_other_format(saved, tmp_path):
+    train("freq2", "dp2", f"{UNTIED} --ckpt-format {saved} --save {tmp_path} --save-interval 5")
+    for flags in (FSDP, f"{FSDP} --auto-detect-ckpt-format"):
+        run = train("freq2", "dp2", flags, load=tmp_path, check=False, env=CONNECTIONS)
+        assert f"was saved with --ckpt-format {saved}, which a run with --ckpt-format fsdp_dtensor does not" in run.log
+        assert "leave the flag and --use-megatron-fsdp out" in run.log and "Traceback" not in run.log
 
 
 # ---- muon --------------------------------------------------------------------------------------------------------

@@ -106,8 +106,13 @@ REFUSED = (
     ),
     Rule(
         "use_megatron_fsdp",
-        lambda run: run.get("save") and run.config.gated_linear_unit and not (run.config.bf16 or run.config.fp16),
-        "cannot save --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave --save out",
+        lambda run: (
+            any(run.get(x) for x in ("save", "load", "pretrained_checkpoint"))
+            and run.config.gated_linear_unit
+            and not (run.config.bf16 or run.config.fp16)
+        ),
+        "can neither save nor load --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave "
+        "--save and --load out",
     ),
     Rule(
         "use_megatron_fsdp",

@@ -50,6 +50,8 @@ REFUSED_ALWAYS = {
     "moe_use_upcycling": "ends Megatron 0.19 in a TypeError before the first step; convert the dense checkpoint with a "
     "program of your own, and --load the result with --finetune",
     "openai_gelu": "is not read by Megatron 0.19; leave it out",
+    "config_logger_dir": "ends Megatron 0.19 in a TypeError (cannot pickle a ProcessGroup) while the model is built; "
+    "leave it out: the log lists all arguments",
     "full_validation": "ends Megatron 0.19 in a TypeError before the first step; use --eval-iters N",
     "multiple_validation_sets": "needs --full-validation, which does not run in Megatron 0.19; blend the sets in "
     "one --valid-data-path",
@@ -84,6 +86,20 @@ REFUSED = (
         ),
         "ends Megatron in a RuntimeError (shape of the supplied weight) where the output layer has the embeddings' "
         "weight; add --untie-embeddings-and-output-weights, or leave it out",
+    ),
+    *(
+        Rule(
+            name,
+            lambda run: not importable(TE),
+            "ends Megatron 0.19 in a TypeError at the first step that it writes, as it looks for TransformerEngine's "
+            "layers, which does not import; leave it out, or install TransformerEngine",
+        )
+        for name in ("save_activations_interval", "save_dgrads_interval")
+    ),
+    Rule(
+        "phase_transition_iterations",
+        lambda run: not run.get("train_samples"),
+        "ends Megatron 0.19 in a TypeError without --train-samples; give that in place of --train-iters",
     ),
     Rule(
         "batch_invariant_mode",

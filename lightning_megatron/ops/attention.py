@@ -9,7 +9,7 @@ import torch
 
 from . import torch_backend
 from .backend import Backend, Documents, choose, device_of
-from .checks import check_shapes, check_values, state_dtype_of
+from .checks import check_part, check_shapes, check_values, state_dtype_of
 from .kept import keep
 from .once import once_differentiable
 
@@ -92,18 +92,22 @@ def packed_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``lightning_attn`` of some consecutive tokens of packed documents, which may begin and end inside of documents.
 
+    Differentiable in q, k, v and initial_state, also through the state. Part after part, each with the state that the
+    one before it returned, computes what ``lightning_attn`` does of all tokens with these cu_seqlens.
+
     Args:
-        q, k, v, log_decay, scale, backend: as of ``lightning_attn``; B = 1.
-        start: the first of the tokens, of ``total`` ones that all documents have.
-        cu_seqlens: ``[N+1]``, bounds of all documents.
-        initial_state: ``[1, H, K, V]``, what the part before returned; None before the first. It counts where a
-            document goes on from there.
+        q, k, v, log_decay, scale, backend: as of ``lightning_attn``; B = 1, and at least one token.
+        start: the first of the tokens, of ``total`` ones that all documents have; start + T is at most total.
+        cu_seqlens: ``[N+1]`` int32 or int64, bounds of all documents: starts at 0, never falls, ends at total.
+        initial_state: ``[1, H, K, V]`` fp32 (fp64 with fp64 inputs), what the part before returned; None exactly where
+            start is 0. It counts where a document goes on from there.
 
     Returns:
-        ``(o [1, T, H, V], state [1, H, K, V])``: the state of the last token's document.
+        ``(o [1, T, H, V], state [1, H, K, V])``: o as of ``lightning_attn``, and the state
+        of the last token's document.
 
     Raises:
-        ValueError: as ``lightning_attn``.
+        ValueError: as ``lightning_attn``; and a start, a total or an initial_state outside of the above.
 
     Example::
 
@@ -113,8 +117,8 @@ def packed_part(
             o, state = packed_part(*part, log_decay, start=a, total=T, cu_seqlens=cu_seqlens, initial_state=state)
             outputs.append(o)
     """
-    call = _checked(q, k, v, log_decay, scale, initial_state, True, None, backend)._replace(part=(start, total))
-    check_values(log_decay, cu_seqlens, total)
+    part = start, total
+    call = _checked(q, k, v, log_decay, scale, initial_state, True, cu_seqlens, backend, part)._replace(part=part)
     if initial_state is not None:  # chosen, not multiplied by 0: another document's NaN stays there
         initial_state = torch.where((cu_seqlens == start).any(), 0.0, initial_state)
     return _LightningAttention.apply(call, q, k, v, log_decay, initial_state, cu_seqlens)
@@ -133,7 +137,7 @@ class _Call(NamedTuple):
 _calls: dict[Hashable, _Call] = {}
 
 
-def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend) -> _Call:
+def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, backend, part=None) -> _Call:
     """Check everything: shapes, dtypes and devices once for each set of them, values as ``check_values`` does."""
     key: Hashable
     try:
@@ -141,17 +145,22 @@ def _checked(q, k, v, log_decay, scale, initial_state, need_final, cu_seqlens, b
             q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
             log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad, scale, need_final, backend,
             None if initial_state is None else (initial_state.shape, initial_state.dtype, initial_state.device),
-            None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
+            None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device), part is None,
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError):  # something that is no tensor, or a scale that is no number
         key = call = None
     if call is None:
-        check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens, part=part is not None)
         call = _call(q, scale, need_final, backend)
         if key is not None:
             keep(_calls, key, call)
-    check_values(log_decay, cu_seqlens, q.shape[1])
+    if part is None:
+        check_values(log_decay, cu_seqlens, q.shape[1])
+    else:
+        start, total = part
+        check_part(start, total, q.shape[1], initial_state)
+        check_values(log_decay, cu_seqlens, total, "total")
     return call
 
 

@@ -12,10 +12,11 @@ MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
+def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens, *, part: bool = False) -> None:
+    """``part``: cu_seqlens must be there, and one state enters, of the document that goes on."""
     given = dict(q=q, k=k, v=v, log_decay=log_decay)
     given |= {} if initial_state is None else dict(initial_state=initial_state)
-    given |= {} if cu_seqlens is None else dict(cu_seqlens=cu_seqlens)
+    given |= {} if cu_seqlens is None and not part else dict(cu_seqlens=cu_seqlens)
     check_tensors(**given)
     check_heads(q, k, v, log_decay, scale)
     B, T, H, K = q.shape
@@ -33,19 +34,48 @@ def check_shapes(q, k, v, log_decay, scale, initial_state, cu_seqlens) -> None:
             )
         if cu_seqlens.device != q.device:
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}; move it there")
-        sequences = cu_seqlens.numel() - 1
+        sequences = 1 if part else cu_seqlens.numel() - 1
     if initial_state is not None:
         if initial_state.shape != (sequences, H, K, V):
+            counted = "the document that goes on" if part else "documents in cu_seqlens"
             raise ValueError(
                 f"initial_state must be [N,H,K,V] = [{sequences},{H},{K},{V}] (N = "
-                f"{'documents in cu_seqlens' if cu_seqlens is not None else 'batch size'}), but is "
-                f"{list(initial_state.shape)}"
+                f"{counted if cu_seqlens is not None else 'batch size'}), but is {list(initial_state.shape)}"
             )
         if initial_state.dtype != state_dtype or initial_state.device != q.device:
             raise ValueError(
                 f"initial_state must be {state_dtype} on {q.device} (states are not kept in low precision), but is "
                 f"{initial_state.dtype} on {initial_state.device}"
             )
+
+
+def check_part(start: int, total: int, T: int, initial_state: torch.Tensor | None) -> None:
+    """Of packed documents: T tokens from ``start`` on, of ``total`` ones."""
+    for name, x in (("start", start), ("total", total)):
+        if not isinstance(x, int) or isinstance(x, bool):
+            raise ValueError(f"{name} must be an int, a number of tokens, but is {x!r:.40} ({type(x).__name__})")
+    if T == 0:
+        raise ValueError(
+            "a part of packed documents has at least one token, but q has T = 0; leave it out, and give the next "
+            "one the state of the one before"
+        )
+    if not 0 <= start <= total - T:
+        raise ValueError(
+            f"tokens {start} to {start + T} (start = {start}, and q has T = {T}) do not lie in the {total} of all "
+            f"documents: start must be from 0 to {total - T}"
+            if T <= total
+            else f"q has T = {T}, but all documents have {total} tokens: total must be the last of cu_seqlens"
+        )
+    if start and initial_state is None:
+        raise ValueError(
+            f"the part begins at token {start} and has no initial_state; give the state that the part before it "
+            "returned, or zeros"
+        )
+    if initial_state is not None and not start:
+        raise ValueError(
+            "no document goes on at start = 0, so that initial_state would count nowhere; give None, or the start of "
+            "this part"
+        )
 
 
 def check_tensors(**given) -> None:
@@ -146,7 +176,7 @@ def _waits(tensor: torch.Tensor) -> bool:
 _seen = Seen()
 
 
-def check_once(check: Callable[..., None], tensor: torch.Tensor, *arguments: int) -> None:
+def check_once(check: Callable[..., None], tensor: torch.Tensor, *arguments: int | str) -> None:
     """``check(values, *arguments)`` of the tensor's values on the host, if these have not been looked at."""
     key = check, arguments
     if _seen.is_new(tensor, key):
@@ -154,11 +184,11 @@ def check_once(check: Callable[..., None], tensor: torch.Tensor, *arguments: int
         _seen.remember(tensor, key)
 
 
-def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int) -> None:
-    """Checks that must read tensors."""
+def check_values(log_decay: torch.Tensor, cu_seqlens: torch.Tensor | None, T: int, name: str = "T") -> None:
+    """Checks that must read tensors; the caller calls the number of tokens ``name``."""
     check_once(check_log_decay, log_decay)
     if cu_seqlens is not None:
-        check_once(check_cu_seqlens, cu_seqlens, T)
+        check_once(check_cu_seqlens, cu_seqlens, T, name)
 
 
 def check_log_decay(log_decay: torch.Tensor) -> None:
@@ -171,10 +201,12 @@ def check_log_decay(log_decay: torch.Tensor) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, T: int, name: str = "T") -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T:
-        raise ValueError(f"cu_seqlens must start at 0 and end at T = {T}, but goes from {bounds[0]} to {bounds[-1]}")
+        raise ValueError(
+            f"cu_seqlens must start at 0 and end at {name} = {T}, but goes from {bounds[0]} to {bounds[-1]}"
+        )
     for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if b < a:
             raise ValueError(f"cu_seqlens must never fall, but cu_seqlens[{n}] = {a} is followed by {b}")

@@ -6,6 +6,7 @@ it does refuse of a command line by itself is reworded by ``megatron_refuses``, 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import linecache
@@ -176,17 +177,27 @@ def _with_flags(error: Exception, given: Namespace, frame: traceback.FrameSummar
         text = f"Megatron checks `{line.removeprefix('assert ')}`, which does not hold"
     if "--" in text:
         return text
-    above = "".join(linecache.getline(frame.filename, (frame.lineno or 1) - n) for n in (1, 2))  # of the check's `if`
     found = (
         _flags_in(f"{text} {line}", given)
         or [name for name, value in vars(given).items() if isinstance(value, str) and f'"{value}"' in text]
-        or _flags_in(above, given)
+        or _flags_in(_condition(frame), given)
     )
     flags = ", ".join(
         f"{flag_of(name)}{' not given' if value in (None, False) else shown(value)}"
         for name, value in ((name, getattr(given, name)) for name in found)
     )
     return f"{text} (given: {flags}; change one of them)" if flags else text
+
+
+def _condition(frame: traceback.FrameSummary) -> str:
+    """Of the innermost `if` around a line of source."""
+    line = frame.lineno or 0
+    around = [
+        node
+        for node in ast.walk(ast.parse("".join(linecache.getlines(frame.filename))))
+        if isinstance(node, ast.If) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
+    return ast.unparse(max(around, key=lambda node: node.lineno).test) if around else ""
 
 
 def _flags_in(text: str, given: Namespace) -> list[str]:

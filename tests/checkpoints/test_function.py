@@ -5,6 +5,7 @@ A run that goes on must give the other two losses of one that was never stopped.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -219,3 +220,24 @@ def test_other_samples_are_named(way, flags, saved):
     line = "--seed: 1234 in the checkpoint, 7 in this run; --seq-length: 64 in the checkpoint, 32 in this run"
     assert run.log.count(line) == 1
     assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
+
+
+def test_other_tokens_that_count_are_named(saved):
+    run = start("own", f"{HYBRID} --calculate-per-token-loss --null-tokenizer-eod-id 3", load=saved("own"))
+    assert run.log.count("--null-tokenizer-eod-id: none in the checkpoint, 3 in this run") == 1
+    assert run.log.count("was trained: --calculate-per-token-loss: off in the checkpoint, on in this run") == 1
+    assert "samples in all" not in run.log
+
+
+def test_what_megatron_asserts_is_told_with_a_remedy(saved, tmp_path):
+    (tmp_path / "vocab").touch()
+    for flags, words in (
+        ("--data-parallel-random-init", "--data-parallel-random-init: off in the checkpoint, on in this run"),
+        (
+            f"--vocab-file {tmp_path}/vocab --max-position-embeddings 128",
+            "with --vocab-file .*--max-position-embeddings: 64 in the checkpoint, 128 in this run",
+        ),
+    ):
+        log = refusal(start("own", f"{HYBRID} {flags}", load=saved("own"), check=False))
+        assert re.search(f"{words}. Give the checkpoint's; or load only its weights with --finetune", log)
+        assert "Traceback" not in log

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers.checkpoints import HYBRID, LEGACY, SAVED, SPEC, refusal, start
+from tests.helpers.checkpoints import HYBRID, LEGACY, MUP, SAVED, SPEC, refusal, start
 
 # Loaded checkpoint, way of starting, flags, and what is said.
 REFUSED = {
@@ -32,6 +32,13 @@ REFUSED = {
         "checkpoint, 4 samples (1 iterations) in this run\n"
         "  --lr-wsd-decay-style: exponential in the checkpoint, linear in this run\n"
         "  --decoupled-lr: 0.001 in the checkpoint, 0.0001 in this run",
+    ),
+    "schedule-mup": (
+        "own-mup", "own", f"{HYBRID} {MUP} --mup-base-hidden-size 16",
+        "  --mup-base-hidden-size: 32 in the checkpoint, 16 in this run",
+    ),
+    "schedule-mup-default": (
+        "own-mup", "own", f"{HYBRID} {MUP}", "  --mup-base-hidden-size: 32 in the checkpoint, 64 in this run",
     ),
     "schedule-spec": (
         "gpt", "gpt", f"{HYBRID} {SPEC} --lr 1e-3 --lr-decay-style linear",
@@ -115,6 +122,28 @@ def test_sgd_goes_on(flags, tmp_path):
 def test_schedule_can_be_settled(flag, rate, saved):
     run = start("own", f"{HYBRID} --train-iters 6 --lr 1e-3 --{flag}-opt-param-scheduler", load=saved("own"))
     assert re.findall(r"learning rate: (\S+)", run.log) == [rate] * 4
+    # data are shuffled for as many samples as a run reads
+    assert run.log.count("reads 24 samples in all, and the one that saved the checkpoint in") == 1
+    assert run.log.count("was to read 16 (--train-iters, --train-samples, --global-batch-size)") == 1
+
+
+@pytest.mark.parametrize("kind", ["", "--use-distributed-optimizer"])
+@pytest.mark.parametrize("lr", ["1e-3", "4e-3"])
+def test_rates_of_mup_are_those_of_their_weights(lr, kind, tmp_path):
+    """At half the rate, other weights have the one that hidden ones have in the checkpoint; at twice, the reverse."""
+    flags = f"{HYBRID} {MUP} --mup-base-hidden-size 32 {kind}"
+    start("own", flags, save=tmp_path)
+    run = start("own", f"{flags} --lr {lr} --use-checkpoint-opt-param-scheduler", load=tmp_path)
+    assert run.losses == pytest.approx(start("own", flags).losses[2:], abs=2e-5)
+
+
+@pytest.mark.parametrize("flag", ["override", "use-checkpoint"])
+def test_base_of_mup_can_be_settled(flag, saved):
+    """Rates are those of the base that the flag chooses."""
+    flags = f"{HYBRID} {MUP} --mup-base-hidden-size"
+    run = start("own", f"{flags} 16 --{flag}-opt-param-scheduler", load=saved("own-mup"))
+    same = run.losses == pytest.approx(start("own", f"{flags} 32", load=saved("own-mup")).losses, abs=2e-5)
+    assert same == (flag == "use-checkpoint")
 
 
 ADAM = "--adam-beta1 0.5 --adam-beta2 0.6 --adam-eps 1e-2"

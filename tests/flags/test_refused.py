@@ -347,11 +347,15 @@ REFUSED = {
     ),
     "fsdp-fp32": (
         SWIGLU, {}, dict(use_megatron_fsdp=True, save="there"),
-        "--use-megatron-fsdp cannot save --swiglu in fp32 .*; use --bf16",
+        "--use-megatron-fsdp can neither save nor load --swiglu in fp32 .*; use --bf16",
+    ),
+    "fsdp-loads-fp32": (
+        SWIGLU, {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
+        "--use-megatron-fsdp can neither save nor load --swiglu in fp32 .*; use --bf16",
     ),
     "fsdp-saves-nothing": (
         dict(gated_linear_unit=True, bf16=False), {}, dict(use_megatron_fsdp=True, save="x", no_save_optim=True),
-        "--use-megatron-fsdp cannot save --swiglu",
+        "--use-megatron-fsdp can neither save nor load --swiglu",
     ),
     "fsdp-loads-weights": (
         dict(bf16=True), {}, dict(use_megatron_fsdp=True, load="there", no_load_optim=True),
@@ -381,6 +385,17 @@ REFUSED = {
     "fsdp-finetunes": (
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
+    ),
+    "config-logger": (
+        {}, {}, dict(config_logger_dir="there"), "--config-logger-dir there ends Megatron .*TypeError.*leave it out",
+    ),
+    "activations": (
+        {}, {}, dict(save_activations_interval=2), "--save-activations-interval 2 ends Megatron .*install Transformer",
+    ),
+    "dgrads": ({}, {}, dict(save_dgrads_interval=2), "--save-dgrads-interval 2 ends Megatron .*install Transformer"),
+    "phases": (
+        {}, {}, dict(phase_transition_iterations=[2]),
+        "--phase-transition-iterations 2 ends Megatron .*without --train-samples",
     ),
     "full-validation": ({}, {}, dict(full_validation=True), "--full-validation ends Megatron .*use --eval-iters N"),
     "validation-sets": (

@@ -23,6 +23,7 @@ SPEC = f"{GPT} --no-create-attention-mask-in-dataloader --spec lightning_megatro
 BARE = "--lightning-gate none --lightning-norm none"
 HYBRID = "--linear-attention-freq 4 --attention-output-gate"  # all layers have projections of the same shapes
 LEGACY = "--ckpt-format torch"
+MUP = "--use-mup --mup-output-mult 0.4 --lightning-scale 0.2"  # no part of the function follows the base
 TRACKER = "latest_checkpointed_iteration.txt"
 # The checkpoints that are loaded: way of starting, flags.
 SAVED = {
@@ -34,6 +35,7 @@ SAVED = {
         "own", f"{HYBRID} --lr-decay-style WSD --lr-wsd-decay-iters 2 --lr-warmup-iters 1 --decoupled-lr 1e-3 "
         "--untie-embeddings-and-output-weights",
     ),
+    "own-mup": ("own", f"{HYBRID} {MUP} --mup-base-hidden-size 32"),
     "gpt": ("gpt", f"{HYBRID} {SPEC}"),
     "gpt-minimax": (
         "gpt", f"{HYBRID} {SPEC.replace('lightning_megatron.spec lightning_spec', 'tests.specs minimax_spec')}",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_megatron.ops import backend as backends
-from lightning_megatron.ops import checks, lightning_attn, torch_backend
+from lightning_megatron.ops import checks, lightning_attn, packed_part, torch_backend
 from lightning_megatron.ops.triton import attention as triton_backend
 
 HALF, DOUBLE = torch.float16, torch.float64
@@ -28,6 +28,12 @@ def arguments(**changes) -> dict:
 def packed(bounds, **options) -> dict:
     bounds = torch.tensor(bounds, **options) if isinstance(bounds, list) else bounds
     return arguments(q=zeros(1, 8, 4, 16), k=zeros(1, 8, 2, 16), v=zeros(1, 8, 2, 32), cu_seqlens=bounds)
+
+
+def part(start=2, total=24, bounds=(0, 5, 17, 24), **changes) -> dict:
+    """A good call of packed_part: tokens 2 to 10 of three documents."""
+    state = dict(initial_state=None if start == 0 else zeros(1, 4, 16, 32))
+    return packed(torch.tensor(bounds)) | state | dict(start=start, total=total) | changes
 
 
 def heads(H: int, Hkv: int) -> dict:
@@ -105,15 +111,47 @@ WRONG = {  # call -> what its message says: value received, then remedy
     "NaN decay": (decay(-0.1, float("nan"), -0.1, -0.1), ["log_decay[1] = nan", "finite"]),
     "forgets infinitely": (decay(-0.1, -0.1, -0.1, float("-inf")), ["log_decay[3] = -inf", "finite"]),
     "unknown backend": (arguments(backend="cuda"), ["backend='cuda'", "'triton', 'torch'"]),
+    # parts of packed documents
+    "part before the first token": (part(-1), ["tokens -1 to 7", "24", "from 0 to 16"]),
+    "part over the end": (part(20), ["tokens 20 to 28", "start = 20", "T = 8", "from 0 to 16"]),
+    "part behind the end": (part(24), ["tokens 24 to 32", "from 0 to 16"]),
+    "part longer than all": (part(2, 6, [0, 6]), ["T = 8", "6 tokens", "last of cu_seqlens"]),
+    "part without a token": (
+        part(**{n: x[:, :0] for n, x in packed([0, 8]).items() if n in "qkv"}), ["at least one token", "leave it out"],
+    ),
+    "start as a float": (part(2.0), ["start must be an int", "2.0", "float"]),
+    "start as a tensor": (part(torch.tensor(2)), ["start must be an int", "tensor(2)", "Tensor"]),
+    "start is true": (part(True), ["start must be an int", "True", "bool"]),
+    "no start": (part(None), ["start must be an int", "None"]),
+    "total as a float": (part(2, 24.0), ["total must be an int", "24.0"]),
+    "no total": (part(2, None), ["total must be an int", "None"]),
+    "total of the part": (part(0, 8), ["end at total = 8", "to 24"]),
+    "part without bounds": (part(cu_seqlens=None), ["cu_seqlens must be a torch.Tensor", "is a NoneType"]),
+    "bounds of a part as a list": (part(cu_seqlens=[0, 24]), ["cu_seqlens must be a torch.Tensor", "is a list"]),
+    "float bounds of a part": (part(cu_seqlens=torch.tensor([0.0, 24.0])), ["torch.float32", "int32 or int64"]),
+    "short bounds of a part": (part(cu_seqlens=torch.tensor([0, 24]).short()), ["torch.int16", "int32 or int64"]),
+    "2-D bounds of a part": (part(bounds=[[0, 24]]), ["[1, 2]", "[N+1]"]),
+    "no bounds of a part": (part(bounds=[]), ["[0]", "N >= 1"]),
+    "one number for bounds": (part(bounds=24), ["[] torch.int64", "[N+1]"]),
+    "bounds of a part elsewhere": (part(cu_seqlens=torch.zeros(2, dtype=int, device="meta")), ["on meta", "move it"]),
+    "bounds of a part fall": (part(bounds=[0, 9, 5, 24]), ["cu_seqlens[1] = 9", "followed by 5", "never fall"]),
+    "parts in a batch": (part(**arguments()), ["B = 2", "[1, B*T, ...]"]),
+    "parts in a batch with states": (part(**arguments(initial_state=zeros(2, 4, 16, 32))), ["B = 2", "[1, B*T, ...]"]),
+    "part without a state": (part(initial_state=None), ["begins at token 2", "the part before it", "or zeros"]),
+    "state of the first part": (part(0, initial_state=zeros(1, 4, 16, 32)), ["start = 0", "give None"]),
+    "states of all documents": (
+        part(initial_state=zeros(3, 4, 16, 32)), ["[3, 4, 16, 32]", "[1,4,16,32]", "document that goes on"],
+    ),
+    "state of a part in fp64": (part(initial_state=zeros(1, 4, 16, 32).double()), ["torch.float64", "torch.float32"]),
 }  # fmt: skip
 
 SOURCES = (Path(checks.__file__), Path(backends.__file__))
 
 
 def message(**call) -> tuple[str, int]:
-    """What lightning_attn says about a wrong call, and the place in the source that says it."""
+    """What the operator, or its part, says about a wrong call, and the place in the source that says it."""
     with pytest.raises(ValueError) as error:
-        lightning_attn(**call)
+        (packed_part if "start" in call else lightning_attn)(**call)
     frame = traceback.extract_tb(error.value.__traceback__)[-1]
     assert Path(frame.filename) in SOURCES
     return str(error.value), (Path(frame.filename), frame.lineno)
@@ -134,6 +172,9 @@ def test_good_call():
     assert lightning_attn(**packed([0, 3, 8]))[0].shape == (1, 8, 4, 32)
     for scale in (1, 0.5, -1.0, None):
         lightning_attn(**arguments(scale=scale))
+    for start in (0, 2, 16):
+        o, state = packed_part(**part(start))
+        assert o.shape == (1, 8, 4, 32) and state.shape == (1, 4, 16, 32)
 
 
 # ---- backends ----

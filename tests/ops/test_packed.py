@@ -129,12 +129,3 @@ def test_parts_are_the_whole(impl, rng, cut, documents, cuts):
         return o, final[last : last + 1]
 
     assert_close(evaluate(in_parts, case), evaluate(whole, case.to(device="cpu")), impl.backend, impl.dtype)
-
-
-def test_bounds_of_parts_are_checked(impl, rng):
-    case = make_case(rng, impl, documents=(5, 11))
-    with pytest.raises(ValueError, match="end at T = 12, but goes from 0 to 16"):
-        packed_part(
-            case.q, case.k, case.v, case.log_decay, start=0, total=12, cu_seqlens=case.cu_seqlens, initial_state=None,
-            backend=impl.backend,
-        )  # fmt: skip
