@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..compat import importable
 from .rules import ROTARY, TE, Rule, selective
 
@@ -95,6 +97,12 @@ REFUSED = (
             "layers, which does not import; leave it out, or install TransformerEngine",
         )
         for name in ("save_activations_interval", "save_dgrads_interval")
+    ),
+    Rule(
+        "use_ring_exchange_p2p",
+        lambda run: not hasattr(torch.distributed, "ring_exchange"),
+        "needs a PyTorch with torch.distributed.ring_exchange, which this one has not (Megatron ends in an "
+        "AttributeError in the first step); leave it out",
     ),
     Rule(
         "phase_transition_iterations",

@@ -93,7 +93,8 @@ def packed_part(
     """``lightning_attn`` of some consecutive tokens of packed documents, which may begin and end inside of documents.
 
     Differentiable in q, k, v and initial_state, also through the state. Part after part, each with the state that the
-    one before it returned, computes what ``lightning_attn`` does of all tokens with these cu_seqlens.
+    one before it returned, computes what ``lightning_attn`` does of all tokens with these cu_seqlens. torch.compile
+    does not trace it: inside of a compiled function call ``torch.compiler.disable(packed_part)``.
 
     Args:
         q, k, v, log_decay, scale, backend: as of ``lightning_attn``; B = 1, and at least one token.

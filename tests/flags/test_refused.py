@@ -393,6 +393,9 @@ REFUSED = {
         {}, {}, dict(save_activations_interval=2), "--save-activations-interval 2 ends Megatron .*install Transformer",
     ),
     "dgrads": ({}, {}, dict(save_dgrads_interval=2), "--save-dgrads-interval 2 ends Megatron .*install Transformer"),
+    "ring-exchange": (
+        dict(use_ring_exchange_p2p=True), {}, {}, "--use-ring-exchange-p2p needs a PyTorch with .*; leave it out",
+    ),
     "phases": (
         {}, {}, dict(phase_transition_iterations=[2]),
         "--phase-transition-iterations 2 ends Megatron .*without --train-samples",
