@@ -139,7 +139,7 @@ def test_same_bits_twice(exchange, ranks):
 
 TRAIN = (
     "--micro-batch-size 1 --global-batch-size 8 --train-iters 20 --lr 2e-3 --lr-decay-style constant --bf16 "
-    "--log-interval 1 --eval-iters 0 --num-workers 0 --mock-data --linear-attention-freq 4 "
+    "--log-interval 1 --eval-iters 0 --num-workers 0 --mock-data "
     "--transformer-impl local --no-rope-fusion"
 ).split()
 # Checkpoints of local layers lack the empty states that TransformerEngine's norms look for.
@@ -160,8 +160,11 @@ OTHERS = MODELS | {
     "ahead": f"{MODELS['moe']} --moe-layer-freq [0,1]*2 --mtp-num-layers 1",
     "shared": f"{MODELS['moe']} --normalization RMSNorm --swiglu --moe-shared-expert-intermediate-size 64",
     "decaying": f"{MODELS['freq4']} --lr-decay-style linear",  # a rate that a graph of the optimizer must read anew
+    "packed": f"{MODELS['freq4']} --dataloader-inter-document-masking",
+    "hybrid": f"{MODELS['all']} --hybrid-layer-pattern L-L-*-L-",
 }
-NAMED = ("latent", "moe", "untied", "experts-last", "ahead", "shared", "decaying")
+NAMED = ("latent", "moe", "untied", "experts-last", "ahead", "shared", "decaying", "packed", "hybrid")
+CHUNKS = f"{RECOMPUTE} --lightning-recompute-chunk 48 --lightning-offload-activations --lightning-loss-chunk 32"
 RUNS = {  # the number of GPUs, and flags; names that begin with one of NAMED train these models
     "one": (1, ""),
     "one-recompute": (1, RECOMPUTE),
@@ -223,6 +226,10 @@ RUNS = {  # the number of GPUs, and flags; names that begin with one of NAMED tr
         1,
         f"{TE} --rope-fusion --optimizer-cuda-graph --no-bias-swiglu-fusion --use-te-activation-func",
     ),
+    "packed-one": (1, ""),
+    "packed-chunks": (1, CHUNKS),
+    "hybrid-one": (1, ""),
+    "hybrid-tp2-sp-chunks": (2, f"--tensor-model-parallel-size 2 --sequence-parallel {CHUNKS}"),
     "graphs-gathered": (2, f"{GATHERED} --cuda-graph-impl local"),
     "te-graphs-gathered": (2, f"{TE} --rope-fusion {GATHERED} --cuda-graph-impl transformer_engine"),
     "fp8-te-param-gather": (2, f"{FP8} {GATHERED} --fp8-param-gather"),
