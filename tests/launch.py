@@ -182,11 +182,11 @@ def _fork(
                     os.kill(process.pid, signal.SIGUSR1)
                     time.sleep(0.5)  # one after the other, or the stacks mix
                 break
-            for process in [p for p in running if not p.is_alive()]:
-                running.remove(process)
-                if process.exitcode and not error:
-                    error = f"rank {processes.index(process)} exited with {process.exitcode}"
-                    deadline = min(deadline, time.monotonic() + GRACE)
+            ended = [p for p in running if not p.is_alive()]
+            running = [p for p in running if p not in ended]
+            failed = [f"rank {processes.index(p)} exited with {p.exitcode}" for p in ended if p.exitcode]
+            if failed and not error:  # of several none is known to be the first
+                error, deadline = ", ".join(failed), min(deadline, time.monotonic() + GRACE)
     finally:
         for process in [p for p in processes if p.pid is not None and p.is_alive()]:
             _kill(process.pid)
