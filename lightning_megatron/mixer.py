@@ -326,20 +326,20 @@ class LightningAttention(MegatronModule):
         nvtx_range_push(suffix="lightning_attention")
         if isinstance(cached, RequestStates):
             o = cached.attend(q, k, v, self.log_decay, scale=self.scale, backend=options.backend)
-        elif passed is not None and cu_seqlens is not None:
-            o, passed.state = packed_part(
-                *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, start=passed.start, total=passed.tokens,
-                cu_seqlens=cu_seqlens, initial_state=passed.state, scale=self.scale, backend=options.backend,
-            )  # fmt: skip
-            o = o.transpose(0, 1)
         else:
+            tokens = [x.transpose(0, 1) for x in (q, k, v)]
             state = None if cached is None else cached.initial
-            o, state = lightning_attn(
-                *(x.transpose(0, 1) for x in (q, k, v)), self.log_decay, group=group, layout=layout,
-                exchange=options.cp_exchange, scale=self.scale, initial_state=state if passed is None else passed.state,
-                output_final_state=any(x is not None for x in (cached, passed, sums)), cu_seqlens=cu_seqlens,
+            how = dict(
+                cu_seqlens=cu_seqlens, initial_state=state if passed is None else passed.state, scale=self.scale,
                 backend=options.backend,
             )  # fmt: skip
+            if passed is not None and cu_seqlens is not None:
+                o, state = packed_part(*tokens, self.log_decay, start=passed.start, total=passed.tokens, **how)
+            else:
+                o, state = lightning_attn(
+                    *tokens, self.log_decay, group=group, layout=layout, exchange=options.cp_exchange,
+                    output_final_state=any(x is not None for x in (cached, passed, sums)), **how,
+                )  # fmt: skip
             o = o.transpose(0, 1)
             if cached is not None:
                 cached.store(state)

@@ -47,8 +47,9 @@ def regrouped(optimizers: list[Any], state: Any) -> Any:
     saved = [group for one in theirs for group in _inner(one)["param_groups"]]
     # the step of all parameters, where it does not lie in the groups
     common = {key: value for key, value in _inner(theirs[0]).get("state", {}).items() if isinstance(key, str)}
-    groups = [group for one in optimizers for group in one.optimizer.state_dict()["param_groups"]]
-    for optimizer, own in zip(optimizers, ours, strict=True):
+    groups = [one.optimizer.state_dict()["param_groups"] for one in optimizers]
+    every = [group for some in groups for group in some]
+    for own_groups, own in zip(groups, ours, strict=True):
         for key, value in theirs[0].items():
             if key not in ("state", "param_groups"):
                 own.setdefault(key, value)
@@ -57,8 +58,7 @@ def regrouped(optimizers: list[Any], state: Any) -> Any:
             inner = own["optimizer"] = dict(inner)  # of which the checkpoint may have one for all
         if common:
             inner["state"] = common | inner.get("state", {})
-        own_groups = optimizer.optimizer.state_dict()["param_groups"]
-        inner["param_groups"] = [_of(group, groups, saved) for group in own_groups]
+        inner["param_groups"] = [_of(group, every, saved) for group in own_groups]
     return ours[0] if len(optimizers) == 1 else dict(enumerate(ours))
 
 

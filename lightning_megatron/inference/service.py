@@ -54,7 +54,6 @@ class Service:
         self.ended = asyncio.Event()
         """Set when the engine or the coordinator ends, for whatever reason."""
         self.error: BaseException | None = None
-        self._over: set[str] = set()  # of engine and coordinator; their threads may still be alive for a moment
         self._engine, self._tokenizer = engine, tokenizer
         self._queues: dict[int, asyncio.Queue[Any]] = {}
         self._keys = itertools.count()
@@ -77,7 +76,8 @@ class Service:
     async def __aexit__(self, *error: Any) -> None:
         """Stop at the end of the step; requests that are open fail with ``Gone``."""
         engine, coordinator = self._threads[1], self._threads[0]
-        if not self._over and engine.is_alive() and coordinator.is_alive():
+        # the thread of an engine that has ended may be alive for a moment, without its event loop
+        if not self.ended.is_set() and engine.is_alive() and coordinator.is_alive():
             self._client.pause_engines()
             paused = asyncio.run_coroutine_threadsafe(self._engine.wait_until(EngineState.PAUSED), self._engine_loop)
             await asyncio.wait_for(asyncio.wrap_future(paused), _PATIENCE)
@@ -191,7 +191,6 @@ class Service:
         return await started
 
     def _end(self, name: str, error: BaseException | None) -> None:
-        self._over.add(name)
         if not self.ended.is_set():
             told = "; its log is above" if isinstance(error, SystemExit) else f": {error}" if error else ""
             self.error = Gone(f"the {name} ended{told}")

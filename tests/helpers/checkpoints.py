@@ -57,3 +57,12 @@ def start(way: str, flags: str, *, save: Path | None = None, load: Path | None =
 def refusal(run: Run) -> str:
     assert not run.ok and not run.losses, f"it went on with losses {run.losses}"
     return run.log
+
+
+def refused(checkpoint: Path, way: str, flags: str, message: str) -> str:
+    """The log of a run that goes on from a checkpoint in vain, and says ``message``."""
+    log = refusal(start(way, flags, load=checkpoint, check=False))
+    assert message in log
+    if way == "own":  # the message alone, and status 2
+        assert "\nlightning-pretrain: " in log and "Traceback" not in log
+    return log
