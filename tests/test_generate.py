@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,27 @@ def check_caches(rank: int, world: int, folder: Path, count: int) -> tuple[list[
         return cached, worst
 
 
+@torch.inference_mode()
+def check_answers(rank: int, world: int, folder: Path, chunk: int) -> None:
+    """``Asked.ask`` beside whole passes over ever longer prompts: an answer that is right, and one that is not."""
+    from examples.quality.evaluate import Asked
+    from lightning_megatron.inference.loading import loaded_model, read_checkpoint
+
+    with loaded_model(read_checkpoint(folder), vocab_size=VOCAB) as model:
+        prompt, answer, nll = [int(x) for x in PROMPT.split()], [], 0.0
+        for _ in range(7):
+            tokens = torch.tensor([prompt + answer])
+            found = model(tokens, torch.arange(tokens.numel())[None], None)[0, -1, :VOCAB].double().log_softmax(-1)
+            nll -= float(found.max()) / 7
+            answer.append(int(found.argmax()))
+        asked = Asked(model, VOCAB, None, [prompt], [], Namespace(chunk=chunk), len(prompt))
+        right, got = asked.ask(prompt, answer)
+        assert right == 7 and math.isclose(got, nll, rel_tol=LOGITS[torch.float32])
+        answer[4] = (answer[4] + 1) % VOCAB
+        assert asked.ask(prompt, answer)[0] == 4  # whatever is right behind the first wrong token
+        assert asked.ask(prompt, answer[:1])[0] == 1
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """checkpoint(name): the folder that a short training of CHECKPOINTS or COPIES saved."""
@@ -115,6 +138,11 @@ def test_caches_change_no_token(name, checkpoint):
     ((tokens, worst),) = spawn(check_caches, 1, checkpoint(name), 24)
     assert len(set(tokens)) > 3, tokens  # or the comparison would mean little
     assert worst < LOGITS[torch.bfloat16 if name == "bf16" else torch.float32]
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_answers_are_those_of_whole_passes(chunk, checkpoint):
+    spawn(check_answers, 1, checkpoint("everything"), chunk)
 
 
 @pytest.mark.parametrize("name", COPIES)

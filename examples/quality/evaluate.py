@@ -95,25 +95,23 @@ class Asked:
 
     @torch.inference_mode()
     def ask(self, prompt: list[int], answer: list[int]) -> tuple[int, float]:
-        """How far the greedy continuation is ``answer``, and its mean -log p. The prompt is read once: up to the first
-        wrong token, the likeliest one after the answer's so far is what greedy generation says.
+        """How far the greedy continuation is ``answer``, and its mean -log p. The answer is read at once behind the
+        prompt: up to the first wrong token, the likeliest one after the answer's so far is what greedy generation says.
         """
         from lightning_megatron.inference.angles import angles_on_demand
         from lightning_megatron.inference.reader import Reader
 
-        right, wrong, nll = 0, False, 0.0
+        before, length = prompt[:-1], len(prompt) + len(answer)
         with angles_on_demand(self.model):
-            reader = Reader(self.model, max_length=len(prompt) + len(answer))
-            for start in range(0, len(prompt), self.options.chunk):
-                logits = reader.read(prompt[start : start + self.options.chunk])
-            for i, token in enumerate(answer):
-                found = logits[0, : self.vocabulary].double().log_softmax(-1)
-                nll -= float(found[token])
-                wrong |= int(found.argmax()) != token
-                right += not wrong
-                if i + 1 < len(answer):
-                    logits = reader.read([token])
-        return right, nll / len(answer)
+            reader = Reader(self.model, max_length=length)
+            for start in range(0, len(before), self.options.chunk):
+                reader.read(before[start : start + self.options.chunk])
+            logits = reader.read_all([prompt[-1], *answer[:-1]])
+        found = logits[:, : self.vocabulary].double().log_softmax(-1)
+        expected = torch.tensor(answer, device=found.device)
+        right = found.argmax(-1) == expected
+        nll = -found.gather(1, expected[:, None]).mean()
+        return int(right.cumprod(0).sum()), float(nll)
 
     def score(self, cases: list[tasks.Case]) -> list[dict]:
         """Rows of cases of one length; angles are scaled if that is beyond the training length."""

@@ -36,6 +36,11 @@ class Reader:
             logits = self._wrapper.run_one_forward_step(self.inputs(tokens))
         return None if logits is None else logits[:, -1]
 
+    def read_all(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        """As ``read``, with the logits behind every one of ``tokens``: [t, padded vocabulary]."""
+        logits = self._wrapper.run_one_forward_step(self.inputs(tokens))
+        return None if logits is None else logits[0]
+
     def inputs(self, tokens: Sequence[int]) -> dict[str, torch.Tensor | None]:
         """What Megatron's wrapper reads: ``tokens`` behind those that were read before."""
         start, device = self.context.sequence_len_offset, torch.cuda.current_device()
