@@ -252,7 +252,8 @@ def test_loss_of_a_text_that_is_shorter_than_a_window(monkeypatch):
     for length, windows, foreseen in ((8, 1, 5), (6, 1, 5), (5, 1, 5), (3, 2, 3)):
         documents = [np.arange(0, 2), np.arange(2, 6)]
         asked = evaluate.Asked(SimpleNamespace(), 9, None, documents, ["a", "b"], options, length)
-        found = evaluate.loss(asked)
+        (stage,) = evaluate.loss(asked)
+        found = stage()
         assert (found["windows"], found["length"]) == (windows, foreseen)
         assert sum(x["tokens"] for x in found["by_package"].values()) == windows * foreseen
         if windows == 1:

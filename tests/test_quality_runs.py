@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.quality import fidelity, report, results, session, smoke, tokens, train
+from examples.quality import evaluate, fidelity, report, results, session, smoke, tokens, train
 from examples.quality.variants import SIZES, VARIANTS
 from lightning_megatron.training.refusals import refuse as refuse_flags
 
@@ -405,6 +405,20 @@ def test_pipeline(tmp_path: Path):
     begin("examples.quality.evaluate", [str(folder), *words, "--tasks", "loss", "--again"], 600)
     assert tasks()["loss"]["windows"] == 1 < before["loss"]["windows"]
     assert {**tasks(), "loss": None} == {**before, "loss": None}  # the other tasks are kept
+    # a task that was cut after the needles of the first length goes on with the second
+    path = folder / "evaluate.json"
+    found = json.loads(path.read_text())
+    first = [
+        row | {"gain": 7.0} for row in found["tasks"]["needle"]["rows"] if row["length"] == SIZES["tiny"].seq_length
+    ]
+    found["tasks"]["needle"] |= {"rows": first, evaluate.UNFINISHED: 1}
+    path.write_text(json.dumps(found))
+    begin("examples.quality.evaluate", [str(folder), "--data", str(tmp_path / "data"), *TINY.questions], 600)
+    needle, rest = tasks()["needle"], before["needle"]["rows"][len(first) :]
+    assert needle["rows"][: len(first)] == first and rest
+    for row, wanted in zip(needle["rows"][len(first) :], rest, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert evaluate.UNFINISHED not in needle
     stats = tmp_path / "data" / "stats.json"
     stats.write_text(stats.read_text().replace('"train_text_document.bin": "', '"train_text_document.bin": "0'))
     words = ["--variant", "3:1", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--size", "tiny"]

@@ -2,14 +2,15 @@
 
     python -m examples.quality.evaluate --data data/quality/data runs/7to1_base_300M_lr0.001_seed1
 
-Writes RUN/evaluate.json after each task, and skips tasks that are there, so that the same command goes on. Losses come
-from lightning_megatron.inference (perplexity, LossReader), continuations from its Reader.
+Writes RUN/evaluate.json after each stage of a task, such as the needles of one length, and skips those that are there,
+so that the same command goes on. Losses come from lightning_megatron.inference (perplexity, LossReader), continuations
+from its Reader.
 
     loss      mean loss of windows of the training length all over the held-out text, by position and by package
     context   perplexity of the same text in windows of 1, 4, 16 and 64 times the training length, states carried
     recall    multi-query associative recall, by number of pairs, in two forms
-    needle    a number in held-out text, by length and depth
     copy      a long identifier, by distance
+    needle    a number in held-out text, by length and depth
 
 Beyond the training length softmax layers have angles of a base that grows with the length (NTK-aware scaling, as it is
 deployed without further training); ``context`` also shows those that they were trained with.
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import math
 import random
@@ -40,6 +43,10 @@ MULTIPLES = (1, 4, 16, 64)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 20
 FEWEST = 4  # needles of a length and depth, however long they are
+UNFINISHED = "unfinished"  # of a task in evaluate.json: how many of its stages are there, until all are
+Stages = Iterator[Callable[[], dict]]
+"""Parts of a task, in the order in which they are asked: each returns what evaluate.json gets, ``rows`` behind those of
+the parts before."""
 
 
 class Asked:
@@ -113,12 +120,12 @@ class Asked:
         nll = -found.gather(1, expected[:, None]).mean()
         return int(right.cumprod(0).sum()), float(nll)
 
-    def score(self, cases: list[tasks.Case]) -> list[dict]:
+    def score(self, cases: list[tasks.Case]) -> dict:
         """Rows of cases of one length; angles are scaled if that is beyond the training length."""
         multiple = -(-max(len(case.prompt) + len(case.answer) for case in cases) // self.length)
         scaled = self.angles(multiple)[-1]
         with self.scaled(multiple) if scaled else contextlib.nullcontext():
-            return [row | {"scaled": scaled} for row in tasks.score_cases(cases, self.ask)]
+            return {"rows": [row | {"scaled": scaled} for row in tasks.score_cases(cases, self.ask)]}
 
 
 def spread(tokens: int, length: int, count: int) -> list[int]:
@@ -126,11 +133,15 @@ def spread(tokens: int, length: int, count: int) -> list[int]:
     return [0] if count == 1 else [i * (tokens - length) // (count - 1) for i in range(count)]
 
 
-@torch.inference_mode()
-def loss(asked: Asked) -> dict:
+def loss(asked: Asked) -> Stages:
     """Mean loss of windows of the training length all over the text, by position in 64 parts, and by package; of one
     window where the text is shorter.
     """
+    yield functools.partial(_loss, asked)
+
+
+@torch.inference_mode()
+def _loss(asked: Asked) -> dict:
     import numpy as np
 
     from lightning_megatron.inference.losses import LossReader
@@ -155,7 +166,7 @@ def loss(asked: Asked) -> dict:
     return {"nll": nll, "windows": count, "length": length, "by_position": parts, "by_package": by_package}
 
 
-def context(asked: Asked) -> dict:
+def context(asked: Asked) -> Stages:
     """Perplexity of the same pieces of text at several lengths of context, of which the longest is one piece; null
     where the text is shorter.
     """
@@ -166,74 +177,75 @@ def context(asked: Asked) -> dict:
     count = max(1, min(len(asked.text), asked.options.context_tokens) // piece)
     starts = spread(len(asked.text), piece, count)
 
-    def read(window: int) -> dict:
-        found = []
-        for start in starts:
-            tokens = (int(token) for token in asked.text[start : start + piece])
-            found.append(
-                perplexity(asked.model, tokens, vocab_size=asked.vocabulary, context=window, chunk=asked.options.chunk)
-            )
+    def read(multiple: int, scaled: bool) -> dict:
+        found, row = [], {"multiple": multiple, "context": multiple * asked.length, "tokens": count * piece}
+        row["scaled"] = scaled
+        if multiple not in multiples:
+            return {"rows": [row]}
+        with asked.scaled(multiple) if scaled else contextlib.nullcontext():
+            for start in starts:
+                tokens = (int(token) for token in asked.text[start : start + piece])
+                found.append(
+                    perplexity(
+                        asked.model, tokens, vocab_size=asked.vocabulary, context=row["context"],
+                        chunk=asked.options.chunk,
+                    )
+                )  # fmt: skip
         nll = statistics.fmean(x.nll for x in found)  # pieces are equally long
         buckets = [
             {"begin": same[0].begin, "end": same[0].end, "tokens": count * same[0].tokens}
             | {"nll": statistics.fmean(x.nll for x in same)}
             for same in zip(*(x.buckets for x in found), strict=True)
         ]
-        return {"nll": nll, "perplexity": math.exp(nll), "buckets": buckets}
+        return {"rows": [row | {"nll": nll, "perplexity": math.exp(nll), "buckets": buckets}]}
 
-    rows: list[dict] = []
     for multiple in asked.options.multiples:
-        row = {"multiple": multiple, "context": multiple * asked.length, "tokens": count * piece, "scaled": False}
-        if multiple not in multiples:
-            rows.append(row)
-            continue
-        for scaled in asked.angles(multiple):
-            with asked.scaled(multiple) if scaled else contextlib.nullcontext():
-                rows.append(row | {"scaled": scaled} | read(multiple * asked.length))
-    return {"rows": rows}
+        for scaled in asked.angles(multiple) if multiple in multiples else (False,):
+            yield functools.partial(read, multiple, scaled)
 
 
-def recall(asked: Asked) -> dict:
+def recall(asked: Asked) -> Stages:
     """Multi-query associative recall; numbers of pairs whose lines are longer than the training length are left out."""
     words = tasks.word_tokens(asked.processor)
     equals, newline = asked.encode("=")[-1], asked.encode("\n")[-1]
-    rows = []
+
+    def ask(form: str, pairs: int) -> dict:
+        rng = random.Random(SEED + pairs)
+        cases = [tasks.recall(words, equals, newline, form, pairs, rng) for _ in range(asked.options.cases)]
+        row = {"form": form, "pairs": pairs, "chance": 1 / pairs}
+        return {"rows": [row | tasks.score_recall(cases, asked.logits)]}
+
     for form in tasks.FORMS:
         for pairs in asked.options.pairs:
-            if 8 * pairs > asked.length or 2 * pairs > len(words):
-                continue
-            rng = random.Random(SEED + pairs)
-            cases = [tasks.recall(words, equals, newline, form, pairs, rng) for _ in range(asked.options.cases)]
-            row = {"form": form, "pairs": pairs, "chance": 1 / pairs}
-            rows.append(row | tasks.score_recall(cases, asked.logits))
-    return {"rows": rows}
+            if 8 * pairs <= asked.length and 2 * pairs <= len(words):
+                yield functools.partial(ask, form, pairs)
 
 
-def needle(asked: Asked) -> dict:
+def copy(asked: Asked) -> Stages:
+    """Copies of an identifier from further and further away."""
+    pieces = [asked.processor.id_to_piece(token)[1:] for token in tasks.word_tokens(asked.processor)]
+    rng = random.Random(SEED)
+    for distance in (asked.length // 16, asked.length // 2, 4 * asked.length):
+        if 2 * distance <= len(asked.text):
+            each = range(asked.options.cases)
+            cases = [tasks.copy(asked.text, asked.encode, pieces, distance, rng) for _ in each]
+            yield functools.partial(asked.score, cases)
+
+
+def needle(asked: Asked) -> Stages:
     """A needle by length and depth; lengths beyond the held-out text are left out."""
-    rng, rows = random.Random(SEED), []
+    rng = random.Random(SEED)
     for multiple in asked.options.multiples:
         length = multiple * asked.length
         if length <= len(asked.text):
             count = max(min(FEWEST, asked.options.cases), asked.options.cases // multiple)
             depths = [x for x in asked.options.depths for _ in range(count)]
-            rows += asked.score([tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths])
-    return {"rows": rows}
+            cases = [tasks.needle(asked.text, asked.encode, length, x, rng) for x in depths]
+            yield functools.partial(asked.score, cases)
 
 
-def copy(asked: Asked) -> dict:
-    """Copies of an identifier from further and further away."""
-    pieces = [asked.processor.id_to_piece(token)[1:] for token in tasks.word_tokens(asked.processor)]
-    rng, rows = random.Random(SEED), []
-    for distance in (asked.length // 16, asked.length // 2, 4 * asked.length):
-        if 2 * distance <= len(asked.text):
-            each = range(asked.options.cases)
-            rows += asked.score([tasks.copy(asked.text, asked.encode, pieces, distance, rng) for _ in each])
-    return {"rows": rows}
-
-
-TASKS: dict[str, Callable[[Asked], dict]] = {
-    "loss": loss, "context": context, "recall": recall, "needle": needle, "copy": copy,
+TASKS: dict[str, Callable[[Asked], Stages]] = {
+    "loss": loss, "context": context, "recall": recall, "copy": copy, "needle": needle,
 }  # fmt: skip
 
 
@@ -246,8 +258,14 @@ def held_out(data: Path) -> list:
     return [np.array(documents[i]) for i in range(len(documents))]
 
 
+def write(path: Path, found: dict) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.replace(path)  # whole at any time
+
+
 def evaluate(folder: Path, options: Namespace) -> dict:
-    """All tasks of ``options`` that RUN/evaluate.json does not have yet; returns what it holds then.
+    """All stages of the tasks of ``options`` that RUN/evaluate.json does not have yet; returns what it holds then.
 
     Raises:
         LoadError: no checkpoint there that can be loaded.
@@ -263,7 +281,9 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if found.get("step") != step:
         found = {"run": folder.name, "step": step, "tasks": {}}
-    missing = [name for name in options.tasks if options.again or name not in found["tasks"]]
+    if options.again:
+        found["tasks"] = {name: task for name, task in found["tasks"].items() if name not in options.tasks}
+    missing = [name for name in options.tasks if UNFINISHED in found["tasks"].get(name, {UNFINISHED: 0})]
     if not missing:
         return found
     chosen = Namespace(load=load, tokenizer_type=None, tokenizer_model=model_file)
@@ -275,12 +295,19 @@ def evaluate(folder: Path, options: Namespace) -> dict:
         documents, length = held_out(options.data), saved.args.seq_length
         asked = Asked(model, tokenizer.vocab_size, processor, documents, packages, options, length)
         for name in missing:
-            start = time.time()
-            result = TASKS[name](asked)
-            seconds = round(time.time() - start, 1)
-            found["tasks"][name] = result | {"seconds": seconds, "card": card(options.gpu), **when()}
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{folder.name}: {name} in {seconds} s", flush=True)
+            task = found["tasks"].setdefault(name, {"seconds": 0.0, UNFINISHED: 0})
+            for stage in itertools.islice(TASKS[name](asked), task[UNFINISHED], None):
+                start = time.time()
+                more = stage()
+                rows = task.get("rows", []) + more.get("rows", [])
+                task.update(more | ({"rows": rows} if rows else {}) | {"card": card(options.gpu), **when()})
+                task["seconds"] = round(task["seconds"] + time.time() - start, 1)
+                task[UNFINISHED] += 1
+                write(path, found)
+            if not task.pop(UNFINISHED):  # no text is long enough
+                task["rows"] = []
+            write(path, found)
+            print(f"{folder.name}: {name} in {task['seconds']} s", flush=True)
     return found
 
 
