@@ -45,14 +45,14 @@ def a_run(variant: str = "softmax", tokens: float = 1e8, seed: int = 1, nll: flo
     return run | {"seconds": run["seconds"][: len(run["losses"])]}
 
 
-def made(folder: Path, *runs: dict) -> str:
+def made(folder: Path, *runs: dict, readme: Path | None = None) -> str:
     """The page of these runs."""
     folder.mkdir()
     for number, run in enumerate(runs):
         (folder / f"run{number}.json").write_text(json.dumps(run))
     page = folder.parent / "quality.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
-    return report.write(folder, page, variants.Plan("base", 1e8, 1e7, "base-32k", 1e6))
+    return report.write(folder, page, variants.Plan("base", 1e8, 1e7, "base-32k", 1e6), readme)
 
 
 @pytest.fixture
@@ -256,13 +256,33 @@ def test_page_without_results_says_so(tmp_path: Path):
     assert page.read_text() == f"before\n{report.BEGIN}\n\n{report.NOTHING}\n\n{report.END}\nafter\n"
 
 
-def test_page_is_that_of_the_committed_results(tmp_path: Path):
-    page = tmp_path / "docs" / "quality.md"
-    page.parent.mkdir()
-    text = (report.ROOT / "docs" / "quality.md").read_text("utf-8")
-    page.write_text(text)
+def test_pages_are_those_of_the_committed_results(tmp_path: Path):
+    names, texts = ("docs/quality.md", "README.md"), {}
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        texts[name] = (report.ROOT / name).read_text("utf-8")
+        (tmp_path / name).write_text(texts[name])
     copied = tmp_path / "examples" / "quality" / "results"
     if report.RESULTS.is_dir():
         shutil.copytree(report.RESULTS, copied)
-    report.write(copied, page)
-    assert page.read_text("utf-8") == text, "run python -m examples.quality.report write"
+    page, readme = (tmp_path / name for name in names)
+    report.write(copied, page, readme=readme)
+    for name in names:
+        assert (tmp_path / name).read_text("utf-8") == texts[name], "run python -m examples.quality.report write"
+
+
+def test_short_table_by_hand(tmp_path: Path, without_plots):
+    """Of variants that have all of their tokens, in the order of variants.py; means over seeds."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before {report.BEGIN} old {report.END} after")
+    runs = [a_run("softmax", shared=True), a_run("lightning", nll=2.7), a_run("lightning", nll=2.6, seed=2)]
+    runs.append(a_run("3:1", tokens=1e7))  # too few tokens: no row
+    made(tmp_path / "results", *runs, readme=readme)
+    table = [
+        "| lightning : softmax | held-out loss | perplexity at 4,096 | perplexity at 65,536 | perplexity at 262,144 "
+        "| recall of 32 pairs | needle in 4,096 | tokens/s at 4,096 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `lightning` | 2.650 ± 0.050 | 12.00 ± 0.00 | missing | missing | missing | missing | 500,000 |",
+        "| `softmax` | 2.500 | 12.00 | missing | missing | missing | missing | missing |",
+    ]
+    assert readme.read_text() == "\n".join([f"before {report.BEGIN}", "", *table, "", f"{report.END} after"])

@@ -3,8 +3,9 @@
     python -m examples.quality.report collect --runs runs           # JSON of runs -> examples/quality/results
     python -m examples.quality.report write                         # results -> docs/quality.md and its plots
 
-``write`` replaces what stands between the two marks in docs/quality.md. Nothing is left out: runs of the plan that are
-not there are missing by name, and those that diverged or are not complete have their row.
+``write`` replaces what stands between the two marks in docs/quality.md and, a table of what decides, in README.md.
+Nothing is left out of the page: runs of the plan that are not there are missing by name, and those that diverged or are
+not complete have their row.
 """
 
 from __future__ import annotations
@@ -304,17 +305,48 @@ SECTIONS: tuple[Callable[[Results], list[str]], ...] = (
 )  # fmt: skip
 
 
-def write(results: Path, page: Path, plan: Plan = PLAN) -> str:
-    """Put tables and plots of all results into ``page``, between its marks; returns what stands there.
+def in_short(results: Results) -> list[str]:
+    """What decides on a ratio, of the variants that have all of their tokens: README's table."""
+    length = SIZES[results.plan.size].seq_length
+    columns: list[tuple[str, Pick, str]] = [
+        ("held-out loss", loss_of, ".3f"),
+        *((f"perplexity at {x * length:,}", perplexity_at(x), ".2f") for x in (1, 16, 64)),
+        ("recall of 32 pairs", row_of("recall", "accuracy", form="lines", pairs=32), ".0%"),
+        (f"needle in {length:,}", needle_of("exact", length), ".0%"),
+    ]
+    rows = []
+    for name in MAIN:
+        if runs := results.main(name):
+            speed = results.speed(name, results.plan.size)
+            row = [f"`{name}`", *(shown(mean(runs, pick), form) for _, pick, form in columns)]
+            rows.append([*row, MISSING if speed is None else f"{speed:,.0f}"])
+    return table(["lightning : softmax", *(head for head, *_ in columns), f"tokens/s at {length:,}"], rows)
+
+
+def put(page: Path, made: list[str]) -> str:
+    """Put lines into ``page`` between its marks; returns what stands there.
 
     Raises:
         ValueError: the page has no marks.
     """
-    from .plots import draw
-
     text = page.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{page} must hold {BEGIN} and {END} once each")
+    inside = "\n".join(made).strip() or NOTHING
+    before, rest = text.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{inside}\n\n{END}{rest.split(END)[1]}")
+    return inside
+
+
+def write(results: Path, page: Path, plan: Plan = PLAN, readme: Path | None = None) -> str:
+    """Put tables and plots of all results into ``page``, and the table of ``in_short`` into ``readme``; returns what
+    stands in the page between its marks.
+
+    Raises:
+        ValueError: a page has no marks.
+    """
+    from .plots import draw
+
     found, lines = Results(load(results), plan), []
     if found.every:
         lines += ["### In short", "", *verdicts(found), "", *missing(found)]
@@ -325,10 +357,9 @@ def write(results: Path, page: Path, plan: Plan = PLAN) -> str:
         lines += fidelity(json.loads((results / FIDELITY).read_text("utf-8")))
     if found.every:
         lines += every_run(found)
-    made = "\n".join(lines).strip() or NOTHING
-    before, rest = text.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}")
-    return made
+    if readme is not None:
+        put(readme, in_short(found))
+    return put(page, lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -337,14 +368,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, help="folder of all runs, to collect from")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(%(default)s)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/quality.md", help="(%(default)s)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="(%(default)s)")
     options = parser.parse_args(argv)
     if options.what == "collect":
         if options.runs is None:
             parser.error("collect needs --runs, the folder of train")
         print(f"{collect(options.runs, options.results)} runs are in {options.results}")
     else:
-        write(options.results, options.page)
-        print(f"{options.page} is written")
+        write(options.results, options.page, readme=options.readme)
+        print(f"{options.page} and {options.readme} are written")
 
 
 if __name__ == "__main__":
