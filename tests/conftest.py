@@ -21,9 +21,9 @@ from tests.helpers import drawn  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
-    from tests.helpers.interpreter import speed_up
+    from tests.helpers.interpreter import set_up
 
-    speed_up()
+    set_up()
 
 SEED = int(os.environ.get("LIGHTNING_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["LIGHTNING_TEST_SEED"] = str(SEED)  # one seed for all workers of pytest-xdist

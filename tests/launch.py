@@ -238,7 +238,7 @@ def _preload() -> None:
     # Shuffling six million samples of mock data, of which tests read a few, takes longer than their training.
     importlib.import_module("megatron.core.datasets.gpt_dataset").MockGPTLowLevelDataset.size = 1000
     if os.environ.get("TRITON_INTERPRET") == "1":
-        importlib.import_module("tests.helpers.interpreter").speed_up()
+        importlib.import_module("tests.helpers.interpreter").set_up()
     gc.freeze()  # so that no process looks through a million objects again, or copies their pages
 
 

@@ -19,6 +19,7 @@ from lightning_megatron.ops.triton.launch import Launch
 from .cases import Impl, assert_same_bits, check, evaluate, make_case
 from .layouts import expanded, fused, inside, time_first
 
+KNOWN = triton.__version__.startswith("3.6.")  # the release whose launcher and Gluon are used
 OPTIONS = dict(B=2, T=35, H=1, V=32)
 BF16 = Impl("triton", torch.bfloat16, "cuda")
 
@@ -162,6 +163,8 @@ class Kernel:
 @pytest.fixture
 def streams(monkeypatch):
     """The number of the current stream of each device."""
+    if not KNOWN:
+        pytest.skip(f"the launcher of triton {triton.__version__} is another one: launches go through Triton")
     numbers = [5, 6]
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: numbers[index], raising=False)
     launching.launcher_is_known.cache_clear()
@@ -249,8 +252,24 @@ def test_this_triton_is_known():
     """Else every launch here goes through Triton: see ``launch.launcher_is_known``."""
     launching.launcher_is_known.cache_clear()
     assert launching.launcher_is_known() == (
-        torch.version.hip is None and hasattr(torch._C, "_cuda_getCurrentRawStream")
+        KNOWN and torch.version.hip is None and hasattr(torch._C, "_cuda_getCurrentRawStream")
     )
+
+
+@pytest.mark.parametrize(
+    "capability, known, faster, lines", [(9, True, True, 0), (9, False, False, 1), (8, False, False, 0)]
+)
+def test_a_triton_without_the_faster_kernels_is_told(monkeypatch, caplog, capability, known, faster, lines):
+    """Once, and only where they would be used."""
+    monkeypatch.setattr(tiling, "launcher_is_known", lambda: known)
+    monkeypatch.setattr(tiling, "has_copy_engine", lambda device: capability >= 9)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    tiling.has_wgmma.cache_clear()
+    try:
+        assert {tiling.has_wgmma(torch.device("cuda")) for _ in range(3)} == {faster}
+    finally:
+        tiling.has_wgmma.cache_clear()
+    assert len(caplog.records) == lines and caplog.text.count(f"this is {triton.__version__}") == lines
 
 
 def test_launches_that_are_not_kept(streams):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import NamedTuple
 
 import torch
+import triton
 
 from .launch import cdiv, launcher_is_known, pad
+
+logger = logging.getLogger(__name__)
 
 # Programs that a GPU of 132 multiprocessors runs at a time, two on each or one alone. Constants, so that results do not
 # depend on the GPU.
@@ -140,7 +144,15 @@ def precision(dtype: torch.dtype) -> tuple[str, bool]:
 @functools.cache
 def has_wgmma(device: torch.device) -> bool:
     """Gluon is an experiment of Triton's: what one release compiles another may not."""
-    return launcher_is_known() and has_copy_engine(device) and torch.cuda.get_device_capability(device)[0] == 9
+    if not has_copy_engine(device) or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    if not launcher_is_known():
+        logger.warning(
+            "lightning attention: the faster kernels for Hopper GPUs need Triton 3.6, that of torch 2.11, and "
+            "this is %s: those for all GPUs are used",
+            triton.__version__,
+        )
+    return launcher_is_known()
 
 
 def overlaps(*tensors: torch.Tensor, K: int, V: int, segments: tuple[int, ...]) -> bool:
