@@ -5,9 +5,11 @@ Those of one topic, such as fp8, are in files of their own.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from ..compat import importable
 from .rules import ROTARY, TE, Rule, selective
@@ -17,6 +19,11 @@ _APEX_NORM = "fused_layer_norm_cuda"
 
 def _name(function: Any) -> str:
     return getattr(function, "__name__", str(function))
+
+
+def _strides_saved() -> bool:
+    """Whether torch's checkpoints tell the strides of tensors, too, which Megatron passes on to torch.empty."""
+    return any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
 
 
 _NEEDS_TE = (
@@ -103,6 +110,12 @@ REFUSED = (
         lambda run: not hasattr(torch.distributed, "ring_exchange"),
         "needs a PyTorch with torch.distributed.ring_exchange, which this one has not (Megatron ends in an "
         "AttributeError in the first step); leave it out",
+    ),
+    Rule(
+        "dist_ckpt_strictness",
+        lambda run: run.get("load") and run.get("dist_ckpt_strictness") != "assume_ok_unexpected" and _strides_saved(),
+        f"ends Megatron 0.19 in a TypeError (empty() got ... 'strides') as it loads, with the torch that is installed, "
+        f"{torch.__version__}; leave it out, or use torch 2.11",
     ),
     Rule(
         "phase_transition_iterations",

@@ -499,6 +499,19 @@ ALLOWED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("strides", [False, True])
+def test_strictness_of_loading_with_a_later_torch(strides, monkeypatch, without):
+    """Its checkpoints tell strides, too, and Megatron passes on to torch.empty whatever they tell."""
+    monkeypatch.setattr("lightning_megatron.flags.refused._strides_saved", lambda: strides)
+    given = dict(load="there", dist_ckpt_strictness="log_all")
+    message = r"--dist-ckpt-strictness log_all ends Megatron .* leave it out, or use torch 2\.11"
+    if strides:
+        check_refused(({}, {}, given, message), without)
+    for more in ({}, dict(load=None), dict(dist_ckpt_strictness="assume_ok_unexpected")):
+        if more or not strides:
+            check_allowed(({}, {}, given | more), without)
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_fused_swiglu_clamps_since_0_20(later, monkeypatch):
     monkeypatch.setattr("lightning_megatron.flags.mlp.version", lambda name: "0.20.0" if later else "0.19.2")
