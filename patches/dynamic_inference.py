@@ -6,6 +6,7 @@ Symbol:   megatron.core.inference.config.MambaInferenceStateConfig.from_model
 Why:      the context keeps recurrent states per request, but only of Mamba layers in a HybridModel: a lightning layer
           would be taken for a softmax layer, with keys and values that it has not. A model without any softmax layer is
           refused (``NotImplementedError``): here it gets blocks of no bytes, by which requests are still counted.
+          Layers that Megatron's HybridModel builds for attention, MLPs and experts are told apart by what they keep.
           With prefix caching, a chunk of a prompt that is not its first skips tokens whose keys are cached, and one of
           a single token skips up to the end of any block: states then lack those tokens.
           Latents of multi-latent attention are kept where the layers are ours (``softmax.latent``), without a flag.

@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 
 from lightning_megatron.inference.hybrid import pattern_flags, refuse_unserved
 from tests.helpers.generate import EVERYTHING, HYBRID, NUMBERS, PATTERN, SIZE, VOCAB
-from tests.launch import run_pretrain, spawn
+from tests.launch import ROOT, run_pretrain, spawn
 
 PP2 = "--pipeline-model-parallel-size 2"
 FLAG, LETTERS = PATTERN.split()
@@ -97,7 +97,7 @@ def test_the_converter_says_what_to_do(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def logits_of_both(rank: int, world: int, folder: Path) -> torch.Tensor:
+def logits(rank: int, world: int, folder: Path) -> torch.Tensor:
     from lightning_megatron.inference.loading import loaded_model, read_checkpoint
     from lightning_megatron.inference.reader import Reader
 
@@ -106,8 +106,22 @@ def logits_of_both(rank: int, world: int, folder: Path) -> torch.Tensor:
         return torch.stack([reader.read([i])[0] for i in range(60)])
 
 
+def test_a_script_of_megatron_under_the_launcher(tmp_path):
+    """It holds no lightning flags, but a record of the options, which are those of its stack."""
+    script = ROOT / "tests" / "pretrain_gpt.py"
+    local = "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion"
+    flags = f"{PATTERN} {local} --no-create-attention-mask-in-dataloader --eval-interval 100"
+    for name, module, first, more in (
+        ("stock", "lightning_megatron.run", [script], flags), ("own", "lightning_megatron.pretrain", [], PATTERN),
+    ):  # fmt: skip
+        line = [*first, *SIZE, *NUMBERS.split(), *more.split(), "--save", tmp_path / name]
+        run_pretrain(line, module=module)
+    ((want,), (got,)) = (spawn(logits, 1, tmp_path / name) for name in ("own", "stock"))
+    assert torch.equal(got, want)
+
+
 def test_it_generates_as_the_same_gpt_model(checkpoint, tmp_path):
     """Trained from the same first values; one token at a time."""
     run_pretrain([*SIZE, *NUMBERS.split(), *EVERYTHING.split(), "--save", tmp_path])
-    ((want,), (got,)) = (spawn(logits_of_both, 1, folder) for folder in (tmp_path, checkpoint))
+    ((want,), (got,)) = (spawn(logits, 1, folder) for folder in (tmp_path, checkpoint))
     assert torch.equal(got, want) and len(set(want.argmax(-1).tolist())) > 10

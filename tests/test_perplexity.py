@@ -244,13 +244,14 @@ def test_a_process_in_bf16(gpus, tmp_path):
     assert abs(found["nll"] - rough) < 1e-2 and abs(found["nll"] - exact) < 1e-2
 
 
-def test_command_says_what_is_kept_and_has_a_limit(checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["hybrid", "hybrid-model"])
+def test_command_says_what_is_kept_and_has_a_limit(name, checkpoint, tmp_path):
     (tmp_path / "text").write_text(" ".join(map(str, ids())))
-    run = command(checkpoint("hybrid"), tmp_path / "text", "--chunk", "100", "--max-sequence-length", "250")
+    run = command(checkpoint(name), tmp_path / "text", "--chunk", "100", "--max-sequence-length", "250")
     assert "[softmax layers keep keys and values: 0.5 KiB for each token of the context on this rank]" in run.log
     assert_ends_with(run, "keep keys and values of 299 tokens, and max_sequence_length is 250: allow more, or give a")
     limited = ("--chunk", "100", "--max-sequence-length", "250", "--context", "250")
-    run = command(checkpoint("hybrid"), tmp_path / "text", *limited)
+    run = command(checkpoint(name), tmp_path / "text", *limited)
     assert run.ok and "299 tokens of" in run.log and "in windows of 250 tokens" in run.log, run.log
 
 

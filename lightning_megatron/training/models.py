@@ -116,7 +116,7 @@ def differences_of_function(args: Namespace, config: Config) -> list[str]:
 def _record(args: Namespace) -> dict[str, Any]:
     if pattern := getattr(args, "hybrid_layer_pattern", None):
         raise ValueError(
-            f"the checkpoint is of a HybridModel (--hybrid-layer-pattern {pattern}), and the tensors of released models "
+            f"the checkpoint is of a HybridModel (--hybrid-layer-pattern {pattern}), and tensors of released models "
             "are known by GPTModel's names alone; train with --num-layers and --linear-attention-freq, without a "
             "pattern, to convert the model"
         )
