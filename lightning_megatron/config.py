@@ -399,3 +399,13 @@ def mark_prepared(config: Any, what: tuple) -> None:
 def prepared_with(config: Any) -> tuple | None:
     """What ``runtime.prepare`` was last called with for this config."""
     return getattr(config, _PREPARED, None)
+
+
+def has_softmax_layers(config: Any) -> bool:
+    """Whether some layer of the model, on any pipeline stage, keeps keys and values when it generates.
+
+    Of HybridModel, whose config does not say it, what it was prepared with does.
+    """
+    prepared = prepared_with(config)
+    held = vars(config) if prepared is None else prepared[2]
+    return not all(lightning_pattern(held["linear_attention_freq"], held["num_layers"]))

@@ -31,7 +31,7 @@ def main() -> None:
     except RuntimeError as error:
         _give_up(error)
 
-    from . import cpu, hybrid_model, patches
+    from . import cpu
     from .checkpoint_folder import CheckpointError
     from .runtime import training_args
     from .training import failures, run
@@ -46,9 +46,7 @@ def main() -> None:
             "torch finds no CUDA device (see nvidia-smi and CUDA_VISIBLE_DEVICES); a small model trains on a CPU with "
             "python examples/cpu_shim.py -m lightning_megatron.pretrain and the same flags"
         )
-    patches.apply_all(options)
-    if container.model.builder.endswith("HybridModelBuilder"):
-        hybrid_model.apply()
+    run.apply_patches(options)
     try:
         run.run(container, _PROGRAM_START, main_entry)
     except CheckpointError as error:  # on every rank: all read the same file

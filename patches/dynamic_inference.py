@@ -6,6 +6,7 @@ Symbol:   megatron.core.inference.config.MambaInferenceStateConfig.from_model
 Why:      the context keeps recurrent states per request, but only of Mamba layers in a HybridModel: a lightning layer
           would be taken for a softmax layer, with keys and values that it has not. A model without any softmax layer is
           refused (``NotImplementedError``): here it gets blocks of no bytes, by which requests are still counted.
+          Layers that Megatron's HybridModel builds for attention, MLPs and experts are told apart by what they keep.
           With prefix caching, a chunk of a prompt that is not its first skips tokens whose keys are cached, and one of
           a single token skips up to the end of any block: states then lack those tokens.
           Latents of multi-latent attention are kept where the layers are ours (``softmax.latent``), without a flag.
@@ -23,6 +24,7 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.utils import get_attr_wrapped_model, log_single_rank
 
 from ..config import prepared_with, resolve_shape
@@ -57,15 +59,13 @@ def _from_model(original: Callable) -> Callable:
         largest = max(filter(None, shapes), key=math.prod, default=None) or _shape_elsewhere(model)
         if largest is None:
             return original(model, conv_states_dtype, ssm_states_dtype)
-        for layer in layers:
-            _refuse_softmax(layer)
         if ssm_states_dtype not in (None, torch.float32):
             raise ValueError(
                 f"ssm_states_dtype={ssm_states_dtype}: states of lightning layers are fp32, in which they sum all "
                 "tokens so far; leave it out"
             )
         config = original.__self__(
-            layer_type_list=[Symbols.MAMBA if shape else Symbols.ATTENTION for shape in shapes],
+            layer_type_list=[_kind(layer) for layer in layers],
             conv_states_shape=(1, 0),
             ssm_states_shape=largest,
             conv_states_dtype=torch.float32,
@@ -77,14 +77,32 @@ def _from_model(original: Callable) -> Callable:
     return from_model
 
 
-def _refuse_softmax(layer) -> None:
-    """Refuse a softmax layer that would fail in the middle of a step."""
+def _kind(layer) -> str:
+    """What a layer keeps, by Megatron's letters: states, as Mamba layers do, keys and values, or nothing.
+
+    Raises:
+        ValueError: a layer that would fail in the middle of a step.
+    """
     from megatron.core.transformer.attention import Attention
-    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
     attention = getattr(layer, "self_attention", None)
+    if isinstance(attention, IdentityOp):
+        return Symbols.MLP  # or experts: in HybridModel they are layers by themselves
+    if getattr(attention, "state_shape", None):
+        return Symbols.MAMBA
     if not isinstance(attention, Attention):
-        return
+        raise ValueError(
+            f"layer {layer.layer_number} is {type(attention or layer).__name__}, and beside lightning layers the "
+            "dynamic engine keeps only keys and values of softmax layers: use a model without it"
+        )
+    _refuse_softmax(layer, attention)
+    return Symbols.ATTENTION
+
+
+def _refuse_softmax(layer, attention) -> None:
+    """Refuse a softmax layer that would fail in the middle of a step."""
+    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
     latent = isinstance(attention, LatentAttention)
     if isinstance(attention, MultiLatentAttention) and not latent:
         raise ValueError(

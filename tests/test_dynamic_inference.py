@@ -70,7 +70,7 @@ def generate_long(rank: int, world: int, case: str, seed: int):
 LONG, MANY = [1, 7, 500, 20_000], 66  # two ties are allowed
 
 
-@pytest.mark.parametrize("case", ["lightning", "gqa", "mla", "moe", "moe-gqa"])
+@pytest.mark.parametrize("case", ["lightning", "gqa", "mla", "moe", "moe-gqa", "hybrid"])
 def test_long_prompt(case):
     """64 greedy tokens after prompts of up to 20,000 tokens, read in chunks; and the same on two ranks."""
     ((found, want, logits),) = spawn(generate_long, 1, case, SEED, timeout=400)
@@ -101,7 +101,7 @@ def reset_and_go_on(rank: int, world: int, case: str, seed: int):
     return run.judge()
 
 
-@pytest.mark.parametrize("case", ["lightning", "gqa"])
+@pytest.mark.parametrize("case", ["lightning", "gqa", "hybrid"])
 def test_reset(case):
     """In the middle of requests; others, of the same numbers, find nothing of them."""
     assert_right(spawn(reset_and_go_on, 1, case, SEED)[0], 8 * 20)
@@ -132,7 +132,7 @@ def share_prefixes(rank: int, world: int, case: str, seed: int, policy: str, chu
 
 @pytest.mark.parametrize("case, policy, chunk", [
     ("lightning", "lru", 64), ("lrpe", "ref_zero", 256), ("gqa", "lru", 128), ("gqa", "ref_zero", 64),
-    ("mla", "lru", 128),
+    ("mla", "lru", 128), ("hybrid", "lru", 64), ("hybrid-lightning", "ref_zero", 128),
 ])  # fmt: skip
 def test_prefix_caching(case, policy, chunk):
     """Tokens of a prompt that begins as another one are not computed again."""
@@ -265,7 +265,9 @@ def rollouts(rank: int, world: int, case: str, seed: int):
     return rounds, losses, [train(ddp, optimizer, seed + step) for step in range(3)]
 
 
-@pytest.mark.parametrize("case, world", [("lightning", 1), ("lrpe", 1), ("gqa", 1), ("mla", 1), ("moe", 1), ("gqa", 2)])
+@pytest.mark.parametrize(
+    "case, world", [("lightning", 1), ("lrpe", 1), ("gqa", 1), ("mla", 1), ("moe", 1), ("gqa", 2), ("hybrid", 1)]
+)
 def test_rollouts_between_training_steps(case, world):
     """An engine reads the weights as they are, and leaves nothing that a training step would meet."""
     for rounds, losses, without in spawn(rollouts, world, case, SEED):
@@ -317,7 +319,7 @@ def other_weights(rank: int, world: int, case: str, seed: int, how: str) -> tupl
     return run.judge()
 
 
-@pytest.mark.parametrize("case", ["lightning", "gqa"])
+@pytest.mark.parametrize("case", ["lightning", "gqa", "hybrid"])
 def test_weights_that_change_under_requests(case):
     """States of the old weights are lost by reset(), and computed again after suspend() and resume(); those that the
     prefix cache keeps are found again without.

@@ -48,7 +48,9 @@ def in_fp32(rank: int, world: int, case: str, seed: int):
     return found, plain.judge(), tokens == plain.tokens
 
 
-@pytest.mark.parametrize("case", ["lightning", "everything", "lrpe", "moe-padded", "gqa", "mla"])
+@pytest.mark.parametrize("case", [
+    "lightning", "everything", "lrpe", "moe-padded", "gqa", "mla", "hybrid", "hybrid-lightning",
+])  # fmt: skip
 def test_graphs_change_no_token(case):
     """States of live requests too: the slots that the capture used are others' afterwards."""
     ((graphs, plain, same),) = spawn(in_fp32, 1, case, SEED, gpus=True, timeout=600)

@@ -17,7 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.mixer import LightningAttention
-from tests.helpers.generate import EVERYTHING, MOE, NUMBERS, SCRIPT, SIZE, VOCAB, Numbers
+from tests.helpers.generate import EVERYTHING, HYBRID, MOE, NUMBERS, PATTERN, SCRIPT, SIZE, VOCAB, Numbers
 from tests.helpers.training import LATENT
 from tests.launch import ROOT, Run, run_pretrain, spawn
 from tests.tolerances import LOGITS
@@ -34,6 +34,12 @@ CHECKPOINTS = {
     ),  # learnt angles go on where the prompt ended
     "mtp": (1, "--linear-attention-freq 2 --mtp-num-layers 1"),
     "experts": (2, f"--linear-attention-freq 4 {MOE} --expert-model-parallel-size 2"),
+    "hybrid": (1, HYBRID),
+    "hybrid-lightning": (1, HYBRID.replace("L-L-L-*-", "L-L-")),
+    "hybrid-gqa": (1, f"{HYBRID} --group-query-attention --num-query-groups 2"),
+    "hybrid-latent": (1, f"{HYBRID} {LATENT}"),
+    "hybrid-lrpe": (1, f"{PATTERN} --lightning-lrpe-layers 2 --position-embedding-type learned_absolute"),
+    "hybrid-experts": (2, f"--hybrid-layer-pattern LEL-L-*E {MOE} --expert-model-parallel-size 2"),
 }
 COPIES = {  # saved once more from another layout, after steps of length 0
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
@@ -45,6 +51,8 @@ COPIES = {  # saved once more from another layout, after steps of length 0
         "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
         "--account-for-loss-in-pipeline-split",
     ),
+    "hybrid-tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "hybrid-pp2-vp2": (2, "--pipeline-model-parallel-size 2 --hybrid-layer-pattern L|-L-|L-|*-"),
 }
 GPT = (
     "--transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion "
@@ -124,7 +132,8 @@ def checkpoint(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         if name in COPIES:
             nproc, flags = COPIES[name]
-            flags += f" {EVERYTHING} --lr 0 --load {write('everything')} --finetune --no-load-optim --no-load-rng"
+            like, model = ("hybrid", HYBRID) if name.startswith("hybrid") else ("everything", EVERYTHING)
+            flags = f"{model} {flags} --lr 0 --load {write(like)} --finetune --no-load-optim --no-load-rng"
         else:
             nproc, flags = CHECKPOINTS[name]
         run_pretrain([*SIZE, *NUMBERS.split(), *flags.split(), "--save", folder], nproc)
@@ -147,7 +156,8 @@ def test_answers_are_those_of_whole_passes(chunk, checkpoint):
 
 @pytest.mark.parametrize("name", COPIES)
 def test_checkpoints_of_any_layout_are_the_same_model(name, checkpoint):
-    want, got = (spawn(check_caches, 1, checkpoint(x), 24)[0] for x in ("everything", name))
+    like = "hybrid" if name.startswith("hybrid") else "everything"
+    want, got = (spawn(check_caches, 1, checkpoint(x), 24)[0] for x in (like, name))
     assert got == want
 
 

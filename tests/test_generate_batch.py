@@ -17,6 +17,7 @@ from examples.mortal import mortal
 from tests.helpers.generate import (
     DEVICES,
     EVERYTHING,
+    HYBRID,
     LOCAL,
     MOE,
     NUMBERS,
@@ -35,6 +36,9 @@ CHECKPOINTS = {
     "lightning": "--normalization RMSNorm --lightning-decay minimax --lightning-num-kv-heads 2 --lightning-rope",
     "hybrid": f"{EVERYTHING} --group-query-attention --num-query-groups 2",
     "experts": f"--linear-attention-freq 4 {MOE}",
+    "hybrid-model": f"{HYBRID} --group-query-attention --num-query-groups 2",
+    "hybrid-model-lightning": HYBRID.replace("L-L-L-*-", "L-L-"),
+    "hybrid-model-experts": f"--hybrid-layer-pattern LEL-L-*E {MOE}",
 }
 TP2, PP2, EP2 = (f"--{name}-model-parallel-size 2" for name in ("tensor", "pipeline", "expert"))
 ALLTOALL = "--moe-token-dispatcher-type alltoall"
@@ -46,6 +50,11 @@ LAYOUTS = {
     "pp2": ("hybrid", 2, PP2),
     "tp2-pp2": ("lightning", 4, f"{TP2} {PP2}"),
     "ep2": ("experts", 2, f"{EP2} {ALLTOALL}"),
+    "hybrid-model": ("hybrid-model", 1, ""),
+    "hybrid-model-lightning": ("hybrid-model-lightning", 1, ""),
+    "hybrid-model-tp2": ("hybrid-model", 2, TP2),
+    "hybrid-model-pp2": ("hybrid-model", 2, f"{PP2} --hybrid-layer-pattern L-L-L|-*-"),
+    "hybrid-model-ep2": ("hybrid-model-experts", 2, f"{EP2} {ALLTOALL}"),
     "ep2-tp2": ("experts", 2, f"{EP2} {TP2} --expert-tensor-parallel-size 1 {ALLTOALL}"),
 }
 MANY, TOKENS = 3, 20  # samples at once: no multiple of two ranks

@@ -144,6 +144,9 @@ def test_checkpoint_args_bring_the_letter(tmp_path):
     run_pretrain([*OWN, *HYBRID, "--save", tmp_path, "--save-interval", "2", "--exit-interval", "2"])
     run = run_pretrain([*OWN, "--load", tmp_path, "--use-checkpoint-args"])
     assert len(run.losses) == 2 and "L-L-L-*-" in run.log
+    stages = "--pipeline-model-parallel-size 3 --hybrid-layer-pattern L-L|-|L-*-".split()
+    cut = run_pretrain([*OWN, *stages, "--load", tmp_path, "--use-checkpoint-args"], 3)
+    assert cut.losses == pytest.approx(run.losses, abs=TRAINED_LOSSES)
 
 
 def test_the_own_entry_point_refuses_wrong_names():

@@ -16,7 +16,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples.mortal import mortal
-from tests.helpers.generate import DEVICES, EVERYTHING, LOCAL, NUMBERS, SIZE, VOCAB, logits_of, save_bf16
+from lightning_megatron.mixer import LightningAttention
+from tests.helpers.generate import (
+    DEVICES,
+    EVERYTHING,
+    HYBRID,
+    LOCAL,
+    NUMBERS,
+    PATTERN,
+    SIZE,
+    VOCAB,
+    logits_of,
+    save_bf16,
+)
 from tests.helpers.training import LATENT
 from tests.launch import ENV, GPU_ENV, ROOT, Run, run_pretrain, spawn
 
@@ -30,6 +42,10 @@ CHECKPOINTS = {
     "yarn": f"{EVERYTHING} --position-embedding-type yarn --rotary-scaling-factor 4 "
     "--yarn-original-max-position-embeddings 32",
     "tnl": "--lightning-model tnl-1b@tiny --num-layers 3 --untie-embeddings-and-output-weights",
+    "hybrid-model": HYBRID,
+    "hybrid-model-lightning": HYBRID.replace("L-L-L-*-", "L-L-"),
+    "hybrid-model-latent": f"{HYBRID} {LATENT}",
+    "hybrid-model-tied": f"{PATTERN} --use-mup --mup-output-mult 2",
     "learned": "--linear-attention-freq 2 --position-embedding-type learned_absolute",
 }
 
@@ -60,8 +76,9 @@ def compare(rank: int, world: int, folder: Path, context: int | None, chunk: int
     with loaded_model(read_checkpoint(folder), vocab_size=VOCAB) as model:
         if double:
             model = model.double()
-            for layer in model.decoder.layers:  # no parameter, so double() leaves it alone
-                layer.self_attention.log_decay = layer.self_attention.log_decay.double()
+            for layer in model.modules():
+                if isinstance(layer, LightningAttention):  # no parameter, so double() leaves it alone
+                    layer.log_decay = layer.log_decay.double()
         found = perplexity(model, iter(text), vocab_size=VOCAB, context=context, chunk=chunk)
         losses = []
         for begin in range(0, LENGTH - 1, context or LENGTH):
@@ -73,9 +90,9 @@ def compare(rank: int, world: int, folder: Path, context: int | None, chunk: int
 
 
 @pytest.mark.parametrize("context", [None, 70])
-@pytest.mark.parametrize("name", ["lightning", "hybrid", "latent", "yarn", "tnl", "bf16"])
+@pytest.mark.parametrize("name", [x for x in CHECKPOINTS if x != "learned"])
 def test_chunks_change_no_loss(name, context, checkpoint):
-    double = name == "lightning"
+    double = name in ("lightning", "hybrid-model-lightning", "hybrid-model-latent")
     ((found, losses),) = spawn(compare, 1, checkpoint(name), context, 37, double)
     assert found.tokens == len(losses) == LENGTH - 1
     tolerance = 1e-2 if name == "bf16" else 1e-6 if double else 1e-5
@@ -125,7 +142,7 @@ def largest_at(rank: int, world: int, folder: Path, offset: int) -> list[tuple[i
     return found
 
 
-@pytest.mark.parametrize("name", ["lightning", "tnl"])
+@pytest.mark.parametrize("name", ["lightning", "tnl", "hybrid-model-lightning"])
 def test_memory_does_not_grow_with_the_context(name, checkpoint):
     """Measured at ten million tokens, where angles of all positions alone would be 640 MB."""
     ((first, later),) = spawn(largest_at, 1, checkpoint(name), 10_000_000)
@@ -148,8 +165,8 @@ def kept(rank: int, world: int, folder: Path, context: int | None):
 def test_softmax_layers_keep_what_was_read(checkpoint):
     """Room grows to twice as much, and not beyond the context."""
     one = 2 * 4 * 16 * 4  # keys and values of one layer of 4 heads, in fp32
-    for context, last in ((None, 256), (230, 230)):
-        ((rooms, size, sizes),) = spawn(kept, 1, checkpoint("hybrid"), context)
+    for name, context, last in (("hybrid", None, 256), ("hybrid", 230, 230), ("hybrid-model", None, 256)):
+        ((rooms, size, sizes),) = spawn(kept, 1, checkpoint(name), context)
         assert rooms == [32, 64, 128, 128, last, last, last] and size == one
         assert sizes == {"lightning": 3 * 4 * 16 * 16 * 4, "softmax": 7 * 32 * one}
 
@@ -169,14 +186,17 @@ LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "pp3": (3, "--pipeline-model-parallel-size 3 --hybrid-layer-pattern L-L|-|L-*-"),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_change_no_loss(layout, checkpoint):
-    (want,) = spawn(over_ranks, 1, checkpoint("hybrid"), [])
+@pytest.mark.parametrize("name, layout", [
+    *(("hybrid", x) for x in LAYOUTS if x != "pp3"), *(("hybrid-model", x) for x in LAYOUTS),
+])  # fmt: skip
+def test_ranks_change_no_loss(name, layout, checkpoint):
+    (want,) = spawn(over_ranks, 1, checkpoint(name), [])
     nproc, flags = LAYOUTS[layout]
-    every = spawn(over_ranks, nproc, checkpoint("hybrid"), flags.split())
+    every = spawn(over_ranks, nproc, checkpoint(name), flags.split())
     assert all(found == every[0] for found in every)
     assert every[0].nll == pytest.approx(want.nll, abs=1e-6) and every[0].tokens == want.tokens
 
@@ -224,13 +244,14 @@ def test_a_process_in_bf16(gpus, tmp_path):
     assert abs(found["nll"] - rough) < 1e-2 and abs(found["nll"] - exact) < 1e-2
 
 
-def test_command_says_what_is_kept_and_has_a_limit(checkpoint, tmp_path):
+@pytest.mark.parametrize("name", ["hybrid", "hybrid-model"])
+def test_command_says_what_is_kept_and_has_a_limit(name, checkpoint, tmp_path):
     (tmp_path / "text").write_text(" ".join(map(str, ids())))
-    run = command(checkpoint("hybrid"), tmp_path / "text", "--chunk", "100", "--max-sequence-length", "250")
+    run = command(checkpoint(name), tmp_path / "text", "--chunk", "100", "--max-sequence-length", "250")
     assert "[softmax layers keep keys and values: 0.5 KiB for each token of the context on this rank]" in run.log
     assert_ends_with(run, "keep keys and values of 299 tokens, and max_sequence_length is 250: allow more, or give a")
     limited = ("--chunk", "100", "--max-sequence-length", "250", "--context", "250")
-    run = command(checkpoint("hybrid"), tmp_path / "text", *limited)
+    run = command(checkpoint(name), tmp_path / "text", *limited)
     assert run.ok and "299 tokens of" in run.log and "in windows of 250 tokens" in run.log, run.log
 
 

@@ -21,7 +21,7 @@ from lightning_megatron.ops.reference import recurrent_lightning_attn
 from lightning_megatron.spec import get_hybrid_block_spec
 from tests import layers
 from tests.helpers.generate import DEVICES
-from tests.helpers.models import gpt
+from tests.helpers.models import gpt, hybrid
 from tests.launch import spawn
 from tests.layers import Variant, latent_config, transformer_config
 
@@ -38,7 +38,9 @@ MODELS = {
         dict(linear_attention_freq=2, num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_load_balancing_type="none"),
         dict(rope=True),
     ),
+    "hybrid": (transformer_config, dict(num_layers=8, num_query_groups=2), EVERYTHING),
 }
+PATTERNS = {"hybrid": "L-L-*-L-"}  # of HybridModel
 
 
 def build(name: str, rng: torch.Generator, **changes):
@@ -47,8 +49,11 @@ def build(name: str, rng: torch.Generator, **changes):
     Where the values of a head almost cancel, its norm makes much of rounding: a large epsilon keeps that small.
     """
     make, fields, options = MODELS[name]
-    config = make(**fields | changes)
-    model = gpt(config, get_hybrid_block_spec(config, LightningOptions(norm_eps=3e-2, **options))).eval()
+    config, options = make(**fields | changes), LightningOptions(norm_eps=3e-2, **options)
+    if name in PATTERNS:
+        model = hybrid(config, options, PATTERNS[name]).eval()
+    else:
+        model = gpt(config, get_hybrid_block_spec(config, options)).eval()
     layers.set_parameters(model, layers.draw_parameters(model, 1, rng), 0, 1)
     return model
 
@@ -359,9 +364,10 @@ def check_engine_over_ranks(rank: int, world: int, name: str, sizes: dict, chang
     [
         ("gqa", dict(tp=2), {}),
         ("gqa", dict(pp=2), {}),
+        ("hybrid", dict(pp=2), {}),
         ("experts", dict(tp=2, ep=2, etp=1), dict(sequence_parallel=True)),  # Megatron's engine turns it off again
     ],
-    ids=["tp2", "pp2", "tp2-ep2-sp"],
+    ids=["tp2", "pp2", "pp2-hybrid", "tp2-ep2-sp"],
 )
 def test_engine_over_ranks(name, sizes, changes, rng):
     spawn(check_engine_over_ranks, 2, name, sizes, changes, rng.initial_seed())

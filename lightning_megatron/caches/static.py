@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import lightning_pattern
+from ..config import has_softmax_layers
 
 
 class StaticStates:
@@ -109,7 +109,7 @@ def _refuse_config(config, context, tokens: int, before: int) -> None:
             "have no fixed address; use --cuda-graph-impl none"
         )
     several = tokens > 1 and before > 0 and config.transformer_impl == "transformer_engine"
-    if several and not all(lightning_pattern(config.linear_attention_freq, config.num_layers)):
+    if several and has_softmax_layers(config):
         raise ValueError(
             f"{tokens} tokens after {before} in one step: Megatron turns the mask of the softmax layers off after the "
             "first step, and with TransformerEngine the tokens would see each other's future; generate one token at a "

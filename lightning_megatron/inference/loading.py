@@ -31,14 +31,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.training import global_vars
 from megatron.training.checkpointing import load_checkpoint
-from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .. import patches
 from ..checkpoint_folder import TRACKER
 from ..saved import saved_function
 from ..training import run
 from ..training.models import parser
+from . import hybrid
 from .reader import Reader
 
 # Of a training that goes on from a checkpoint, without its optimizer, and that reads no data.
@@ -104,11 +103,11 @@ def read_checkpoint(load: Path, step: int | None = None) -> Saved:
     if args is None:
         raise LoadError(f"--load {load}: {folder} holds no args of a training, so that its model is not known")
     if getattr(args, "hybrid_layer_pattern", None):
-        raise LoadError(
-            f"--load {load}: it is a HybridModel (--hybrid-layer-pattern {args.hybrid_layer_pattern}), and only "
-            "GPTModel generates here; train with --linear-attention-freq to generate"
-        )
-    if saved_function(args).options is None:
+        try:
+            hybrid.refuse_unserved(args)
+        except ValueError as error:
+            raise LoadError(f"--load {load}: {error}") from error
+    elif saved_function(args).options is None:
         _spec_of(args, load)
     return Saved(load, step, args)
 
@@ -212,7 +211,8 @@ def loaded_model(
         try:
             try:
                 with _quiet(log):
-                    model = _load([*line, "--global-batch-size", str(dist.get_world_size()), *flags], saved)
+                    line += ["--global-batch-size", str(dist.get_world_size()), *flags]
+                    model = _load(line + hybrid.pattern_flags(saved.args, flags), saved)
             except (Exception, SystemExit, CheckpointException) as error:  # the last one is no Exception
                 raise LoadError(f"Megatron does not load {saved.load}: {_reason(error, log.getvalue())}") from error
             if saved.args.mtp_num_layers and dist.get_rank() == 0:
@@ -251,7 +251,7 @@ def _load(flags: list[str], saved: Saved) -> torch.nn.Module:
             )
     if saved_function(saved.args).options is None:
         container.model.transformer_layer_spec = _spec_of(saved.args, saved.load)
-    patches.apply_all(options)
+    run.apply_patches(options)
     config, args = container.model.transformer, global_vars.get_args()
     parallel_state.initialize_model_parallel(
         **{name: getattr(args, name) for name in _LAYOUT},
@@ -262,7 +262,8 @@ def _load(flags: list[str], saved: Saved) -> torch.nn.Module:
     # the tracker of inference, which draws nothing, is the one that CUDA graphs allow
     tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=args.cuda_graph_impl != "none")
     config.perform_initialization = False  # every value is loaded
-    model = GPTModelBuilder(container.model).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    builder = container.model.get_builder_cls()(container.model)
+    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.to(torch.cuda.current_device())
     if args.bf16 or args.fp16:
         model = Float16Module(config, model).module

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
 from ..ops import vocab_parallel_cross_entropy
+from ..training.loss import output_processed
 from .angles import angles_on_demand
 from .reader import Reader
 
@@ -79,17 +80,19 @@ class _Losses(GPTInferenceWrapper):
         return self._found
 
     def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return self.model(
-            inputs["tokens"], inputs["position_ids"], None, labels=self._labels,
-            inference_context=self.inference_context, output_processor=self._keep,
-        )  # fmt: skip
+        with output_processed(self.model, self._keep, self._labels) as arguments:
+            return self.model(
+                inputs["tokens"], inputs["position_ids"], None, inference_context=self.inference_context, **arguments
+            )
 
-    def _keep(self, hidden_states, output_layer, output_weight, labels, scale_logits, **_: Any) -> torch.Tensor:
-        """GPTModel's ``output_processor``: keeps the losses, which Megatron would round to the dtype of parameters."""
-        group = parallel_state.get_tensor_model_parallel_group()
+    def _keep(
+        self, hidden_states, output_layer, output_weight, labels, scale_logits, call=None, **_: Any
+    ) -> torch.Tensor:
+        """Keeps the losses, which Megatron would round to the dtype of parameters."""
+        group, layer = parallel_state.get_tensor_model_parallel_group(), call or output_layer
         found = []
         for hidden, target in zip(hidden_states.split(_ROWS), labels[0].split(_ROWS), strict=True):
-            logits, _ = output_layer(hidden, weight=output_weight, runtime_gather_output=False)
+            logits, _ = layer(hidden, weight=output_weight, runtime_gather_output=False)
             logits = scale_logits(logits)[:, 0]
             tokens = min(max(self._vocab_size - group.rank() * logits.shape[1], 0), logits.shape[1])
             logits[:, tokens:] = float("-inf")

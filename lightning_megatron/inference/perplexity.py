@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import lightning_pattern
+from ..config import has_softmax_layers
 from .command import Parser, UsageError, build_tokenizer, check_layout, rank, run_command, tokenize, tokenizer_args
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def perplexity(
     sums, counts = torch.zeros(_BUCKETS, dtype=torch.float64, device=device), [0] * _BUCKETS
     position = 0
     with LossReader.opened(model, vocab_size, context, chunk) as reader:
-        hybrid = not all(lightning_pattern(model.config.linear_attention_freq, model.config.num_layers))
+        softmax = has_softmax_layers(model.config)
         while targets := list(itertools.islice(source, chunk if context is None else min(chunk, context - position))):
             end = position + len(targets)
-            if hybrid and max_sequence_length is not None and end > max_sequence_length:
+            if softmax and max_sequence_length is not None and end > max_sequence_length:
                 raise ValueError(
                     f"softmax layers would keep keys and values of {end} tokens, and max_sequence_length is "
                     f"{max_sequence_length}: allow more, or give a context of at most {max_sequence_length}"
@@ -118,7 +118,7 @@ def perplexity(
                 counts[bucket] += stop - begin
                 if losses is not None:
                     sums[bucket] += losses[begin - position : stop - position].double().sum()
-            if hybrid and position == 0 and sum(counts) == len(targets) and rank() == 0:
+            if softmax and position == 0 and sum(counts) == len(targets) and rank() == 0:
                 _say_what_is_kept(reader.softmax_bytes(), context)
             last, position = targets[-1], end
             if position == context:

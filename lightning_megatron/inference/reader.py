@@ -49,9 +49,9 @@ class Reader:
         return {"tokens": ids, "position_ids": positions, "attention_mask": None}
 
     def lightning_layers(self) -> list[int]:
-        """Numbers of this rank's lightning layers; the others are softmax layers."""
-        layers = self.model.decoder.layers
-        return [layer.layer_number for layer in layers if isinstance(layer.self_attention, LightningAttention)]
+        """Numbers of this rank's lightning layers; the others that keep something are softmax layers."""
+        attentions = ((layer, getattr(layer, "self_attention", None)) for layer in self.model.decoder.layers)
+        return [layer.layer_number for layer, attention in attentions if isinstance(attention, LightningAttention)]
 
     def place(self) -> tuple[int, dict[int, tuple[torch.Tensor, ...]]]:
         """Where it is now: ``go_back`` returns to it any number of times."""

@@ -39,6 +39,7 @@ def data_parallel_size(args: Namespace) -> int:
 def _uneven(args: Namespace) -> bool:
     names = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
     extra = args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split
+    extra = extra or "|" in (args.hybrid_layer_pattern or "")  # its stages may have any number of layers
     return extra or any(getattr(args, name) is not None for name in names)
 
 

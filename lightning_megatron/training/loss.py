@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from ..ops import linear_cross_entropy
@@ -45,7 +47,7 @@ def chunked_loss(
     call: Callable | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """GPTModel's ``output_processor``: the loss [b, s] as of its own function, ``context`` tokens at a time.
+    """The processor of ``output_processed``: the loss [b, s] as of its own function, ``context`` tokens at a time.
 
     It goes through the output layer's own call, whose hooks wait for its weight (--overlap-param-gather) and whose
     forward knows which weight, group and layout: only the product in it is another one, which returns losses instead of
@@ -102,23 +104,32 @@ def chunked_loss(
 
 
 @contextlib.contextmanager
-def output_processed(model: torch.nn.Module, processor: Callable, labels: torch.Tensor, context: Any) -> Iterator[None]:
-    """While it is open, a HybridModel returns what ``processor`` makes of its hidden states: it has no argument
-    ``output_processor``, as GPTModel has.
+def output_processed(
+    model: torch.nn.Module, processor: Callable, labels: torch.Tensor, context: Any = None
+) -> Iterator[dict[str, Any]]:
+    """Arguments with which ``model``'s forward returns what ``processor`` makes of its hidden states.
+
+    They are GPTModel's ``output_processor``, and labels. HybridModel has no such argument: while this is open, its
+    forward calls ``processor`` in place of the output layer. ``call`` is then the layer's own forward, for a processor
+    that needs it.
     """
-    if not model.post_process:
-        yield
+    whole = unwrap_model(model)
+    if not isinstance(whole, HybridModel):
+        yield {"labels": labels, "output_processor": processor, "output_processor_context": context}
         return
-    layer = model.output_layer
-    given = dict(output_layer=layer, labels=labels, scale_logits=model._scale_logits, context=context)
+    if not whole.post_process:
+        yield {"labels": labels}
+        return
+    layer = whole.output_layer
+    given = dict(output_layer=layer, labels=labels, scale_logits=whole._scale_logits, context=context)
 
     def forward(hidden_states, weight=None, runtime_gather_output=None):
         call = partial(type(layer).forward, layer)
         return processor(hidden_states=hidden_states, output_weight=weight, call=call, **given), None
 
-    layer.forward, model._scale_logits = forward, lambda loss: loss
-    model.compute_language_model_loss = lambda labels, loss: loss
+    layer.forward, whole._scale_logits = forward, lambda loss: loss
+    whole.compute_language_model_loss = lambda labels, loss: loss
     try:
-        yield
+        yield {"labels": labels}
     finally:
-        del layer.forward, model._scale_logits, model.compute_language_model_loss
+        del layer.forward, whole._scale_logits, whole.compute_language_model_loss

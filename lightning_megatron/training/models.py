@@ -114,6 +114,12 @@ def differences_of_function(args: Namespace, config: Config) -> list[str]:
 
 
 def _record(args: Namespace) -> dict[str, Any]:
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        raise ValueError(
+            f"the checkpoint is of a HybridModel (--hybrid-layer-pattern {pattern}), and tensors of released models "
+            "are known by GPTModel's names alone; train with --num-layers and --linear-attention-freq, without a "
+            "pattern, to convert the model"
+        )
     record: dict[str, Any] | None = getattr(args, ATTRIBUTE, None)
     if record is None:
         raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")

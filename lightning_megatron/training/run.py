@@ -20,7 +20,6 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_model_config,
     log_single_rank,
-    unwrap_model,
 )
 from megatron.training import get_args, get_timers, get_tokenizer, inprocess_restart, pretrain, set_startup_timestamps
 from megatron.training.argument_utils import (
@@ -34,6 +33,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
+from .. import hybrid_model, patches
 from ..checkpoint_folder import check_folder
 from ..config import LightningOptions
 from ..hybrid_model import add_letter, checked, make_stack_spec
@@ -149,6 +149,13 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
     return pretrain_cfg_container_from_args(args, model), options
 
 
+def apply_patches(options: LightningOptions) -> None:
+    """The patches that the model of ``configure()`` needs, before it is built."""
+    patches.apply_all(options)
+    if get_args().hybrid_layer_pattern is not None:
+        hybrid_model.apply()
+
+
 def from_checkpoint(raw: Namespace) -> tuple[dict[str, Any], Namespace]:
     """Of the checkpoint that ``--use-checkpoint-args`` reads: its defaults, empty if there is none,
     and Megatron's flags as it completes them.
@@ -190,24 +197,21 @@ def forward_step(
     # --overlap-moe-expert-parallel-comm asks for the plan of the step instead of the step.
     forward = model.build_schedule_plan if return_schedule_plan else model
     others: dict[str, Any] = {}
-    processed: contextlib.AbstractContextManager = contextlib.nullcontext()
+    processed: contextlib.AbstractContextManager = contextlib.nullcontext({"labels": batch["labels"]})
     if args.loss_chunk:
         processor = partial(chunked_loss, backend=args.lightning_backend)
-        if args.hybrid_layer_pattern is None:
-            others = {"output_processor": processor, "output_processor_context": args.loss_chunk}
-        else:
-            processed = output_processed(unwrap_model(model), processor, batch["labels"], args.loss_chunk)
+        processed = output_processed(model, processor, batch["labels"], args.loss_chunk)
     if batch["padding_mask"] is not None:
         first = get_attr_wrapped_model(model, "pre_process")
         others["padding_mask"] = padding_of_stage(batch["padding_mask"], args, first)
-    with stimer, processed:
+    with stimer, processed as arguments:
         output = forward(
             batch["tokens"],
             batch["position_ids"],
             batch["attention_mask"],
-            labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             packed_seq_params=packed,
+            **arguments,
             **others,
         )
     return output, partial(loss_func, batch["loss_mask"])

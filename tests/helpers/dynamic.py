@@ -36,7 +36,7 @@ from lightning_megatron.runtime import prepare
 from lightning_megatron.spec import get_hybrid_block_spec, get_mtp_block_spec
 from tests import layers
 from tests.conftest import _poisoned
-from tests.helpers.models import gpt
+from tests.helpers.models import gpt, hybrid
 from tests.tolerances import UNIT
 
 NOISE = 1e-5  # of logits in fp32, relative to the largest of a position: what users are promised
@@ -46,6 +46,7 @@ Experts = tuple[torch.Tensor, torch.Tensor]
 EVERYTHING = dict(num_kv_heads=2, qk_norm=True, rope=True, norm="all", decay="minimax")
 MOE = dict(num_moe_experts=4, moe_ffn_hidden_size=32, moe_router_topk=2, moe_router_load_balancing_type="none")
 PADDED = dict(moe_token_dispatcher_type="alltoall", moe_pad_experts_for_cuda_graph_inference=True)
+PATTERN = "hybrid_layer_pattern"  # in place of a change of the config: the model is a HybridModel
 CASES = {  # changes of the config, options
     "lightning": (dict(), dict()),
     "everything": (dict(), EVERYTHING),
@@ -57,6 +58,11 @@ CASES = {  # changes of the config, options
     "mla": (layers.LATENT, dict(rope=True, rotary_percent=0.5)),
     "moe-gqa": (MOE | dict(linear_attention_freq=4, qk_layernorm=True, num_query_groups=2), EVERYTHING),
     "apart": (dict(linear_attention_freq=[1, 1, 0, 0], num_query_groups=2), EVERYTHING),
+    "hybrid": ({PATTERN: "L-L-L-*-", "num_query_groups": 2}, EVERYTHING),
+    "hybrid-lightning": ({PATTERN: "L-L-"}, dict(lrpe_layers=1)),
+    "hybrid-moe": (MOE | {PATTERN: "LE*-L-*E", "num_query_groups": 2}, EVERYTHING),
+    "hybrid-mla": (layers.LATENT | {PATTERN: "L-*-"}, dict(rope=True, rotary_percent=0.5)),
+    "hybrid-apart": ({PATTERN: "L-L-*-*-", "num_query_groups": 2}, EVERYTHING),
     "mtp": (dict(mtp_num_layers=1, linear_attention_freq=[1, 1, 1, 1]), dict()),
 }
 
@@ -71,15 +77,21 @@ def start(**layout: int) -> None:
 
 def build(case: str, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int | None = None, **changes):
     """A model of random weights, the same whatever the layout, in which logits differ a lot from token to token."""
-    config, options = CASES[case]
+    (config, options), pattern = CASES[case], None
+    if PATTERN in config:
+        config, pattern = {name: config[name] for name in config if name != PATTERN}, config[PATTERN]
+        config |= dict(num_layers=len(pattern), linear_attention_freq=None, moe_layer_freq=1)
     make = layers.latent_config if "q_lora_rank" in config else layers.transformer_config
     layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
     layout |= dict(expert_tensor_parallel_size=etp)
     config = make(**config | layout | dict(pipeline_dtype=torch.float32 if pp > 1 else None) | changes)
     options = LightningOptions(**options)
-    prepare(config, options)
     dynamic_inference.apply()
-    if config.mtp_num_layers:
+    if pattern is None:
+        prepare(config, options)
+    if pattern is not None:
+        model = hybrid(config, options, pattern)
+    elif config.mtp_num_layers:
         from megatron.core.models.gpt import GPTModel
 
         spec = get_hybrid_block_spec(config, options)

@@ -34,6 +34,11 @@ RANKS = {  # number of ranks, case, layout, changes of the config
     "pp2-apart": (2, "apart", dict(pp=2), dict()),  # a stage has no softmax layer, the other no lightning layer
     "ep2": (2, "moe", dict(ep=2), EXPERTS),
     "ep2-gqa": (2, "moe-gqa", dict(ep=2), EXPERTS),
+    "tp2-hybrid-sp": (2, "hybrid", dict(tp=2), dict(sequence_parallel=True)),
+    "pp2-hybrid": (2, "hybrid", dict(pp=2), dict()),
+    "pp2-hybrid-apart": (2, "hybrid-apart", dict(pp=2), dict()),
+    "ep2-hybrid": (2, "hybrid-moe", dict(ep=2), EXPERTS),
+    "pp2-hybrid-lightning": (2, "hybrid-lightning", dict(pp=2), dict()),
     "tp2-pp2": (4, "everything", dict(tp=2, pp=2), dict()),
     "tp2-pp2-gqa-sp": (4, "gqa", dict(tp=2, pp=2), dict(sequence_parallel=True)),
     "tp2-pp2-apart": (4, "apart", dict(tp=2, pp=2), dict()),

@@ -22,6 +22,8 @@ EVERYTHING = (
     "--linear-attention-freq 4 --normalization RMSNorm --swiglu --disable-bias-linear --lightning-norm all "
     "--lightning-qk-norm --lightning-rope --lightning-num-kv-heads 2 --lightning-decay minimax"
 )
+PATTERN = "--hybrid-layer-pattern L-L-L-*-"  # of HybridModel
+HYBRID = EVERYTHING.replace("--linear-attention-freq 4", PATTERN)
 DEVICES = [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=pytest.mark.gpu)]
 """Values of ``gpus``, for tests that run on either."""
 LOCAL = "--transformer-impl local --no-rope-fusion".split()  # whether TransformerEngine is installed or not

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.helpers.generate import MOE
+from tests.helpers.generate import MOE, PATTERN
 from tests.helpers.serve import (
     COUNT,
     GREEDY,
@@ -97,6 +97,16 @@ def test_expert_ranks_serve_as_one(tmp_path):
     ((*alone,),) = spawn(follow, 1, tmp_path / NAME, prompts()[:6])
     more = ["--expert-model-parallel-size", "2", "--max-requests", "4", "--max-tokens", "64"]
     (status, (texts,)), other = spawn(served, 2, tmp_path, more, ask_two_ranks)
+    assert texts == [text_of(tokens) for tokens, _ in alone]
+    assert status == 0 and other == (0, [])
+
+
+def test_a_hybrid_model_is_served(tmp_path):
+    """On two pipeline stages, of which one has no lightning layer."""
+    save_served(tmp_path, *PATTERN.split(), "--group-query-attention", "--num-query-groups", "2")
+    ((*alone,),) = spawn(follow, 1, tmp_path / NAME, prompts()[:6])
+    stages = ["--pipeline-model-parallel-size", "2", "--hybrid-layer-pattern", "L-L-L|-*-"]
+    (status, (texts,)), other = spawn(served, 2, tmp_path, [*stages, "--max-requests", "4"], ask_two_ranks)
     assert texts == [text_of(tokens) for tokens, _ in alone]
     assert status == 0 and other == (0, [])
 
