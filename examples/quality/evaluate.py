@@ -66,12 +66,10 @@ class Asked:
 
     def angles(self, multiple: int) -> tuple[bool, ...]:
         """With which angles to ask at so many times the training length: those trained (False), scaled ones (True)."""
-        from lightning_megatron.config import lightning_pattern
+        from lightning_megatron.config import has_softmax_layers
 
-        config = self.model.config
         turned = hasattr(self.model, "rotary_pos_emb") and self.model.position_embedding_type == "rope"
-        softmax = not all(lightning_pattern(config.linear_attention_freq, config.num_layers))
-        return (False, True) if turned and softmax and multiple > 1 else (False,)
+        return (False, True) if turned and multiple > 1 and has_softmax_layers(self.model.config) else (False,)
 
     @contextlib.contextmanager
     def scaled(self, multiple: float) -> Iterator[None]:
