@@ -21,7 +21,7 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", str(function))
 
 
-def _strides_saved() -> bool:
+def strides_saved() -> bool:
     """Whether torch's checkpoints tell the strides of tensors, too, which Megatron passes on to torch.empty."""
     return any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
 
@@ -113,7 +113,7 @@ REFUSED = (
     ),
     Rule(
         "dist_ckpt_strictness",
-        lambda run: run.get("load") and run.get("dist_ckpt_strictness") != "assume_ok_unexpected" and _strides_saved(),
+        lambda run: run.get("load") and run.get("dist_ckpt_strictness") != "assume_ok_unexpected" and strides_saved(),
         f"ends Megatron 0.19 in a TypeError (empty() got ... 'strides') as it loads, with the torch that is installed, "
         f"{torch.__version__}; leave it out, or use torch 2.11",
     ),

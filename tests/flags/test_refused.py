@@ -502,7 +502,7 @@ ALLOWED = {
 @pytest.mark.parametrize("strides", [False, True])
 def test_strictness_of_loading_with_a_later_torch(strides, monkeypatch, without):
     """Its checkpoints tell strides, too, and Megatron passes on to torch.empty whatever they tell."""
-    monkeypatch.setattr("lightning_megatron.flags.refused._strides_saved", lambda: strides)
+    monkeypatch.setattr("lightning_megatron.flags.refused.strides_saved", lambda: strides)
     given = dict(load="there", dist_ckpt_strictness="log_all")
     message = r"--dist-ckpt-strictness log_all ends Megatron .* leave it out, or use torch 2\.11"
     if strides:
