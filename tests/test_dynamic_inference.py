@@ -77,7 +77,7 @@ def test_long_prompt(case):
     assert_right(found, MANY * len(LONG))
     assert all(len(tokens) == MANY and len(set(tokens)) > 5 for tokens in want.values())
     for _, tokens, rows in spawn(generate_long, 2, case, SEED, timeout=400):
-        # each up to a tie, after which the two go on from other tokens; one run in 40 has one
+        # each up to a tie, after which the two go on from other tokens; of 40 runs one may have one
         same = [dynamic.agree(mine, want[number], rows[number], logits[number]) for number, mine in tokens.items()]
         assert sum(count >= 64 for count in same) >= len(LONG) - 1, same
 

@@ -36,7 +36,7 @@ import torch
 from examples.provenance import when
 
 from . import tasks
-from .train import TRACKER, card
+from .train import TRACKER, card, write_json
 
 POSITIONS = 64  # parts of a window in which losses are averaged
 MULTIPLES = (1, 4, 16, 64)
@@ -176,8 +176,8 @@ def context(asked: Asked) -> Stages:
     starts = spread(len(asked.text), piece, count)
 
     def read(multiple: int, scaled: bool) -> dict:
-        found, row = [], {"multiple": multiple, "context": multiple * asked.length, "tokens": count * piece}
-        row["scaled"] = scaled
+        length, found = multiple * asked.length, []
+        row = {"multiple": multiple, "context": length, "tokens": count * piece, "scaled": scaled}
         if multiple not in multiples:
             return {"rows": [row]}
         with asked.scaled(multiple) if scaled else contextlib.nullcontext():
@@ -185,10 +185,9 @@ def context(asked: Asked) -> Stages:
                 tokens = (int(token) for token in asked.text[start : start + piece])
                 found.append(
                     perplexity(
-                        asked.model, tokens, vocab_size=asked.vocabulary, context=row["context"],
-                        chunk=asked.options.chunk,
+                        asked.model, tokens, vocab_size=asked.vocabulary, context=length, chunk=asked.options.chunk
                     )
-                )  # fmt: skip
+                )
         nll = statistics.fmean(x.nll for x in found)  # pieces are equally long
         buckets = [
             {"begin": same[0].begin, "end": same[0].end, "tokens": count * same[0].tokens}
@@ -256,12 +255,6 @@ def held_out(data: Path) -> list:
     return [np.array(documents[i]) for i in range(len(documents))]
 
 
-def write(path: Path, found: dict) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(found, indent=1) + "\n")
-    new.replace(path)  # whole at any time
-
-
 def evaluate(folder: Path, options: Namespace) -> dict:
     """All stages of the tasks of ``options`` that RUN/evaluate.json does not have yet; returns what it holds then.
 
@@ -301,10 +294,10 @@ def evaluate(folder: Path, options: Namespace) -> dict:
                 task.update(more | ({"rows": rows} if rows else {}) | {"card": card(options.gpu), **when()})
                 task["seconds"] = round(task["seconds"] + time.time() - start, 1)
                 task[UNFINISHED] += 1
-                write(path, found)
+                write_json(path, found)
             if not task.pop(UNFINISHED):  # no text is long enough
                 task["rows"] = []
-            write(path, found)
+            write_json(path, found)
             print(f"{folder.name}: {name} in {task['seconds']} s", flush=True)
     return found
 

@@ -305,7 +305,7 @@ SECTIONS: tuple[Callable[[Results], list[str]], ...] = (
 )  # fmt: skip
 
 
-def in_short(results: Results) -> list[str]:
+def readme_table(results: Results) -> list[str]:
     """What decides on a ratio, of the variants that have all of their tokens: README's table."""
     length = SIZES[results.plan.size].seq_length
     columns: list[tuple[str, Pick, str]] = [
@@ -339,8 +339,8 @@ def put(page: Path, made: list[str]) -> str:
 
 
 def write(results: Path, page: Path, plan: Plan = PLAN, readme: Path | None = None) -> str:
-    """Put tables and plots of all results into ``page``, and the table of ``in_short`` into ``readme``; returns what
-    stands in the page between its marks.
+    """Put tables and plots of all results into ``page``, and ``readme_table`` into ``readme``; returns what stands in
+    the page between its marks.
 
     Raises:
         ValueError: a page has no marks.
@@ -358,7 +358,7 @@ def write(results: Path, page: Path, plan: Plan = PLAN, readme: Path | None = No
     if found.every:
         lines += every_run(found)
     if readme is not None:
-        put(readme, in_short(found))
+        put(readme, readme_table(found))
     return put(page, lines)
 
 

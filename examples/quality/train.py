@@ -125,6 +125,13 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def write_json(path: Path, value: dict) -> None:
+    """The file is whole at any time."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=1) + "\n")
+    new.replace(path)
+
+
 def done(folder: Path) -> int:
     """Steps in the last checkpoint; 0 without one."""
     tracker = folder / "checkpoint" / TRACKER
@@ -167,9 +174,7 @@ class Record:
         self._files = {name: folder / f"{name}.jsonl" for name in ("losses", "valid")}
 
     def save(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.run, indent=1) + "\n")
-        new.replace(self.path)  # whole at any time
+        write_json(self.path, self.run)
 
     def cut(self, last: int) -> None:
         """Drop what was read behind step ``last``, the checkpoint's: it is computed again."""
