@@ -160,7 +160,7 @@ def _map_rng() -> None:
     # core/inference/text_generation_controllers/text_generation_controller.py:251 draws tokens with one of its own
     plain = torch.Generator
 
-    class Kind(type(plain)):  # since torch 2.12 not type itself
+    class Kind(type(plain)):  # in torch 2.15 not type itself
         def __instancecheck__(cls, instance):
             return isinstance(instance, plain)
 
