@@ -181,6 +181,7 @@ def _peak(config, options: LightningOptions) -> float | None:
 def apply_patches(config, options: LightningOptions, layout: str, args: Namespace | None) -> None:
     """The patches that this model needs, however it was started; ``patches.apply_all`` has the entry point's own."""
     from .patches import (
+        bucket_padding,
         checkpoint_args,
         dynamic_inference,
         flops,
@@ -223,4 +224,6 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     if args is not None:
         dynamic_inference.apply()  # else inference.engine does, or the program
         checkpoint_args.apply()
+        if getattr(args, "dist_ckpt_optim_fully_reshardable", False):
+            bucket_padding.apply()
         flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

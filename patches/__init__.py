@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..config import LightningOptions
 from . import (
     attention_variant,
+    bucket_padding,
     chained_optimizer,
     checkpoint_args,
     cross_entropy,
@@ -30,8 +31,8 @@ from . import (
 )
 
 PATCHES = (
-    dataset_helpers, checkpoint_args, distributed_optimizer, chained_optimizer, sgd_state, cross_entropy, flops,
-    attention_variant,
+    dataset_helpers, checkpoint_args, distributed_optimizer, bucket_padding, chained_optimizer, sgd_state,
+    cross_entropy, flops, attention_variant,
 )  # fmt: skip
 ALL = (
     *PATCHES, dynamic_inference, expert_padding, hybrid_symbol, layer_log, mfu, mtp_padding, mtp_spec, mtp_without_te,
@@ -51,6 +52,7 @@ def apply_all(options: LightningOptions) -> None:
     dataset_helpers.apply()
     checkpoint_args.apply()
     distributed_optimizer.apply()
+    bucket_padding.apply()
     chained_optimizer.apply()
     sgd_state.apply()
     cross_entropy.apply(options)
