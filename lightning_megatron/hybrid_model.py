@@ -20,6 +20,7 @@ try:
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_layer import (
         BaseTransformerLayer,
@@ -41,6 +42,11 @@ except ImportError as error:  # which Megatron would ignore
 __all__ = ["LightningStack", "add_letter", "apply", "as_transformer", "checked", "make_stack_spec"]
 
 FLAG = "--hybrid-layer-pattern"
+_LOGGED_LOSSES = {  # by --moe-router-load-balancing-type
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
 _OF_TE = (Symbols.MAMBA, Symbols.GDN, Symbols.MLA)  # their parts in Megatron's stack are TransformerEngine's alone
 
 
@@ -138,6 +144,16 @@ def _refuse(config: Any, layers: str, ahead: str) -> None:
         raise ValueError(f"{FLAG} {layers}: {Symbols.DS_ATTENTION} is not supported beside {LETTER}; use * or +")
     if Symbols.MOE in layers and not config.num_moe_experts:
         raise ValueError(f"{FLAG} {layers}: E needs --num-experts")
+    if config.num_moe_experts and Symbols.MOE not in layers + ahead:
+        raise ValueError(
+            f"--num-experts {config.num_moe_experts}, but {FLAG} {layers} has no experts ({Symbols.MOE}), which it "
+            f"places: put {Symbols.MOE} for some MLPs, or leave --num-experts out"
+        )
+    if config.mtp_num_layers and not ahead:
+        raise ValueError(
+            f"--mtp-num-layers {config.mtp_num_layers}, but {FLAG} {layers} has no layers of multi-token prediction, "
+            f"which stand behind {Symbols.MTP_SEPARATOR} in it: leave --mtp-num-layers out, or use GPTModel"
+        )
     if LETTER in ahead:
         raise ValueError(
             f"{FLAG}: layers of multi-token prediction (behind /) cannot be lightning in HybridModel; use * there, or "
@@ -202,6 +218,8 @@ class LightningStack(HybridStack):
             **kwargs,
         )
         self.layer_type_list = layer_type_list
+        if Symbols.MOE in pattern:
+            _make_room_for_logged_losses(config)
         if ours:
             self.post_layer_norm = post_layer_norm
             if self.post_process and post_layer_norm:
@@ -209,6 +227,16 @@ class LightningStack(HybridStack):
                 self.final_norm = build_module(
                     norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
                 )
+
+
+def _make_room_for_logged_losses(config: Any) -> None:
+    """Pipeline stages add up the losses of routers, one number for each layer. For stages without experts Megatron's
+    training loop (0.19) counts the letters E alone, and sizes that differ end the ranks in the first step.
+    """
+    kinds = config.moe_router_load_balancing_type
+    names = [name for kind, name in _LOGGED_LOSSES.items() if kind in kinds]  # in a list, or in a name, as there
+    for name in [*names, "z_loss"] if config.moe_z_loss_coeff is not None else names:
+        get_moe_metrics_tracker().ensure_initialized(name, config.num_layers + (config.mtp_num_layers or 0))
 
 
 class ChunkedMLP(ChunkedLayer, MLPLayer):

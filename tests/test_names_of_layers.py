@@ -1,16 +1,19 @@
 """Stock commands name lightning layers: --experimental-attention-variant lightning, L in --hybrid-layer-pattern."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.activations import quick_gelu
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
 from lightning_megatron.config import LightningOptions
+from lightning_megatron.flags import messages_of_refusal
 from lightning_megatron.hybrid_model import as_transformer, checked, lightning_stack
 from lightning_megatron.patches import flops, hybrid_symbol
 from tests.launch import ROOT, run_pretrain, spawn
@@ -124,7 +127,7 @@ OWN[OWN.index("--eval-iters") + 1] = "0"
         ("L-L-|L-*-", "--pipeline-model-parallel-size 2", "3 lightning (L), 1 softmax (*), 4 MLP (-)"),
         (
             "LEL-LE*-",
-            "--num-experts 4 --moe-layer-freq 2 --moe-router-topk 2 --moe-ffn-hidden-size 32 --context-parallel-size 2 "
+            "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --context-parallel-size 2 "
             "--dataloader-inter-document-masking --recompute-granularity full --recompute-method uniform "
             "--recompute-num-layers 1",
             "3 lightning (L), 1 softmax (*), 2 MLP (-), 2 experts (E)",
@@ -134,10 +137,30 @@ OWN[OWN.index("--eval-iters") + 1] = "0"
 )
 def test_the_own_entry_point_names_them_too(pattern, flags, counts):
     """On two pipeline stages first values are others than on one."""
-    variant = run_pretrain([*OWN, *VARIANT, *flags.split()], 2)
+    experts = "--moe-layer-freq 2".split() if "E" in pattern else []
+    variant = run_pretrain([*OWN, *VARIANT, *experts, *flags.split()], 2)
     hybrid = run_pretrain([*OWN, "--hybrid-layer-pattern", pattern, *flags.split()], 2)
     assert len(hybrid.losses) == 4 and hybrid.losses == variant.losses
     assert hybrid.log.count(counts) == 1
+
+
+def test_stages_without_experts(tmp_path):
+    """Each stage has room for what routers log, also where it has none."""
+    experts = (
+        "--num-experts 4 --moe-ffn-hidden-size 32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 "
+        "--moe-z-loss-coeff 0.1"
+    ).split()
+    saving = ["--save", tmp_path, "--save-interval", "2", "--exit-interval", "2"]
+    run_pretrain([*OWN, "--hybrid-layer-pattern", "L-LE*-", *experts, *saving])
+    logged = []
+    for nproc, pattern in (1, "L-LE*-"), (3, "L-|LE*|-"):
+        layout = ["--hybrid-layer-pattern", pattern, "--pipeline-model-parallel-size", nproc]
+        run = run_pretrain([*OWN, *layout, *experts, "--load", tmp_path], nproc)
+        values = [re.findall(rf" {name}: (\S+)", run.log) for name in ("lm loss", "load_balancing_loss", "z_loss")]
+        logged.append([[float(value) for value in each] for each in values])
+    assert [len(each) for each in logged[0]] == [2, 2, 2]
+    for one, three in zip(*logged, strict=True):
+        assert three == pytest.approx(one, abs=TRAINED_LOSSES)
 
 
 def test_checkpoint_args_bring_the_letter(tmp_path):
@@ -157,6 +180,12 @@ def test_the_own_entry_point_refuses_wrong_names():
             ["--hybrid-layer-pattern", "L-L-/*-", "--lightning-loss-chunk", "8"],
             "--hybrid-layer-pattern L-L-/*- is refused with --lightning-loss-chunk 8",
         ),
+        (
+            ["--hybrid-layer-pattern", "L-LE", "--num-experts", "4", "--moe-layer-freq", "2"],
+            "--moe-layer-freq 2 and --hybrid-layer-pattern L-LE both place experts: leave the first out",
+        ),
+        (["--hybrid-layer-pattern", "L-L-", "--num-experts", "4"], "--num-experts 4, but --hybrid-layer-pattern L-L-"),
+        (["--hybrid-layer-pattern", "L-L-", "--mtp-num-layers", "1"], "--mtp-num-layers 1, but --hybrid-layer-pattern"),
     ):
         run = run_pretrain([*OWN, *flags], check=False)
         assert not run.ok and message in run.log and "Traceback" not in run.log
@@ -193,6 +222,30 @@ def test_layers_are_counted_as_in_gpt_model():
 def test_patterns_that_cannot_be_built(pattern, options, message):
     with pytest.raises(ValueError, match=message):
         checked(transformer_config(), LightningOptions(**options), pattern)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(num_moe_experts=4), "--num-experts 4, but --hybrid-layer-pattern L-L- has no experts .*leave .* out"),
+        (dict(mtp_num_layers=1), "--mtp-num-layers 1, but --hybrid-layer-pattern L-L- has no layers of multi-token"),
+    ],
+)
+def test_flags_of_parts_that_a_pattern_lacks(config, message):
+    with pytest.raises(ValueError, match=message):
+        checked(transformer_config(**config), LightningOptions(), "L-L-")
+
+
+@pytest.mark.parametrize(
+    "pattern, refused", [("L-E", True), ("LE-E", True), ("LELE", False)], ids=["both", "two-kinds", "experts"]
+)
+def test_dense_mlps_of_a_pattern(pattern, refused):
+    """Several MLPs may follow one attention: GPTModel would call both one layer with experts."""
+    config = transformer_config(num_layers=len(pattern), num_moe_experts=4, moe_ffn_hidden_size=8)
+    config.activation_func, config.bias_activation_fusion = quick_gelu, True  # as a config with TransformerEngine has
+    view = as_transformer(config, pattern)
+    found = list(messages_of_refusal(view, LightningOptions(), "zigzag", None))
+    assert any("--quick-geglu" in message for message in found) == refused, found
 
 
 def test_angles_of_another_order_are_refused():

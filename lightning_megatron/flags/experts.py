@@ -17,7 +17,7 @@ def _overlaps(run: Run) -> bool:
 
 
 def _ends_dense(run: Run) -> bool:
-    return not run.routed[-1]
+    return not all(run.routed[-1:])
 
 
 REFUSED = (

@@ -51,8 +51,10 @@ class Run(NamedTuple):
 
     @property
     def routed(self) -> list[bool]:
-        """Which layers have experts in place of a dense MLP; --num-experts alone gives none where --moe-layer-freq has
-        zeros only."""
+        """Which MLPs are experts in place of a dense one; --num-experts alone gives none where --moe-layer-freq has
+        zeros only. In HybridModel the letters say so, and an attention may stand before any number of them."""
+        if letters := self.get("hybrid_layer_pattern"):
+            return [letter == "E" for letter in letters.partition("/")[0] if letter in "-E"]
         return expert_pattern(self.config.moe_layer_freq, self.config.num_layers, self.config.num_moe_experts)
 
     @property
