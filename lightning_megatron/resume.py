@@ -83,6 +83,7 @@ def misfit(error: BaseException, load_dir: str | None, args: Namespace) -> Check
     if name.startswith("optimizer."):
         remedy = (
             "Give the flags of the optimizer that saved it; or go on without its state: --no-load-optim --no-load-rng"
+            + (" (fp16 has no state until its first step that is not skipped)" if getattr(args, "fp16", False) else "")
         )
     elif args.use_checkpoint_args:
         remedy = "Leave out the flags that give other sizes or layers than the checkpoint's"
@@ -118,9 +119,11 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         _check_model(saved, load_dir, args)
         _check_function(saved, load_dir, args)
         _check_asserted(saved, load_dir, args)
+        _check_parts(state, saved, load_dir, args)
         _compare_data(saved, load_dir, args)
+        _set_last_iteration(state, saved, load_dir, args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in state:
-        return  # an imported checkpoint, and one of --no-save-optim, have no optimizer
+        return  # an imported checkpoint has no optimizer
     _check_optimizer(state, saved, load_dir, args)
     if state.get("opt_param_scheduler"):
         _check_scheduler(state["opt_param_scheduler"], saved, args)
@@ -218,6 +221,61 @@ def _check_asserted(saved: Any, load_dir: str, args: Namespace) -> None:
                 f"with {flag_of(given)} Megatron goes on with the values of the checkpoint in {load_dir} alone: "
                 f"{'; '.join(found)}. Give the checkpoint's; or load only its weights with --finetune"
             )
+
+
+def _check_parts(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:
+    """What a training was told not to save; without it Megatron ends in a KeyError, or with status 0, or goes on
+    without a word.
+    """
+    if args.finetune:
+        return
+    if getattr(saved, "no_save_optim", False) and "opt_param_scheduler" not in state and not args.no_load_optim:
+        raise CheckpointError(
+            f"the checkpoint in {load_dir} holds no state of the optimizer (--no-save-optim): to go on with a new one, "
+            "whose schedule of the learning rate begins anew, too, give --no-load-optim"
+        )
+    if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
+        raise CheckpointError(
+            f"the checkpoint in {load_dir} holds no states of random numbers (--no-save-rng): to go on with those of "
+            "--seed, as a new training begins, give --no-load-rng"
+        )
+
+
+def _set_last_iteration(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:
+    """Where a training ends whose length is given in samples: Megatron counts iterations as if all of them, those of
+    the checkpoint too, had the batch of this run.
+    """
+    iteration, read = state.get("iteration"), getattr(saved, "consumed_train_samples", None)
+    if not iteration or args.finetune or args.skip_train or not args.train_iters:
+        return
+    if args.train_samples and read and getattr(args, "override_ckpt_iteration", None) is None:
+        last = iteration + _iterations(args, read)
+        if last != args.train_iters:
+            log(
+                f"the checkpoint in {load_dir} has read {read} samples in {iteration} iterations, in batches of other "
+                f"sizes than this run's: it reads the others of --train-samples {args.train_samples}, and so ends at "
+                f"iteration {last}, not {args.train_iters}"
+            )
+            args.train_iters = last
+    if iteration >= args.train_iters:
+        name = "train_samples" if args.train_samples else "train_iters"
+        log(
+            f"the checkpoint in {load_dir} is at iteration {iteration}, and {flag_of(name)} is {getattr(args, name)}: "
+            "nothing is left to train"
+        )
+
+
+def _iterations(args: Namespace, read: int) -> int:
+    """How many iterations read the samples of ``--train-samples`` behind the first ``read``."""
+    if args.step_batch_size_schedule is None:
+        return max(args.train_samples - read, 0) // args.global_batch_size
+    from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+
+    count = 0
+    while read < args.train_samples:  # as Megatron counts them from the first; it sets the batch itself after loading
+        update_num_microbatches(read, consistency_check=False)
+        read, count = read + get_current_global_batch_size(), count + 1
+    return count
 
 
 def _padded_by_tensor_parallelism(saved: Any, args: Namespace) -> bool:
@@ -340,10 +398,8 @@ def _form_of_optimizer(args: Any) -> str:
 
 def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) -> None:
     """What its assertions do not name: the flag, and that there are two to settle it; and what they do not compare."""
-    from megatron.training.training import get_optimizer_param_scheduler
-
     own = hasattr(args, "lightning_decay")  # the own entry point: patches.chained_optimizer
-    now = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
+    now = _schedule(args)
     batch = getattr(saved_args, "global_batch_size", None), args.global_batch_size
 
     def show(name: str, value: Any, size: int | None) -> str:
@@ -390,6 +446,23 @@ def _check_scheduler(saved: dict[str, Any], saved_args: Any, args: Namespace) ->
             remedy += f" and the checkpoint's {flags}"
     if found:
         raise CheckpointError("\n  ".join([what, *found.values()]) + f"\n{remedy}")
+
+
+def _schedule(args: Namespace) -> dict[str, Any]:
+    """The state of this run's schedule. A length in samples stays one, though Megatron has set ``args.train_iters``
+    by now, by which it would count.
+    """
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    decay = args.lr_decay_iters
+    now = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
+    if args.train_samples:
+        args.lr_decay_iters = decay  # which it sets, too
+        steps = args.train_samples if args.lr_decay_samples is None else args.lr_decay_samples
+        fraction = args.lr_warmup_fraction
+        warmup = args.lr_warmup_samples if fraction is None else fraction * steps
+        now |= {"lr_decay_steps": steps, "wd_incr_steps": args.train_samples, "lr_warmup_steps": warmup}
+    return now
 
 
 def _named(name: str) -> str:

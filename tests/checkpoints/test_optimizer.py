@@ -54,6 +54,62 @@ def test_other_schedule_is_refused(name, saved):
     assert "--override-opt-param-scheduler" in refused(saved(checkpoint), *run)
 
 
+@pytest.mark.parametrize("flags, count", [
+    pytest.param("--train-samples 18", 4, id="samples"),
+    pytest.param("--train-samples 18 --lr-warmup-samples 3 --lr-decay-style cosine", 4, id="warmup"),
+    pytest.param("--train-samples 18 --lr-warmup-fraction 0.1 --lr-decay-samples 20 --lr-decay-style linear", 4,
+                 id="fraction"),
+    pytest.param("--train-samples 12 --step-batch-size-schedule 0:2,256:4", 4, id="steps"),
+])  # fmt: skip
+def test_a_length_in_samples_goes_on(flags, count, tmp_path):
+    """It is no whole number of iterations, or of batches of one size."""
+    losses = start("own", f"{HYBRID} {flags}").losses
+    assert len(losses) == count
+    start("own", f"{HYBRID} {flags}", save=tmp_path)
+    assert start("own", f"{HYBRID} {flags}", load=tmp_path).losses == pytest.approx(losses[2:], abs=2e-6)
+
+
+@pytest.mark.parametrize("before, now, sizes", [
+    ("--global-batch-size 4", "--global-batch-size 8", [8, 8]),
+    ("--global-batch-size 4", "--global-batch-size 2", [2] * 8),
+    ("--global-batch-size 4", "--step-batch-size-schedule 0:2,768:4", [2, 2, 4, 4, 4]),
+    ("--step-batch-size-schedule 0:4,768:8", "--global-batch-size 8", [8, 8]),
+])  # fmt: skip
+def test_another_batch_reads_the_rest_of_the_samples(before, now, sizes, tmp_path):
+    """Megatron would end at the iteration at which a training of this batch alone has read all of them."""
+    start("own", f"{HYBRID} --train-samples 24 {before}", save=tmp_path)
+    run = start("own", f"{HYBRID} --train-samples 24 {now}", load=tmp_path)
+    batches = [int(size) for size in re.findall(r"global batch size: +(\d+) \|", run.log)]
+    assert batches == sizes and "consumed samples:           24" in run.log
+    assert f"and so ends at iteration {2 + len(sizes)}" in run.log
+
+
+def test_nothing_is_left_to_train(saved):
+    flags = "--train-iters 1 --override-opt-param-scheduler"
+    run = start("own", f"{HYBRID} {flags}", load=saved("own"))
+    assert not run.losses and "is at iteration 2, and --train-iters is 1: nothing is left to train" in run.log
+
+
+@pytest.mark.parametrize("form", ["", LEGACY, "--use-distributed-optimizer"])
+def test_a_checkpoint_without_the_state_of_the_optimizer(form, tmp_path):
+    start("own", f"{HYBRID} {form} --no-save-optim", save=tmp_path)
+    log = refusal(start("own", f"{HYBRID} {form}", load=tmp_path, check=False))
+    assert "holds no state of the optimizer (--no-save-optim)" in log and "give --no-load-optim" in log
+    assert "Traceback" not in log
+    assert len(start("own", f"{HYBRID} {form} --no-load-optim", load=tmp_path).losses) == 2
+
+
+def test_a_checkpoint_without_random_states(tmp_path):
+    """Of --ckpt-format torch Megatron would end with status 0, and of the other go on without a word."""
+    for form in ("", LEGACY):
+        folder = tmp_path / (form.split() or ["torch_dist"])[-1]
+        start("own", f"{HYBRID} {form} --no-save-rng", save=folder)
+        log = refusal(start("own", f"{HYBRID} {form}", load=folder, check=False))
+        assert "holds no states of random numbers (--no-save-rng)" in log and "give --no-load-rng" in log
+        assert "Traceback" not in log
+        assert len(start("own", f"{HYBRID} {form} --no-load-rng", load=folder).losses) == 2
+
+
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 SHARDED = f"{HYBRID} --use-distributed-optimizer"
 

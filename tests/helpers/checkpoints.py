@@ -50,7 +50,10 @@ def start(way: str, flags: str, *, save: Path | None = None, load: Path | None =
     nproc = 2 if "parallel-size 2" in flags else 1
     script = ROOT / "tests" / "pretrain_gpt.py" if way == "gpt" else None
     loading = f"--load {load}" if load else ""
-    arguments = f"{MODEL} --train-iters 4 {flags} {stopping} {loading}".split()  # the later of two flags counts
+    length, model = "" if "--train-samples" in flags else "--train-iters 4", MODEL
+    if "--step-batch-size-schedule" in flags:
+        model = MODEL.replace("--global-batch-size 4 ", "")
+    arguments = f"{model} {length} {flags} {stopping} {loading}".split()  # the later of two flags counts
     return run_pretrain(arguments, nproc, script=script, check=check)
 
 
