@@ -47,6 +47,12 @@ _SAMPLES = (
     "seed", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "split", "mock_data",
     "seq_length", "dataloader_type",
 )  # fmt: skip
+_SAMPLES_OF_CYCLIC = ("micro_batch_size", "data_parallel_size", "data_sharding")  # and how many they are, in its case
+_NAMES = {  # of what is no flag, or has one that says the opposite
+    "data_parallel_size": "data-parallel ranks",
+    "data_sharding": "data in shares of ranks (off: --no-data-sharding)",
+    "muon_split_qkv": "q, k and v as matrices of their own (off: --muon-no-split-qkv)",
+}
 # What else decides how weights change, and no function.
 _TRAINING = (
     "clip_grad", "hidden_dropout", "attention_dropout", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
@@ -209,7 +215,7 @@ def _check_function(saved_args: Any, load_dir: str, args: Namespace) -> None:
 
 
 def _check_asserted(saved: Any, load_dir: str, args: Namespace) -> None:
-    """What else Megatron asserts (``check_checkpoint_args``), without a remedy."""
+    """What else Megatron asserts (``check_checkpoint_args``, and its sampler in the first step), without a remedy."""
     by_flag = {
         "vocab_file": ("max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"),
         "data_parallel_random_init": ("data_parallel_random_init",),
@@ -221,6 +227,14 @@ def _check_asserted(saved: Any, load_dir: str, args: Namespace) -> None:
                 f"with {flag_of(given)} Megatron goes on with the values of the checkpoint in {load_dir} alone: "
                 f"{'; '.join(found)}. Give the checkpoint's; or load only its weights with --finetune"
             )
+    read, ranks = getattr(saved, "consumed_train_samples", None), getattr(args, "data_parallel_size", 1)
+    cyclic = getattr(args, "dataloader_type", None) == "cyclic" and not args.finetune and not args.skip_train
+    if cyclic and read and read % (args.micro_batch_size * ranks):
+        raise CheckpointError(
+            f"--dataloader-type cyclic goes on behind {read} samples only where --micro-batch-size "
+            f"{args.micro_batch_size} x {ranks} data-parallel ranks divides that number, which the checkpoint in "
+            f"{load_dir} has read: give sizes that do, or --dataloader-type single"
+        )
 
 
 def _check_parts(state: dict[str, Any], saved: Any, load_dir: str, args: Namespace) -> None:
@@ -293,7 +307,8 @@ def _compare_data(saved: Any, load_dir: str, args: Namespace) -> None:
         log(f"this run reads its data otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
     if not args.finetune and (found := _others(_TRAINING, saved, args)):
         log(f"this run trains otherwise than the checkpoint in {load_dir} was trained: {'; '.join(found)}")
-    if not args.finetune and (found := _others(_SAMPLES, saved, args)):
+    cyclic = all(getattr(x, "dataloader_type", None) == "cyclic" for x in (saved, args))
+    if not args.finetune and (found := _others(_SAMPLES + (_SAMPLES_OF_CYCLIC if cyclic else ()), saved, args)):
         log(
             f"this run goes on behind the samples that the checkpoint in {load_dir} has consumed, and they come in "
             f"another order, or are others, so that some are read twice or left out: {'; '.join(found)}"
@@ -466,10 +481,8 @@ def _schedule(args: Namespace) -> dict[str, Any]:
 
 
 def _named(name: str) -> str:
-    """The flag of an attribute of args, or what it is where its flag says the opposite."""
-    return (
-        "q, k and v as matrices of their own (off: --muon-no-split-qkv)" if name == "muon_split_qkv" else flag_of(name)
-    )
+    """The flag of an attribute of args, or what it is."""
+    return _NAMES.get(name) or flag_of(name)
 
 
 def _unkept(saved: Any, args: Namespace, now: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:

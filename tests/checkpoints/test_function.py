@@ -13,7 +13,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from tests.helpers.checkpoints import BARE, HYBRID, LEGACY, SPEC, refusal, refused, start
+from tests.helpers.checkpoints import BARE, HYBRID, LEGACY, MODEL, SPEC, refusal, refused, start
+from tests.launch import run_pretrain
 
 LAYERS = "--linear-attention-freq: LLLs in the checkpoint, LsLs in this run"
 DECAY = "--lightning-decay, --lightning-decay-offset: {} with offset 0 (values "
@@ -217,6 +218,33 @@ def test_other_samples_are_named(way, flags, saved):
     line = "--seed: 1234 in the checkpoint, 7 in this run; --seq-length: 64 in the checkpoint, 32 in this run"
     assert run.log.count(line) == 1
     assert line not in start(way, f"{flags} --seed 7 --seq-length 32 --finetune", load=saved(way)).log
+
+
+CYCLIC = f"{HYBRID} --dataloader-type cyclic"
+
+
+def test_the_order_of_cyclic_data(tmp_path):
+    """Megatron shuffles the shares of ranks and microbatches, so that their sizes decide which samples come next."""
+    start("own", CYCLIC, save=tmp_path)
+    for nproc, flags, line in (
+        (1, "", ""),
+        (1, "--micro-batch-size 2", "--micro-batch-size: 1 in the checkpoint, 2 in this run"),
+        (1, "--no-data-sharding", "data in shares of ranks (off: --no-data-sharding): on in the checkpoint, off in"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel", ""),
+        (2, "", "data-parallel ranks: 1 in the checkpoint, 2 in this run"),
+    ):
+        run = run_pretrain(f"{MODEL} --train-iters 4 {CYCLIC} --load {tmp_path} {flags}".split(), nproc)
+        assert len(run.losses) == 2
+        assert ("read twice or left out: " in run.log) == bool(line) and line in run.log, flags
+
+
+def test_cyclic_data_that_cannot_go_on(tmp_path):
+    """A bare assertion in the first step."""
+    start("own", f"{CYCLIC} --global-batch-size 3 --train-samples 24", save=tmp_path)
+    flags = f"{CYCLIC} --global-batch-size 4 --micro-batch-size 4 --train-samples 24"
+    log = refusal(start("own", flags, load=tmp_path, check=False))
+    assert "--dataloader-type cyclic goes on behind 6 samples only where --micro-batch-size 4 x 1 " in log
+    assert "Traceback" not in log
 
 
 def test_other_tokens_that_count_are_named(saved):
