@@ -170,7 +170,8 @@ def _choice(answer: Answer, asked: Asked, tokenizer: Any) -> dict[str, Any]:
                 "refusal": None,
             }
         else:
-            offsets = list(itertools.accumulate(map(len, names), initial=0))[:-1]
+            text = Text(tokenizer, answer.prompt)  # in which each begins, spaces before it too
+            offsets = list(itertools.accumulate((len(text.push(token)) for token in answer.tokens), initial=0))[:-1]
             choice["logprobs"] = {
                 "tokens": names, "token_logprobs": values, "top_logprobs": tops if asked.logprobs else None,
                 "text_offset": offsets,
@@ -179,7 +180,8 @@ def _choice(answer: Answer, asked: Asked, tokenizer: Any) -> dict[str, Any]:
 
 
 def _logprob(token: str, value: float) -> dict[str, Any]:
-    return {"token": token, "logprob": value, "bytes": list(token.encode())}
+    """Of the bytes of a part of a character its name tells nothing."""
+    return {"token": token, "logprob": value, "bytes": None if "\ufffd" in token else list(token.encode())}
 
 
 def _part(answer: Answer, asked: Asked, piece: str, finish: str | None, first: bool) -> dict[str, Any]:
@@ -242,7 +244,14 @@ def build_app(service: Service, bodies: Bodies, tokenizer: Any) -> Quart:
         data = await _body(longest)
         async with reading:
             asked = await asyncio.to_thread(read, data)
-        service.check_room(len(asked.prompts) * asked.n)
+        asks, most = len(asked.prompts) * asked.n, service.max_requests + service.max_waiting
+        if asks > most:
+            raise Refused(
+                f"{len(asked.prompts)} prompts x n={asked.n} answers are more than the {most} that this server takes "
+                "at once: ask in several requests",
+                "n",
+            )
+        service.check_room(asks)
         answers = Answers(service, tokenizer, asked)
         if asked.stream:
             response = Response(_events(answers, bodies.model), mimetype="text/event-stream")

@@ -47,6 +47,7 @@ REFUSED = {  # path, body, status, param, part of the message
     "top-k-p": (PLAIN, {"prompt": "w1", "top_k": 5, "top_p": 0.5}, 400, "top_k", "leave one out"),
     "n": (PLAIN, {"prompt": "w1", "n": 0}, 400, "n", "at least 1"),
     "many": (PLAIN, {"prompt": ["w1"] * 65, "n": 2}, 400, "n", "more than 128"),
+    "more-than-wait": (PLAIN, {"prompt": ["w1"] * 65}, 400, "n", "more than the 64 that this server takes at once"),
     "stop": (PLAIN, {"prompt": "w1", "stop": [""]}, 400, "stop", "must be some text"),
     "stop-ids": (PLAIN, {"prompt": "w1", "stop": [5]}, 400, "stop", "must be some text"),
     "logprobs": (PLAIN, {"prompt": "w1", "logprobs": 21}, 400, "logprobs", "at most 20"),
