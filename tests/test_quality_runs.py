@@ -171,6 +171,28 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+def test_folders_and_names_that_are_not_there(tmp_path):
+    """A message, and nothing is made."""
+    where = ["--data", str(tmp_path / "none"), "--runs", str(tmp_path / "runs")]
+    for main, words in (
+        (train.main, [*where, "--variant", "7:1"]),
+        (session.main, [*where, "7:1", "--results", str(tmp_path / "out")]),
+    ):
+        with pytest.raises(SystemExit, match=r"--data .*none: no stats.json there; give the folder that"):
+            main(words)
+    with pytest.raises(SystemExit, match="variant 'none' is unknown"):
+        train.main([*where, "--variant", "none"])
+    assert not (tmp_path / "runs").exists()
+    command = [sys.executable, "-m", "examples.quality.evaluate", str(tmp_path), "--data", str(tmp_path / "none")]
+    (tmp_path / "stats.json").write_text(json.dumps({"sha256": {"train_text_document.bin": "0"}}))
+    for words, message in (
+        (command, "evaluate: --data "),
+        ([*command[:-1], str(tmp_path)], f"evaluate: --load {tmp_path}/checkpoint: no latest_checkpointed"),
+    ):
+        ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 1 and message in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_run_whose_loss_is_no_number_ends_and_is_not_continued(pretend, monkeypatch):
     monkeypatch.setenv("NAN", "12")
     folder = train.train(pretend(10_000), pretended)
@@ -413,7 +435,11 @@ def test_pipeline(tmp_path: Path):
     ]
     found["tasks"]["needle"] |= {"rows": first, evaluate.UNFINISHED: 1}
     path.write_text(json.dumps(found))
-    begin("examples.quality.evaluate", [str(folder), "--data", str(tmp_path / "data"), *TINY.questions], 600)
+    questions = [str(folder), "--data", str(tmp_path / "data"), *TINY.questions]
+    ask = lambda *words: evaluate.evaluate(folder, evaluate.parser().parse_args([*questions, *words]))
+    with pytest.raises(ValueError, match=r"task needle was begun with --cases 1, not 2: give those, or --again"):
+        ask("--cases", "2")
+    begin("examples.quality.evaluate", questions, 600)
     needle, rest = tasks()["needle"], before["needle"]["rows"][len(first) :]
     assert needle["rows"][: len(first)] == first and rest
     for row, wanted in zip(needle["rows"][len(first) :], rest, strict=True):
@@ -421,6 +447,8 @@ def test_pipeline(tmp_path: Path):
     assert evaluate.UNFINISHED not in needle
     stats = tmp_path / "data" / "stats.json"
     stats.write_text(stats.read_text().replace('"train_text_document.bin": "', '"train_text_document.bin": "0'))
+    with pytest.raises(ValueError, match="was trained on data of SHA-256 .*: give the folder of the training"):
+        ask()
     words = ["--variant", "3:1", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--size", "tiny"]
     words += ["--tokens", str(18 * 2 * 128), "--lr", "3e-3"]
     with pytest.raises(ValueError, match="is of a run with other data"):

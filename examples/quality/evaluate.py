@@ -36,7 +36,7 @@ import torch
 from examples.provenance import when
 
 from . import tasks
-from .train import TRACKER, card, write_json
+from .train import TRACKER, card, stats, write_json
 
 POSITIONS = 64  # parts of a window in which losses are averaged
 MULTIPLES = (1, 4, 16, 64)
@@ -246,6 +246,35 @@ TASKS: dict[str, Callable[[Asked], Stages]] = {
 }  # fmt: skip
 
 
+OPTIONS = {  # that decide what a task asks
+    "loss": ("loss_tokens",), "context": ("context_tokens", "multiples"), "recall": ("pairs", "cases"),
+    "copy": ("cases",), "needle": ("multiples", "depths", "cases"),
+}  # fmt: skip
+
+
+def others(name: str, task: dict, options: Namespace) -> str:
+    """With which other options a task was asked; empty if with these, or if an older file does not say."""
+    now = {key: getattr(options, key) for key in OPTIONS[name]}
+    now = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in now.items()}
+    was = task.setdefault("asked", now)
+    return ", ".join(f"--{key.replace('_', '-')} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
+
+
+def check_data(folder: Path, data: dict) -> None:
+    """Refuse data that are not those of the training, whose tokens would mean something else.
+
+    Raises:
+        ValueError: naming both.
+    """
+    path = folder / "run.json"
+    trained = json.loads(path.read_text("utf-8"))["data"] if path.is_file() else None
+    if trained not in (None, now := data["sha256"]["train_text_document.bin"]):
+        raise ValueError(
+            f"{folder.name} was trained on data of SHA-256 {trained[:12]}, and --data has {now[:12]}: give the folder "
+            "of the training"
+        )
+
+
 def held_out(data: Path) -> list:
     """The held-out documents, each an array of tokens: copies, since the data set takes its memory with it."""
     import numpy as np
@@ -260,12 +289,15 @@ def evaluate(folder: Path, options: Namespace) -> dict:
 
     Raises:
         LoadError: no checkpoint there that can be loaded.
+        ValueError: other data than those of the training, or a task that was begun with other options.
     """
     import sentencepiece
 
     from lightning_megatron.inference.command import build_tokenizer, tokenizer_args
     from lightning_megatron.inference.loading import loaded_model, read_checkpoint
 
+    data = stats(options.data)
+    check_data(folder, data)
     load, path = folder / "checkpoint", folder / "evaluate.json"
     saved, model_file = read_checkpoint(load), str(options.data / "tokenizer.model")
     step = int((load / TRACKER).read_text())
@@ -275,6 +307,11 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     if options.again:
         found["tasks"] = {name: task for name, task in found["tasks"].items() if name not in options.tasks}
     missing = [name for name in options.tasks if UNFINISHED in found["tasks"].get(name, {UNFINISHED: 0})]
+    for name, task in found["tasks"].items():
+        if name in options.tasks and (other := others(name, task, options)):
+            if name in missing:
+                raise ValueError(f"{path}: task {name} was begun with {other}: give those, or --again to begin anew")
+            print(f"{folder.name}: {name} is there, asked with {other}; --again asks anew", flush=True)
     if not missing:
         return found
     chosen = Namespace(load=load, tokenizer_type=None, tokenizer_model=model_file)
@@ -282,11 +319,12 @@ def evaluate(folder: Path, options: Namespace) -> dict:
     processor = sentencepiece.SentencePieceProcessor(model_file=model_file)
     flags = ["--transformer-impl", "local", *options.flags]  # whose softmax layers read texts in chunks
     with loaded_model(saved, vocab_size=tokenizer.vocab_size, flags=flags) as model:
-        packages = json.loads((options.data / "stats.json").read_text("utf-8"))["valid_packages"]
+        packages = data["valid_packages"]
         documents, length = held_out(options.data), saved.args.seq_length
         asked = Asked(model, tokenizer.vocab_size, processor, documents, packages, options, length)
         for name in missing:
             task = found["tasks"].setdefault(name, {"seconds": 0.0, UNFINISHED: 0})
+            others(name, task, options)  # which notes them
             for stage in itertools.islice(TASKS[name](asked), task[UNFINISHED], None):
                 start = time.time()
                 more = stage()
@@ -326,8 +364,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     options.data, options.gpu = options.data.resolve(), torch.cuda.is_available()
     start("evaluate")
+    from lightning_megatron.inference.loading import LoadError  # which imports Megatron
+
     for folder in options.runs:
-        evaluate(folder.resolve(), options)
+        try:
+            evaluate(folder.resolve(), options)
+        except (LoadError, ValueError) as error:
+            raise SystemExit(f"evaluate: {error}") from error
 
 
 if __name__ == "__main__":

@@ -144,8 +144,24 @@ def card(gpu: bool) -> str:
     return torch.cuda.get_device_name() if gpu else f"CPU ({os.cpu_count()} cores)"
 
 
+def stats(data: Path) -> dict:
+    """What ``tokens`` says of its datasets.
+
+    Raises:
+        ValueError: it wrote none there.
+    """
+    path = data / "stats.json"
+    if not path.is_file():
+        raise ValueError(f"--data {data}: no {path.name} there; give the folder that examples.quality.tokens wrote")
+    return json.loads(path.read_text("utf-8"))
+
+
 def about(options: argparse.Namespace, gpu: bool) -> dict:
-    """What a run is, whatever happens in it."""
+    """What a run is, whatever happens in it.
+
+    Raises:
+        ValueError: an unknown variant, or no data.
+    """
     size = SIZES[options.size]
     steps = steps_of(size, options.tokens)
     return {
@@ -154,7 +170,7 @@ def about(options: argparse.Namespace, gpu: bool) -> dict:
         "steps": steps, "fp32": options.fp32 or not gpu, "transformer_impl": options.transformer_impl,
         "shared": options.shared,
         "flags": flags(options.variant, size) + options.flags,
-        "data": json.loads((options.data / "stats.json").read_text("utf-8"))["sha256"]["train_text_document.bin"],
+        "data": stats(options.data)["sha256"]["train_text_document.bin"],
     }  # fmt: skip
 
 
@@ -206,16 +222,15 @@ def train(options: argparse.Namespace, run: Run = launch) -> Path:
         run: starts Megatron; yields what it prints.
 
     Raises:
-        ValueError: the folder is of another run.
+        ValueError: the folder is of another run, or there is no data, or no such variant.
         RuntimeError: the training failed.
     """
     import torch
 
     start, gpu = time.time(), torch.cuda.is_available()
     options.data, options.runs = options.data.resolve(), options.runs.resolve()
-    folder = folder_of(options)
+    folder, what = folder_of(options), about(options, gpu)
     folder.mkdir(parents=True, exist_ok=True)
-    what = about(options, gpu)
     record, steps, before = Record(folder, what), what["steps"], done(folder)
     if before >= steps or "diverged" in record.run:
         print(f"{folder.name}: {state(folder)}", flush=True)
