@@ -11,6 +11,8 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
+
 from .compat import check_megatron
 
 check_megatron()
@@ -27,6 +29,7 @@ try:
         TransformerLayer,
         TransformerLayerSubmodules,
     )
+    from megatron.core.utils import make_viewless_tensor
 
     from .compat import importable
     from .config import LightningOptions, mark_prepared, prepared_with
@@ -227,6 +230,20 @@ class LightningStack(HybridStack):
                 self.final_norm = build_module(
                     norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
                 )
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of HybridStack; but ``--distribute-saved-activations`` cuts the input of a layer in place, and so it must
+        be no view of another tensor, as GPTModel makes it."""
+        if self.config.distribute_saved_activations and self.training:
+            if self.pre_process:
+                hidden_states = _no_view(hidden_states)
+            else:
+                self.input_tensor = _no_view(self.input_tensor)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def _no_view(hidden_states: torch.Tensor) -> torch.Tensor:
+    return make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
 
 
 def _make_room_for_logged_losses(config: Any) -> None:

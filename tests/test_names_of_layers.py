@@ -132,8 +132,14 @@ OWN[OWN.index("--eval-iters") + 1] = "0"
             "--recompute-num-layers 1",
             "3 lightning (L), 1 softmax (*), 2 MLP (-), 2 experts (E)",
         ),
+        (
+            "L-L-L-*-",
+            "--tensor-model-parallel-size 2 --distribute-saved-activations --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 1",
+            "3 lightning (L), 1 softmax (*), 4 MLP (-)",
+        ),
     ],
-    ids=["pp2", "cp2-experts-packed-recompute"],
+    ids=["pp2", "cp2-experts-packed-recompute", "tp2-distributed-inputs"],
 )
 def test_the_own_entry_point_names_them_too(pattern, flags, counts):
     """On two pipeline stages first values are others than on one."""
@@ -184,6 +190,11 @@ def test_the_own_entry_point_refuses_wrong_names():
             ["--hybrid-layer-pattern", "L-LE", "--num-experts", "4", "--moe-layer-freq", "2"],
             "--moe-layer-freq 2 and --hybrid-layer-pattern L-LE both place experts: leave the first out",
         ),
+        (
+            ["--hybrid-layer-pattern", "L-L-", "--lightning-model", "ling-2.6-flash@tiny"],
+            "--lightning-model ling-2.6-flash@tiny is a GPTModel, and --hybrid-layer-pattern L-L- makes another: leave",
+        ),
+        (["--hybrid-layer-pattern", "-L-*"], "--hybrid-layer-pattern: expected one argument; write "),
         (["--hybrid-layer-pattern", "L-L-", "--num-experts", "4"], "--num-experts 4, but --hybrid-layer-pattern L-L-"),
         (["--hybrid-layer-pattern", "L-L-", "--mtp-num-layers", "1"], "--mtp-num-layers 1, but --hybrid-layer-pattern"),
     ):

@@ -164,6 +164,8 @@ def _end(parser: ArgumentParser, message: str) -> typing.NoReturn:
     if unknown := re.match(r"unrecognized arguments: (--[^ =]+)", message):
         near = difflib.get_close_matches(unknown[1], parser._option_string_actions, n=1, cutoff=0.75)
         message += f"; did you mean {near[0]}?" if near else ""
+    if message == "--hybrid-layer-pattern: expected one argument":
+        message += "; write --hybrid-layer-pattern=-L-*-, with =, where it begins with -"
     parser.exit(2, f"lightning-pretrain: {message} (--help lists all flags and their values)\n")
 
 

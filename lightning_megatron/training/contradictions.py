@@ -254,6 +254,11 @@ CONTRADICTIONS = (
         "--moe-layer-freq {moe_layer_freq} must have one entry for each of --num-layers {num_layers}: give so many",
     ),
     Contradiction(
+        lambda args: args.hybrid_layer_pattern and args.released_model,
+        "--lightning-model {released_model} is a GPTModel, and --hybrid-layer-pattern {hybrid_layer_pattern} makes "
+        "another: leave out one of the two",
+    ),
+    Contradiction(
         lambda args: args.hybrid_layer_pattern and args.moe_layer_freq != 1 and not args.use_checkpoint_args,
         "--moe-layer-freq {moe_layer_freq} and --hybrid-layer-pattern {hybrid_layer_pattern} both place experts: leave "
         "the first out, since E in the pattern says where they are",
