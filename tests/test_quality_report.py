@@ -256,6 +256,22 @@ def test_page_without_results_says_so(tmp_path: Path):
     assert page.read_text() == f"before\n{report.BEGIN}\n\n{report.NOTHING}\n\n{report.END}\nafter\n"
 
 
+def test_folders_and_files_that_are_not_there(tmp_path: Path, capsys):
+    """A page of no results would take the place of the one that is there."""
+    page, results_of = tmp_path / "page.md", tmp_path / "results"
+    page.write_text(text := f"before\n{report.BEGIN}\nold\n{report.END}\n")
+    places = ["--results", str(results_of), "--page", str(page), "--readme"]
+    for words, message in (
+        (["write", *places, str(page)], f"--results {results_of}: no such folder"),
+        (["collect", *places[:2], "--runs", str(tmp_path / "none")], f"--runs {tmp_path / 'none'}: no run there"),
+        (["write", "--results", str(tmp_path), *places[2:], str(tmp_path / "none")], "none: no such file; give one"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            report.main(words)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert page.read_text() == text and not results_of.exists()
+
+
 def test_pages_are_those_of_the_committed_results(tmp_path: Path):
     names, texts = ("docs/quality.md", "README.md"), {}
     for name in names:

@@ -373,8 +373,18 @@ def main(argv: list[str] | None = None) -> None:
     if options.what == "collect":
         if options.runs is None:
             parser.error("collect needs --runs, the folder of train")
-        print(f"{collect(options.runs, options.results)} runs are in {options.results}")
+        if not any(options.runs.glob("*/run.json")):
+            parser.error(f"--runs {options.runs}: no run there (NAME/run.json); give the folder of train")
+        try:
+            print(f"{collect(options.runs, options.results)} runs are in {options.results}")
+        except ValueError as error:
+            raise SystemExit(f"report: {error}") from error
     else:
+        if not options.results.is_dir():  # a page of no results would take the place of what is there
+            parser.error(f"--results {options.results}: no such folder; give the one of collect or of session")
+        for flag, path in (("page", options.page), ("readme", options.readme)):
+            if not path.is_file():
+                parser.error(f"--{flag} {path}: no such file; give one in which the results have a place")
         write(options.results, options.page, readme=options.readme)
         print(f"{options.page} and {options.readme} are written")
 
