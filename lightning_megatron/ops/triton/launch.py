@@ -58,7 +58,8 @@ class Launch:
     ) -> None:  # fmt: skip
         self.grid = grid
         self._kernel, self._rest, self._scratch = kernel, (*numbers, *constants), scratch
-        self._options = dict(num_warps=num_warps, num_stages=num_stages, **options)
+        # Triton before 3.10 contracts a * b + c unless told not to, later ones only if told to
+        self._options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **options)
         self._compiled: _Compiled | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
