@@ -184,11 +184,13 @@ def launch_of(kernel, **options) -> Launch:
 
 @pytest.mark.parametrize("scratch", [0, 384])
 def test_launcher_gets_what_triton_gives_it(streams, monkeypatch, scratch):
-    """The same arguments as from Triton's own code, with addresses in place of tensors."""
+    """The same arguments as from Triton's own code, with addresses in place of tensors. Multiply-adds are contracted,
+    whatever Triton's default.
+    """
     kernel = Kernel(scratch)
     launch = launch_of(kernel, scratch=scratch > 0)
     launch(*TENSORS)
-    assert kernel.through_triton == [((12,), (*TENSORS, *REST), dict(num_warps=4, num_stages=3))]
+    assert kernel.through_triton == [((12,), (*TENSORS, *REST), dict(num_warps=4, num_stages=3, enable_fp_fusion=True))]
     streams[0] = 9
     launch(Address(4096), None, Address(16))
     assert len(kernel.through_triton) == 1
