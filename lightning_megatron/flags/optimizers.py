@@ -107,9 +107,7 @@ REFUSED = (
     Rule(
         "use_megatron_fsdp",
         lambda run: (
-            any(run.get(x) for x in ("save", "load", "pretrained_checkpoint"))
-            and run.config.gated_linear_unit
-            and not (run.config.bf16 or run.config.fp16)
+            (run.get("save") or run.loads) and run.config.gated_linear_unit and not (run.config.bf16 or run.config.fp16)
         ),
         "can neither save nor load --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave "
         "--save and --load out",
@@ -125,9 +123,7 @@ REFUSED = (
     Rule(
         "use_megatron_fsdp",
         lambda run: (
-            (run.config.bf16 or run.config.fp16)
-            and (run.get("load") or run.get("pretrained_checkpoint"))
-            and (run.get("no_load_optim") or run.get("finetune"))
+            (run.config.bf16 or run.config.fp16) and run.loads and (run.get("no_load_optim") or run.get("finetune"))
         ),
         "cannot load weights without the optimizer's in bf16 and fp16 (NotImplementedError in Megatron 0.19); leave "
         "--no-load-optim and --finetune out, or train in fp32",

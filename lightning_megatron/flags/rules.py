@@ -32,6 +32,11 @@ class Run(NamedTuple):
         return self.config.transformer_impl == "local"
 
     @property
+    def loads(self) -> bool:
+        """Whether Megatron reads a checkpoint at the start: with neither flag it looks for none."""
+        return bool(self.get("load") or self.get("pretrained_checkpoint"))
+
+    @property
     def latent(self) -> bool:
         return bool(self.config.multi_latent_attention)
 

@@ -503,13 +503,16 @@ ALLOWED = {
 def test_strictness_of_loading_with_a_later_torch(strides, monkeypatch, without):
     """Its checkpoints tell strides, too, and Megatron passes on to torch.empty whatever they tell."""
     monkeypatch.setattr("lightning_megatron.flags.refused.strides_saved", lambda: strides)
-    given = dict(load="there", dist_ckpt_strictness="log_all")
+    given = dict(dist_ckpt_strictness="log_all")
     message = r"--dist-ckpt-strictness log_all ends Megatron .* leave it out, or use torch 2\.11"
-    if strides:
-        check_refused(({}, {}, given, message), without)
-    for more in ({}, dict(load=None), dict(dist_ckpt_strictness="assume_ok_unexpected")):
-        if more or not strides:
-            check_allowed(({}, {}, given | more), without)
+    check_allowed(({}, {}, given), without)
+    for way in ("load", "pretrained_checkpoint"):
+        loaded = given | {way: "there"}
+        if strides:
+            check_refused(({}, {}, loaded, message), without)
+        else:
+            check_allowed(({}, {}, loaded), without)
+        check_allowed(({}, {}, loaded | dict(dist_ckpt_strictness="assume_ok_unexpected")), without)
 
 
 @pytest.mark.parametrize("later", [False, True])
