@@ -89,7 +89,7 @@ REFUSED = (
     ),
     Rule(
         "ckpt_format",
-        lambda run: run.get("use_torch_fsdp2") and run.get("ckpt_format") == "torch_dcp" and run.get("load"),
+        lambda run: run.get("use_torch_fsdp2") and run.get("ckpt_format") == "torch_dcp" and run.loads,
         "can be saved, and not loaded (a TypeError in Megatron 0.19); use --use-megatron-fsdp, or --ckpt-format "
         "torch_dist, whose weights load with --no-load-optim or --finetune",
     ),

@@ -10,6 +10,7 @@ from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
 from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, QUICK, SWIGLU, TE, check_allowed, check_refused, model
 
+DCP = dict(ckpt_format="torch_dcp")
 OVERLAP = dict(
     num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
     moe_token_dispatcher_type="alltoall", bf16=True,
@@ -367,8 +368,9 @@ REFUSED = {
         )
         for name, flags, flag, message in (
             ("goes-on", {}, "use-torch-fsdp2", "does not go on where it stopped.*add --no-load-optim or --finetune"),
-            ("dcp", dict(ckpt_format="torch_dcp"), "ckpt-format torch_dcp", "can be saved, and not loaded"),
-            ("dcp-weights", dict(ckpt_format="torch_dcp", finetune=True), "ckpt-format torch_dcp", "can be saved"),
+            ("dcp", DCP, "ckpt-format torch_dcp", "can be saved, and not loaded"),
+            ("dcp-weights", DCP | dict(finetune=True), "ckpt-format torch_dcp", "can be saved"),
+            ("dcp-tuned", DCP | dict(load=None, pretrained_checkpoint="x"), "ckpt-format torch_dcp", "can be saved"),
         )
     },
     **{
