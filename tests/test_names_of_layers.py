@@ -187,7 +187,13 @@ def test_layers_are_counted_as_in_gpt_model():
             dict(mtp_attention="lightning"),
             "--lightning-mtp-attention lightning is not supported in HybridModel",
         ),
-        ("L-L-", dict(embedding_scale=2.0), "embedding_scale=2.0 is not supported in HybridModel"),
+        (
+            "*-L-",
+            dict(embedding_scale=2.0),
+            r"--lightning-embedding-scale 2.0 is not .* \*-L-: .* begin the pattern with L",
+        ),
+        ("-L-", dict(embedding_scale=2.0), "--lightning-embedding-scale 2.0 is not supported with"),
+        ("L-/*-", dict(embedding_scale=2.0), "--lightning-embedding-scale 2.0 is not .* put nothing behind /"),
     ],
 )
 def test_patterns_that_cannot_be_built(pattern, options, message):
