@@ -231,18 +231,19 @@ def _layers(
     """Submodules of the stack, the lightning layer, and that which the embeddings enter: halves of the layers of
     ``spec.get_hybrid_layer_specs``.
     """
-    pair = copy.copy(view)
-    pair.num_layers, pair.linear_attention_freq = 2, [1, int(Symbols.ATTENTION not in view.hybrid_layer_pattern)]
-    pair.moe_layer_freq = [0, 0]
+    pair, count = copy.copy(view), max(2, view.num_layers)  # the first and the last of so many
+    last = int(Symbols.ATTENTION not in view.hybrid_layer_pattern)
+    pair.num_layers, pair.linear_attention_freq = count, [*[1] * (count - 1), last]
+    pair.moe_layer_freq = [0] * count
     first = get_hybrid_layer_specs(pair, options, layout=layout)[0]
     options = dataclasses.replace(options, embedding_scale=1.0)  # of the first layer alone
-    lightning, softmax = get_hybrid_layer_specs(pair, options, layout=layout)
+    lightning, *_, softmax = get_hybrid_layer_specs(pair, options, layout=layout)
     if ours:
         submodules = dataclasses.replace(
             submodules, attention_layer=_attention_half(softmax), mlp_layer=_mlp_half(lightning, MLPLayer, ChunkedMLP)
         )
         if Symbols.MOE in view.hybrid_layer_pattern:
-            pair.moe_layer_freq = [1, 1]
+            pair.moe_layer_freq = [1] * count
             whole = dataclasses.replace(options, recompute_chunk=None)
             experts = get_hybrid_layer_specs(pair, whole, layout=layout)[0]
             submodules = dataclasses.replace(submodules, moe_layer=_mlp_half(experts, experts.module))
