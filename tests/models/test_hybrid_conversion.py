@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from safetensors.torch import load_file, save_file
 
-from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint, roundtrip
+from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint, model, roundtrip
 from lightning_megatron.convert.comparing import compare
+from lightning_megatron.convert.dist_read import Checkpoint
 from lightning_megatron.convert.folder import Folder
 from lightning_megatron.hybrid_model import LETTER
 from lightning_megatron.models import hybrid
 from lightning_megatron.models.family import command_line, family_of
 from lightning_megatron.models.presets import preset_config
+from lightning_megatron.record import ATTRIBUTE
 from lightning_megatron.training.models import differences_of_function, family_of_args, kinds_of_layers, saved_args
 from tests.helpers import random_models
 from tests.helpers.model_cases import difference, draw_case, write_minimax
@@ -98,6 +101,48 @@ def test_computes_and_holds_the_same(kind, tmp_path, rng):
     said: list[str] = []
     assert compare(Folder(folder), Folder(tmp_path / "exported"), said.append), said
     assert Folder(folder).tensors.keys() == Folder(tmp_path / "exported").tensors.keys()
+
+
+@torch.inference_mode()
+def last_logits(rank: int, world: int, folder: Path, tokens: list[int], words: int) -> torch.Tensor | None:
+    """Of two pipeline stages, from caches."""
+    from lightning_megatron.inference.loading import loaded_model, read_checkpoint
+    from lightning_megatron.inference.reader import Reader
+
+    flags = LAYOUTS["pp2"].split()
+    with loaded_model(read_checkpoint(folder), vocab_size=words, flags=flags, dtype=torch.float32) as found:
+        logits = Reader(found, len(tokens)).read(tokens)
+        return None if logits is None else logits[0, :words].clone()
+
+
+def test_layers_of_multi_token_prediction_are_not_loaded(tmp_path, rng, monkeypatch):
+    """A checkpoint that has them, behind / in its pattern, computes what one without them does, on one or two stages.
+
+    Only TransformerEngine trains such a model: here its tensors are added to an import, under GPTModel's names.
+    """
+    config = preset_config("ling-2.6-flash@tiny") | dict(dtype="float32")
+    tensors = random_models.draw(family_of(config).units(args_of(config), config), rng)
+    folder = write(tmp_path / "released", config, tensors)
+    import_checkpoint(folder, tmp_path / "less", **NEW)
+    real = model.model_of_config
+
+    def with_prediction(config: dict[str, Any], hybrid_model: bool) -> model.Model:
+        ahead = [unit for unit in real(config).units if any(x.key.startswith("mtp.") for x in unit.megatron)]
+        found = real(config | dict(num_nextn_predict_layers=0), hybrid_model)
+        return found._replace(units=found.units + ahead)
+
+    monkeypatch.setattr(model, "model_of_config", with_prediction)
+    import_checkpoint(folder, tmp_path / "more", hybrid_model=True, **QUIET)
+    state = dist_checkpointing.load_common_state_dict(str(tmp_path / "more/release"))
+    state["args"].hybrid_layer_pattern += "/*E"
+    state["args"].mtp_num_layers = getattr(state["args"], ATTRIBUTE)["values"]["mtp_num_layers"] = 1
+    torch.save(state, tmp_path / "more/release/common.pt")
+    assert any("mtp.layers.0" in key for key in Checkpoint(tmp_path / "more/release").tensors)
+    tokens, words = torch.randint(0, config["vocab_size"], (1, 20), generator=rng), config["vocab_size"]
+    ((less, more),) = spawn(computed, 1, [tmp_path / "less", tmp_path / "more"], tokens, words)
+    assert less[0] == more[0] == "HybridModel" and torch.equal(less[1], more[1])
+    last = [row for row in spawn(last_logits, 2, tmp_path / "more", tokens[0].tolist(), words) if row is not None]
+    assert last and all(difference(row, more[1][0, -1]) < 1e-5 for row in last)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
