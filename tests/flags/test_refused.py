@@ -368,6 +368,10 @@ REFUSED = {
         for name, flags, flag, message in (
             ("goes-on", {}, "use-torch-fsdp2", "does not go on where it stopped.*add --no-load-optim or --finetune"),
             ("dcp", dict(ckpt_format="torch_dcp"), "ckpt-format torch_dcp", "can be saved, and not loaded"),
+            (
+                "dcp-pretrained", dict(ckpt_format="torch_dcp", load=None, pretrained_checkpoint="there"),
+                "ckpt-format torch_dcp", "can be saved",
+            ),
             ("dcp-weights", dict(ckpt_format="torch_dcp", finetune=True), "ckpt-format torch_dcp", "can be saved"),
         )
     },
@@ -382,6 +386,10 @@ REFUSED = {
             ("packed", dict(mtp_num_layers=1), dict(sft=True), "has multi-token prediction for plain sequences only"),
         )
     },
+    "fsdp-pretrained": (  # which Megatron takes as with --finetune
+        dict(bf16=True), {}, dict(use_megatron_fsdp=True, pretrained_checkpoint="there"),
+        "--use-megatron-fsdp cannot load weights without .* leave --no-load-optim, --finetune and --pretrained",
+    ),
     "fsdp-finetunes": (
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
@@ -505,8 +513,10 @@ def test_strictness_of_loading_with_a_later_torch(strides, monkeypatch, without)
     monkeypatch.setattr("lightning_megatron.flags.refused.strides_saved", lambda: strides)
     given = dict(load="there", dist_ckpt_strictness="log_all")
     message = r"--dist-ckpt-strictness log_all ends Megatron .* leave it out, or use torch 2\.11"
+    first = dict(load=None, pretrained_checkpoint="there")  # loaded in the same way
     if strides:
-        check_refused(({}, {}, given, message), without)
+        for more in ({}, first):
+            check_refused(({}, {}, given | more, message), without)
     for more in ({}, dict(load=None), dict(dist_ckpt_strictness="assume_ok_unexpected")):
         if more or not strides:
             check_allowed(({}, {}, given | more), without)
