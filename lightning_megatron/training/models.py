@@ -112,10 +112,11 @@ def differences_of_function(args: Namespace, config: Config) -> list[str]:
         args: as Megatron saved them.
 
     Raises:
-        ValueError: the checkpoint has no record of its function, or config.json is of no model that is known here.
+        ValueError: the checkpoint has no record of its function, or a pattern of no released model, or config.json is
+            of no model that is known here.
     """
     again = getattr(saved_args(command_line(family_of(config).flags(config))), ATTRIBUTE)
-    found = [row for row in differences(_record(args), again) if row[0] != ROWS_OF_VOCABULARY]
+    found = [row for row in differences(_record(hybrid.as_gpt(args)), again) if row[0] != ROWS_OF_VOCABULARY]
     return [f"{flag}: {saved} in the checkpoint, {now} by config.json" for flag, saved, now in found]
 
 

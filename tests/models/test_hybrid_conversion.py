@@ -247,6 +247,10 @@ def test_another_function_is_named():
     other = saved_args([*command_line(flags), "--lightning-decay-offset", "1"])
     (line,) = differences_of_function(other, config)
     assert line.startswith("--lightning-decay") and "by config.json" in line
+    args.hybrid_layer_pattern = "LLLL-EEE*E"  # the same letters
+    for read in (family_of_args, lambda args: differences_of_function(args, config), kinds_of_layers):
+        with pytest.raises(ValueError, match="layers of released models are pairs"):
+            read(args)
     changed = saved_args(command_line(flags | dict(hybrid_layer_pattern="L-LELE*E*E")))
     lines = differences_of_function(changed, config)
     assert any(line.startswith("--linear-attention-freq: LLLss in the checkpoint, LLLLs by") for line in lines)
