@@ -95,6 +95,7 @@ REFUSED = (
     ),
     Rule(
         "use_torch_fsdp2",
+        # with --pretrained-checkpoint it begins anew
         lambda run: run.get("load") and not (run.get("no_load_optim") or run.get("finetune")),
         "does not go on where it stopped: Megatron 0.19 loads Adam's states without the number of its steps; use "
         "--use-megatron-fsdp, or add --no-load-optim or --finetune for the weights alone",
@@ -122,11 +123,9 @@ REFUSED = (
     ),
     Rule(
         "use_megatron_fsdp",
-        lambda run: (
-            (run.config.bf16 or run.config.fp16) and run.loads and (run.get("no_load_optim") or run.get("finetune"))
-        ),
+        lambda run: (run.config.bf16 or run.config.fp16) and run.loads_weights_alone,
         "cannot load weights without the optimizer's in bf16 and fp16 (NotImplementedError in Megatron 0.19); leave "
-        "--no-load-optim and --finetune out, or train in fp32",
+        "--no-load-optim, --finetune and --pretrained-checkpoint out, or train in fp32",
     ),
     *(
         Rule(name, when, "needs the package einops, and it does not import; pip install einops")

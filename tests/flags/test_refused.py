@@ -384,6 +384,10 @@ REFUSED = {
             ("packed", dict(mtp_num_layers=1), dict(sft=True), "has multi-token prediction for plain sequences only"),
         )
     },
+    "fsdp-pretrained": (  # which Megatron takes as with --finetune
+        dict(bf16=True), {}, dict(use_megatron_fsdp=True, pretrained_checkpoint="there"),
+        "--use-megatron-fsdp cannot load weights without .* leave --no-load-optim, --finetune and --pretrained",
+    ),
     "fsdp-finetunes": (
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
