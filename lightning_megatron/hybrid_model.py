@@ -93,10 +93,13 @@ def checked(config: Any, options: LightningOptions, pattern: str) -> Any:
             f"--lightning-mtp-attention {options.mtp_attention} is not supported in HybridModel, whose "
             f"{FLAG} says what stands behind /; leave it out, or use GPTModel and --mtp-num-layers"
         )
-    if options.embedding_scale != 1.0:
+    main, _, ahead = pattern.partition(Symbols.MTP_SEPARATOR)
+    if options.embedding_scale != 1.0 and (not main.startswith(LETTER) or ahead):
         raise ValueError(
-            f"lightning embedding_scale={options.embedding_scale} is not supported in HybridModel, whose layers are "
-            "halves of GPTModel's; leave it out, or use GPTModel"
+            f"--lightning-embedding-scale {options.embedding_scale} is not supported with {FLAG} {pattern}: embeddings "
+            f"are multiplied where they enter a first layer {LETTER}, and not in layers of multi-token prediction "
+            f"(behind {Symbols.MTP_SEPARATOR}); begin the pattern with {LETTER} and put nothing behind "
+            f"{Symbols.MTP_SEPARATOR}, leave the flag out, or use GPTModel"
         )
     if config.rotary_interleaved:
         raise ValueError(
@@ -206,11 +209,11 @@ class LightningStack(HybridStack):
         layout = prepare(view, options)
         mark_prepared(config, prepared_with(view))
         ours = submodules is hybrid_stack_spec.submodules
-        submodules, lightning = _layers(view, options, layout, submodules, ours)
+        submodules, lightning, first = _layers(view, options, layout, submodules, ours)
         places: dict[int, ModuleSpec] = {}
         for number, letter in enumerate(view.hybrid_layer_pattern, start=1):
             if letter == LETTER:
-                places[number] = _at(lightning, view, number)
+                places[number] = _at(first if number == 1 else lightning, view, number)
         attention = ModuleSpec(module=_Attention, params={"places": places, "other": submodules.attention_layer})
         super().__init__(
             config,
@@ -267,22 +270,29 @@ class _Attention(BaseTransformerLayer):
         return build_module(places.get(layer_number, other), config=config, layer_number=layer_number, **arguments)
 
 
-def _layers(view: Any, options: LightningOptions, layout: str, submodules: Any, ours: bool) -> tuple[Any, ModuleSpec]:
-    """Submodules of the stack, and the lightning layer: halves of the layers of ``spec.get_hybrid_layer_specs``."""
-    pair = copy.copy(view)
-    pair.num_layers, pair.linear_attention_freq = 2, [1, int(Symbols.ATTENTION not in view.hybrid_layer_pattern)]
-    pair.moe_layer_freq = [0, 0]
-    lightning, softmax = get_hybrid_layer_specs(pair, options, layout=layout)
+def _layers(
+    view: Any, options: LightningOptions, layout: str, submodules: Any, ours: bool
+) -> tuple[Any, ModuleSpec, ModuleSpec]:
+    """Submodules of the stack, the lightning layer, and that which the embeddings enter: halves of the layers of
+    ``spec.get_hybrid_layer_specs``.
+    """
+    pair, count = copy.copy(view), max(2, view.num_layers)  # the first and the last of so many
+    last = int(Symbols.ATTENTION not in view.hybrid_layer_pattern)
+    pair.num_layers, pair.linear_attention_freq = count, [*[1] * (count - 1), last]
+    pair.moe_layer_freq = [0] * count
+    first = get_hybrid_layer_specs(pair, options, layout=layout)[0]
+    options = dataclasses.replace(options, embedding_scale=1.0)  # of the first layer alone
+    lightning, *_, softmax = get_hybrid_layer_specs(pair, options, layout=layout)
     if ours:
         submodules = dataclasses.replace(
             submodules, attention_layer=_attention_half(softmax), mlp_layer=_mlp_half(lightning, MLPLayer, ChunkedMLP)
         )
         if Symbols.MOE in view.hybrid_layer_pattern:
-            pair.moe_layer_freq = [1, 1]
+            pair.moe_layer_freq = [1] * count
             whole = dataclasses.replace(options, recompute_chunk=None)
             experts = get_hybrid_layer_specs(pair, whole, layout=layout)[0]
             submodules = dataclasses.replace(submodules, moe_layer=_mlp_half(experts, experts.module))
-    return submodules, _attention_half(lightning, ChunkedLayer)
+    return submodules, *(_attention_half(spec, ChunkedLayer) for spec in (lightning, first))
 
 
 def _half(spec: ModuleSpec, module: type, *parts: str, chunked: type | None = None) -> ModuleSpec:

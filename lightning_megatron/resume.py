@@ -160,7 +160,8 @@ def _check_model(saved: Any, load_dir: str, args: Namespace) -> None:
         return
     raise CheckpointError(
         f"the checkpoint in {load_dir} is of a {what}, and tensors of lightning layers have other names in the other "
-        f"model, also with --finetune: {remedy}"
+        f"model, also with --finetune: {remedy}; or, of a released model, rename them with `lightning-convert export` "
+        "and `import`, for HybridModel with --hybrid-model"
     )
 
 

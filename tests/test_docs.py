@@ -34,7 +34,7 @@ def flags() -> set[str]:
 
 OTHERS = {  # of torchrun, pip, pytest, git, pre-commit, hf, lightning-convert, and of the scripts in examples/
     "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--standalone",
-    "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance",
+    "--out", "--text", "--local-dir", "--like", "--card", "--table", "--tolerance", "--hybrid-model", "--no-prediction",
     "--tensors-only", "--model", "--data", "--tiny", "--tp", "--cp",
     "--no-stream-ckpt-dequant",  # of Megatron 0.19 alone
 }  # fmt: skip

@@ -25,7 +25,7 @@ FLAG, LETTERS = PATTERN.split()
     ("L-M-*-", r"has layers M, and a HybridModel generates here with L \(lightning\), \* \(softmax\), - \(MLP\), E"),
     ("LGD+-", r"has layers \+, D, G, .* use Megatron's own inference, or train a model of these letters"),
     ("*-*-", r"has no lightning layer \(L\): use Megatron's own inference, or train a model with some"),
-    ("L-*-/*-/*-", r"layers of multi-token prediction \(behind /\) does not generate here; train it as L-\*-, or as"),
+    ("*-*-/L-", r"has no lightning layer \(L\): use Megatron's own inference"),
     ("L-|*-", r"holds no record of its lightning options; resume it once with this version, and save it"),
 ])  # fmt: skip
 def test_what_is_refused(pattern, message):
@@ -41,6 +41,8 @@ def test_what_is_refused(pattern, message):
     ("L-L|-L-*-", f"{PP2} --decoder-first-pipeline-num-layers 1", "L-L-L-*-"),
     ("L-L|-L-*-", f"{PP2} {FLAG} L|-L-L-*-", "L|-L-L-*-"),
     ("L-L|-L-*-", f"{PP2} {FLAG} L-L-L-*-", "L-L-L-*-"),
+    ("L-L|-L-*-/*-/*-", PP2, "L-L|-L-*-"),  # multi-token prediction is left out
+    ("L-L|-L-*-/*-", f"{PP2} {FLAG} L|-L-L-*-", "L|-L-L-*-"),
     (None, PP2, None),
 ])  # fmt: skip
 def test_stages_of_a_run(saved, flags, pattern):
@@ -74,7 +76,7 @@ def test_every_command_says_what_it_does_not_take(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run")
     (iteration,) = (tmp_path / "run").glob("iter_*")
     state = dist_checkpointing.load_common_state_dict(iteration)
-    state["args"].hybrid_layer_pattern = f"{LETTERS}/*-"
+    state["args"].hybrid_layer_pattern = other = LETTERS.replace("*", "M")
     torch.save(state, iteration / "common.pt")
     for weights in iteration.glob("__*.distcp"):
         weights.unlink()
@@ -85,7 +87,7 @@ def test_every_command_says_what_it_does_not_take(checkpoint, tmp_path):
         module = f"lightning_megatron.inference.{module}"
         run = run_pretrain(["--load", tmp_path / "run", *flags], module=module, check=False)
         assert not run.ok and "Traceback" not in run.log, run.log
-        message = f"{FLAG} {LETTERS}/*-: a HybridModel with layers of multi-token prediction (behind /) does not"
+        message = f"{FLAG} {other} has layers M, and a HybridModel generates here with L (lightning), *"
         assert run.log.count(message) == 1, run.log
 
 
@@ -93,7 +95,7 @@ def test_the_converter_says_what_to_do(checkpoint, tmp_path):
     ask = ["export", checkpoint, tmp_path / "out"]
     run = run_pretrain(ask, module="lightning_megatron.convert", check=False)
     assert not run.ok and "Traceback" not in run.log, run.log
-    assert f"is of a HybridModel ({FLAG} {LETTERS})" in run.log and "train with --num-layers and --linear" in run.log
+    assert "no family of released models has this function" in run.log and "--lightning-feature-map: silu in" in run.log
     assert not (tmp_path / "out").exists()
 
 

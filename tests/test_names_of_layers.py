@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.flags import messages_of_refusal
-from lightning_megatron.hybrid_model import as_transformer, checked, lightning_stack
+from lightning_megatron.hybrid_model import as_transformer, checked, lightning_stack, make_stack_spec
 from lightning_megatron.patches import flops, hybrid_symbol
 from tests.launch import ROOT, run_pretrain, spawn
 from tests.layers import decay_of, start, transformer_config
@@ -227,7 +227,13 @@ def test_layers_are_counted_as_in_gpt_model():
             dict(mtp_attention="lightning"),
             "--lightning-mtp-attention lightning is not supported in HybridModel",
         ),
-        ("L-L-", dict(embedding_scale=2.0), "embedding_scale=2.0 is not supported in HybridModel"),
+        (
+            "*-L-",
+            dict(embedding_scale=2.0),
+            r"--lightning-embedding-scale 2.0 is not .* \*-L-: .* begin the pattern with L",
+        ),
+        ("-L-", dict(embedding_scale=2.0), "--lightning-embedding-scale 2.0 is not supported with"),
+        ("L-/*-", dict(embedding_scale=2.0), "--lightning-embedding-scale 2.0 is not .* put nothing behind /"),
     ],
 )
 def test_patterns_that_cannot_be_built(pattern, options, message):
@@ -311,3 +317,17 @@ def check_decay(rank: int, world: int) -> None:
 
 def test_decays_of_a_pipeline_stage():
     spawn(check_decay, 1)
+
+
+def check_angles(rank: int, world: int) -> None:
+    """Learnt angles in the first 3 attentions of 4, MLPs not counted."""
+    start()
+    config, options = transformer_config(num_layers=8), LightningOptions(lrpe_layers=3)
+    stack = lightning_stack(config, make_stack_spec(options), "L-L-L-L-")
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = build_module(stack, config, layer_type_list=list("L-L-L-L-"), pg_collection=groups)
+    assert [layer.self_attention.lrpe is not None for layer in list(model.layers)[::2]] == [True] * 3 + [False]
+
+
+def test_learnt_angles_in_more_layers_than_two():
+    spawn(check_angles, 1)

@@ -69,6 +69,7 @@ def checkpoint(tmp_path_factory):
 @torch.inference_mode()
 def compare(rank: int, world: int, folder: Path, context: int | None, chunk: int, double: bool):
     """What perplexity() returns, and the losses of one pass without caches over each window."""
+    from lightning_megatron.config import has_softmax_layers
     from lightning_megatron.inference.loading import loaded_model, read_checkpoint
     from lightning_megatron.inference.perplexity import perplexity
 
@@ -79,7 +80,9 @@ def compare(rank: int, world: int, folder: Path, context: int | None, chunk: int
             for layer in model.modules():
                 if isinstance(layer, LightningAttention):  # no parameter, so double() leaves it alone
                     layer.log_decay = layer.log_decay.double()
-        found = perplexity(model, iter(text), vocab_size=VOCAB, context=context, chunk=chunk)
+        told = []
+        found = perplexity(model, iter(text), vocab_size=VOCAB, context=context, chunk=chunk, tell=told.append)
+        assert len(told) == (rank == 0 and has_softmax_layers(model.config))
         losses = []
         for begin in range(0, LENGTH - 1, context or LENGTH):
             window = text[begin : begin + (context or LENGTH) + 1]
@@ -248,7 +251,8 @@ def test_a_process_in_bf16(gpus, tmp_path):
 def test_command_says_what_is_kept_and_has_a_limit(name, checkpoint, tmp_path):
     (tmp_path / "text").write_text(" ".join(map(str, ids())))
     run = command(checkpoint(name), tmp_path / "text", "--chunk", "100", "--max-sequence-length", "250")
-    assert "[softmax layers keep keys and values: 0.5 KiB for each token of the context on this rank]" in run.log
+    kept = "[softmax layers keep keys and values: 0.5 KiB for each token of the context on this rank]"
+    assert run.log.count(kept) == 1
     assert_ends_with(run, "keep keys and values of 299 tokens, and max_sequence_length is 250: allow more, or give a")
     limited = ("--chunk", "100", "--max-sequence-length", "250", "--context", "250")
     run = command(checkpoint(name), tmp_path / "text", *limited)

@@ -293,12 +293,13 @@ def test_short_table_by_hand(tmp_path: Path, without_plots):
     readme.write_text(f"before {report.BEGIN} old {report.END} after")
     runs = [a_run("softmax", shared=True), a_run("lightning", nll=2.7), a_run("lightning", nll=2.6, seed=2)]
     runs.append(a_run("3:1", tokens=1e7))  # too few tokens: no row
+    runs.append(a_run("lightning", tokens=1e6, size="base-32k", nll=None, seconds=[4.0] * 100))
     made(tmp_path / "results", *runs, readme=readme)
     table = [
         "| lightning : softmax | held-out loss | perplexity at 4,096 | perplexity at 65,536 | perplexity at 262,144 "
-        "| recall of 32 pairs | needle in 4,096 | tokens/s at 4,096 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `lightning` | 2.650 ± 0.050 | 12.00 ± 0.00 | missing | missing | missing | missing | 500,000 |",
-        "| `softmax` | 2.500 | 12.00 | missing | missing | missing | missing | missing |",
+        "| recall of 32 pairs | needle in 4,096 | tokens/s at 4,096 | tokens/s at 32,768 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `lightning` | 2.650 ± 0.050 | 12.00 ± 0.00 | missing | missing | missing | missing | 500,000 | 2,500 |",
+        "| `softmax` | 2.500 | 12.00 | missing | missing | missing | missing | missing | missing |",
     ]
     assert readme.read_text() == "\n".join([f"before {report.BEGIN}", "", *table, "", f"{report.END} after"])

@@ -1,6 +1,7 @@
 """The comparison of qualities: stretches, sessions and deadlines, and the whole pipeline at the smallest size."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.quality import evaluate, fidelity, report, results, session, smoke, tokens, train
+from examples.quality import evaluate, exact, fidelity, report, results, session, smoke, tokens, train
 from examples.quality.variants import SIZES, VARIANTS
+from lightning_megatron import parallel
 from lightning_megatron.training.refusals import refuse as refuse_flags
 
 from .helpers.arguments import parse_flags, pretend_without
@@ -149,7 +151,6 @@ def test_megatron_ends_with_its_driver(pretend, tmp_path, monkeypatch):
     options = pretend(100_000)
     code = (
         "import sys; from pathlib import Path; from examples.quality import train\n"
-        "train.MODULE = 'pretended_megatron'\n"
         "for line in train.launch(sys.argv[2:], Path(sys.argv[1]), True, 60): pass"
     )
     words = train.command(options, tmp_path, gpu=True)
@@ -288,7 +289,8 @@ def test_flags_are_taken_by_the_entry_point_and_all_but_the_attention_is_equal(p
     for size, name in [*(("base", name) for name in VARIANTS), ("base-32k", "lightning"), ("fidelity", "lightning")]:
         options = pretend(1, "--variant", name, "--size", size, "--tokens", "60e6")
         words = train.command(options, Path("/folder"), gpu=True)
-        args = parse_flags(monkeypatch, " ".join(words), model="")
+        assert words[:2] == ["-m", "lightning_megatron.pretrain"] or words[1] == "pretended_megatron"
+        args = parse_flags(monkeypatch, " ".join(words[2:]), model="")
         refuse_flags(args)
         assert args.bf16 and args.cross_entropy_loss_fusion and args.exit_signal_handler
         assert not args.check_for_nan_in_loss_and_grad and args.dataloader_inter_document_masking
@@ -339,7 +341,7 @@ def test_held_out_losses_are_compared_with_the_seeds_of_the_same_arithmetic():
 
 
 def test_curves_are_written_then_all_paths_are_evaluated_at_once(pretend, tmp_path):
-    one, asked = pretend(6), []
+    one, asked, paths = pretend(6), [], fidelity.ON_CPU[:2]
     words = ["train", "--data", str(one.data), "--runs", str(one.runs), "--size", "tiny", "--steps", "6"]
     options = fidelity.parser().parse_args(words)
     options.questions = ["--loss-tokens", "9"]
@@ -350,18 +352,40 @@ def test_curves_are_written_then_all_paths_are_evaluated_at_once(pretend, tmp_pa
         for folder, nll in zip(words[:2], (2.5, 2.25), strict=True):
             (Path(folder) / "evaluate.json").write_text(json.dumps({"tasks": {"loss": {"nll": nll}}}))
 
-    fidelity.train_paths(options, fidelity.ON_CPU, pretended, evaluates)
+    fidelity.train_paths(options, paths, pretended, evaluates)
     more = ["--data", str(tmp_path), "--tasks", "loss", "--loss-tokens", "9"]
     assert asked == [("examples.quality.evaluate", more)]
     found = fidelity.held(one.runs)["curves"]
     (row,) = found["distances"].values()
-    assert found["held_out"] == dict(zip(fidelity.ON_CPU, (2.5, 2.25), strict=True)) and row["difference"] == -0.25
+    assert found["held_out"] == dict(zip(paths, (2.5, 2.25), strict=True)) and row["difference"] == -0.25
     text = "\n".join(report.fidelity({"curves": found}))
     assert "| `torch-fp32` | 6 | - | - | 2.50000 | - | - | - |" in text
     assert "| `torch-fp32-seed2` | 6 | 0.00000 | 0.00000 | 2.25000 | -0.25000 | 0.25000 | - |" in text
     options.steps, options.seconds = 100_000, 33
-    fidelity.train_paths(options, fidelity.ON_CPU, pretended, evaluates)
+    fidelity.train_paths(options, paths, pretended, evaluates)
     assert len(asked) == 1 and set(fidelity.held(one.runs)["curves"]["held_out"]) == set()  # not complete
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_exact_path_computes_in_fp64(rng, start):
+    """Outputs, states and gradients are those of fp64, rounded once; those of fp32 are others."""
+
+    def evaluate(attn, dtype, kind=None):
+        given = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, state)]
+        how = dict(group=None, output_final_state=True, initial_state=given[3] if start else None, backend=kind)
+        o, last = attn(*given[:3], decay.to(dtype), **how)
+        grads = torch.autograd.grad((o, last), given[: 3 + start], (do.to(dtype), dlast.to(dtype)))
+        return [x.to(torch.float32) for x in (o, last, *grads)]
+
+    draw = functools.partial(torch.randn, generator=rng, dtype=torch.float32)
+    q, k, v, do = (draw(2, 150, 3, 16) for _ in range(4))
+    state, dlast = draw(2, 3, 16, 16), draw(2, 3, 16, 16)
+    decay = torch.tensor([-0.3, -0.01, 0.0])
+    want = evaluate(parallel.lightning_attn, torch.float64, "torch")
+    found = evaluate(exact.exactly(parallel.lightning_attn), torch.float32, "auto")
+    rough = evaluate(parallel.lightning_attn, torch.float32, "torch")
+    for x, y, other in zip(want, found, rough, strict=True):
+        assert torch.equal(x, y) and not torch.equal(x, other)
 
 
 def test_a_path_that_diverged_is_told(tmp_path):
@@ -388,7 +412,8 @@ def test_a_path_that_diverged_is_told(tmp_path):
 
 def lines_of(words: list[str], log: Path, gpu: bool, seconds: float) -> list[str]:
     """``train.launch``, from the server that has imported Megatron."""
-    text = run_pretrain(words).log
+    _, module, *flags = words
+    text = run_pretrain(flags, module=module).log
     log.write_text(text)
     return text.splitlines()
 
@@ -398,7 +423,7 @@ def cut_at(step: int) -> train.Run:
 
     def cut(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
         env = {"LIGHTNING_TESTS_KILL": json.dumps([[0], step, "step", 0])}
-        run = run_pretrain(words, module="tests.helpers.killed_pretrain", env=env, check=False)
+        run = run_pretrain(words[2:], module="tests.helpers.killed_pretrain", env=env, check=False)
         assert not run.ok
         yield from run.log.splitlines()
         raise RuntimeError("killed")

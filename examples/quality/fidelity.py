@@ -4,9 +4,9 @@
     python -m examples.quality.fidelity states --data data/quality/data --runs runs --states-tokens 1048576
 
 ``train`` trains one small all-lightning model on the same data in the same order by several paths of arithmetic, and
-with a second seed, whose distance is the noise that the others are compared with. Megatron has no fp64; fp32 with
-torch's operator stands for it. Paths run side by side, since so small a model does not fill a GPU. Then ``evaluate``
-computes the held-out loss of all of them, with the options behind --. The same command goes on.
+with a second seed, whose distance is the noise that the others are compared with. Megatron has no fp64: the operator
+alone computes in it, the rest of that model in fp32. Paths run side by side, since so small a model does not fill a
+GPU. Then ``evaluate`` computes the held-out loss of all of them, with the options behind --. The same command goes on.
 
 Another seed is also another data order, and batches alone move the loss of a step by 0.1 nats. The mean absolute
 difference of two seeds' curves is about that, whatever the arithmetic does: a path that is worse by 0.03 nats would
@@ -45,14 +45,15 @@ from . import session, train
 from .results import FIDELITY
 from .variants import SIZES
 
-PATHS = {  # name -> (fp32, backend, seed)
+PATHS = {  # name -> (fp32, backend, seed); fp64 is torch's operator in it, by examples.quality.exact
     "triton-bf16": (False, "triton", 1),
     "triton-bf16-seed2": (False, "triton", 2),
     "torch-bf16": (False, "torch", 1),
     "torch-fp32": (True, "torch", 1),
     "torch-fp32-seed2": (True, "torch", 2),
+    "torch-fp64": (True, "fp64", 1),
 }
-ON_CPU = ("torch-fp32", "torch-fp32-seed2")  # Triton has no CPU, and the CPU trains in fp32
+ON_CPU = ("torch-fp32", "torch-fp32-seed2", "torch-fp64")  # Triton has no CPU, and the CPU trains in fp32
 VARIANT = "lightning"
 SECOND = "-seed2"
 BLOCKS = 10
@@ -67,7 +68,10 @@ def options_of(path: str, options: Namespace) -> Namespace:
     words += ["--seed", str(seed), "--seconds", str(options.seconds), "--tag", path, "--eval-iters", "1"]
     words += ["--fp32"] if fp32 else []
     words += ["--shared"] if options.together > 1 else []
-    return train.parser().parse_args([*words, "--", "--lightning-backend", backend])
+    exact = backend == "fp64"
+    made = train.parser().parse_args([*words, "--", "--lightning-backend", "torch" if exact else backend])
+    made.module = "examples.quality.exact" if exact else None
+    return made
 
 
 def seeds_of(path: str, paths: Iterable[str], reference: str) -> str:

@@ -307,7 +307,7 @@ SECTIONS: tuple[Callable[[Results], list[str]], ...] = (
 
 def readme_table(results: Results) -> list[str]:
     """What decides on a ratio, of the variants that have all of their tokens: README's table."""
-    length = SIZES[results.plan.size].seq_length
+    length, sizes = SIZES[results.plan.size].seq_length, (results.plan.size, results.plan.long_size)
     columns: list[tuple[str, Pick, str]] = [
         ("held-out loss", loss_of, ".3f"),
         *((f"perplexity at {x * length:,}", perplexity_at(x), ".2f") for x in (1, 16, 64)),
@@ -317,10 +317,11 @@ def readme_table(results: Results) -> list[str]:
     rows = []
     for name in MAIN:
         if runs := results.main(name):
-            speed = results.speed(name, results.plan.size)
             row = [f"`{name}`", *(shown(mean(runs, pick), form) for _, pick, form in columns)]
-            rows.append([*row, MISSING if speed is None else f"{speed:,.0f}"])
-    return table(["lightning : softmax", *(head for head, *_ in columns), f"tokens/s at {length:,}"], rows)
+            speeds = (results.speed(name, size) for size in sizes)
+            rows.append([*row, *(MISSING if speed is None else f"{speed:,.0f}" for speed in speeds)])
+    heads = [*(head for head, *_ in columns), *(f"tokens/s at {SIZES[size].seq_length:,}" for size in sizes)]
+    return table(["lightning : softmax", *heads], rows)
 
 
 def put(page: Path, made: list[str]) -> str:

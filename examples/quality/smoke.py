@@ -287,9 +287,10 @@ def check_evaluation(found: dict) -> None:
 def check_fidelity(found: dict) -> None:
     distances = found["curves"]["distances"]
     (states,) = found["states"].values()
-    assert set(distances) == set(fidelity.ON_CPU[1:]) and all(
-        x["largest"] > 0 and x["difference"] for x in distances.values()
-    )
+    assert set(distances) == set(fidelity.ON_CPU[1:]), distances
+    exact = distances.pop("torch-fp64")  # may be the same in all digits that Megatron prints
+    assert exact["to"] == "torch-fp32" and exact["largest"] < 1e-3, exact
+    assert all(x["largest"] > 0 and x["difference"] for x in distances.values()), distances
     assert len(states["rows"]) == 10 and all(0 < row["weakest"] <= row["all"] for row in states["rows"]), states
 
 

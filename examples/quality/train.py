@@ -58,7 +58,7 @@ def steps_of(size: Size, tokens: float) -> int:
 
 
 def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
-    """Flags of the training; ``options`` are those of ``parser``."""
+    """The training's module and its flags; ``options`` are those of ``parser``."""
     size = SIZES[options.size]
     steps = steps_of(size, options.tokens)
     micro = options.micro_batch or size.micro_batch
@@ -81,7 +81,7 @@ def command(options: argparse.Namespace, folder: Path, gpu: bool) -> list[str]:
     words += ["--transformer-impl", options.transformer_impl]
     words += ["--exit-interval", str(options.stop_at)] if options.stop_at else []
     words += ["--bf16"] if gpu and not options.fp32 else []
-    return words + options.flags
+    return ["-m", options.module or MODULE, *words, *options.flags]
 
 
 def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[str]:
@@ -93,7 +93,7 @@ def launch(words: list[str], log: Path, gpu: bool, seconds: float) -> Iterator[s
     Raises:
         RuntimeError: it failed; with the end of the log.
     """
-    start = [sys.executable, *([] if gpu else ["examples/cpu_shim.py"]), "-m", MODULE, *words]
+    start = [sys.executable, *([] if gpu else ["examples/cpu_shim.py"]), *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("a") as file:
         process = subprocess.Popen(
@@ -168,7 +168,7 @@ def about(options: argparse.Namespace, gpu: bool) -> dict:
         "variant": options.variant, "size": options.size, "seed": options.seed, "lr": options.lr, "tag": options.tag,
         "tokens": steps * size.batch * size.seq_length, "seq_length": size.seq_length,
         "steps": steps, "fp32": options.fp32 or not gpu, "transformer_impl": options.transformer_impl,
-        "shared": options.shared,
+        "shared": options.shared, "module": options.module or MODULE,
         "flags": flags(options.variant, size) + options.flags,
         "data": stats(options.data)["sha256"]["train_text_document.bin"],
     }  # fmt: skip
@@ -181,7 +181,11 @@ class Record:
         """Raises ValueError where the folder is of another run than ``what``."""
         self.path = folder / "run.json"
         self.run = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else what | {"stretches": []}
-        for key, value in (("transformer_impl", "local"), ("shared", False)):  # older files do not have them
+        for key, value in (
+            ("transformer_impl", "local"),
+            ("shared", False),
+            ("module", MODULE),
+        ):  # older files do not have them
             self.run.setdefault(key, value)
         if other := [key for key, value in what.items() if key != "shared" and self.run.get(key) != value]:
             raise ValueError(f"{folder} is of a run with other {', '.join(other)}: give another --runs, or remove it")
@@ -323,6 +327,7 @@ def add_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--shared", action="store_true", help="others use the GPU at the same time: its seconds are no speed")
     layers = ("local", "transformer_engine")
     add("--transformer-impl", default="local", choices=layers, help="whose layers surround attention (%(default)s)")
+    made.set_defaults(module=None)
     return made
 
 

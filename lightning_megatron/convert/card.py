@@ -125,7 +125,7 @@ def markdown(report: Report) -> str:
         ("status", f"**{report['status']}**: {verdict(report)}"),
         ("date", report["date"]),
         ("revision", f"`{revision['value']}` ({revision['kind']})"),
-        ("checkpoint", f"`{report['checkpoint']}`"),
+        ("checkpoint", f"`{report['checkpoint']}`{_hybrid_words(report['hybrid_layer_pattern'])}"),
         ("command", f"`{report['command']}`" if report["command"] else "called from Python"),
         ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
         ("tolerance", f"{report['tolerance']:g} of the largest value"),
@@ -161,6 +161,10 @@ def markdown(report: Report) -> str:
         lines += ["", "Greedy text of Megatron:", "", *_quoted(report["greedy"]["megatron"])]
         lines += ["", "and of the reference:", "", *_quoted(report["greedy"]["reference"])]
     return "\n".join(lines)
+
+
+def _hybrid_words(pattern: str | None) -> str:
+    return f", of HybridModel (`--hybrid-layer-pattern {pattern}`)" if pattern else ""
 
 
 def _judged_words(tokens: dict[str, Any]) -> str:

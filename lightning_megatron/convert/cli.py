@@ -22,6 +22,7 @@ _DESCRIPTION = (
 _EXAMPLES = """\
 examples:
   lightning-convert import Ring-mini-linear-2.0 ring-mini     # then train: --load ring-mini --use-checkpoint-args
+  lightning-convert import Ring-mini-linear-2.0 ring-mini --hybrid-model    # HybridModel in the place of GPTModel
   lightning-convert export checkpoints ring-mini-tuned --like Ring-mini-linear-2.0
   lightning-convert roundtrip Ring-mini-linear-2.0            # import, export, compare bit for bit
   lightning-convert verify Ring-mini-linear-2.0 ring-mini     # tensors, and what both models compute
@@ -126,6 +127,20 @@ def parser() -> argparse.ArgumentParser:
         "--revision", help="of the model, for the card (default: the commit that hf download noted, else a digest)"
     )
     compared.add_argument("--note", metavar="TEXT", help="a sentence for the card")
+    for made in (to_megatron, there_and_back):
+        made.add_argument(
+            "--hybrid-model",
+            action="store_true",
+            help="for Megatron's HybridModel (--hybrid-layer-pattern), in the place of GPTModel; export and verify see "
+            "which of them a checkpoint is of",
+        )
+    for made in (to_megatron, there_and_back, compared):
+        made.add_argument(
+            "--no-prediction",
+            dest="prediction",
+            action="store_false",
+            help="leave out layers of multi-token prediction, which only help training",
+        )
     for made in (to_hf, there_and_back):
         made.add_argument(
             "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file, as 500MB (%(default)s)"
@@ -159,7 +174,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if args.command == "import":
-            flags = import_checkpoint(args.source, args.target, overwrite=args.overwrite, jobs=args.jobs, say=say)
+            flags = import_checkpoint(
+                args.source,
+                args.target,
+                hybrid_model=args.hybrid_model,
+                prediction=args.prediction,
+                overwrite=args.overwrite,
+                jobs=args.jobs,
+                say=say,
+            )
             load = shlex.quote(str(args.target))
             say(f"train with --load {load} --use-checkpoint-args, or with the flags:\n  {shlex.join(flags)}")
         elif args.command == "export":
@@ -181,7 +204,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             same = verify(args.source, args.checkpoint, command=words, say=say, **given)
             return 0 if same else 1
         else:
-            same = roundtrip(args.source, work=args.work, max_shard_bytes=args.max_shard_size, jobs=args.jobs, say=say)
+            same = roundtrip(
+                args.source,
+                work=args.work,
+                hybrid_model=args.hybrid_model,
+                prediction=args.prediction,
+                max_shard_bytes=args.max_shard_size,
+                jobs=args.jobs,
+                say=say,
+            )
             return 0 if same else 1
     except ConvertError as error:
         print(f"lightning-convert: error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import model
 from .errors import ConvertError, cannot
 from .exporting import SHARD_BYTES, export_checkpoint
 from .folder import Folder, local_folder
@@ -22,6 +23,8 @@ def roundtrip(
     source: Path,
     *,
     work: Path | None = None,
+    hybrid_model: bool = False,
+    prediction: bool = True,
     max_shard_bytes: int = SHARD_BYTES,
     jobs: int = 2,
     part_bytes: int = PART_BYTES,
@@ -36,7 +39,7 @@ def roundtrip(
         source: folder with config.json and *.safetensors.
         work: existing folder with space for twice the source; what is written there is removed in the end. By default
             that of the source, and where that is read-only the one for temporary files.
-        max_shard_bytes, jobs, part_bytes, say: as for import and export.
+        hybrid_model, prediction, max_shard_bytes, jobs, part_bytes, say: as for import and export.
 
     Returns:
         Whether all tensors are the same.
@@ -51,7 +54,15 @@ def roundtrip(
             raise ConvertError(f"--work {work} is inside of the source {source}; choose another folder")
     temporary = _temporary(source.parent if work is None else work, given=work is not None)
     try:
-        import_checkpoint(source, temporary / "megatron", jobs=jobs, part_bytes=part_bytes, say=say)
+        import_checkpoint(
+            source,
+            temporary / "megatron",
+            hybrid_model=hybrid_model,
+            prediction=prediction,
+            jobs=jobs,
+            part_bytes=part_bytes,
+            say=say,
+        )
         export_checkpoint(
             temporary / "megatron",
             temporary / "huggingface",
@@ -60,7 +71,10 @@ def roundtrip(
             part_bytes=part_bytes,
             say=say,
         )
-        return compare(Folder(source), Folder(temporary / "huggingface"), say)
+        before = Folder(source)
+        if not prediction:
+            model.leave_out_prediction(before, lambda text: None)  # the import has said it
+        return compare(before, Folder(temporary / "huggingface"), say)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

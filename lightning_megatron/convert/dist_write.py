@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ..models.hybrid import pattern_of
 from ..models.units import Piece
 from .dist_read import COMMON
 from .partial import start_writing
@@ -139,7 +140,7 @@ def finish(folder: Path, tasks: Sequence[Task], results: list[WriteResult], args
     torch.save([common], data)
     torch.save([None], nothing)
     item = WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO)
-    states = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states(tasks)]
+    states = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states(tasks, args)]
     file = PartFile(folder, number)
     results = [*results, *file.write(item, lambda: data)]
     results += file.write_all(states, lambda: nothing) if states else []
@@ -149,13 +150,14 @@ def finish(folder: Path, tasks: Sequence[Task], results: list[WriteResult], args
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
-def extra_states(tasks: Sequence[Task]) -> list[str]:
+def extra_states(tasks: Sequence[Task], args: Namespace) -> list[str]:
     """Keys of the extra states that Megatron's layers look for, and that hold nothing without fp8.
 
     Local layers have one for each projection, TransformerEngine's also for norms and the core of softmax attention;
-    what a model does not look for stays unread.
+    HybridModel has one for its output layer, tied or not, which GPTModel leaves out. What a model does not look for
+    stays unread.
     """
-    keys: dict[str, None] = {}
+    keys: dict[str, None] = {"output_layer._extra_state/shard_0_1": None} if pattern_of(args) else {}
     for task in tasks:
         for piece in task.unit.megatron:
             module, _, name = piece.key.rpartition(".")

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,13 @@ class Folder:
         """Size and modification time of each file that is read: tells whether a folder has changed."""
         names = sorted({"config.json", *self._files, *(path.name for path in small_files(self.path))})
         return {name: [(stat := (self.path / name).stat()).st_size, stat.st_mtime_ns] for name in names}
+
+    def leave_out(self, names: Collection[str], **fields: Any) -> int:
+        """Take tensors for absent, and ``fields`` for those of config.json; how many tensors there were."""
+        kept = {name: what for name, what in self.tensors.items() if name not in names}
+        count, self.tensors = len(self.tensors) - len(kept), kept
+        self.config |= fields
+        return count
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

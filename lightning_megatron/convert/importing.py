@@ -28,6 +28,8 @@ def import_checkpoint(
     source: Path,
     target: Path,
     *,
+    hybrid_model: bool = False,
+    prediction: bool = True,
     overwrite: bool = False,
     jobs: int = 2,
     part_bytes: int = PART_BYTES,
@@ -38,6 +40,8 @@ def import_checkpoint(
     Args:
         source: folder with config.json and *.safetensors.
         target: new folder; until it is complete it is called TARGET.partial.
+        hybrid_model: for Megatron's HybridModel, in the place of GPTModel.
+        prediction: False leaves out layers of multi-token prediction.
         overwrite: replace a target that an import made.
         jobs: threads.
         part_bytes: how much is written between two records for resuming.
@@ -57,7 +61,9 @@ def import_checkpoint(
     target = check_target(folder.path, target, overwrite, lambda path: {p.name for p in path.iterdir()} <= _OURS)
     config_file = folder.path / "config.json"
     try:
-        flags, args, _, units = model.model_of_config(folder.config)
+        if not prediction:
+            model.leave_out_prediction(folder, say)
+        flags, args, _, units = model.model_of_config(folder.config, hybrid_model)
     except ValueError as error:
         raise ConvertError(f"{config_file}: {error}") from error
     _check_prediction(units, folder)
@@ -96,7 +102,7 @@ def _check_prediction(units: Sequence[Unit], folder: Folder) -> None:
         raise ConvertError(
             f"{folder.path / 'config.json'} has multi-token prediction layers (num_nextn_predict_layers), but none of "
             f"their {len(names)} tensors is there, such as {names[-1]}: download the file with them, too (of Ling 2.6 "
-            "flash model-mtp-layer.safetensors); or write 0 into that field to go on without"
+            "flash model-mtp-layer.safetensors); or go on without, with --no-prediction"
         )
     known = {named.name for unit in units for named in unit.hf}
     unknown = sorted(name for name in folder.tensors if name.endswith(".eh_proj.weight") and name not in known)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..models.family import Config, command_line, family_of
+from ..models import hybrid
+from ..models.family import Config, Family, command_line, family_of
 from ..models.units import Unit
+from .folder import Folder
+
+_PREDICTION = "num_nextn_predict_layers"
 
 
 class Model(NamedTuple):
@@ -18,16 +23,52 @@ class Model(NamedTuple):
     units: list[Unit]
 
 
-def model_of_config(config: Config) -> Model:
+def model_of_config(config: Config, hybrid_model: bool = False) -> Model:
     """From a config.json.
+
+    Args:
+        hybrid_model: for Megatron's HybridModel, in the place of GPTModel.
 
     Raises:
         ValueError: what cannot be represented, by field.
     """
     family = family_of(config)
-    flags = command_line(family.flags(config))
-    args = saved_args(flags)
-    return Model(flags, args, config, family.units(args, config))
+    flags = family.flags(config)
+    args = saved_args(command_line(flags))
+    if hybrid_model:
+        flags = hybrid.as_hybrid(flags, args)
+        args = saved_args(command_line(flags))
+    return Model(command_line(flags), args, config, units_of(family, args, config))
+
+
+def pattern_of(args: Namespace) -> str | None:
+    """See ``models.hybrid``."""
+    return hybrid.pattern_of(args)
+
+
+def outputs_of_layers(args: Namespace, states: list[Any]) -> list[Any]:
+    """Of the layers of the released model, from those of Megatron's; a HybridModel has two for each."""
+    return states if hybrid.pattern_of(args) is None else states[1::2]
+
+
+def leave_out_prediction(folder: Folder, say: Callable[[str], None]) -> None:
+    """Take a folder for one without layers of multi-token prediction; says how many tensors they have.
+
+    Raises:
+        ValueError: as of ``model_of_config``.
+    """
+    if not folder.config.get(_PREDICTION):
+        return
+    units = model_of_config(folder.config).units
+    ahead = [unit for unit in units if any(piece.key.startswith("mtp.") for piece in unit.megatron)]
+    count = folder.leave_out({named.name for unit in ahead for named in unit.hf}, **{_PREDICTION: 0})
+    say(f"left out {count} tensors of multi-token prediction (--no-prediction): exports have {_PREDICTION} 0")
+
+
+def units_of(family: Family, args: Namespace, config: Config) -> list[Unit]:
+    """All tensors of both checkpoints, of which Megatron's is of the GPTModel or the HybridModel of ``args``."""
+    units = family.units(hybrid.as_gpt(args), config)
+    return units if hybrid.pattern_of(args) is None else hybrid.renamed(units)
 
 
 def model_of_args(args: Namespace, original: Config | None) -> Model:
@@ -44,7 +85,7 @@ def model_of_args(args: Namespace, original: Config | None) -> Model:
     if original:
         config = {**original, **config, "vocab_size": original.get("vocab_size", config["vocab_size"])}
         config.pop("quantization_config", None)  # weights are exported as they were trained
-    return Model([], args, config, family.units(args, config))
+    return Model([], args, config, units_of(family, args, config))
 
 
 # Megatron is imported for these alone, so that `lightning-convert --help` need not wait for it.

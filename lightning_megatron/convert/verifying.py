@@ -22,6 +22,7 @@ from .independent import Independent, model_of
 from .plan import Task, plan_export, plan_import
 from .prompt import Prompt
 from .table import compare_tensors, differences, summary
+from .work import free_memory
 
 TOLERANCE = 1e-5
 TOKENS = 64
@@ -39,6 +40,7 @@ def verify(
     tokens: int = TOKENS,
     tolerance: float = TOLERANCE,
     tensors_only: bool = False,
+    prediction: bool = True,
     table: Path | None = None,
     card: Path | None = None,
     name: str | None = None,
@@ -63,6 +65,7 @@ def verify(
         tokens: how many both write.
         tolerance: largest difference, by the largest value of the reference.
         tensors_only: run no model.
+        prediction: False leaves out layers of multi-token prediction of the folder.
         table: JSON file to write, with a row for every tensor.
         card: folder to write NAME.md and NAME.json into.
         name: of the model; by default that of the folder.
@@ -92,7 +95,7 @@ def verify(
     if not tensors_only:
         _start()  # before Megatron is imported, which the next line does
     held = Checkpoint(step_folder(place, step))
-    tasks, kinds, flags = _plan(folder, held)
+    tasks, kinds, flags = _plan(folder, held, None if prediction else say)
     independent = None if tensors_only else model_of(folder)
     if independent:
         _step_of(held.folder)
@@ -106,6 +109,7 @@ def verify(
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "checkpoint": held.folder.name,
+        "hybrid_layer_pattern": model.pattern_of(held.common()["args"]),  # None: of GPTModel
         "tolerance": tolerance,
         "versions": cards.versions(),
         "tensors": summary(rows),
@@ -142,16 +146,23 @@ def _start() -> None:
         raise ConvertError(f"verify runs models on the CPU, in a process of its own: {error}") from error
 
 
-def _plan(folder: Folder, held: Checkpoint) -> tuple[list[Task], list[str], list[str]]:
-    """Tasks of an export; the kind of each layer; in what config.json and checkpoint describe another function."""
+def _plan(
+    folder: Folder, held: Checkpoint, left_out: Callable[[str], None] | None
+) -> tuple[list[Task], list[str], list[str]]:
+    """Tasks of an export; the kind of each layer; in what config.json and checkpoint describe another function.
+
+    ``left_out`` is told about layers of multi-token prediction that are left out; None leaves out none.
+    """
     args = held.common()["args"]
     try:
+        if left_out:
+            model.leave_out_prediction(folder, left_out)
         family = model.family_of(folder.config)
         flags = model.differences_of_function(args, folder.config)
     except ValueError as error:
         raise ConvertError(f"{folder.path / 'config.json'} and {held.folder}: {error}") from error
     try:
-        units = family.units(args, folder.config)
+        units = model.units_of(family, args, folder.config)
         tasks = plan_export(units, held.tensors, f"{held.folder} against {folder.path / 'config.json'}")
         plan_import(units, folder.tensors, f"{folder.path} against the model of {held.folder}")
     except Exception as error:
@@ -178,20 +189,6 @@ def _check_memory(tasks: Sequence[Task], independent: Independent) -> None:
             f"and {_SPARE / 1e9:.1f} GB beside; but {free / 1e9:.1f} GB of memory are free. Use a larger machine, or "
             "compare only tensors, with --tensors-only"
         )
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take: of the machine, and of its control group where that has a limit."""
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:  # no control groups, or those of version 1
-        return free
-    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))  # of files, given back on demand
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + cached))
 
 
 # ---- running both ----------------------------------------------------------------------------------------------------
@@ -265,6 +262,7 @@ def _megatron(
             written = loading.greedy(megatron, ids, tokens, vocabulary)
             states, logits = loading.outputs(megatron, [*ids, *written])
             del megatron
+        states = model.outputs_of_layers(saved.args, states)
     except loading.LoadError as error:
         raise ConvertError(str(error)) from error
     gc.collect()  # modules refer to themselves; their memory is needed for the reference

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .partial import Partial
@@ -72,6 +73,20 @@ class Memory:
             with self._changed:
                 self._held -= nbytes
                 self._changed.notify_all()
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: of the machine, and of its control group where that has a limit."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # no control groups, or those of version 1
+        return free
+    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))  # of files, given back on demand
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + cached))
 
 
 class Progress:

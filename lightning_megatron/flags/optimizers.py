@@ -89,12 +89,13 @@ REFUSED = (
     ),
     Rule(
         "ckpt_format",
-        lambda run: run.get("use_torch_fsdp2") and run.get("ckpt_format") == "torch_dcp" and run.get("load"),
+        lambda run: run.get("use_torch_fsdp2") and run.get("ckpt_format") == "torch_dcp" and run.loads,
         "can be saved, and not loaded (a TypeError in Megatron 0.19); use --use-megatron-fsdp, or --ckpt-format "
         "torch_dist, whose weights load with --no-load-optim or --finetune",
     ),
     Rule(
         "use_torch_fsdp2",
+        # with --pretrained-checkpoint it begins anew
         lambda run: run.get("load") and not (run.get("no_load_optim") or run.get("finetune")),
         "does not go on where it stopped: Megatron 0.19 loads Adam's states without the number of its steps; use "
         "--use-megatron-fsdp, or add --no-load-optim or --finetune for the weights alone",
@@ -107,9 +108,7 @@ REFUSED = (
     Rule(
         "use_megatron_fsdp",
         lambda run: (
-            any(run.get(x) for x in ("save", "load", "pretrained_checkpoint"))
-            and run.config.gated_linear_unit
-            and not (run.config.bf16 or run.config.fp16)
+            (run.get("save") or run.loads) and run.config.gated_linear_unit and not (run.config.bf16 or run.config.fp16)
         ),
         "can neither save nor load --swiglu in fp32 (Megatron 0.19 ends in an AttributeError); use --bf16, or leave "
         "--save and --load out",
@@ -124,13 +123,9 @@ REFUSED = (
     ),
     Rule(
         "use_megatron_fsdp",
-        lambda run: (
-            (run.config.bf16 or run.config.fp16)
-            and (run.get("load") or run.get("pretrained_checkpoint"))
-            and (run.get("no_load_optim") or run.get("finetune"))
-        ),
+        lambda run: (run.config.bf16 or run.config.fp16) and run.loads_weights_alone,
         "cannot load weights without the optimizer's in bf16 and fp16 (NotImplementedError in Megatron 0.19); leave "
-        "--no-load-optim and --finetune out, or train in fp32",
+        "--no-load-optim, --finetune and --pretrained-checkpoint out, or train in fp32",
     ),
     *(
         Rule(name, when, "needs the package einops, and it does not import; pip install einops")

@@ -113,7 +113,7 @@ REFUSED = (
     ),
     Rule(
         "dist_ckpt_strictness",
-        lambda run: run.get("load") and run.get("dist_ckpt_strictness") != "assume_ok_unexpected" and strides_saved(),
+        lambda run: run.loads and run.get("dist_ckpt_strictness") != "assume_ok_unexpected" and strides_saved(),
         f"ends Megatron 0.19 in a TypeError (empty() got ... 'strides') as it loads, with the torch that is installed, "
         f"{torch.__version__}; leave it out, or use torch 2.11",
     ),
@@ -287,7 +287,7 @@ REFUSED = (
         "mtp_num_layers",
         lambda run: (
             run.config.pipeline_model_parallel_size > 1
-            and any(map(run.get, ("save", "non_persistent_save_interval", "load", "pretrained_checkpoint")))
+            and (run.loads or run.get("save") or run.get("non_persistent_save_interval"))
             and run.get("untie_embeddings_and_output_weights") is False
         ),
         "with tied embeddings and --pipeline-model-parallel-size above 1 cannot save or load a checkpoint (Megatron "

@@ -12,6 +12,11 @@ TE = "transformer_engine.pytorch"
 ROTARY = ("rope", "yarn", "mrope")  # values of --position-embedding-type that give layers angles
 
 
+def loads(args: Namespace) -> bool:
+    """Whether a run with these flags of Megatron loads a checkpoint, or would if one is there."""
+    return any(getattr(args, name, None) for name in ("load", "pretrained_checkpoint"))
+
+
 class Run(NamedTuple):
     """What a run asks for, as the rows of the tables see it."""
 
@@ -26,6 +31,15 @@ class Run(NamedTuple):
         if name.startswith("lightning_"):
             return getattr(self.options, name.removeprefix("lightning_"), getattr(self.args, name, None))
         return getattr(self.config, name, getattr(self.args, name, None))
+
+    @property
+    def loads(self) -> bool:
+        return loads(self.args)
+
+    @property
+    def loads_weights_alone(self) -> bool:
+        """Without the optimizer's. Megatron begins with ``--pretrained-checkpoint`` as with ``--finetune``."""
+        return self.loads and any(map(self.get, ("no_load_optim", "finetune", "pretrained_checkpoint")))
 
     @property
     def local(self) -> bool:

@@ -24,7 +24,7 @@ def refuse_unserved(args: Namespace) -> None:
         ValueError: what was given, what is allowed, and what to do.
     """
     pattern = args.hybrid_layer_pattern
-    main, _, ahead = pattern.partition(Symbols.MTP_SEPARATOR)
+    main = _main(pattern)
     allowed = ", ".join(f"{letter} ({kind})" for letter, kind in _SERVED.items())
     others = sorted(set(main) - set(_SERVED) - {Symbols.PIPE})
     if others:
@@ -37,12 +37,6 @@ def refuse_unserved(args: Namespace) -> None:
             f"{FLAG} {pattern} has no lightning layer ({LETTER}): use Megatron's own inference, or train a model with "
             "some"
         )
-    if ahead:
-        raise ValueError(
-            f"{FLAG} {pattern}: a HybridModel with layers of multi-token prediction (behind {Symbols.MTP_SEPARATOR}) "
-            f"does not generate here; train it as {main}, or as GPTModel with --mtp-num-layers, whose layers of "
-            "multi-token prediction are left out"
-        )
     if saved_function(args).options is None:
         raise ValueError(
             f"{FLAG} {pattern}: it holds no record of its lightning options; resume it once with this version, and "
@@ -50,9 +44,15 @@ def refuse_unserved(args: Namespace) -> None:
         )
 
 
+def _main(pattern: str) -> str:
+    """Without layers of multi-token prediction."""
+    return pattern.partition(Symbols.MTP_SEPARATOR)[0]
+
+
 def pattern_flags(saved: Namespace, flags: Sequence[str]) -> list[str]:
     """The pattern as this run reads it: with the stages that ``flags`` give, or those of the training where there are
-    as many, or without any, so that Megatron makes them of equal size.
+    as many, or without any, so that Megatron makes them of equal size. Layers of multi-token prediction are left out:
+    they only help training.
 
     Args:
         saved: args as Megatron saved them, of any model.
@@ -72,6 +72,7 @@ def pattern_flags(saved: Namespace, flags: Sequence[str]) -> list[str]:
                 f"{FLAG} {given}: the checkpoint is of a GPTModel, whose layers have no letters; leave it out"
             )
         return []
+    trained, given = _main(trained), None if given is None else _main(given)
     letters, stages = trained.replace(Symbols.PIPE, ""), args.pipeline_model_parallel_size
     if given is not None and given.replace(Symbols.PIPE, "") != letters:
         raise ValueError(

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,7 @@ def perplexity(
     context: int | None = None,
     chunk: int = 8192,
     max_sequence_length: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Perplexity:
     """exp of the mean of -log p(token | tokens before it in its window), over all tokens but the first.
 
@@ -81,6 +82,7 @@ def perplexity(
         context: length of a window; the whole text is one if None.
         chunk: tokens read at once. More is faster, and takes more memory.
         max_sequence_length: the most tokens that softmax layers may keep the keys and values of; no limit if None.
+        tell: gets a line, on rank 0 and after the first chunk: what memory softmax layers take.
 
     Raises:
         ValueError: fewer than two tokens, numbers below 1, or a window longer than allowed or than learned positions.
@@ -118,8 +120,8 @@ def perplexity(
                 counts[bucket] += stop - begin
                 if losses is not None:
                     sums[bucket] += losses[begin - position : stop - position].double().sum()
-            if softmax and position == 0 and sum(counts) == len(targets) and rank() == 0:
-                _say_what_is_kept(reader.softmax_bytes(), context)
+            if tell and softmax and sum(counts) == len(targets) and rank() == 0:
+                tell(_what_is_kept(reader.softmax_bytes(), context))
             last, position = targets[-1], end
             if position == context:
                 position = 0
@@ -144,13 +146,10 @@ def _split(begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         begin = stop
 
 
-def _say_what_is_kept(size: int, context: int | None) -> None:
-    from .loading import say
-
+def _what_is_kept(size: int, context: int | None) -> str:
+    each = f"{size / 1024:.1f} KiB for each token of the context on this rank"
     much = "" if context is None else f", {size * context / 2**20:.0f} MiB at {context} tokens"
-    say(
-        f"[softmax layers keep keys and values: {size / 1024:.1f} KiB for each token of the context on this rank{much}]"
-    )
+    return f"[softmax layers keep keys and values: {each}{much}]"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(options: Namespace, flags: list[str]) -> None:
-    from .loading import loaded_model, process_group, read_checkpoint
+    from .loading import loaded_model, process_group, read_checkpoint, say
 
     for name in ("context", "chunk", "max_sequence_length"):
         value = getattr(options, name)
@@ -216,7 +215,7 @@ def _run(options: Namespace, flags: list[str]) -> None:
             try:
                 result = perplexity(
                     model, itertools.chain(first, tokens), vocab_size=tokenizer.vocab_size, context=options.context,
-                    chunk=options.chunk, max_sequence_length=options.max_sequence_length,
+                    chunk=options.chunk, max_sequence_length=options.max_sequence_length, tell=say,
                 )  # fmt: skip
             except ValueError as error:
                 raise UsageError(str(error)) from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..compat import importable
 from ..flags import flag_of
+from ..flags.rules import loads
 
 
 class Contradiction(NamedTuple):
@@ -415,7 +416,7 @@ CONTRADICTIONS = (
     ),
     # ---- checkpoints, and what happens on the way
     Contradiction(
-        lambda args: args.ckpt_step and not (args.load or args.pretrained_checkpoint),
+        lambda args: args.ckpt_step and not loads(args),
         "--ckpt-step {ckpt_step} chooses a checkpoint, and none is loaded: give --load, or leave it out",
     ),
     Contradiction(

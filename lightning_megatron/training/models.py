@@ -13,6 +13,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 
 from ..config import lightning_pattern
+from ..hybrid_model import add_letter, checked
+from ..models import hybrid
 from ..models.family import Config, Family, command_line, families, family_of
 from ..models.presets import PRESETS, REFUSED, TINY, preset_flags
 from ..record import ATTRIBUTE, ROWS_OF_VOCABULARY, differences, function_record, options_from_args
@@ -61,14 +63,18 @@ def _saved_args(words: list[str]) -> Namespace:
     if "--seq-length" not in words:
         more += ["--seq-length", words[words.index("--max-position-embeddings") + 1]]
     given = parser().parse_args([*words, *more])
+    if given.hybrid_layer_pattern is not None:
+        add_letter()
     given.rank = given.local_rank = 0
     given.world_size = 1
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(given, args_defaults(given))
     every = given.make_vocab_size_divisible_by
     given.padded_vocab_size = (given.vocab_size + every - 1) // every * every
-    config = core_transformer_config_from_args(given)
-    setattr(given, ATTRIBUTE, function_record(config, options_from_args(given), given))
+    config, options = core_transformer_config_from_args(given), options_from_args(given)
+    if given.hybrid_layer_pattern is not None:
+        config = checked(config, options, given.hybrid_layer_pattern)
+    setattr(given, ATTRIBUTE, function_record(config, options, given))
     return given
 
 
@@ -76,13 +82,13 @@ def family_of_args(args: Namespace, wanted: Family | None = None) -> tuple[Famil
     """The family whose config.json describes exactly the function of a trained model, and that config.
 
     Args:
-        args: as Megatron saved them.
+        args: as Megatron saved them, of a GPTModel or a HybridModel.
         wanted: the only family to look at; all by default.
 
     Raises:
         ValueError: none does; with what differs, for every family.
     """
-    record = _record(args)
+    record, args = _record(args), hybrid.as_gpt(args)
     lines = []
     for family in families() if wanted is None else (wanted,):
         try:
@@ -106,20 +112,15 @@ def differences_of_function(args: Namespace, config: Config) -> list[str]:
         args: as Megatron saved them.
 
     Raises:
-        ValueError: the checkpoint has no record of its function, or config.json is of no model that is known here.
+        ValueError: the checkpoint has no record of its function, or a pattern of no released model, or config.json is
+            of no model that is known here.
     """
     again = getattr(saved_args(command_line(family_of(config).flags(config))), ATTRIBUTE)
-    found = [row for row in differences(_record(args), again) if row[0] != ROWS_OF_VOCABULARY]
+    found = [row for row in differences(_record(hybrid.as_gpt(args)), again) if row[0] != ROWS_OF_VOCABULARY]
     return [f"{flag}: {saved} in the checkpoint, {now} by config.json" for flag, saved, now in found]
 
 
 def _record(args: Namespace) -> dict[str, Any]:
-    if pattern := getattr(args, "hybrid_layer_pattern", None):
-        raise ValueError(
-            f"the checkpoint is of a HybridModel (--hybrid-layer-pattern {pattern}), and tensors of released models "
-            "are known by GPTModel's names alone; train with --num-layers and --linear-attention-freq, without a "
-            "pattern, to convert the model"
-        )
     record: dict[str, Any] | None = getattr(args, ATTRIBUTE, None)
     if record is None:
         raise ValueError("the checkpoint has no record of its function; resume it once with this version, and save it")
@@ -127,7 +128,8 @@ def _record(args: Namespace) -> dict[str, Any]:
 
 
 def kinds_of_layers(args: Namespace) -> list[str]:
-    """Of every layer: lightning or softmax."""
+    """Of every layer of the released model: lightning or softmax."""
+    args = hybrid.as_gpt(args)
     pattern = lightning_pattern(args.linear_attention_freq, args.num_layers)
     return ["lightning" if lightning else "softmax" for lightning in pattern]
 

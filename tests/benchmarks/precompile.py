@@ -82,7 +82,7 @@ def _replacements(claims: Path) -> list[tuple[Any, str, Any]]:
     from lightning_megatron.ops import attention as operator
     from lightning_megatron.ops.triton import attention as triton_backend
     from lightning_megatron.ops.triton import tiling
-    from lightning_megatron.ops.triton.launch import launcher_is_known
+    from lightning_megatron.ops.triton.launch import launcher
 
     nothing = lambda *args, **kwargs: None
     driver = triton.runtime.driver.active
@@ -107,7 +107,7 @@ def _replacements(claims: Path) -> list[tuple[Any, str, Any]]:
         (operator, "check_values", nothing),
         (operator, "choose", lambda backend, q: triton_backend),
         (tiling, "has_copy_engine", lambda device: isinstance(capability, int) and capability >= 90),
-        (tiling, "has_wgmma", lambda device: capability == 90 and launcher_is_known()),
+        (tiling, "has_wgmma", lambda device: capability == 90 and launcher() is not None),
         (JITFunction, "run", _compile_only(JITFunction.run)),
         (Autotuner, "run", _every_configuration),
         (triton.knobs.runtime, "jit_cache_hook", functools.partial(_claimed, claims)),

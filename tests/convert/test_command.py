@@ -107,7 +107,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0 and all(len(line) <= 120 for line in text.splitlines())
     if not command:  # the examples are commands that there are
         examples = re.findall(r"^  (lightning-convert .*?) *(?:#.*)?$", text, re.MULTILINE)
-        assert len(examples) == 4
+        assert len(examples) == 5
         for example in examples:
             assert cli.parser().parse_args(example.split()[1:]).source
 

@@ -10,6 +10,7 @@ from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
 from tests.helpers.flags import FULL, HYBRID, LATENT, MUON, QUICK, SWIGLU, TE, check_allowed, check_refused, model
 
+DCP = dict(ckpt_format="torch_dcp")
 OVERLAP = dict(
     num_moe_experts=4, overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=2,
     moe_token_dispatcher_type="alltoall", bf16=True,
@@ -367,8 +368,9 @@ REFUSED = {
         )
         for name, flags, flag, message in (
             ("goes-on", {}, "use-torch-fsdp2", "does not go on where it stopped.*add --no-load-optim or --finetune"),
-            ("dcp", dict(ckpt_format="torch_dcp"), "ckpt-format torch_dcp", "can be saved, and not loaded"),
-            ("dcp-weights", dict(ckpt_format="torch_dcp", finetune=True), "ckpt-format torch_dcp", "can be saved"),
+            ("dcp", DCP, "ckpt-format torch_dcp", "can be saved, and not loaded"),
+            ("dcp-weights", DCP | dict(finetune=True), "ckpt-format torch_dcp", "can be saved"),
+            ("dcp-tuned", DCP | dict(load=None, pretrained_checkpoint="x"), "ckpt-format torch_dcp", "can be saved"),
         )
     },
     **{
@@ -382,6 +384,10 @@ REFUSED = {
             ("packed", dict(mtp_num_layers=1), dict(sft=True), "has multi-token prediction for plain sequences only"),
         )
     },
+    "fsdp-pretrained": (  # which Megatron takes as with --finetune
+        dict(bf16=True), {}, dict(use_megatron_fsdp=True, pretrained_checkpoint="there"),
+        "--use-megatron-fsdp cannot load weights without .* leave --no-load-optim, --finetune and --pretrained",
+    ),
     "fsdp-finetunes": (
         dict(fp16=True), {}, dict(use_megatron_fsdp=True, load="there", finetune=True),
         "--use-megatron-fsdp cannot load weights without",
@@ -503,13 +509,16 @@ ALLOWED = {
 def test_strictness_of_loading_with_a_later_torch(strides, monkeypatch, without):
     """Its checkpoints tell strides, too, and Megatron passes on to torch.empty whatever they tell."""
     monkeypatch.setattr("lightning_megatron.flags.refused.strides_saved", lambda: strides)
-    given = dict(load="there", dist_ckpt_strictness="log_all")
+    given = dict(dist_ckpt_strictness="log_all")
     message = r"--dist-ckpt-strictness log_all ends Megatron .* leave it out, or use torch 2\.11"
-    if strides:
-        check_refused(({}, {}, given, message), without)
-    for more in ({}, dict(load=None), dict(dist_ckpt_strictness="assume_ok_unexpected")):
-        if more or not strides:
-            check_allowed(({}, {}, given | more), without)
+    check_allowed(({}, {}, given), without)
+    for way in ("load", "pretrained_checkpoint"):
+        loaded = given | {way: "there"}
+        if strides:
+            check_refused(({}, {}, loaded, message), without)
+        else:
+            check_allowed(({}, {}, loaded), without)
+        check_allowed(({}, {}, loaded | dict(dist_ckpt_strictness="assume_ok_unexpected")), without)
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -63,6 +63,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for seed, (name, config) in enumerate(configs.items()):
         import_checkpoint(write(place / name, config, seed), place / f"{name}-megatron", **QUIET)
+    shutil.copytree(place / "latent", place / "hybrid")
+    import_checkpoint(place / "hybrid", place / "hybrid-megatron", hybrid_model=True, prediction=False, **QUIET)
     grouped, file = place / "grouped", "model.safetensors"
     write_tokenizer(grouped, configs["grouped"]["vocab_size"])
     shutil.copytree(grouped, place / "perturbed")
@@ -138,6 +140,8 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
 
     given = {name: verify(name, f"{name}-megatron") for name in ("latent", "minimax", "half", "tnl")}
     given |= {
+        "hybrid": verify("hybrid", "hybrid-megatron", "--no-prediction"),
+        "with-prediction": verify("hybrid", "hybrid-megatron", "--name", "with-prediction"),
         "grouped": verify("grouped", "grouped-megatron", "--prompt", "w5 w17 w3", "--note", "Random.", "--name", "G"),
         "perturbed": verify("perturbed", "grouped-megatron", "--prompt", "w5 w17"),
         "nan": verify("nan", "nan-megatron", "--prompt", "w5 w17"),
@@ -166,7 +170,7 @@ def results(place: Path) -> dict[str, tuple[int, str]]:
     return dict(zip(given, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["latent", "grouped", "minimax", "half", "tnl"])
+@pytest.mark.parametrize("name", ["latent", "grouped", "minimax", "half", "tnl", "hybrid"])
 def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Path) -> None:
     status, said = results[name]
     assert status == 0, said
@@ -179,7 +183,8 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     assert len(kinds) == config.get("num_hidden_layers", config.get("decoder_layers")) and "lightning" in kinds
     assert ("softmax" in kinds) == (name != "tnl")
     assert all(0 < row["difference"] < 1e-5 for row in [*card["layers"], card["logits"]])
-    assert (card["expert_margin"] or 0) > 0 if name in ("latent", "half", "minimax") else card["expert_margin"] is None
+    experts = name in ("latent", "half", "minimax", "hybrid")
+    assert (card["expert_margin"] or 0) > 0 if experts else card["expert_margin"] is None
     assert card["greedy"]["agree"] and card["greedy"]["megatron"] == card["greedy"]["reference"]
     assert len(card["greedy"]["megatron"].split()) == 5
     assert card["reference"].startswith("transformers" if name == "minimax" else "formulas")
@@ -191,6 +196,19 @@ def test_a_good_import(name: str, results: dict[str, tuple[int, str]], place: Pa
     prompt = "'w5 w17 w3'" if name == "grouped" else "96 random token ids, seed "
     assert card["tokens"]["prompt"].startswith(prompt) and card["tokens"]["prompt"] in text
     assert ("Random." in text) == (name == "grouped")
+
+
+def test_a_card_of_hybrid_model(results: dict[str, tuple[int, str]], place: Path) -> None:
+    """It has the layers of config.json, and the pattern that they have in Megatron."""
+    card = json.loads((place / "cards/hybrid.json").read_text())
+    letters = card["hybrid_layer_pattern"]
+    assert "".join({"lightning": "L", "softmax": "*"}[row["kind"]] for row in card["layers"]) == letters[::2]
+    text = (place / "cards/hybrid.md").read_text()
+    assert f"| `release`, of HybridModel (`--hybrid-layer-pattern {letters}`) |" in text
+    assert "tensors of multi-token prediction (--no-prediction)" in results["hybrid"][1]
+    assert json.loads((place / "cards/latent.json").read_text())["hybrid_layer_pattern"] is None
+    status, said = results["with-prediction"]
+    assert status == 1 and "--mtp-num-layers: None in the checkpoint, 1 by config.json" in said, said
 
 
 def test_one_iteration(results: dict[str, tuple[int, str]], place: Path) -> None:

@@ -175,7 +175,6 @@ class Machine:
     def copies(self) -> SimpleNamespace:
         return SimpleNamespace(
             make_tensor_descriptor=lambda base, shape, strides, block, layout: Descriptor(base, shape, strides, block),
-            async_copy_global_to_shared=self.copy_in, async_copy_shared_to_global=self.copy_out,
             store_wait=self.wait_for_stores,
         )  # fmt: skip
 
@@ -245,6 +244,7 @@ class Machine:
             if hasattr(function, "fn"):
                 code = function.fn
                 world[name] = types.FunctionType(code.__code__, world, name, code.__defaults__)
+        world |= dict(_load=self.copy_in, _store=self.copy_out, _barrier=lambda: None)
         world |= dict(_opaque=lambda i: i, _rounded=lambda x: x.to(torch.bfloat16), _stored=self.arrived)
         return world
 

@@ -33,7 +33,7 @@ LOSS = ("sums_kernel", "loss_grad_kernel")
 STATES, RECEIVE = ("local_state_kernel", "combine_kernel"), ("receive_kernel",)
 PAGED = ("paged_decode_kernel", "combine_parts_kernel")
 DERIVED = ("documents_kernel", "decay_kernel")
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "debug", "sanitize_overflow")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion", "debug", "sanitize_overflow")
 MODULES = {
     pointwise_kernels: (*POINTWISE, *GLU, "add_heads_kernel"),
     rotary_kernels: ("rotary_kernel",),

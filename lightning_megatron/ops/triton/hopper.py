@@ -26,6 +26,10 @@ from triton.language.extra.cuda import gdc_wait
 from .walk import incoming_state, state_tile, walk_by_token
 
 LOG2E = gl.constexpr(1.4426950408889634)
+# Triton 3.6 has other names
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -57,9 +61,9 @@ def _sum_over_k(a, b, zero, FIRST: gl.constexpr, REST: gl.constexpr):
 def _fetch(d_q, d_k, d_v, s_q, s_k, s_v, start, column, bar, BYTES: gl.constexpr, there):
     """Ask for the chunk from ``start`` on, if it is ``there``; ``bar`` says when it has come."""
     mbarrier.expect(bar, BYTES, pred=there)
-    tma.async_copy_global_to_shared(d_k, [start, 0], bar, s_k, pred=there)
-    tma.async_copy_global_to_shared(d_q, [start, 0], bar, s_q, pred=there)
-    tma.async_copy_global_to_shared(d_v, [start, column], bar, s_v, pred=there)
+    _load(d_k, [start, 0], bar, s_k, pred=there)
+    _load(d_q, [start, 0], bar, s_q, pred=there)
+    _load(d_v, [start, column], bar, s_v, pred=there)
 
 
 @gluon.jit
@@ -67,7 +71,7 @@ def _stored(i):
     """``i``, opaque to the compiler as in ``walk.py``, once what this program has stored is in memory."""
     asm: gl.constexpr = "cp.async.bulk.wait_group 0; mov.b32 $0, $1;"
     i = gl.inline_asm_elementwise(asm, "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
-    gl.thread_barrier()
+    _barrier()
     return i
 
 
@@ -142,7 +146,7 @@ def _walk_by_chunk(
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
 
     chunks = gl.cdiv(end - begin, BC)
     BYTES: gl.constexpr = 2 * BC * (2 * BK + BV)
@@ -217,7 +221,7 @@ def _walk_by_chunk(
             b_o = warpgroup_mma(b_r, s_qt.slice(FIRST, REST, 0), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=[b_o])
         b_o = b_o * b_read[None, :]
-        gl.thread_barrier()
+        _barrier()
         b_o = warpgroup_mma(s_vt, p_buf.index(0), b_o, is_async=True)
         b_o = warpgroup_mma(s_vt, p_buf.index(1), b_o, is_async=True)
         e_write = p_write + 1 if REVERSE else gl.maximum(n - 1 - p_write, 0)
@@ -243,16 +247,16 @@ def _walk_by_chunk(
             b_s = warpgroup_mma(b_v, s_k, b_s, is_async=True)
             b_o = warpgroup_mma_wait(1, deps=[b_o])
         tma.store_wait(0)
-        gl.thread_barrier()
+        _barrier()
         o_buf.permute([1, 0]).store(_rounded(b_o))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(d_o, [start, i_v * BV], o_buf)
+        _barrier()
+        _store(d_o, [start, i_v * BV], o_buf)
         if REST > 0:
             b_s, b_t = warpgroup_mma_wait(0, deps=[b_s, b_t])
         else:
             b_s = warpgroup_mma_wait(0, deps=[b_s])
-        gl.thread_barrier()
+        _barrier()
         then = i_c + STAGES
         start = begin + (chunks - 1 - then if REVERSE else then) * BC
         _fetch(d_q, d_k, d_v, s_q, s_k, s_v, start, i_v * BV, bar, BYTES, then < chunks)

@@ -58,7 +58,8 @@ class Launch:
     ) -> None:  # fmt: skip
         self.grid = grid
         self._kernel, self._rest, self._scratch = kernel, (*numbers, *constants), scratch
-        self._options = dict(num_warps=num_warps, num_stages=num_stages, **options)
+        # Triton before 3.10 contracts a * b + c unless told not to, later ones only if told to
+        self._options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **options)
         self._compiled: _Compiled | None = None
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -82,23 +83,33 @@ class Launch:
             triton.set_allocator(_allocate)
         found = self._kernel[(self.grid,)](*tensors, *self._rest, **self._options)
         given = [x for x in tensors if x is not None]
-        if given[0].is_cuda and launcher_is_known() and all(x.data_ptr() % ALIGNED == 0 for x in given):
-            if found.run.profile_scratch_size == 0:  # else an instrumented kernel, whose memory Triton looks after
+        if given[0].is_cuda and launcher() and all(x.data_ptr() % ALIGNED == 0 for x in given):
+            # else an instrumented kernel, whose memory Triton looks after
+            if found.run.profile_scratch_size == 0 and not getattr(found.run, "gsan_enabled", False):
                 self._compiled = _Compiled(found, given[0], self.grid)
 
 
 class _Compiled:
     """The launcher of a compiled kernel, called as ``triton.backends.nvidia.driver.CudaLauncher`` does."""
 
-    __slots__ = ("_after", "_before", "_device", "_grid", "_index", "_kernel", "_launch", "_scratch", "_stream")
+    __slots__ = (
+        "_after", "_before", "_device", "_grid", "_index", "_kernel", "_launch", "_one", "_scratch", "_stream"
+    )  # fmt: skip
 
     def __init__(self, kernel: Any, like: torch.Tensor, grid: int) -> None:
         run = kernel.run
         self._kernel = kernel  # which owns the function on the device
         self._launch, self._device, self._index, self._grid = run.launch, like.device, like.get_device(), grid
         self._stream = torch._C._cuda_getCurrentRawStream
+        # what Triton packed of the kernel; metadata of a launch, and its hooks; memory for a profiler
+        launched, profile = (kernel.packed_metadata, None, None, None), None
         self._before = kernel.function, run.launch_cooperative_grid, run.launch_pdl
-        self._after = None, kernel.packed_metadata, None, None, None  # profile scratch; metadata and hooks of a launch
+        self._one = launcher() != "3.6"  # takes the kernel's arguments as one
+        if self._one:
+            self._before += launched
+            self._after = profile, run.arg_annotations, run.kernel_signature
+        else:
+            self._after = profile, *launched
         self._scratch = grid * run.num_ctas * run.global_scratch_size
 
     def __call__(self, addresses: list[int | None], rest: tuple) -> None:
@@ -107,7 +118,10 @@ class _Compiled:
             scratch = torch.empty(self._scratch, dtype=torch.int8, device=self._device)
             address = scratch.data_ptr()
         stream = self._stream(self._index)
-        self._launch(self._grid, 1, 1, stream, *self._before, address, *self._after, *addresses, *rest)
+        if self._one:
+            self._launch(self._grid, 1, 1, stream, *self._before, address, *self._after, (*addresses, *rest))
+        else:
+            self._launch(self._grid, 1, 1, stream, *self._before, address, *self._after, *addresses, *rest)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -122,24 +136,41 @@ def _listened_to() -> bool:
 
 
 @functools.cache
-def launcher_is_known() -> bool:
-    """Whether Triton's launcher takes what ``_Compiled`` gives it, as that of Triton 3.6 for CUDA does."""
+def launcher() -> str | None:
+    """The first release of Triton whose launcher for CUDA takes the same as this one's: "3.6", or "3.7" for 3.7 to 3.9;
+    None of another, which ``_Compiled`` does not know.
+    """
+    found, why = None, ""
     try:
         from triton.backends.nvidia import driver
 
         takes = list(inspect.signature(driver.CudaLauncher.__call__).parameters)
-        known = (
-            torch.version.hip is None
-            and driver._BASE_ARGS_FORMAT == "iiiKKppOOOOOO"
-            and takes == ["self", "gridX", "gridY", "gridZ", "stream", "function", "args"]
-            and hasattr(torch._C, "_cuda_getCurrentRawStream")
-        )
+        if torch.version.hip is None and hasattr(torch._C, "_cuda_getCurrentRawStream"):
+            if takes == _TAKES["3.6"] and driver._BASE_ARGS_FORMAT == "iiiKKppOOOOOO":
+                found = "3.6"
+            elif takes == _TAKES["3.7"] and hasattr(driver, "make_kernel_signature") and _release() <= (3, 9):
+                found = "3.7"
     except (ImportError, AttributeError) as error:
-        logger.debug("the launcher of triton %s is not that of 3.6: %s", triton.__version__, error)
-        return False
-    if not known:
-        logger.debug("the launcher of triton %s is not that of 3.6: launches go through Triton", triton.__version__)
-    return known
+        why = f" ({error})"
+    if found is None:
+        logger.debug(
+            "the launcher of triton %s is none of 3.6 to 3.9%s: launches go through Triton", triton.__version__, why
+        )
+    return found
+
+
+_GRID = ["self", "gridX", "gridY", "gridZ", "stream", "function"]
+_TAKES = {
+    "3.6": [*_GRID, "args"],
+    "3.7": [
+        *_GRID, "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"
+    ],
+}  # fmt: skip
+
+
+def _release() -> tuple[int, int]:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 _launches: dict[Hashable, Launch] = {}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .launch import cdiv, launcher_is_known, pad
+from .launch import cdiv, launcher, pad
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +146,14 @@ def has_wgmma(device: torch.device) -> bool:
     """Gluon is an experiment of Triton's: what one release compiles another may not."""
     if not has_copy_engine(device) or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    if not launcher_is_known():
+    if launcher() is None:
         logger.warning(
-            "lightning attention: the faster kernels for Hopper GPUs need Triton 3.6, that of torch 2.11, and "
-            "this is %s: those for all GPUs are used",
+            "lightning attention: the faster kernels for Hopper GPUs need Triton 3.6 to 3.9, of torch 2.11 to 2.15, "
+            "and this is %s: those for all GPUs are used",
             triton.__version__,
         )
-    return launcher_is_known()
+        return False
+    return True
 
 
 def overlaps(*tensors: torch.Tensor, K: int, V: int, segments: tuple[int, ...]) -> bool:
