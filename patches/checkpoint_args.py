@@ -12,7 +12,7 @@ Can go:   when Megatron lets a program check what a checkpoint says of itself be
 
 ``load_checkpoint`` calls this first for what the checkpoint says of itself (``rank0``, on every rank), and then for its
 weights. Only the first is checked, or the only call of formats that have one; and not where ``--use-checkpoint-args``
-reads arguments, before a model exists. The checks themselves are in checkpoint_folder.py and resume.py.
+reads arguments, before a model exists. The checks themselves are in checkpoint_folder.py and resume/.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from megatron.training.arguments import parse_args
 from lightning_megatron.checkpoint_folder import CheckpointError, check_folder
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.record import differences, function_record, options_from_args
-from lightning_megatron.resume import _padded_by_tensor_parallelism, check
+from lightning_megatron.resume import check
+from lightning_megatron.resume.function import padded_by_tensor_parallelism
 from lightning_megatron.saved import saved_function
 
 # ---- the vocabulary --------------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ from lightning_megatron.saved import saved_function
 def test_padding_by_tensor_parallelism_alone(saved, now, same):
     names = ("padded_vocab_size", "tensor_model_parallel_size", "make_vocab_size_divisible_by")
     saved, now = (Namespace(**dict(zip(names, values, strict=True))) for values in (saved, now))
-    assert _padded_by_tensor_parallelism(saved, now) == same
+    assert padded_by_tensor_parallelism(saved, now) == same
 
 
 # ---- checkpoints without a record ------------------------------------------------------------------------------------
