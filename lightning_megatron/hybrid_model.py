@@ -37,7 +37,7 @@ try:
     from .norm import layer_norm_spec
     from .patches import hybrid_symbol
     from .patches.hybrid_symbol import LETTER, add_letter
-    from .runtime import prepare
+    from .runtime import prepare, training_args
     from .spec import get_hybrid_layer_specs
 except ImportError as error:  # which Megatron would ignore
     raise RuntimeError(f"lightning_megatron.hybrid_model cannot be used, an import failed: {error}") from error
@@ -150,12 +150,14 @@ def _refuse(config: Any, layers: str, ahead: str) -> None:
         raise ValueError(f"{FLAG} {layers}: {Symbols.DS_ATTENTION} is not supported beside {LETTER}; use * or +")
     if Symbols.MOE in layers and not config.num_moe_experts:
         raise ValueError(f"{FLAG} {layers}: E needs --num-experts")
-    if config.num_moe_experts and Symbols.MOE not in layers + ahead:
+    # A checkpoint brings the numbers of what stands behind / also to runs that leave it out, as inference does.
+    brought = getattr(training_args(), "use_checkpoint_args", False)
+    if config.num_moe_experts and Symbols.MOE not in layers + ahead and not brought:
         raise ValueError(
             f"--num-experts {config.num_moe_experts}, but {FLAG} {layers} has no experts ({Symbols.MOE}), which it "
             f"places: put {Symbols.MOE} for some MLPs, or leave --num-experts out"
         )
-    if config.mtp_num_layers and not ahead:
+    if config.mtp_num_layers and not ahead and not brought:
         raise ValueError(
             f"--mtp-num-layers {config.mtp_num_layers}, but {FLAG} {layers} has no layers of multi-token prediction, "
             f"which stand behind {Symbols.MTP_SEPARATOR} in it: leave --mtp-num-layers out, or use GPTModel"

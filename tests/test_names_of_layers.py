@@ -248,9 +248,14 @@ def test_patterns_that_cannot_be_built(pattern, options, message):
         (dict(mtp_num_layers=1), "--mtp-num-layers 1, but --hybrid-layer-pattern L-L- has no layers of multi-token"),
     ],
 )
-def test_flags_of_parts_that_a_pattern_lacks(config, message):
+def test_flags_of_parts_that_a_pattern_lacks(config, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         checked(transformer_config(**config), LightningOptions(), "L-L-")
+    # a run that generates leaves out what stands behind / in the checkpoint's pattern, and the number stays
+    monkeypatch.setattr(
+        "lightning_megatron.hybrid_model.training_args", lambda: SimpleNamespace(use_checkpoint_args=True)
+    )
+    checked(transformer_config(**config), LightningOptions(), "L-L-")
 
 
 @pytest.mark.parametrize(
