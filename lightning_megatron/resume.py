@@ -115,7 +115,7 @@ def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:
         )
     else:
         _check_names(saved, load_dir)
-        _check_model(saved, load_dir, args)
+        check_model(saved, load_dir, args)
         _check_function(saved, load_dir, args)
         _check_asserted(saved, load_dir, args)
         _compare_data(saved, load_dir, args)
@@ -139,8 +139,12 @@ def _check_names(saved: Any, load_dir: str) -> None:
         )
 
 
-def _check_model(saved: Any, load_dir: str, args: Namespace) -> None:
-    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone."""
+def check_model(saved: Any, load_dir: str, args: Namespace) -> None:
+    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone.
+
+    Raises:
+        CheckpointError: the checkpoint is of one, and ``args`` are of the other.
+    """
     before, now = (getattr(x, "hybrid_layer_pattern", None) for x in (saved, args))
     if before and not now:
         what, remedy = f"HybridModel (--hybrid-layer-pattern {before})", f"give --hybrid-layer-pattern {before}"
