@@ -41,7 +41,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     del tensors[NORM], tensors["model.layers.1.attn.slope_rate"]  # the second is optional
     tensors |= {"new.a": torch.ones(2, 3), "model.layers.0.norm.weight": torch.ones(17)}
     write_model(tmp_path / "hf", CONFIG, tensors)
-    text = refuse(tmp_path / "hf", tmp_path / "m", "3 tensors do not fit: ")
+    text = refuse(tmp_path / "hf", tmp_path / "m", "3 tensors do not fit: ", "; take the files that belong ")
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["missing", NORM, "expected", "[16]"],
         ["misshapen", "model.layers.0.norm.weight", "expected", "[16],", "found", "[17]"],
