@@ -119,6 +119,7 @@ def test_a_hybrid_resumes_as_what_it_was(losses, tmp_path):
 
 OWN = [x for x in FLAGS if x not in ("--no-rope-fusion", "--split", "90,10,0")]
 OWN[OWN.index("--eval-iters") + 1] = "0"
+OTHER_ENDS = ["--decoder-first-pipeline-num-layers", "6"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,27 @@ def test_checkpoint_args_bring_the_letter(tmp_path):
     stages = "--pipeline-model-parallel-size 3 --hybrid-layer-pattern L-L|-|L-*-".split()
     cut = run_pretrain([*OWN, *stages, "--load", tmp_path, "--use-checkpoint-args"], 3)
     assert cut.losses == pytest.approx(run.losses, abs=TRAINED_LOSSES)
+
+
+def test_checkpoint_args_leave_out_stages_of_another_run(tmp_path):
+    """Trained on stages of its own, it goes on on one, on as many, and on others, without a pattern being given."""
+    stages = "--pipeline-model-parallel-size 2 --hybrid-layer-pattern L-|L-L-*-".split()
+    run_pretrain([*OWN, *stages, "--save", tmp_path, "--save-interval", "2", "--exit-interval", "2"], 2)
+    load = [*OWN, "--load", tmp_path, "--use-checkpoint-args"]
+    same = run_pretrain([*load, *stages[:2]], 2)
+    assert "|" in same.log.partition("hybrid_layer_pattern ..")[2].partition("\n")[0]
+    for flags, nproc in (([], 1), (["--pipeline-model-parallel-size", "4"], 4), (stages[:2] + OTHER_ENDS, 2)):
+        other = run_pretrain([*load, *flags], nproc)
+        assert other.losses == pytest.approx(same.losses, abs=TRAINED_LOSSES) and len(same.losses) == 2
+        assert "pattern L-|L-L-*- are left out, as this run has other ones" in other.log
+
+
+def test_a_pattern_for_a_checkpoint_of_gpt_model(tmp_path):
+    """Not told to leave out --linear-attention-freq, which the checkpoint brought."""
+    run_pretrain([*OWN, *VARIANT, "--save", tmp_path, "--save-interval", "2", "--exit-interval", "2"])
+    run = run_pretrain([*OWN, *HYBRID, "--load", tmp_path, "--use-checkpoint-args"], check=False)
+    assert not run.ok and "Traceback" not in run.log
+    assert "is of a GPTModel, and this run has HybridModel" in run.log and "leave --hybrid-layer-pattern out" in run.log
 
 
 def test_the_own_entry_point_refuses_wrong_names():

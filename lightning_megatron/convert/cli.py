@@ -8,11 +8,13 @@ import importlib.util
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import ConvertError, refuse_remote
 
@@ -172,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    before = _stop_as_asked()
     try:
         if args.command == "import":
             flags = import_checkpoint(
@@ -217,11 +220,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConvertError as error:
         print(f"lightning-convert: error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
-        more = "" if args.command == "verify" else "; the same command goes on from here"
+    except KeyboardInterrupt as stop:
+        more = "; the same command goes on from here" if args.command in ("import", "export") else ""
         print(f"lightning-convert: stopped{more}", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _stop_as_asked() -> Any:
+    """Take SIGTERM, of ``kill`` and schedulers, as Ctrl-C, so that temporary files are removed; the handler before."""
+
+    def stop(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        return None
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def _found(package: str) -> bool:

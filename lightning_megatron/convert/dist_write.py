@@ -119,10 +119,19 @@ class PartFile:
         return self.write_all([item], resolve)
 
     def write_all(self, items: list[WriteItem], resolve: Callable[[], torch.Tensor | io.BytesIO]) -> list[WriteResult]:
-        """Append items that all have the same data."""
+        """Append items that all have the same data.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
         planner = _Planner(items, lambda _: resolve())
         plan = self._writer.prepare_local_plan(planner.create_local_plan())
-        results: list[WriteResult] = self._writer.write_data(planner.finish_plan(plan), planner).value()
+        try:
+            results: list[WriteResult] = self._writer.write_data(planner.finish_plan(plan), planner).value()
+        except RuntimeError as error:  # of closing the archive, when writing a tensor had failed in its middle
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
         start_writing(self.path)
         return results
 

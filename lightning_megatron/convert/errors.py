@@ -40,4 +40,6 @@ def cannot(action: str, path: Path | str, error: OSError, tensor: str | None = N
     remedy = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "; free some space, and run the same command again: it goes on where it stopped"
+    if error.errno == errno.EFBIG:
+        remedy = "; allow larger files (ulimit -f), and run the same command again: it goes on where it stopped"
     return ConvertError(f"cannot {action} {what}: {error.strerror or error}{remedy}")

@@ -65,7 +65,7 @@ def import_checkpoint(
             model.leave_out_prediction(folder, say)
         flags, args, _, units = model.model_of_config(folder.config, hybrid_model)
     except ValueError as error:
-        raise ConvertError(f"{config_file}: {error}") from error
+        raise ConvertError(f"{config_file}: {str(error).removeprefix('config.json: ')}") from error
     _check_prediction(units, folder)
     tasks = plan_import(units, folder.tensors, f"{folder.path} against its config.json")
     parts = split(tasks, part_bytes)

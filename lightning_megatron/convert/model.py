@@ -83,9 +83,58 @@ def model_of_args(args: Namespace, original: Config | None) -> Model:
     """
     family, config = family_of_args(args, family_of(original) if original else None)
     if original:
-        config = {**original, **config, "vocab_size": original.get("vocab_size", config["vocab_size"])}
-        config.pop("quantization_config", None)  # weights are exported as they were trained
+        config = _merged(original, config)
+        _check_merged(family, args, config)
     return Model([], args, config, units_of(family, args, config))
+
+
+def _merged(original: Config, config: Config) -> Config:
+    """``config`` with the further fields of ``original``."""
+    found = {**original, **config, "vocab_size": original.get("vocab_size", config["vocab_size"])}
+    found.pop("quantization_config", None)  # weights are exported as they were trained
+    # Two places for the base of the angles: where both are filled they say the same, also after it was changed.
+    inner, old = config.get("rope_parameters"), original.get("rope_parameters")
+    if inner and original.get("rope_theta") is not None:
+        found["rope_theta"] = inner["rope_theta"]
+    elif not inner and isinstance(old, dict) and old.get("rope_theta") is not None:
+        found["rope_parameters"] = {**old, "rope_theta": config.get("rope_theta", old["rope_theta"])}
+    return found
+
+
+def _check_merged(family: Family, args: Namespace, config: Config) -> None:
+    """Refuse further fields that make another model of the one that was trained.
+
+    Raises:
+        ValueError: in what it is another one.
+    """
+    words, kept = getattr(args, "vocab_size", None), config["vocab_size"]
+    try:
+        if words and kept < words:
+            lines = [f"vocab_size: {words} tokens in the checkpoint (--vocab-size), {kept} there"]
+        else:
+            lines = differences_of_function(args, config) or _other_tensors(family, args, config)
+    except ValueError as error:
+        lines = [str(error)]
+    if lines:
+        first = (
+            "config.json would be that of another model with the fields of the one that is given (--like, or "
+            "SOURCE/huggingface); give --like the folder of the model that was trained, or correct these fields there:"
+        )
+        raise ValueError("\n  ".join([first, *lines]))
+
+
+def _other_tensors(family: Family, args: Namespace, config: Config) -> list[str]:
+    """Which tensors an export has in other shapes than a reader of ``config`` expects."""
+    ours, theirs = _shapes(family.units(hybrid.as_gpt(args), config)), _shapes(model_of_config(config).units)
+    return [
+        f"{name}: {ours.get(name)} in the checkpoint, {theirs.get(name)} there"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _shapes(units: list[Unit]) -> dict[str, tuple[int, ...]]:
+    return {named.name: tuple(named.shape) for unit in units for named in unit.hf}
 
 
 # Megatron is imported for these alone, so that `lightning-convert --help` need not wait for it.

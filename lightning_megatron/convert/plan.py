@@ -147,7 +147,8 @@ def _refuse(problems: list[tuple[str, str]], where: str) -> None:
         lines = [f"\n  {kind:<11} {text}" for kind, text in problems[:_LISTED]]
         more = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
-        raise ConvertError(f"{count} not fit: {where}{''.join(lines)}{more}")
+        remedy = "take the files that belong together, all of them, or correct config.json"
+        raise ConvertError(f"{count} not fit: {where}; {remedy}:{''.join(lines)}{more}")
 
 
 def _same_dtype(unit: Unit, inputs: Iterable[tuple[str, Found]]) -> None:

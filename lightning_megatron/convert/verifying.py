@@ -165,12 +165,25 @@ def _plan(
         units = model.units_of(family, args, folder.config)
         tasks = plan_export(units, held.tensors, f"{held.folder} against {folder.path / 'config.json'}")
         plan_import(units, folder.tensors, f"{folder.path} against the model of {held.folder}")
-    except Exception as error:
-        if not flags:
+    except (ConvertError, ValueError) as error:
+        if flags:
+            raise ConvertError(
+                "\n  ".join([f"{folder.path} is another model than {held.folder} holds:", *flags, _remedy(flags)])
+            ) from error
+        if isinstance(error, ConvertError):
             raise
-        lines = "\n  ".join(flags)
-        raise ConvertError(f"{folder.path} is another model than {held.folder} holds:\n  {lines}") from error
+        raise ConvertError(f"{folder.path / 'config.json'} and {held.folder}: {error}") from error
     return tasks, model.kinds_of_layers(args), flags
+
+
+def _remedy(flags: list[str]) -> str:
+    """What to do where a folder is of another model than a checkpoint; by the lines of ``differences_of_function``."""
+    if all(line.startswith("--mtp-num-layers: ") for line in flags):
+        return (
+            "one of them has no layers of multi-token prediction: compare an import without them with --no-prediction, "
+            "and one with them without that flag; or give the export of the checkpoint"
+        )
+    return "give the folder that the checkpoint was imported from, or an export of it"
 
 
 def _rows_of(folder: Folder) -> int:

@@ -16,7 +16,18 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..config import expert_pattern, lightning_pattern
-from .family import COMMON, Config, Fields, Flags, pattern, rotary
+from .family import (
+    COMMON,
+    Config,
+    Fields,
+    Flags,
+    check_chosen,
+    check_lightning,
+    check_rotated,
+    groups_of,
+    pattern,
+    rotary,
+)
 from .units import Keys, Part, Piece, Unit, grouped, joined, layer_norms, same, vocabulary, whole
 
 NAME = "bailing"
@@ -67,6 +78,7 @@ def flags(config: Config) -> Flags:
     group = fields.need("layer_group_size")
     whole_groups = layers // group * group
     softmax = [(layer + 1) % group == 0 or layer >= whole_groups for layer in range(layers)]
+    check_lightning([not full for full in softmax], f"layer_group_size {group} and num_hidden_layers {layers}")
     _refuse_other_layers(fields, heads, hidden // heads, softmax)
     base, part = rotary(fields)
     normed, silu = fields.get("use_qk_norm", True), fields.get("linear_silu", fields.get("use_linear_silu", False))
@@ -86,6 +98,7 @@ def flags(config: Config) -> Flags:
             f"read, and vLLM does; write partial_rotary_factor, the part of head_dim {dim} that is rotated"
         )
     half = 1.0 if part is None else part
+    check_rotated(f"partial_rotary_factor {half}", int(hidden // heads * half), hidden // heads)
     found |= _latent(fields, half) if latent else _grouped(fields, half, normed)
     if fields.get("num_experts", 0):
         found |= _experts(fields, layers)
@@ -114,16 +127,19 @@ def _refuse_other_layers(fields: Fields, heads: int, dim: int, softmax: list[boo
 def _latent(fields: Fields, half: float) -> Flags:
     fields.only("rope_interleave", True, why="and the rotated channels of multi-latent attention are neighbours here")
     fields.get("num_key_value_heads"), fields.get("use_qk_norm")
+    rotated = fields.need("qk_rope_head_dim")
+    if rotated % 2:
+        raise ValueError(f"config.json: qk_rope_head_dim is {rotated}, and pairs of channels turn; it must be even")
     return dict(
         multi_latent_attention=True, rope_type="rope", qk_layernorm=True, q_lora_rank=fields.get("q_lora_rank"),
         kv_lora_rank=fields.need("kv_lora_rank"), qk_head_dim=fields.need("qk_nope_head_dim"),
-        qk_pos_emb_head_dim=fields.need("qk_rope_head_dim"), v_head_dim=fields.need("v_head_dim"),
+        qk_pos_emb_head_dim=rotated, v_head_dim=fields.need("v_head_dim"),
         lightning_rotary_percent=half,
     )  # fmt: skip
 
 
 def _grouped(fields: Fields, half: float, normed: bool) -> Flags:
-    groups = fields.get("num_key_value_heads", fields.need("num_attention_heads"))
+    groups = groups_of(fields, fields.need("num_attention_heads"))
     return dict(group_query_attention=True, num_query_groups=groups, qk_layernorm=bool(normed), rotary_percent=half)
 
 
@@ -142,6 +158,7 @@ def _experts(fields: Fields, layers: int) -> Flags:
         fields.get("n_group", 1),
         fields.get("topk_group", 1),
     )
+    check_chosen(chosen, fields.need("num_experts"), "num_experts")
     if groups > 1 and chosen // of_groups != 2:
         raise ValueError(
             f"config.json: num_experts_per_tok {chosen} of topk_group {of_groups} groups: Bailing takes the groups "

@@ -185,6 +185,48 @@ def rotary(fields: Fields) -> tuple[int, float | None]:
     return int(found["rope_theta"] or 10000), found["partial_rotary_factor"]
 
 
+def groups_of(fields: Fields, heads: int) -> int:
+    """``num_key_value_heads``: heads of k and v of the softmax layers.
+
+    Raises:
+        ValueError: they do not divide the heads of q.
+    """
+    groups: int = fields.get("num_key_value_heads", heads)
+    if heads % groups:
+        raise ValueError(
+            f"config.json: num_key_value_heads is {groups}, which does not divide num_attention_heads {heads}; correct "
+            "one of them"
+        )
+    return groups
+
+
+def check_rotated(said: str, channels: int, dim: int) -> None:
+    """Refuse rotary embeddings of channels that are not there, or that have no second one to turn with."""
+    if channels % 2 or not 2 <= channels <= dim:
+        raise ValueError(
+            f"config.json: {said} rotates {channels} of the {dim} channels of a head, and pairs of channels turn: an "
+            f"even number from 2 to {dim} is possible; correct it, or head_dim"
+        )
+
+
+def check_chosen(chosen: int, experts: int, said: str) -> None:
+    """Refuse more chosen experts than there are; ``said`` is the field of their number."""
+    if chosen > experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {chosen}, and {said} is {experts}; it may be at most that: correct "
+            "one of them"
+        )
+
+
+def check_lightning(layers: list[bool], said: str) -> None:
+    """Refuse a model without lightning layers; ``said`` are the fields that place them, for the message."""
+    if True not in layers:
+        raise ValueError(
+            f"config.json: {said} leave no lightning layer among {len(layers)} layers, and every model here has some; "
+            "correct these fields"
+        )
+
+
 # Of every config.json: names, sizes of vocabularies' special tokens, generation, storage.
 FREE = tuple(
     """architectures model_type auto_map torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id

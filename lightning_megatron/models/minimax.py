@@ -12,7 +12,18 @@ from argparse import Namespace
 import torch
 
 from ..config import RESIDUAL_FACTORS, lightning_pattern
-from .family import COMMON, Config, Fields, Flags, pattern, rotary
+from .family import (
+    COMMON,
+    Config,
+    Fields,
+    Flags,
+    check_chosen,
+    check_lightning,
+    check_rotated,
+    groups_of,
+    pattern,
+    rotary,
+)
 from .units import Keys, Named, Part, Unit, grouped, joined, layer_norms, same, vocabulary
 
 NAME = "minimax"
@@ -52,7 +63,9 @@ def flags(config: Config) -> Flags:
         raise ValueError(f"config.json: shared_intermediate_size is {shared!r}: shared experts are not supported here")
     fields.get("shared_moe_mode")
     base, part = rotary(fields)
-    percent = fields.get("rotary_dim", dim) / dim  # transformers' own port turns all channels
+    rotated = fields.get("rotary_dim", dim)
+    check_rotated(f"rotary_dim {rotated}", rotated, dim)
+    percent = rotated / dim  # transformers' own port turns all channels
     if part not in (None, percent):
         raise ValueError(
             f"config.json: partial_rotary_factor is {part!r}, and rotary_dim {fields.get('rotary_dim')!r} says "
@@ -65,12 +78,13 @@ def flags(config: Config) -> Flags:
         max_position_embeddings=fields.get("max_position_embeddings", 131072), norm_epsilon=fields.need("rms_norm_eps"),
         linear_attention_freq=pattern(int(lightning) for lightning in _lightning_layers(config, layers)), **COMMON,
         untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", False),
-        group_query_attention=True, num_query_groups=fields.get("num_key_value_heads", heads),
+        group_query_attention=True, num_query_groups=groups_of(fields, heads),
         position_embedding_type="rope", rotary_base=base,
         rotary_percent=percent, apply_residual_connection_post_layernorm=True,
         lightning_decay="minimax", lightning_feature_map="silu-qkv", lightning_scale=1.0, lightning_norm="all",
         lightning_norm_eps=_NORM_EPS, **{f"lightning_{name}": value for name, value in factors.items() if value != 1},
     )  # fmt: skip
+    check_chosen(fields.need("num_experts_per_tok"), fields.need("num_local_experts"), "num_local_experts")
     found |= dict(
         num_experts=fields.need("num_local_experts"), moe_router_topk=fields.need("num_experts_per_tok"),
         moe_ffn_hidden_size=found["ffn_hidden_size"], moe_router_score_function="softmax", moe_router_dtype="fp32",
@@ -103,7 +117,9 @@ def _lightning_layers(config: Config, layers: int) -> list[bool]:
             + (f", and {', '.join(sorted(unknown))}" if unknown else "")
             + "; each must be full_attention or linear_attention"
         )
-    return [kind == "linear_attention" for kind in types]
+    lightning = [kind == "linear_attention" for kind in types]
+    check_lightning(lightning, "layer_types (or attn_type_list)")
+    return lightning
 
 
 def config(args: Namespace) -> Config:

@@ -107,8 +107,17 @@ def padded(name: str, piece: Piece, rows: int) -> Unit:
 
 
 def vocabulary(args: Namespace, embedding: str, size: int, final_norm: str | None = "model.norm.weight") -> list[Unit]:
-    """Embedding, last norm, and the output layer where it has a weight of its own, of ``size`` tokens."""
+    """Embedding, last norm, and the output layer where it has a weight of its own, of ``size`` tokens.
+
+    Raises:
+        ValueError: there are fewer rows.
+    """
     rows, hidden = args.padded_vocab_size, args.hidden_size
+    if size > rows:
+        raise ValueError(
+            f"config.json: vocab_size is {size}, and the checkpoint has {rows} rows of the vocabulary "
+            "(--padded-vocab-size): give the folder of the model that was trained, whose vocab_size is at most that"
+        )
     found = [padded(embedding, whole("embedding.word_embeddings.weight", rows, hidden), size)]
     if final_norm:
         found.append(same(final_norm, whole("decoder.final_layernorm.weight", hidden)))

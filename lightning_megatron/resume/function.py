@@ -26,7 +26,11 @@ def check_names(saved: Any, load_dir: str) -> None:
 
 
 def check_model(saved: Any, load_dir: str, args: Namespace) -> None:
-    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone."""
+    """GPTModel and HybridModel name their tensors differently; Megatron translates softmax layers of GPTModel alone.
+
+    Raises:
+        CheckpointError: the checkpoint is of one, and ``args`` are of the other.
+    """
     before, now = (getattr(x, "hybrid_layer_pattern", None) for x in (saved, args))
     if before and not now:
         what, remedy = f"HybridModel (--hybrid-layer-pattern {before})", f"give --hybrid-layer-pattern {before}"

@@ -201,7 +201,8 @@ def _plain_type(hint: typing.Any) -> type:
 # Megatron itself takes with it.
 _TAKEN = (
     "linear_attention_freq", "swiglu", "squared_relu", "quick_geglu", "apply_layernorm_1p", "num_experts",
-    "moe_router_load_balancing_type", "rotary_scaling_factor", "mscale", "mscale_all_dim",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_dtype",
+    "rotary_scaling_factor", "mscale", "mscale_all_dim",
     "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
     "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim",
     "mup_attn_scale_power", "mtp_loss_scaling_factor", "hidden_dropout", "attention_dropout",

@@ -40,6 +40,7 @@ from ..hybrid_model import add_letter, checked, make_stack_spec
 from ..logs import restore_settings
 from ..norm import norm_name
 from ..patches import expert_padding, mtp_padding
+from ..resume.function import check_model
 from ..runtime import loader_layout
 from ..runtime import refuse as refuse_model
 from ..spec import make_spec
@@ -109,6 +110,8 @@ def configure() -> tuple[PretrainConfigContainer, LightningOptions]:
         log_single_rank(logger, logging.WARNING, "%s", line)
     if raw.use_checkpoint_args:
         brought, complete = from_checkpoint(raw)
+        if "hybrid_layer_pattern" in brought and raw.hybrid_layer_pattern is None:
+            complete.hybrid_layer_pattern = brought["hybrid_layer_pattern"]
         if brought.get("hybrid_layer_pattern") is not None:
             add_letter()
         refuse_contradictions(complete)
@@ -165,7 +168,9 @@ def from_checkpoint(raw: Namespace) -> tuple[dict[str, Any], Namespace]:
         with contextlib.redirect_stdout(io.StringIO()):
             found = load_args_from_checkpoint(complete, name)
         if isinstance(found, tuple):
-            defaults |= defaults_from_checkpoint(found[1])
+            if raw.hybrid_layer_pattern is not None:  # of a GPTModel it would contradict flags that nobody gave
+                check_model(found[1], getattr(raw, name), raw)
+            defaults |= defaults_from_checkpoint(found[1]) | _stages(raw, found[1])
     if not defaults:
         return {}, complete
     log_single_rank(
@@ -175,6 +180,26 @@ def from_checkpoint(raw: Namespace) -> tuple[dict[str, Any], Namespace]:
         + ", ".join(f"{name} {value}" for name, value in defaults.items() if getattr(raw, name, None) != value),
     )
     return defaults, complete
+
+
+def _stages(raw: Namespace, saved: Namespace) -> dict[str, Any]:
+    """The checkpoint's pattern of a HybridModel without its ``|``, where this run has other pipeline stages."""
+    pattern, ranks = getattr(saved, "hybrid_layer_pattern", None), raw.pipeline_model_parallel_size
+    uneven = raw.decoder_first_pipeline_num_layers or raw.decoder_last_pipeline_num_layers
+    stages = (pattern or "").count("|") + 1
+    same = stages == ranks or ranks == getattr(saved, "pipeline_model_parallel_size", None)
+    if stages == 1 or same and not uneven:
+        return {}
+    if raw.hybrid_layer_pattern is None:
+        log_single_rank(
+            logger,
+            logging.INFO,
+            "lightning: the %d pipeline stages of the checkpoint's --hybrid-layer-pattern %s are left out, as this run "
+            "has other ones; give the flag with | between stages to choose them",
+            stages,
+            pattern,
+        )
+    return {"hybrid_layer_pattern": pattern.replace("|", "")}
 
 
 def forward_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -41,7 +42,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     del tensors[NORM], tensors["model.layers.1.attn.slope_rate"]  # the second is optional
     tensors |= {"new.a": torch.ones(2, 3), "model.layers.0.norm.weight": torch.ones(17)}
     write_model(tmp_path / "hf", CONFIG, tensors)
-    text = refuse(tmp_path / "hf", tmp_path / "m", "3 tensors do not fit: ")
+    text = refuse(tmp_path / "hf", tmp_path / "m", "3 tensors do not fit: ", "; take the files that belong ")
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["missing", NORM, "expected", "[16]"],
         ["misshapen", "model.layers.0.norm.weight", "expected", "[16],", "found", "[17]"],
@@ -252,6 +253,38 @@ def test_full_disk(tmp_path: Path, small_disk: Path, unforeseen: None) -> None:
     with pytest.raises(ConvertError, match=f"cannot write tensor model.* of .*safetensors{remedy}"):
         export_checkpoint(tmp_path / "m", small_disk / "out", part_bytes=10**9)
     assert not (small_disk / "out").exists()
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """``ulimit -f``: no file may have more than 64 KB. As of a full disk, writing a tensor fails in its middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_tensors_larger_than_a_buffer(tmp_path: Path) -> None:
+    """What torch.save says then is about a position in the file."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    large = CONFIG | {"hidden_size": 128, "vocab_size": 500}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    write_model(tmp_path / "hf", large)
+    import_checkpoint(tmp_path / "hf", tmp_path / "m")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    remedy = "File too large; allow larger files .ulimit -f., and run the same command again: it goes on where it"
+    with pytest.raises(ConvertError, match=f"cannot write tensor model.* of .*distcp: {remedy}"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    with pytest.raises(ConvertError, match=f"cannot write .*safetensors: {remedy}"):
+        export_checkpoint(tmp_path / "m", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "m", "again.partial", "out.partial"}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    export_checkpoint(tmp_path / "again", tmp_path / "out")
+    assert_model(tmp_path / "out", tensors_of(large))
 
 
 def test_disk_that_becomes_larger(tmp_path: Path, small_disk: Path, unforeseen: None) -> None:

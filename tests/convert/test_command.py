@@ -97,6 +97,9 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "m")]) == 130
     assert capsys.readouterr().err.endswith("lightning-convert: stopped; the same command goes on from here\n")
     assert not (tmp_path / "m").exists() and (tmp_path / "m.partial").exists()
+    assert main(["roundtrip", str(tmp_path / "hf")]) == 130  # begins anew
+    assert capsys.readouterr().err.endswith("lightning-convert: stopped\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "m.partial"}
 
 
 @pytest.mark.parametrize("command", [[], ["import"], ["export"], ["roundtrip"], ["verify"]])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint
+from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint, work
+from lightning_megatron.convert.cli import main
 from lightning_megatron.convert.errors import UsageError
 from lightning_megatron.convert.partial import Partial
 from tests.convert.helpers import assert_model
@@ -61,6 +63,21 @@ def test_killed(tmp_path: Path, at: str, after: int) -> None:
             assert said[0].startswith("going on: ") == (at == "commit")
         assert not target.with_name(f"{target.name}.partial").exists()
     assert_model(tmp_path / "out", tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_terminated(tmp_path: Path) -> None:
+    """As a scheduler stops a job: a roundtrip removes what it wrote, twice the model, as with Ctrl-C."""
+    write_model(tmp_path / "hf")
+
+    def body() -> None:
+        work.wait = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+        sys.exit(main(["roundtrip", str(tmp_path / "hf")]))
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM and [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -119,7 +119,12 @@ def _toy_of_args(args: Namespace, family: Toy | None) -> tuple[Toy, dict[str, An
     return Toy(), Toy().config(args)
 
 
-_KNOWN = {"family_of": toy_of, "saved_args": _saved_args, "family_of_args": _toy_of_args}
+_KNOWN = {
+    "family_of": toy_of,
+    "saved_args": _saved_args,
+    "family_of_args": _toy_of_args,
+    "differences_of_function": lambda args, config: [],
+}
 
 
 def register() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint
 from lightning_megatron.convert.comparing import compare
 from lightning_megatron.convert.folder import Folder
+from lightning_megatron.convert.verifying import verify
 from lightning_megatron.models.family import family_of
 from lightning_megatron.models.presets import preset_config
 from tests.helpers import random_models
@@ -153,6 +156,97 @@ def test_another_function_is_not_exported(released, tmp_path):
     assert "no config.json of tnl describes this function" in str(error.value)
     assert "tnl: --lightning-gate: sigmoid in the checkpoint, linear there" in str(error.value)
     assert "--norm-epsilon: 0.001 in the checkpoint, 1e-06 there" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16), "--multi-latent-attention: Fa"),
+        (dict(attention_bias=True), "attention_bias is True"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=4)), "scaled rotary embeddings are not supported"),
+        (dict(vocab_size=100), "vocab_size: 256 tokens in the checkpoint (--vocab-size), 100 there"),
+        (dict(vocab_size=1000), "vocab_size is 1000, and the checkpoint has 256 rows of the vocabulary"),
+    ],
+)
+def test_further_fields_of_another_model(fields, said, tmp_path, rng):
+    """Refused: with them config.json would describe another model than the one that was trained."""
+    config = preset_config("ring-mini-linear-2.0@tiny") | dict(dtype="float32")
+    folder, like = tmp_path / "released", tmp_path / "like"
+    for path, more in ((folder, {}), (like, fields)):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | more))
+    tensors = random_models.draw(family_of(config).units(args_of(config), config), rng)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    with pytest.raises(ConvertError, match="would be that of another model .* give --like the folder") as error:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "exported", like=like, **QUIET)
+    assert said in str(error.value) and not list(tmp_path.glob("exported*"))
+
+
+def test_verify_with_more_words_than_rows(released, tmp_path):
+    folder = released("tnl")
+    import_checkpoint(folder, tmp_path / "megatron", **QUIET)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(vocab_size=1000)))
+    with pytest.raises(ConvertError, match="vocab_size is 1000, and the checkpoint has 256 rows .*: give the folder"):
+        verify(folder, tmp_path / "megatron", tensors_only=True, **QUIET)
+
+
+@pytest.mark.parametrize("name", ["minimax", "ring"])
+def test_a_base_of_angles_in_two_places(name, tmp_path, rng):
+    """Of a model that was trained with another base, both places say that one."""
+    model = {"minimax": "minimax-m1@tiny", "ring": "ring-mini-linear-2.0@tiny"}[name]
+    config = preset_config(model) | dict(dtype="float32")
+    folder, now = tmp_path / "released", tmp_path / "now"
+    both, new = (
+        config | dict(rope_theta=base, rope_parameters=dict(rope_type="default", rope_theta=float(base)))
+        for base in (10000, 50000)
+    )
+    tensors = random_models.draw(family_of(config).units(args_of(config), config), rng)
+    for path, fields in ((folder, both), (now, new)):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(fields))
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(now, tmp_path / "megatron", **QUIET)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "exported", like=folder, **QUIET)
+    found = json.loads((tmp_path / "exported/config.json").read_text())
+    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 50000
+    flags = import_checkpoint(tmp_path / "exported", tmp_path / "again", **QUIET)
+    assert flags[flags.index("--rotary-base") + 1] == "50000"
+
+
+def configured(rank: int, world: int, lines: list[list[str]]) -> list[dict[str, str]]:
+    """Megatron's config of the model that each command line trains, by field."""
+    from megatron.training import global_vars
+
+    from lightning_megatron.training import run
+
+    found = []
+    for line in lines:
+        with mock.patch.object(sys, "argv", ["pretrain", *line]):
+            container, options = run.configure()
+        found.append({name: str(x) for name, x in vars(container.model.transformer).items()} | {"lightning": options})
+        global_vars.unset_global_variables()
+    return found
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["gpt", "hybrid"])
+@pytest.mark.parametrize("name", ["ling-2.6-flash", "ring-mini-linear-2.0", "minimax-m1", "tnl-1b"])
+def test_the_flags_that_are_printed_are_those_of_the_checkpoint(name, hybrid, tmp_path, rng):
+    """``import`` says: --use-checkpoint-args, or these flags; so both train the same, routers in fp32 too."""
+    config = preset_config(f"{name}@tiny") | dict(dtype="float32", router_aux_loss_coef=0.25)
+    tensors = random_models.draw(family_of(config).units(args_of(config), config), rng)
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released/config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "released/model.safetensors", metadata={"format": "pt"})
+    flags = import_checkpoint(
+        tmp_path / "released", tmp_path / "megatron", hybrid_model=hybrid, prediction=not hybrid, **QUIET
+    )
+    run = [*RUN[1:], "--bf16", "--load", str(tmp_path / "megatron")]
+    ((brought, given),) = spawn(configured, 1, [[*run, "--use-checkpoint-args"], [*run, *flags]])
+    assert {key: (x, given[key]) for key, x in brought.items() if x != given[key]} == {}
+    assert brought["num_moe_experts"] == "None" or brought["moe_router_dtype"] == "fp32"
+    assert brought["moe_aux_loss_coeff"] == ("0.25" if name == "minimax-m1" else "0.0")
 
 
 @functools.cache

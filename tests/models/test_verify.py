@@ -209,6 +209,8 @@ def test_a_card_of_hybrid_model(results: dict[str, tuple[int, str]], place: Path
     assert json.loads((place / "cards/latent.json").read_text())["hybrid_layer_pattern"] is None
     status, said = results["with-prediction"]
     assert status == 1 and "--mtp-num-layers: None in the checkpoint, 1 by config.json" in said, said
+    assert "compare an import without them with --no-prediction" in said
+    assert "is another model than" in said and "give the folder that the checkpoint was" in results["another"][1]
 
 
 def test_one_iteration(results: dict[str, tuple[int, str]], place: Path) -> None:
