@@ -41,11 +41,6 @@ def model_of_config(config: Config, hybrid_model: bool = False) -> Model:
     return Model(command_line(flags), args, config, units_of(family, args, config))
 
 
-def pattern_of(args: Namespace) -> str | None:
-    """See ``models.hybrid``."""
-    return hybrid.pattern_of(args)
-
-
 def outputs_of_layers(args: Namespace, states: list[Any]) -> list[Any]:
     """Of the layers of the released model, from those of Megatron's; a HybridModel has two for each."""
     return states if hybrid.pattern_of(args) is None else states[1::2]

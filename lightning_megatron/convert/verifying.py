@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..models.hybrid import pattern_of
 from . import card as cards
 from . import model
 from .dist_read import TRACKER, Checkpoint, step_folder
@@ -109,7 +110,7 @@ def verify(
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "checkpoint": held.folder.name,
-        "hybrid_layer_pattern": model.pattern_of(held.common()["args"]),  # None: of GPTModel
+        "hybrid_layer_pattern": pattern_of(held.common()["args"]),  # None: of GPTModel
         "tolerance": tolerance,
         "versions": cards.versions(),
         "tensors": summary(rows),
