@@ -224,6 +224,6 @@ def apply_patches(config, options: LightningOptions, layout: str, args: Namespac
     if args is not None:
         dynamic_inference.apply()  # else inference.engine does, or the program
         checkpoint_args.apply()
-        if getattr(args, "dist_ckpt_optim_fully_reshardable", False):
+        if getattr(args, "use_distributed_optimizer", False):  # a checkpoint may have another format than is saved
             bucket_padding.apply()
         flops.apply(options)  # else Megatron's TFLOP/s count lightning layers as softmax

@@ -126,6 +126,11 @@ BAD = (
     ("--num-layers-per-virtual-pipeline-stage 1", "--num-layers-per-virtual.*give --pipeline-model-parallel-size 2"),
     ("2|--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 5", "--decoder-first.* more .*give fewer"),
     ("2|--global-batch-size 3", "--global-batch-size 3 is no multiple of --micro-batch-size 1 x 2 .*give one"),
+    (
+        "2|--global-batch-size 3 --decrease-batch-size-if-needed",
+        "--decrease-batch-size-if-needed .*multiple of --micro-batch-size 1 .*x 2 .*give --eval-global-batch-size, too",
+    ),
+    ("2|--global-batch-size 1 --decrease-batch-size-if-needed --eval-global-batch-size 2", "1 is no multiple .*give"),
     # ---- the model
     ("--num-attention-heads 3", "--num-attention-heads 3 does not divide --hidden-size 64: give"),
     ("--group-query-attention --num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 4"),
@@ -232,6 +237,7 @@ BAD = (
     ("--profile --profile-step-start 5 --profile-step-end 3", "--profile-step-end 3 .*give a later step"),
 )  # fmt: skip
 GOOD = (
+    "2|--global-batch-size 3 --decrease-batch-size-if-needed --eval-global-batch-size 2",
     "", "--sequence-parallel", "2|--tensor-model-parallel-size 2 --sequence-parallel",
     "--num-experts 4 --disable-bias-linear",
     "2|--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --position-embedding-type rope",

@@ -4,7 +4,7 @@
 
     function.py   which model, and what it computes
     data.py       which samples come next, and how many are left; what else decides how weights change
-    schedule.py   the optimizer's state, its learning rates and weight decay
+    optimizer.py  its state, learning rates and weight decay
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint_folder import TRACKER, CheckpointError, log
 from .data import check_asserted, check_parts, compare_data, set_last_iteration
 from .function import check_function, check_model, check_names
-from .schedule import check_optimizer, check_scheduler
+from .optimizer import check_optimizer, check_scheduler
 
 
 def check(state: dict[str, Any], load_dir: str, args: Namespace) -> None:

@@ -203,9 +203,25 @@ CONTRADICTIONS = (
             and not args.step_batch_size_schedule
             and args.micro_batch_size
             and _cut(args.global_batch_size, args.micro_batch_size, data_parallel_size(args))
+            and not (
+                args.decrease_batch_size_if_needed
+                and args.global_batch_size > args.micro_batch_size * data_parallel_size(args)
+            )
         ),
         "--global-batch-size {global_batch_size} is no multiple of --micro-batch-size {micro_batch_size} x {data} "
         "data-parallel ranks: give one",
+    ),
+    Contradiction(
+        lambda args: (
+            args.decrease_batch_size_if_needed
+            and args.eval_global_batch_size is None  # which Megatron takes from the other, and does not decrease
+            and min(_model_size(args)) > 0
+            and (size := args.eval_micro_batch_size or args.micro_batch_size)
+            and _cut(args.global_batch_size, size, data_parallel_size(args))
+        ),
+        "--decrease-batch-size-if-needed decreases --global-batch-size {global_batch_size}, and not the batch of "
+        "evaluation, which must be a multiple of --micro-batch-size {micro_batch_size} (or --eval-micro-batch-size) x "
+        "{data} data-parallel ranks: give --eval-global-batch-size, too",
     ),
     Contradiction(
         lambda args: _batches(args) is None,

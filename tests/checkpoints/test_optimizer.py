@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from lightning_megatron.patches.bucket_padding import is_rounded
 from tests.helpers.checkpoints import HYBRID, LEGACY, MUP, SAVED, SPEC, refusal, refused, start
 
 # Loaded checkpoint, way of starting, flags, and what is said.
@@ -145,6 +146,67 @@ def test_padding_between_buckets(way, flags, tmp_path):
     losses = start("own", flags, load=tmp_path).losses  # pretrain_gpt.py does not load it without TransformerEngine
     assert losses == pytest.approx(start("own", flags).losses[2:], abs=5e-6)
     assert "data corruption" not in log
+
+
+PP2 = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+SHIFTED = f"{SHARDED} {BUCKETS}"
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16", "--fp16 --initial-loss-scale 1024"])
+@pytest.mark.parametrize("before, now, tensor", [
+    pytest.param(SHIFTED, SHIFTED, "decoder.layers.", id="buckets"),
+    pytest.param(SHIFTED, f"{SHARDED} --qk-layernorm {TP2} --no-dist-ckpt-optim-fully-reshardable", "decoder.layers.",
+                 id="buckets-tp"),
+    pytest.param(SHIFTED, f"{SHARDED} --qk-layernorm --num-distributed-optimizer-instances 1 --context-parallel-size 2",
+                 "decoder.layers.", id="buckets-dp"),
+    pytest.param(f"{SHARDED} {PP2}", f"{SHARDED} {PP2}", "embedding.word_embeddings.weight", id="tied-embeddings"),
+])  # fmt: skip
+def test_main_parameters_from_the_wrong_place_are_refused(before, now, tensor, precision, tmp_path):
+    """They loaded without a word, and took the place of the weights with the first step."""
+    assert "data corruption" in start("unpatched", f"{before} {precision}", save=tmp_path).log
+    log = refusal(start("own", f"{now} {precision}", load=tmp_path, check=False))
+    said = re.search(
+        r"holds main parameters of the optimizer that are not its weights: (\S+) .*\((\d+) of (\d+) parts", log
+    )
+    assert said and said[1].startswith(tensor) and 0 < int(said[2]) < int(said[3])
+    assert "give --no-load-optim for this start" in log and "Traceback" not in log
+    assert len(start("own", f"{now} {precision} --no-load-optim", load=tmp_path).losses) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_taken_for_rounded(dtype, rng):
+    """Also values that were rounded twice, as by --qk-clip and by going on in another precision; no others."""
+    main = torch.cat([torch.randn(4096, generator=rng) * 10.0**-i for i in range(9)])
+    factor = torch.rand(main.shape, generator=rng)
+    for weight in (main.to(dtype), main.bfloat16().to(dtype), main.half().to(dtype)):
+        assert is_rounded(weight, main)
+    twice = (main.to(dtype) * factor).to(dtype)
+    assert is_rounded(twice, main * factor)
+    assert not is_rounded(main.to(dtype), main.roll(1)) and not is_rounded(main.to(dtype), main * 1.05)
+    one = main.clone()
+    one[7] += 0.1
+    assert not is_rounded(main.to(dtype), one)
+    one[7] = float("nan")
+    assert not is_rounded(main.to(dtype), one) and is_rounded(one.to(dtype), one)
+
+
+UNTIED = "--untie-embeddings-and-output-weights --decoupled-lr 1e-3"
+OFFSET = "--no-dist-ckpt-optim-fully-reshardable"
+ROWS = "--make-vocab-size-divisible-by 7 --bf16"  # 259 with TP 1, 266 with TP 2: rows that are added are zeros, in both
+
+
+@pytest.mark.parametrize("before, now", [
+    ("--bf16", f"--bf16 {TP2}"), (f"--bf16 {TP2}", f"--bf16 {PP2}"), (f"--bf16 {PP2}", "--bf16"),
+    ("--bf16", f"--bf16 {BUCKETS.replace(' --qk-layernorm', '')}"), (ROWS, f"{ROWS} {TP2}"), (f"{ROWS} {TP2}", ROWS),
+    ("--bf16", "--bf16 --context-parallel-size 2 --overlap-grad-reduce --overlap-param-gather"),
+    ("--bf16", ""), ("--bf16", "--fp16 --initial-loss-scale 1024"), ("", "--bf16"),
+    ("--bf16 --optimizer lion", "--bf16 --optimizer lion"),
+    (f"--bf16 {UNTIED}", f"--bf16 {UNTIED} {TP2}"), (f"--bf16 {OFFSET}", f"--bf16 {OFFSET}"),
+])  # fmt: skip
+def test_main_parameters_of_the_weights_are_loaded(before, now, tmp_path):
+    """Weights are main parameters rounded to the precision of the training that saved them, and then to this one's."""
+    start("own", f"{SHARDED} {before}", save=tmp_path)
+    assert len(start("own", f"{SHARDED} {now}", load=tmp_path).losses) == 2
 
 
 EXPERTS = f"{HYBRID} --use-distributed-optimizer --num-experts 4 --moe-ffn-hidden-size 32 --ffn-hidden-size 64"

@@ -1,6 +1,7 @@
 """Checkpoints after 2 of 4 iterations, and runs that go on from them, in both ways of starting.
 
-`own` is lightning_megatron.pretrain, `gpt` is pretrain_gpt.py, with --spec or as plain Megatron.
+`own` is lightning_megatron.pretrain, `gpt` is pretrain_gpt.py, with --spec or as plain Megatron, `unpatched` is `own`
+with Megatron's faults in states of the optimizer.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def start(way: str, flags: str, *, save: Path | None = None, load: Path | None =
     """Four iterations, or with ``save`` the first two of them."""
     stopping = f"--save {save} --save-interval 2 --exit-interval 2" if save else ""
     nproc = 2 if "parallel-size 2" in flags else 1
-    script = ROOT / "tests" / "pretrain_gpt.py" if way == "gpt" else None
+    scripts = {"gpt": "pretrain_gpt.py", "unpatched": "helpers/unpatched_pretrain.py"}
+    script = ROOT / "tests" / scripts[way] if way in scripts else None
     loading = f"--load {load}" if load else ""
     length, model = "" if "--train-samples" in flags else "--train-iters 4", MODEL
     if "--step-batch-size-schedule" in flags:

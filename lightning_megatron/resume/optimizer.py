@@ -175,3 +175,34 @@ def _group_values(saved: Any, args: Namespace) -> list[tuple[str, Any, Any]]:
     names = [name for name in kept if hasattr(saved, name)]
     values = ((name, getattr(saved, name), getattr(args, name)) for name in names)
     return [(name, was, this) for name, was, this in values if was != this]
+
+
+def refuse_other_main_parameters(found: list[tuple[list[str], int]], args: Namespace) -> None:
+    """Refuse a checkpoint whose optimizer holds other main parameters than the weights: these take their place with the
+    first step. ``patches.bucket_padding`` says which, once all is loaded.
+
+    Args:
+        found: of every rank, the names of those that differ, and how many were compared. Ranks hold parts of tensors.
+        args: Megatron's parsed flags.
+
+    Raises:
+        CheckpointError: with the first names, and the remedy.
+    """
+    names = list(dict.fromkeys(name for unequal, _ in found for name in unequal))
+    if not names:
+        return
+    parts, all_parts = sum(len(unequal) for unequal, _ in found), sum(compared for _, compared in found)
+    load_dir = args.load or args.pretrained_checkpoint
+    raise CheckpointError(
+        f"the checkpoint in {load_dir} holds main parameters of the optimizer that are not its weights: "
+        f"{_first(names)} ({parts} of {all_parts} parts of tensors, on all ranks). Megatron saves such states by "
+        "--dist-ckpt-optim-fully-reshardable without the patch of this package, where one of several buckets of "
+        "gradients ends in padding: Adam's moments are wrong, too, and with the first step the main parameters would "
+        "take the place of the weights, which are right. Go on without the optimizer's state: give --no-load-optim for "
+        "this start, and leave it out again once a checkpoint is saved. If you changed the weights in the "
+        "checkpoint yourself, give it, too"
+    )
+
+
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
