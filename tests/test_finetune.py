@@ -148,3 +148,8 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="is of a run with --lr 0.01, and not 0.001: give another --out"):
         finetune.main([*command, "--lr", "1e-3"], again)
+
+
+def test_conversations_that_cannot_be_written():
+    with pytest.raises(SystemExit, match=r"prepare_chat: --out /proc/x cannot be written \(.+\); give another"):
+        prepare_chat.main(["questions", "--count", "1", "--out", "/proc/x"])

@@ -49,7 +49,7 @@ class _Numbers:
     """A tokenizer in which each token has a text of its own, its number.
 
     Megatron keys the likeliest tokens by their texts, and leaves out those whose text another one has, too, as all
-    parts of characters do in byte-level tokenizers. A dict of texts is also what it sends; ``app`` gives the texts back.
+    parts of characters do in byte-level tokenizers. It sends such a dict, too; ``app`` gives the texts back.
     """
 
     def __init__(self, tokenizer: Any):
