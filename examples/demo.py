@@ -146,7 +146,10 @@ def main() -> None:
     if ROOT.is_relative_to(out):
         raise SystemExit(f"demo: {out} holds this checkout and would be emptied; give another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise SystemExit(f"demo: --out {out} cannot be written ({error.strerror}); give another folder") from error
     (out / MARKER).touch()
     os.chdir(ROOT)
     out, bin = short(out), Path(sys.executable).parent

@@ -204,7 +204,10 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
         ]
         if other:
             raise SystemExit(f"finetune: {out} is of a run with {'; '.join(other)}: give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"finetune: --out {out} cannot be written ({error.strerror}); give another folder") from error
     (out / MARKER).write_text(json.dumps(given))
     for name in ("model", "data"):
         paths = getattr(options, name)

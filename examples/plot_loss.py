@@ -74,7 +74,10 @@ def plot(train: dict[int, float], valid: dict[int, float], unigram: float | None
     axes.tick_params(colors=MUTED, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(loc="lower left", frameon=False)
-    figure.savefig(out, dpi=150)
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise SystemExit(f"plot_loss: --out {out} cannot be written ({error.strerror}); give another") from error
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ import argparse
 import ast
 import json
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,13 @@ def main(argv: list[str] | None = None) -> None:
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
     args = parser.parse_args(argv)
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
+    try:  # before anything is read
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise SystemExit(
+            f"prepare_chat: --out {args.out} cannot be written ({error.strerror}); give another"
+        ) from error
     try:
         args.run(args)
     except (ValueError, OSError) as error:

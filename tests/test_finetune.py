@@ -20,7 +20,7 @@ import prepare_chat
 from lightning_megatron.convert import cli, reference
 from tests.helpers.generate import SCRIPT, greedy
 from tests.helpers.model_cases import load_minimax
-from tests.launch import run_pretrain, spawn
+from tests.launch import ROOT, run_pretrain, spawn
 
 FROZEN = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers of MiniMax
 BATCH, LENGTH, STEPS, TOKENS = 4, 256, 6, 24
@@ -148,3 +148,17 @@ def test_from_folder_to_folder(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="is of a run with --lr 0.01, and not 0.001: give another --out"):
         finetune.main([*command, "--lr", "1e-3"], again)
+
+
+def test_conversations_that_cannot_be_written():
+    with pytest.raises(SystemExit, match=r"prepare_chat: --out /proc/x cannot be written \(.+\); give another"):
+        prepare_chat.main(["questions", "--count", "1", "--out", "/proc/x"])
+
+
+@pytest.mark.parametrize("script", ["finetune", "demo"])
+def test_a_folder_that_cannot_be_written(script):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{script}.py", "--out", "/proc/x"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{script}: --out /proc/x cannot be written (No such file or directory); give another folder" in done.stderr

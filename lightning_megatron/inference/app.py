@@ -160,23 +160,39 @@ def _choice(answer: Answer, asked: Asked, tokenizer: Any) -> dict[str, Any]:
     if asked.logprobs is not None:
         names = [tokenizer.detokenize([token]) for token in answer.tokens]
         values = answer.reply["generated_log_probs"][: len(names)]
-        tops = (answer.reply["generated_top_n_logprobs"] or [{}] * len(names))[: len(names)]
+        by_number = (answer.reply["generated_top_n_logprobs"] or [{}] * len(names))[: len(names)]
+        tops = [{int(number): value for number, value in top.items()} for top in by_number]
         if asked.chat:
             choice["logprobs"] = {
                 "content": [
-                    {**_logprob(name, value), "top_logprobs": [_logprob(*pair) for pair in top.items()]}
+                    {
+                        **_logprob(name, value),
+                        "top_logprobs": [
+                            _logprob(tokenizer.detokenize([token]), logprob) for token, logprob in top.items()
+                        ],
+                    }
                     for name, value, top in zip(names, values, tops, strict=True)
                 ],
                 "refusal": None,
             }
         else:
+            named = [_by_text(top, tokenizer) for top in tops]
             text = Text(tokenizer, answer.prompt)  # in which each begins, spaces before it too
             offsets = list(itertools.accumulate((len(text.push(token)) for token in answer.tokens), initial=0))[:-1]
             choice["logprobs"] = {
-                "tokens": names, "token_logprobs": values, "top_logprobs": tops if asked.logprobs else None,
+                "tokens": names, "token_logprobs": values, "top_logprobs": named if asked.logprobs else None,
                 "text_offset": offsets,
             }  # fmt: skip
     return choice
+
+
+def _by_text(top: dict[int, float], tokenizer: Any) -> dict[str, float]:
+    """The likeliest tokens; one whose text a likelier one has, too, by its number."""
+    named: dict[str, float] = {}
+    for token, value in top.items():
+        text = tokenizer.detokenize([token])
+        named[f"token_id:{token}" if text in named else text] = value
+    return named
 
 
 def _logprob(token: str, value: float) -> dict[str, Any]:

@@ -45,6 +45,23 @@ _BLOCK = 256  # tokens whose keys and values are kept together
 logger = logging.getLogger("lightning_megatron")
 
 
+class _Numbers:
+    """A tokenizer in which each token has a text of its own, its number.
+
+    Megatron keys the likeliest tokens by their texts, and leaves out those whose text another one has, too, as all
+    parts of characters do in byte-level tokenizers. It sends such a dict, too; ``app`` gives the texts back.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
 class Engine(DynamicInferenceEngine):
     """Megatron's engine, which also ends a request that nobody waits for any more, and tells tokens as they come."""
 
@@ -70,7 +87,13 @@ class Engine(DynamicInferenceEngine):
 
     def post_process_requests(self, *args: Any, **kwargs: Any) -> tuple[list[int], list[Any]]:
         """As Megatron's; then ``on_tokens``."""
-        active, finished = super().post_process_requests(*args, **kwargs)
+        tokenizer = self.controller.tokenizer
+        if any(hasattr(entry.record[-1].sampling_params, KEY) for entry in self.requests.values()):
+            self.controller.tokenizer = _Numbers(tokenizer)
+        try:
+            active, finished = super().post_process_requests(*args, **kwargs)
+        finally:
+            self.controller.tokenizer = tokenizer
         told = self.__dict__.setdefault("_told", {})
         for record in finished:
             told.pop(record.request_id, None)

@@ -53,9 +53,13 @@ def test_bytes_of_tokens(checkpoint, tmp_path):
         made = client.chat.completions.create(
             messages=[dict(role="user", content="é")], logprobs=True, top_logprobs=3, **ask
         ).choices[0]
+        likeliest = client.completions.create(logprobs=20, **ASK).choices[0].logprobs.top_logprobs
         parts = [part.choices[0].text for part in client.completions.create(stream=True, **ASK | dict(temperature=0))]
         whole = client.completions.create(**ASK | dict(temperature=0)).choices[0].text
     assert "".join(parts) == whole
+    assert all(len(token.top_logprobs) == 3 for token in made.logprobs.content)
+    assert len(likeliest) == 40 and all(len(top) == 20 for top in likeliest)  # half of the tokens are cut characters
+    assert any(name.startswith("token_id:") for top in likeliest for name in top)
     told = [one for token in made.logprobs.content for one in (token, *token.top_logprobs)]
     cut = [one for one in told if "\ufffd" in one.token]
     assert cut and all(one.bytes is None for one in cut)
