@@ -9,13 +9,14 @@ Why:      it gathers states without the padding at the ends of buckets, and then
           with --overlap-grad-reduce, and where tied embeddings meet pipeline stages.
           Such a checkpoint loads without a word, and its main parameters take the place of the weights with the first
           step. Each is compared with its weight as it is loaded, a tensor at a time; all ranks then end together.
-Versions: megatron-core 0.19, 0.20
+Versions: megatron-core 0.19; in 0.20 (Megatron's branch main) saving is mended, and loading alone is patched
 Can go:   when --dist-ckpt-optim-fully-reshardable resumes with equal losses where a bucket has padding, and nobody
           has a checkpoint any more that was saved before.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,7 +66,16 @@ def is_rounded(weight: torch.Tensor, main: torch.Tensor) -> bool:
     return not bool((far | (weight.isnan() != main.isnan())).any())
 
 
+def is_mended(save: Callable) -> bool:
+    """Whether Megatron's own method looks in the right place, as on its branch main since 2026: then states must stay
+    as they are gathered. Where it does not, it counts what lies behind the end, to fill it up with zeros.
+    """
+    return "missing_elems_num" not in inspect.unwrap(save).__code__.co_varnames
+
+
 def _wrap_sharded(original: Callable) -> Callable:
+    mended = is_mended(original)
+
     def sharded_param_state_fully_reshardable(
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict | None = None
     ) -> Any:
@@ -76,6 +86,8 @@ def _wrap_sharded(original: Callable) -> Callable:
             every = nested_values(model_sharded_state_dict)
             shards = (x for x in every if isinstance(x, (ShardedTensor, ShardedTensorFactory)))
             setattr(self, _NAMES, {x.data: x.key for x in shards})  # of the checkpoint
+        if mended:
+            return original(self, model_sharded_state_dict, is_loading, metadata)
         gather = self.get_parameter_state_dp_zero
 
         def gathered(*args: Any, **kwargs: Any) -> dict | None:
