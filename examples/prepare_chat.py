@@ -18,11 +18,11 @@ import argparse
 import ast
 import json
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import stoppable
+from outputs import unwritable
 from text_sources import stdlib_files
 
 MAX_ANSWER = 300  # characters of an answer in `questions`
@@ -193,13 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
     args = parser.parse_args(argv)
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.is_dir())
-    try:  # before anything is read
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise SystemExit(
-            f"prepare_chat: --out {args.out} cannot be written ({error.strerror}); give another"
-        ) from error
+    if reason := unwritable(args.out, folder=False):
+        raise SystemExit(f"prepare_chat: --out {args.out} cannot be written ({reason}); give another")
     try:
         args.run(args)
     except (ValueError, OSError) as error:

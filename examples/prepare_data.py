@@ -34,6 +34,7 @@ import numpy as np
 import sentencepiece
 
 import stoppable
+from outputs import unwritable
 from text_sources import read_documents, stdlib_files, text_files
 
 VOCAB_SIZE, SAMPLE_BYTES = 2048, 4_000_000  # of a new tokenizer
@@ -234,11 +235,8 @@ def prepare(args: argparse.Namespace) -> None:
     train_bytes, valid_bytes = (sum(len(text.encode()) for text in part) for part in (train, valid))
     print(f"  {len(documents)} documents of {len(files)} files: {(train_bytes + valid_bytes) / 1e6:.2f} MB of text")
 
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    try:  # before the tokenizer, which takes minutes
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be written to ({error.strerror}); give another folder") from error
+    if reason := unwritable(args.out, folder=True):  # before the tokenizer, which takes minutes
+        raise ValueError(f"--out {args.out} cannot be written to ({reason}); give another folder")
     start = time.time()
     model = given or train_tokenizer(train, args.vocab_size, args.sample_bytes, args.seed)
     if not given:

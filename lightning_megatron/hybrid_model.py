@@ -34,6 +34,7 @@ try:
     from .compat import importable
     from .config import LightningOptions, mark_prepared, prepared_with
     from .layer import ChunkedLayer
+    from .models.hybrid import FLAG
     from .norm import layer_norm_spec
     from .patches import hybrid_symbol
     from .patches.hybrid_symbol import LETTER, add_letter
@@ -44,7 +45,6 @@ except ImportError as error:  # which Megatron would ignore
 
 __all__ = ["LightningStack", "add_letter", "apply", "as_transformer", "checked", "make_stack_spec"]
 
-FLAG = "--hybrid-layer-pattern"
 _LOGGED_LOSSES = {  # by --moe-router-load-balancing-type
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",

@@ -67,7 +67,7 @@ def is_rounded(weight: torch.Tensor, main: torch.Tensor) -> bool:
 
 
 def is_mended(save: Callable) -> bool:
-    """Whether Megatron's own method looks in the right place, as on its branch main since 2026: then states must stay
+    """Whether Megatron's own method looks in the right place, as on its branch main (d98e8a64): then states must stay
     as they are gathered. Where it does not, it counts what lies behind the end, to fill it up with zeros.
     """
     return "missing_elems_num" not in inspect.unwrap(save).__code__.co_varnames

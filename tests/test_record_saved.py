@@ -15,7 +15,7 @@ from megatron.training.arguments import parse_args
 from lightning_megatron.checkpoint_folder import CheckpointError, check_folder
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.record import differences, function_record, options_from_args
-from lightning_megatron.resume import check
+from lightning_megatron.resume import check, misfit
 from lightning_megatron.resume.function import padded_by_tensor_parallelism
 from lightning_megatron.saved import saved_function
 
@@ -238,3 +238,12 @@ def test_folder_to_load(tmp_path):
     tracker.write_text("release")
     (other / "release").mkdir()
     check_folder(loading(other))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_missing_state_of_the_optimizer_names_the_remedy(fp16):
+    """In fp16 a checkpoint of skipped steps alone has none, whatever the flags of the optimizer."""
+    error = RuntimeError("KeyError: 'optimizer.state.exp_avg.x from model not in state dict'")
+    said = str(misfit(error, "there", Namespace(fp16=fp16, use_checkpoint_args=False)))
+    assert "optimizer.state.exp_avg.x is not in it" in said and "--no-load-optim --no-load-rng" in said
+    assert ("until its first step that is not skipped" in said) == fp16

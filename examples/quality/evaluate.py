@@ -252,11 +252,16 @@ OPTIONS = {  # that decide what a task asks
 }  # fmt: skip
 
 
+def asked_with(name: str, options: Namespace) -> dict:
+    """The options of a task, as JSON holds them."""
+    found = {key: getattr(options, key) for key in OPTIONS[name]}
+    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in found.items()}
+
+
 def others(name: str, task: dict, options: Namespace) -> str:
     """With which other options a task was asked; empty if with these, or if an older file does not say."""
-    now = {key: getattr(options, key) for key in OPTIONS[name]}
-    now = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in now.items()}
-    was = task.setdefault("asked", now)
+    now = asked_with(name, options)
+    was = task.get("asked", now)
     return ", ".join(f"--{key.replace('_', '-')} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
 
 
@@ -324,7 +329,7 @@ def evaluate(folder: Path, options: Namespace) -> dict:
         asked = Asked(model, tokenizer.vocab_size, processor, documents, packages, options, length)
         for name in missing:
             task = found["tasks"].setdefault(name, {"seconds": 0.0, UNFINISHED: 0})
-            others(name, task, options)  # which notes them
+            task.setdefault("asked", asked_with(name, options))
             for stage in itertools.islice(TASKS[name](asked), task[UNFINISHED], None):
                 start = time.time()
                 more = stage()

@@ -27,7 +27,10 @@ def exactly(attn):
 
 
 def main() -> None:
-    pretrain.check_megatron()
+    try:
+        pretrain.check_megatron()
+    except RuntimeError as error:
+        raise SystemExit(f"exact: {error}") from error
     from lightning_megatron import mixer
 
     mixer.lightning_attn = exactly(mixer.lightning_attn)

@@ -181,12 +181,8 @@ class Record:
         """Raises ValueError where the folder is of another run than ``what``."""
         self.path = folder / "run.json"
         self.run = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else what | {"stretches": []}
-        for key, value in (
-            ("transformer_impl", "local"),
-            ("shared", False),
-            ("module", MODULE),
-        ):  # older files do not have them
-            self.run.setdefault(key, value)
+        older = {"transformer_impl": "local", "shared": False, "module": MODULE}  # files that do not say
+        self.run = older | self.run
         if other := [key for key, value in what.items() if key != "shared" and self.run.get(key) != value]:
             raise ValueError(f"{folder} is of a run with other {', '.join(other)}: give another --runs, or remove it")
         self.run["shared"] |= what["shared"]  # of one stretch is enough

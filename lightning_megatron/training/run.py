@@ -38,6 +38,7 @@ from ..checkpoint_folder import check_folder
 from ..config import LightningOptions
 from ..hybrid_model import add_letter, checked, make_stack_spec
 from ..logs import restore_settings
+from ..models.hybrid import STAGES, pattern_of
 from ..norm import norm_name
 from ..patches import expert_padding, mtp_padding
 from ..resume.function import check_model
@@ -184,9 +185,9 @@ def from_checkpoint(raw: Namespace) -> tuple[dict[str, Any], Namespace]:
 
 def _stages(raw: Namespace, saved: Namespace) -> dict[str, Any]:
     """The checkpoint's pattern of a HybridModel without its ``|``, where this run has other pipeline stages."""
-    pattern, ranks = getattr(saved, "hybrid_layer_pattern", None), raw.pipeline_model_parallel_size
+    pattern, ranks = getattr(saved, "hybrid_layer_pattern", None) or "", raw.pipeline_model_parallel_size
     uneven = raw.decoder_first_pipeline_num_layers or raw.decoder_last_pipeline_num_layers
-    stages = (pattern or "").count("|") + 1
+    stages = pattern.count(STAGES) + 1
     same = stages == ranks or ranks == getattr(saved, "pipeline_model_parallel_size", None)
     if stages == 1 or same and not uneven:
         return {}
@@ -199,7 +200,7 @@ def _stages(raw: Namespace, saved: Namespace) -> dict[str, Any]:
             stages,
             pattern,
         )
-    return {"hybrid_layer_pattern": pattern.replace("|", "")}
+    return {"hybrid_layer_pattern": pattern_of(saved)}
 
 
 def forward_step(

@@ -160,6 +160,15 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.double().norm().clamp(min=1e-12))
 
 
+def write_released(folder: Path, config, tensors: Tensors) -> Path:
+    """An existing folder as released models have it, of any family."""
+    if config["model_type"] == "minimax":
+        return write_minimax(folder, config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def write_minimax(folder: Path, config, tensors: Tensors) -> Path:
     """A checkpoint as transformers writes it; the buffers are those of its model."""
     from transformers import MiniMaxConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lightning_megatron.convert import ConvertError, export_checkpoint, import_checkpoint, model, roundtrip
 from lightning_megatron.convert.comparing import compare
@@ -26,7 +26,7 @@ from lightning_megatron.models.presets import preset_config
 from lightning_megatron.record import ATTRIBUTE
 from lightning_megatron.training.models import differences_of_function, family_of_args, kinds_of_layers, saved_args
 from tests.helpers import random_models
-from tests.helpers.model_cases import difference, draw_case, write_minimax
+from tests.helpers.model_cases import difference, draw_case, write_released
 from tests.helpers.released import args_of
 from tests.launch import run_pretrain, spawn
 
@@ -47,11 +47,7 @@ LAYOUTS = {
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
     folder.mkdir()
-    if config["model_type"] == "minimax":
-        return write_minimax(folder, config, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_released(folder, config, tensors)
 
 
 def without_prediction(folder: Path, layers: int) -> Path:

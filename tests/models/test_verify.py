@@ -21,7 +21,7 @@ from lightning_megatron.convert.table import differences
 from lightning_megatron.convert.verifying import _judged
 from lightning_megatron.models.family import family_of
 from tests.helpers import random_models
-from tests.helpers.model_cases import draw_case, write_minimax
+from tests.helpers.model_cases import draw_case, write_released
 from tests.helpers.released import args_of
 from tests.launch import spawn
 
@@ -35,11 +35,7 @@ def write(folder: Path, config: dict[str, Any], seed: int) -> Path:
     args = args_of(config)
     tensors = random_models.draw(family_of(config).units(args, config), torch.Generator().manual_seed(seed))
     folder.mkdir()
-    if config["model_type"] == "minimax":
-        return write_minimax(folder, config, tensors)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_released(folder, config, tensors)
 
 
 def write_tokenizer(folder: Path, words: int) -> None:
