@@ -61,6 +61,8 @@ def main() -> None:
             print(f"lightning-pretrain: {line}", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
+    finally:
+        failures.end_data_workers()
 
 
 def _check_ranks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import resource
@@ -13,6 +14,7 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lightning_megatron.integrity import complete_iterations, verify
@@ -26,6 +28,7 @@ FLAGS = (
     "--mock-data --micro-batch-size 1 --global-batch-size 2 --lr 2e-3 --lr-decay-style constant --train-iters 4 "
     "--log-interval 1 --eval-iters 0 --num-workers 0 --use-distributed-optimizer"
 )
+WORKERS = "--num-workers 2 --exit-signal-handler"  # workers that ignore SIGTERM, for which Python would wait at its end
 
 
 @pytest.fixture
@@ -60,11 +63,11 @@ def test_file_size_limit(tmp_path):
     flags = f"{FLAGS} --save {tmp_path} --save-interval 1".split()
     run_pretrain([*flags, "--exit-interval", "1"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    command = [sys.executable, SHIM, "-m", "lightning_megatron.pretrain", *flags, "--load", str(tmp_path)]
+    command = [sys.executable, SHIM, "-m", "lightning_megatron.pretrain", *flags, *WORKERS.split(), "--load", tmp_path]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     limits = (200_000, hard)
     end = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )  # fmt: skip
     assert end.returncode == 1, end.stderr[-3000:]
@@ -148,13 +151,13 @@ def test_scripts_end_with_130(script, monkeypatch, capsys):
 
 
 def test_training_ends_with_130(tmp_path):
-    flags = f"{FLAGS} --train-iters 100000 --save {tmp_path} --save-interval 1 --save-retain-interval 50000"
+    flags = f"{FLAGS} {WORKERS} --train-iters 100000 --save {tmp_path} --save-interval 1 --save-retain-interval 50000"
     command = [sys.executable, SHIM, "-m", "lightning_megatron.pretrain", *flags.split()]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    stop = threading.Timer(240, process.kill)
+    stop = threading.Timer(120, process.kill)
     stop.start()
     said = []
     for line in process.stdout:
@@ -169,3 +172,32 @@ def test_training_ends_with_130(tmp_path):
 
 def test_what_is_left_of_a_run_without_save():
     assert failures.how_to_go_on(None) == "nothing was saved"
+
+
+def test_out_of_memory_names_what_needs_less():
+    usual = {
+        "rank": 3, "save": None, "micro_batch_size": 4, "data_parallel_size": 2, "use_distributed_optimizer": False,
+        "loss_chunk": None, "recompute_granularity": None, "lightning_recompute_chunk": None,
+        "lightning_offload_activations": False,
+    }  # fmt: skip
+    said = failures.explain(torch.OutOfMemoryError("CUDA out of memory"), argparse.Namespace(**usual))
+    assert said.startswith("rank 3 has no GPU memory left")
+    first = said.index("--micro-batch-size below 4; --use-distributed-optimizer; --lightning-loss-chunk 8192; --recom")
+    assert first < said.index("--lightning-offload-activations;")
+    used = {
+        "micro_batch_size": 1, "data_parallel_size": 1, "loss_chunk": 64, "recompute_granularity": "full",
+        "lightning_recompute_chunk": 64, "lightning_offload_activations": True,
+    }  # fmt: skip
+    said = failures.explain(torch.OutOfMemoryError("CUDA out of memory"), argparse.Namespace(**usual | used))
+    assert "What needs less: more GPUs, by --tensor-model-parallel-size or --context-parallel-size. See" in said
+
+
+@pytest.mark.gpu
+def test_a_run_out_of_memory_ends():
+    """A hundredth of a card and logits of 64K tokens; with data workers, which it must not wait for."""
+    flags = f"{FLAGS} {WORKERS} --seq-length 65536 --max-position-embeddings 65536 --vocab-size 65536 --bf16"
+    env = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.01"}
+    run = run_pretrain(flags.split(), gpus=True, env=env, torchrun=True, check=False, timeout=120)
+    assert not run.ok and run.seconds < 110
+    (line,) = [line for line in run.log.splitlines() if "lightning-pretrain: rank 0 has no GPU memory left (" in line]
+    assert "GiB are this rank's" in line and "--lightning-loss-chunk 8192" in line
