@@ -197,7 +197,7 @@ def test_a_run_out_of_memory_ends():
     """A hundredth of a card and logits of 64K tokens; with data workers, which it must not wait for."""
     flags = f"{FLAGS} {WORKERS} --seq-length 65536 --max-position-embeddings 65536 --vocab-size 65536 --bf16"
     env = {"PYTORCH_ALLOC_CONF": "per_process_memory_fraction:0.01"}
-    run = run_pretrain(flags.split(), gpus=True, env=env, torchrun=True, check=False, timeout=120)
+    run = run_pretrain(flags.split(), gpus=True, env=env, check=False, timeout=120)
     assert not run.ok and run.seconds < 110
     (line,) = [line for line in run.log.splitlines() if "lightning-pretrain: rank 0 has no GPU memory left (" in line]
     assert "GiB are this rank's" in line and "--lightning-loss-chunk 8192" in line

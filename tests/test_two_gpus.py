@@ -13,100 +13,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
-from torch.utils.checkpoint import checkpoint
 
-from lightning_megatron import ops, parallel
+from lightning_megatron import parallel
 from lightning_megatron.compat import importable
 from lightning_megatron.models.presets import preset_config
 from tests import layers
 from tests.conftest import SEED
 from tests.helpers import released
-from tests.helpers.context_parallel import EXCHANGES, draw_documents, results, tokens_of
+from tests.helpers.context_parallel import EXCHANGES, results
+from tests.helpers.gpus import CASES, assert_as_exact_as_one, compare, same
 from tests.helpers.model_cases import MEGATRON
 from tests.helpers.released import LARGER
 from tests.helpers.training import MODELS, RECOMPUTE, SIZE
 from tests.launch import Run, run_pretrain, spawn
-from tests.ops.cases import pick, randn
 
 pytestmark = pytest.mark.gpu
 TWO = torch.cuda.device_count() > 1
 two = pytest.mark.skipif(not TWO, reason="memory of another GPU needs two CUDA devices")
 
-LAYOUTS = [("contiguous", False), ("contiguous", True), ("zigzag", False), ("zigzag", True), ("zigzag-documents", True)]
-CASES = [(*layout, exchange, True) for layout in LAYOUTS for exchange in (*EXCHANGES, "direct")]
-CASES.remove(("zigzag-documents", True, "direct", True))
-CASES += [
-    (layout, True, exchange, False) for layout in ("contiguous", "zigzag") for exchange in ("all-gather", "direct")
-]
 EXCHANGES_HERE = (*EXCHANGES, "direct") if TWO else EXCHANGES
-MORE = 1.1  # the error of P ranks, in errors of one
-
-
-def compare(
-    rank: int, world: int, layout: str, packed: bool, exchange: str, states: bool, seed: int
-) -> dict[str, tuple[float, float]]:
-    """Errors against fp64 of every quantity on this rank: of context parallelism, and of one GPU with all tokens.
-
-    ``states``: with those that enter and leave; packed documents have none in training.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    heads, K, V, T = pick(rng, [(4, 4), (4, 2)]), 128, pick(rng, [64, 128]), 2048 * world
-    bounds = None
-    if layout == "zigzag-documents":
-        bounds = torch.tensor([0, 4, 1000, 1000, 1400, 3200, T]) // (2 * world) * (2 * world)
-    elif packed:
-        bounds = draw_documents(rng, T)
-    bounds = None if bounds is None else bounds.int().cuda()
-    N = 1 if bounds is None else bounds.numel() - 1
-    log_decay = torch.tensor([0.0, -0.004, -0.1, -0.7]).cuda()
-    q, k, v, do = (randn(rng, 1, T, h, d) for h, d in zip((4, heads[1], heads[1], 4), (K, K, V, V), strict=True))
-    q, k, v, do = (x.cuda().bfloat16() for x in (q, k, v, do))
-    state, dfinal = (randn(rng, N, 4, K, V).cuda().float() for _ in range(2))
-    common = dict(cu_seqlens=bounds, output_final_state=states)
-
-    def run(attn, dtype, tokens):
-        wide = torch.promote_types(dtype, torch.float32)
-        inputs = (x[:, tokens].to(dtype) for x in (q, k, v))
-        initial = state.to(wide) if states else None
-        return results(attn, *inputs, initial, do[:, tokens].to(dtype), dfinal.to(wide), (True, states))
-
-    everything, mine = slice(None), tokens_of(rank, world, layout, [T // world] * world, bounds).cuda()
-    whole = functools.partial(ops.lightning_attn, **common)
-    want = run(functools.partial(whole, log_decay=log_decay.double(), backend="torch"), torch.float64, everything)
-    alone = run(functools.partial(whole, log_decay=log_decay), torch.bfloat16, everything)
-    local = functools.partial(
-        parallel.lightning_attn, log_decay=log_decay, group=dist.group.WORLD, layout=layout, exchange=exchange, **common
-    )
-    got = run(local, torch.bfloat16, mine)
-    assert got.keys() == alone.keys() == want.keys()
-    errors = {}
-    for name, x in want.items():
-        x, one = (y[:, mine] if name in ("o", "dq", "dk", "dv") else y for y in (x, alone[name]))
-        errors[name] = tuple(float((y.double() - x).norm() / x.norm()) for y in (got[name], one))
-    return errors
-
-
-def same(rank: int, exchange: str) -> bool:
-    """Whether three passes over the same tokens, with others in between and the last recomputed, have the same bits."""
-    rng = torch.Generator("cuda").manual_seed(rank)
-    draw = lambda: [torch.randn(1, 4096, 4, 128, generator=rng, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    first, other = draw(), draw()
-    attn = functools.partial(
-        parallel.lightning_attn, log_decay=torch.full((4,), -0.01).cuda(), group=dist.group.WORLD, exchange=exchange
-    )
-    run = lambda q, k, v, do: results(attn, q, k, v, None, do, None, (True, False))
-    a, _, b = run(*first), run(*other), run(*first)
-    leaves = [x.requires_grad_() for x in first[:3]]
-    o = checkpoint(parallel.exchange_once(lambda *qkv: attn(*qkv)[0]), *leaves, use_reentrant=True)
-    o.backward(first[3])
-    c = {"o": o, **{f"d{name}": x.grad for name, x in zip("qkv", leaves, strict=True)}}
-    return all(torch.equal(a[name], x[name]) for x in (b, c) for name in a)
 
 
 def measure(rank: int, world: int, seeds: dict[tuple, int]) -> tuple[dict[tuple, dict], dict[str, bool]]:
     """In one process a GPU, since starting them takes longer than all cases."""
-    errors = {case: compare(rank, world, *case, seed) for case, seed in seeds.items()}
-    return errors, {exchange: same(rank, exchange) for exchange in EXCHANGES_HERE}
+    group = dist.group.WORLD
+    errors = {case: compare(group, *case, seed) for case, seed in seeds.items()}
+    return errors, {exchange: same(group, exchange) for exchange in EXCHANGES_HERE}
 
 
 def marked(value, exchange: str):
@@ -123,11 +55,7 @@ def ranks() -> list[tuple[dict[tuple, dict], dict[str, bool]]]:
 @pytest.mark.parametrize("case", [marked(case, case[2]) for case in CASES], ids=str)
 def test_as_exact_as_one_gpu(case, ranks):
     for rank, (errors, _) in enumerate(ranks):
-        shown = {name: f"{error:.2e}, alone {alone:.2e}" for name, (error, alone) in errors[case].items()}
-        print(rank, shown)
-        assert len(shown) == (6 if case[-1] else 4)
-        for name, (error, alone) in errors[case].items():
-            assert 0 < error <= MORE * alone, f"{name}: {shown} {rank=}"
+        assert_as_exact_as_one(errors[case], case, rank)
 
 
 @pytest.mark.parametrize("exchange", [marked(exchange, exchange) for exchange in (*EXCHANGES, "direct")])
