@@ -183,7 +183,7 @@ def test_out_of_memory_names_what_needs_less():
     said = failures.explain(torch.OutOfMemoryError("CUDA out of memory"), argparse.Namespace(**usual))
     assert said.startswith("rank 3 has no GPU memory left")
     first = said.index("--micro-batch-size below 4; --use-distributed-optimizer; --lightning-loss-chunk 8192; --recom")
-    assert first < said.index("--lightning-offload-activations;")
+    assert first < said.index("--lightning-offload-activations with full recompute; more")
     used = {
         "micro_batch_size": 1, "data_parallel_size": 1, "loss_chunk": 64, "recompute_granularity": "full",
         "lightning_recompute_chunk": 64, "lightning_offload_activations": True,

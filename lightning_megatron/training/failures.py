@@ -29,8 +29,8 @@ _LESS_MEMORY: tuple[tuple[Callable[[Namespace], bool], str], ...] = (  # the che
         lambda args: args.recompute_granularity != "full",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
-    (lambda args: not args.lightning_recompute_chunk, "with that, --lightning-recompute-chunk 32768"),
-    (lambda args: not args.lightning_offload_activations, "and --lightning-offload-activations"),
+    (lambda args: not args.lightning_recompute_chunk, "--lightning-recompute-chunk 32768 with full recompute"),
+    (lambda args: not args.lightning_offload_activations, "--lightning-offload-activations with full recompute"),
     (lambda args: True, "more GPUs, by --tensor-model-parallel-size or --context-parallel-size"),
 )
 
