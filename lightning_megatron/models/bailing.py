@@ -22,6 +22,7 @@ from .family import (
     Fields,
     Flags,
     check_chosen,
+    check_divides,
     check_lightning,
     check_rotated,
     groups_of,
@@ -80,6 +81,8 @@ def flags(config: Config) -> Flags:
     softmax = [(layer + 1) % group == 0 or layer >= whole_groups for layer in range(layers)]
     check_lightning([not full for full in softmax], f"layer_group_size {group} and num_hidden_layers {layers}")
     _refuse_other_layers(fields, heads, hidden // heads, softmax)
+    norm_groups = fields.get("group_norm_size", 1)
+    check_divides("group_norm_size", norm_groups, "num_attention_heads", heads)
     base, part = rotary(fields)
     normed, silu = fields.get("use_qk_norm", True), fields.get("linear_silu", fields.get("use_linear_silu", False))
     found: Flags = dict(
@@ -90,7 +93,7 @@ def flags(config: Config) -> Flags:
         untie_embeddings_and_output_weights=not fields.get("tie_word_embeddings", False),
         position_embedding_type="rope", rotary_base=base, lightning_rope=True,
         lightning_decay="bailing", lightning_feature_map="silu-qkv" if silu else "none",
-        lightning_qk_norm=bool(normed), lightning_norm="group", lightning_norm_groups=fields.get("group_norm_size", 1),
+        lightning_qk_norm=bool(normed), lightning_norm="group", lightning_norm_groups=norm_groups,
     )  # fmt: skip
     if part is None and fields.get("rotary_dim", dim) != dim:
         raise ValueError(
@@ -158,7 +161,24 @@ def _experts(fields: Fields, layers: int) -> Flags:
         fields.get("n_group", 1),
         fields.get("topk_group", 1),
     )
-    check_chosen(chosen, fields.need("num_experts"), "num_experts")
+    experts, biased = fields.need("num_experts"), bool(fields.get("moe_router_enable_expert_bias", False))
+    check_chosen(chosen, experts, "num_experts")
+    check_divides("n_group", groups, "num_experts", experts)
+    if groups > 1 and not (of_groups <= groups <= experts // 2):
+        raise ValueError(
+            f"config.json: n_group {groups} and topk_group {of_groups} of num_experts {experts}: topk_group may be at "
+            "most n_group, and a group, which is chosen by its best two experts, needs two; correct them"
+        )
+    if groups > 1 and chosen > of_groups * (size := experts // groups):
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {chosen} of the {of_groups * size} experts in {of_groups} groups of "
+            f"{size}; correct it, topk_group or n_group"
+        )
+    if biased and not sigmoid:
+        raise ValueError(
+            "config.json: moe_router_enable_expert_bias is true and score_function softmax: Megatron adds a bias to "
+            "scores by sigmoid alone; correct one of them"
+        )
     if groups > 1 and chosen // of_groups != 2:
         raise ValueError(
             f"config.json: num_experts_per_tok {chosen} of topk_group {of_groups} groups: Bailing takes the groups "
@@ -169,11 +189,11 @@ def _experts(fields: Fields, layers: int) -> Flags:
     fields.only("moe_router_enable_routed_scaling", True)
     fields.only("moe_router_enable_shared_expert", True)
     return dict(
-        num_experts=fields.need("num_experts"), moe_layer_freq=pattern(int(layer >= dense) for layer in range(layers)),
+        num_experts=experts, moe_layer_freq=pattern(int(layer >= dense) for layer in range(layers)),
         moe_ffn_hidden_size=inner, moe_shared_expert_intermediate_size=shared or None,
         moe_router_topk=chosen, moe_router_dtype="fp32",
         moe_router_score_function="sigmoid" if sigmoid else "softmax", moe_router_load_balancing_type="none",
-        moe_router_enable_expert_bias=bool(fields.get("moe_router_enable_expert_bias", False)),
+        moe_router_enable_expert_bias=biased,
         moe_router_num_groups=groups if groups > 1 else None, moe_router_group_topk=of_groups if groups > 1 else None,
         moe_router_topk_scaling_factor=fields.get("routed_scaling_factor", 1.0),
     )  # fmt: skip

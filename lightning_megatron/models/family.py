@@ -185,6 +185,12 @@ def rotary(fields: Fields) -> tuple[int, float | None]:
     return int(found["rope_theta"] or 10000), found["partial_rotary_factor"]
 
 
+def check_divides(part: str, size: int, whole: str, of: int) -> None:
+    """Refuse a number, of the field ``part``, that does not divide that of the field ``whole``."""
+    if of % size:
+        raise ValueError(f"config.json: {part} is {size}, which does not divide {whole} {of}; correct one of them")
+
+
 def groups_of(fields: Fields, heads: int) -> int:
     """``num_key_value_heads``: heads of k and v of the softmax layers.
 
@@ -192,11 +198,7 @@ def groups_of(fields: Fields, heads: int) -> int:
         ValueError: they do not divide the heads of q.
     """
     groups: int = fields.get("num_key_value_heads", heads)
-    if heads % groups:
-        raise ValueError(
-            f"config.json: num_key_value_heads is {groups}, which does not divide num_attention_heads {heads}; correct "
-            "one of them"
-        )
+    check_divides("num_key_value_heads", groups, "num_attention_heads", heads)
     return groups
 
 

@@ -84,9 +84,15 @@ def flags(config: Config) -> Flags:
         lightning_decay="minimax", lightning_feature_map="silu-qkv", lightning_scale=1.0, lightning_norm="all",
         lightning_norm_eps=_NORM_EPS, **{f"lightning_{name}": value for name, value in factors.items() if value != 1},
     )  # fmt: skip
-    check_chosen(fields.need("num_experts_per_tok"), fields.need("num_local_experts"), "num_local_experts")
+    chosen = fields.need("num_experts_per_tok")
+    check_chosen(chosen, fields.need("num_local_experts"), "num_local_experts")
+    if chosen == 1:
+        raise ValueError(
+            "config.json: num_experts_per_tok is 1: the weights of a token's experts add up to 1 in this family, and "
+            "Megatron refuses a router whose only weight is 1; it must be 2 or more"
+        )
     found |= dict(
-        num_experts=fields.need("num_local_experts"), moe_router_topk=fields.need("num_experts_per_tok"),
+        num_experts=fields.need("num_local_experts"), moe_router_topk=chosen,
         moe_ffn_hidden_size=found["ffn_hidden_size"], moe_router_score_function="softmax", moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=config.get("router_aux_loss_coef", 0.001),
     )  # fmt: skip

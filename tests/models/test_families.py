@@ -11,7 +11,7 @@ import torch
 from lightning_megatron.convert.model import model_of_config
 from lightning_megatron.models.family import command_line, family_of
 from lightning_megatron.models.presets import PRESETS, preset_config, preset_flags
-from lightning_megatron.training.models import family_of_args, parser, readable
+from lightning_megatron.training.models import family_of_args, parser, readable, saved_args
 from tests.helpers import random_models
 from tests.helpers.model_cases import KINDS
 from tests.helpers.released import args_of, to_megatron
@@ -112,6 +112,22 @@ REFUSALS = [
     ("bailing", dict(partial_rotary_factor=0.2), "partial_rotary_factor 0.2 rotates 3 of the 16 .* even number from 2"),
     ("bailing", dict(partial_rotary_factor=0.01), "partial_rotary_factor 0.01 rotates 0 of the 16 channels"),
     ("bailing", dict(num_experts_per_tok=17, n_group=1), "num_experts_per_tok is 17, and num_experts is 16; .* most"),
+    ("bailing", dict(group_norm_size=3), "group_norm_size is 3, which does not divide num_attention_heads 4; correct"),
+    ("latent", dict(group_norm_size=8), "group_norm_size is 8, which does not divide num_attention_heads 4; correct"),
+    ("latent", dict(n_group=5), "n_group is 5, which does not divide num_experts 16; correct one of them"),
+    ("bailing", dict(n_group=16), "n_group 16 and topk_group 2 of num_experts 16: .* best two experts, needs two"),
+    (
+        "bailing",
+        dict(n_group=4, topk_group=8),
+        "n_group 4 and topk_group 8 of num_experts 16: topk_group may be",
+    ),
+    (
+        "bailing",
+        dict(n_group=8, topk_group=4, num_experts_per_tok=9),
+        "is 9 of the 8 experts in 4 groups of 2",
+    ),
+    ("bailing", dict(score_function="softmax"), "moe_router_enable_expert_bias is true and score_function softmax"),
+    ("minimax", dict(num_experts_per_tok=1), "num_experts_per_tok is 1: .* it must be 2 or more"),
     ("latent", dict(qk_rope_head_dim=7), "qk_rope_head_dim is 7, and pairs of channels turn; it must be even"),
     ("minimax", dict(num_key_value_heads=3), "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
     ("minimax", dict(layer_types=["full_attention"] * 8), "layer_types .* leave no lightning layer among 8 layers"),
@@ -152,13 +168,13 @@ def test_refusals(base, changes, message):
         family_of(config).flags(config)
 
 
-@pytest.mark.parametrize("base, changes, message", [
-    ("latent", dict(n_group=5), r"Megatron refuses this model: num_moe_experts \(16\) should be divisible by"),
-    ("minimax", dict(dtype="bf17"), "config.json: dtype is 'bf17'; it must be bfloat16, float16 or float32"),
-])  # fmt: skip
-def test_refusals_behind_the_flags(base, changes, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        model_of_config(preset_config(BASES[base]) | changes)
+def test_refusals_behind_the_flags():
+    with pytest.raises(ValueError, match=r"^config.json: dtype is 'bf17'; it must be bfloat16, float16 or float32"):
+        model_of_config(preset_config(BASES["minimax"]) | dict(dtype="bf17"))
+    words = command_line(preset_flags(BASES["latent"]))
+    refused = r"^Megatron refuses this model: num_moe_experts \(16\) should be divisible by"
+    with pytest.raises(ValueError, match=refused):
+        saved_args([*words, "--moe-router-num-groups", "5"])
 
 
 def test_angles_as_transformers_5_writes_them():
