@@ -64,11 +64,30 @@ def check(args: Namespace, tokenizer: Any) -> None:
         return
     for path in (path for _, prefixes in blends(args) for path in prefixes):
         for where, conversations in read(Path(path)):
-            for conversation in conversations if template else []:
+            for conversation in conversations:
                 try:
-                    (template.answers if args.sft_answers_only else template.render)(conversation)
+                    if template:
+                        (template.answers if args.sft_answers_only else template.render)(conversation)
+                    else:
+                        _check_format(conversation, args.sft_tokenizer_prompt_format, tokenizer)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
+
+
+def _check_format(conversation: Conversation, name: str, tokenizer: Any) -> None:
+    """Refuse what a format of Megatron's leaves out, or fails on in the middle of the training."""
+    if name != "identity" and any(message["role"] == "tool" for message in conversation):
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {name} leaves out messages of role tool: use default, the tokenizer's own "
+            "chat template, or leave them out of the conversation"
+        )
+    try:
+        tokenizer.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {name}: the tokens of the messages are not those of the conversation, as "
+            "where an answer is white space alone; correct it, or leave the conversation out"
+        ) from error
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -157,7 +176,8 @@ class ChatDataset(MegatronDataset):
             padding = -len(ids) % every
             tokens += [*ids, *[pad] * padding]
             padded += [False] * len(ids) + [True] * padding
-            labels += [IGNORED, *wanted[1:], *[IGNORED] * padding]  # no conversation says how the next one begins
+            # no conversation says how the next one begins; one of white space may have no token
+            labels += [*[IGNORED] * len(ids[:1]), *wanted[1:], *[IGNORED] * padding]
             bounds.append(len(tokens))
         if len(tokens) > length and not self.told:
             self.told = True
