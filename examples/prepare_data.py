@@ -60,20 +60,21 @@ def take(documents: list[str], max_bytes: int, seed: int) -> list[str]:
 def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     """Training and held-out documents: the first documents that reach `fraction` of the characters are held out.
 
-    Of a document with which it would be more than twice as much, and WHOLE, only the end is, cut at a line near there;
+    Of a document with which it would be most of the text, and above WHOLE, only the end is, cut at a line near there;
     so it is with a single document.
 
     Raises:
         ValueError: text too short to be divided.
     """
-    want = fraction * sum(map(len, documents))
+    total = sum(map(len, documents))
+    want = fraction * total
     count, size, given = 0, 0, len(documents)
     while size < want and count < given:
         size += len(documents[count])
         count += 1
     if count == given > 1 and len(documents[-1]) <= WHOLE:
         count -= 1  # something must be left to train on
-    elif count == given or size > max(2 * want, WHOLE):
+    elif count == given or size > max(2 * want, total / 2, WHOLE):
         text = documents[count - 1]
         end = int(len(text) - (want - (size - len(text))))
         cut = text.rfind("\n", max(0, int(end - want)), end) + 1 or end

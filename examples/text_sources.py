@@ -97,8 +97,10 @@ def read_text(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         print(f"  left out: {path} is not {encoding.upper()} (byte {error.start + len(mark)})")
         return None
-    if "\0" in text:  # UTF-8 has it for nothing but itself, and reads UTF-16 of English without an error
-        print(f"  left out: {path} holds U+0000, as UTF-16 without a byte-order mark and binaries do; save it as UTF-8")
+    if text.count("\0") > len(text) // 4:  # English in UTF-16 has one beside every letter, which UTF-8 reads, too
+        print(
+            f"  left out: {path} is U+0000 every few characters, as UTF-16 without a byte-order mark; save it as UTF-8"
+        )
         return None
     if encoding != "utf-8":
         print(f"  decoded as {encoding.upper()}, by its byte-order mark: {path}")

@@ -255,7 +255,7 @@ def test_a_training_does_not_go_on_with_other_conversations(chat, monkeypatch):
             with contextlib.redirect_stdout(io.StringIO()):
                 prepare_chat.main(command[2:])
         if title == "training":
-            (out / "tuned").mkdir()
+            (out / "tuned").mkdir(exist_ok=True)
         log.write_text(" iteration 1/ 1 | lm loss: 1.0E+00 |")
 
     data, out, model = chat / "chat.jsonl", chat / "out", chat / "words"

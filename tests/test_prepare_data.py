@@ -271,10 +271,10 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_utf_16_without_a_mark_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """As UTF-8 it is a NUL between any two letters."""
     (tmp_path / "a.txt").write_text("words of a document", "utf-16-le")
-    (tmp_path / "b.txt").write_text("words")
+    (tmp_path / "b.txt").write_text("words\0")
     files = prepare_data.text_files([tmp_path])
-    assert list(prepare_data.read_documents(files)) == ["words"]
-    assert "a.txt holds U+0000, as UTF-16 without" in capsys.readouterr().out
+    assert list(prepare_data.read_documents(files)) == ["words\0"]
+    assert "a.txt is U+0000 every few characters, as UTF-16 without" in capsys.readouterr().out
 
 
 def test_a_pipe_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:

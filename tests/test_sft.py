@@ -342,6 +342,63 @@ def test_every_token_that_holds_some_of_an_answer_counts_and_no_other(before, be
         assert place == len(text)
 
 
+def arguments(path, prompt_format="default", *, answers_only=False):
+    """Of ``check``."""
+    return SimpleNamespace(
+        sft=True, sft_answers_only=answers_only, tokenizer_type="SFTTokenizer", tokenizer_model="TOKENIZER", rank=0,
+        sft_tokenizer_prompt_format=prompt_format, data_path=None, train_data_path=[str(path)], valid_data_path=None,
+        test_data_path=None, data_args_path=None, per_split_data_args_path=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("end", ["<|im_end|>", "tool"])
+def test_answers_whose_end_is_not_the_tokenizers_are_named(end, answers_only, tmp_path, caplog):
+    """Generation stops at the tokenizer's end alone."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "t", pad_token="<pad>", eos_token=end)))
+    with caplog.at_level(logging.WARNING):
+        check(arguments(tmp_path / "c.jsonl", answers_only=answers_only), tokenizer)
+    named = "chat template of TOKENIZER ends no answer with tool, the tokenizer's end: generation with --chat goes on"
+    assert (named in caplog.text) == (end == "tool")
+
+
+def test_a_line_of_which_nothing_counts_is_named(tmp_path, caplog):
+    from lightning_megatron.training.sft import AnswersDataset, Lines
+
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "t", pad_token="<pad>", eos_token="<|im_end|>")))
+    for length, loss in ((6, 0), (7, 1)):  # six tokens before the answer
+        caplog.clear()
+        found = sample_of(AnswersDataset, tokenizer, Lines(str(tmp_path / "c.jsonl")), length)
+        assert found["loss_mask"].sum() == loss
+        assert (f"line 1: nothing before --seq-length {length} counts" in caplog.text) == (not loss)
+
+
+SHORT = {
+    "once": ("A B", "the training have 3 samples, as several paths without weights are read once, and it reads 4"),
+    "split": ("--split 969,30,1", "has 3 lines, and none of them for the valid split: give another --split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", SHORT.values(), ids=SHORT)
+def test_data_that_end_before_the_training_are_refused(flags, message, tmp_path):
+    """Megatron ended in a StopIteration, behind a part of the training."""
+    folder = chat_tokenizer(tmp_path / "tokenizer", pad_token="<pad>", eos_token="<|im_end|>")
+    for name, lines in (("A", 1), ("B", 2), ("C", 3)):
+        (tmp_path / name).write_text(lines * (json.dumps({"messages": [USER, ANSWER]}) + "\n"))
+    size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
+    command = [*size, *TRAIN, *MODELS["all"].split(), "--sft", "--tokenizer-type", "SFTTokenizer", "--tokenizer-model"]
+    command += [folder, "--sft-tokenizer-prompt-format", "default", "--train-iters", "2", "--eval-iters", "1"]
+    if flags == "A B":
+        command += ["--train-data-path", tmp_path / "A", tmp_path / "B", "--valid-data-path", tmp_path / "C"]
+    else:
+        command += ["--data-path", tmp_path / "C", *flags.split()]
+    run = run_pretrain(command, check=False)
+    last = run.log.strip().splitlines()[-1]
+    assert not run.ok and last.startswith("lightning-pretrain: ") and message in last, run.log[-2000:]
+
+
 @pytest.mark.parametrize("second, message", [
     ({"role": "tool", "content": "w1"}, "nemotron-h-aligned leaves out messages of role tool: use default"),
     (ANSWER | {"content": " "}, "nemotron-h-aligned: the tokens of the messages are not those of the conversation"),
@@ -356,11 +413,7 @@ def test_conversations_that_a_format_of_megatrons_does_not_take(second, message,
     bpe.train_from_iterator(["User\n\nAssistant\n\n"] * 9, trainer)
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(tmp_path / "t")
     tokenizer = megatrons(str(tmp_path / "t"), "nemotron-h-aligned")
-    args = SimpleNamespace(
-        sft=True, sft_answers_only=False, tokenizer_type="SFTTokenizer", tokenizer_model="t", rank=0,
-        sft_tokenizer_prompt_format="nemotron-h-aligned", data_path=None, train_data_path=[str(tmp_path / "c.jsonl")],
-        valid_data_path=None, test_data_path=None, data_args_path=None, per_split_data_args_path=None,
-    )  # fmt: skip
+    args = arguments(tmp_path / "c.jsonl", "nemotron-h-aligned")
     for conversation in ([USER, ANSWER], [USER, second] + [ANSWER] * (second["role"] == "tool")):
         with (tmp_path / "c.jsonl").open("a") as file:
             file.write(json.dumps({"messages": conversation}) + "\n")

@@ -156,6 +156,11 @@ class Template:
         except Exception as error:  # jinja's errors, those that templates raise, and those of Python within
             raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
+    def ends(self, conversation: Conversation) -> bool:
+        """Whether the token at which generation stops is in a conversation."""
+        ids = self.tokenizer(self.render(conversation), add_special_tokens=False)["input_ids"]
+        return self.tokenizer.eos_token_id in ids
+
     def answers(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where in it are the answers, each with what ends it.
 

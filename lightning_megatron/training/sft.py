@@ -21,7 +21,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from .conversations import IGNORED, Conversation, Template, lines, parse_line, read
-from .sources import blends
+from .sources import DataError, blends
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -62,16 +62,24 @@ def check(args: Namespace, tokenizer: Any) -> None:
     template = template_of(tokenizer) if own else None
     if args.rank:
         return
+    ends = None  # whether the first conversation has the token at which generation stops
     for path in (path for _, prefixes in blends(args) for path in prefixes):
         for where, conversations in read(Path(path)):
             for conversation in conversations:
                 try:
                     if template:
                         (template.answers if args.sft_answers_only else template.render)(conversation)
+                        ends = template.ends(conversation) if ends is None else ends
                     else:
                         _check_format(conversation, args.sft_tokenizer_prompt_format, tokenizer)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
+    if template and ends is False:
+        logger.warning(
+            "the chat template of %s ends no answer with %s, the tokenizer's end: generation with --chat goes on "
+            "behind an answer, unless --stop names what ends it; or make that the tokenizer's eos_token",
+            args.tokenizer_model, template.tokenizer.eos_token,
+        )  # fmt: skip
 
 
 def _check_format(conversation: Conversation, name: str, tokenizer: Any) -> None:
@@ -130,13 +138,13 @@ class ChatDataset(MegatronDataset):
         config: GPTDatasetConfig,
     ) -> None:
         if not len(indices):
-            raise ValueError(
+            raise DataError(
                 f"{dataset_path} has {len(dataset)} lines, and none of them for the {index_split.name} split: give "
                 "another --split, or --train-data-path and --valid-data-path"
             )
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.template = template_of(config.tokenizer) if self.answers_only else None
-        self.told = False
+        self.told = self.told_nothing = False
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Lines) -> int:
@@ -191,6 +199,13 @@ class ChatDataset(MegatronDataset):
         padded = padded[:length] + [True] * (length - len(padded))
         places = [place for start, end in pairwise(bounds) for place in range(end - start)]
         counted = torch.tensor(labels)
+        if not self.told_nothing and bool((counted == IGNORED).all()):
+            self.told_nothing = True
+            logger.warning(
+                "%s: nothing before --seq-length %d counts, here and in lines like it, so that they train nothing; "
+                "prepare_chat.py pack leaves out such conversations",
+                where, length,
+            )  # fmt: skip
         cu_seqlens = torch.tensor(bounds + [length] * (length + 1 - len(bounds)), dtype=torch.int32)
         return {
             "tokens": torch.tensor(tokens),
