@@ -20,6 +20,7 @@ The same command again goes on where it stopped. Flags of Megatron after -- are 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -35,6 +36,7 @@ import stoppable
 from plot_loss import read_losses
 
 MARKER = ".lightning_finetune"  # options of the run whose results a folder holds
+CONTENT = "content of --data"  # there: else a training that goes on would go on with other conversations
 PREPARE = "examples/prepare_chat.py"
 TINY_QUESTIONS, TINY_VOCABULARY = 24, 512
 MINIMAX = """
@@ -92,7 +94,8 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
     if not model:
         model, words = out / "model", out / "tokenizer"
         size = ["--vocab-size", str(TINY_VOCABULARY)]
-        yield Step("tokenizer", [python, PREPARE, "tokenizer", *map(str, data), *size, "--out", str(words)], done=words)
+        made = [python, PREPARE, "tokenizer", *map(str, data), *size, "--out", str(words)]
+        yield Step("tokenizer", made, done=words / "tokenizer.json")  # which is written last
         complete = model / "tokenizer_config.json"
         if options.tiny == "minimax":
             yield Step("a tiny MiniMax", [python, "-c", MINIMAX, str(words), str(model)], done=complete)
@@ -135,8 +138,8 @@ def steps(options: argparse.Namespace, gpus: int) -> Iterator[Step]:
 
     yield Step("export", [*convert, "export", str(tuned), str(exported), "--like", str(model)], done=exported)
 
-    first = next(prepare_chat.read(data))
-    prompt = options.prompt or next(message["content"] for message in first if message["role"] == "user")
+    asked = (x["content"] for row in prepare_chat.read(data) for x in row if x["role"] == "user" and x["content"])
+    prompt = options.prompt or next(asked, "Hello")  # tools may have asked all there is
     ask = [*alone, "examples/generate.py", "--load", str(tuned), "--chat", "--prompt", prompt]
     ask += ["--tokens", str(options.tokens), "--temperature", "0"]
     yield Step("generation by Megatron", ask)
@@ -183,6 +186,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> None:
     options = arguments(sys.argv[1:] if argv is None else argv)
     missing = [
@@ -195,20 +203,27 @@ def main(argv: list[str] | None = None, run: Callable[..., None] = demo.run) -> 
     gpus = torch.cuda.device_count()
     out = options.out = options.out.resolve()
     given = {f"--{k.replace('_', '-')}": str(v) for k, v in vars(options).items() if k not in ("prompt", "tokens")}
+    given[CONTENT] = " ".join(digest(path) for path in options.data or ())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / MARKER).is_file():
             raise SystemExit(f"finetune: {out} holds files that are not of this script; give another --out")
         held = json.loads((out / MARKER).read_text())
         other = [
-            f"{name} {held.get(name)}, and not {value}" for name, value in given.items() if held.get(name) != value
+            f"{name} {held.get(name)}, and not {value}"
+            for name, value in given.items()
+            if name != CONTENT and held.get(name) != value
         ]
+        if (out / "tuned").exists() and held.get(CONTENT) != given[CONTENT]:
+            other.append("other conversations in the files of --data")
         if other:
             raise SystemExit(f"finetune: {out} is of a run with {'; '.join(other)}: give another --out, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"finetune: --out {out} cannot be written ({error.strerror}); give another folder") from error
-    (out / MARKER).write_text(json.dumps(given))
+    marker = out / f"{MARKER}.partial"
+    marker.write_text(json.dumps(given))
+    marker.replace(out / MARKER)
     for name in ("model", "data"):
         paths = getattr(options, name)
         setattr(options, name, [x.resolve() for x in paths] if isinstance(paths, list) else paths and paths.resolve())

@@ -60,17 +60,29 @@ def questions() -> Iterator[list[dict[str, str]]]:
             ]
 
 
-def write_lines(path: Path, rows: list) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text("".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    aside.replace(path)
+def write_lines(files: dict[Path, list]) -> None:
+    """Write all files, or none. A file without rows is removed: it would be of an earlier run."""
+    aside = {path: path.with_name(path.name + ".partial") for path, rows in files.items() if rows}
+    try:
+        for path, partial in aside.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in files[path])
+            partial.write_text("".join(lines), "utf-8")
+        for path in files:  # first, so that no two files of different runs stand side by side
+            path.unlink(missing_ok=True)
+        for path, partial in aside.items():
+            partial.replace(path)
+    finally:
+        for partial in aside.values():
+            partial.unlink(missing_ok=True)
 
 
 def write_questions(args: argparse.Namespace) -> None:
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count {args.count} must be at least 1; leave it out for all")
     rows = list(questions())
     random.Random(args.seed).shuffle(rows)
-    write_lines(args.out, rows[: args.count])
+    write_lines({args.out: rows[: args.count]})
     print(f"  {len(rows[: args.count])} conversations: {args.out}")
 
 
@@ -83,6 +95,9 @@ def write_tokenizer(args: argparse.Namespace) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    least = len(special) + len(pre_tokenizers.ByteLevel.alphabet())
+    if args.vocab_size < least:
+        raise ValueError(f"--vocab-size {args.vocab_size} must be at least {least}: all bytes, and tokens of the chat")
     trainer = trainers.BpeTrainer(
         vocab_size=args.vocab_size,
         special_tokens=special,
@@ -125,6 +140,16 @@ def pack(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def write_packed(args: argparse.Namespace) -> None:
+    if not 0 <= args.held_out < 1:  # NaN, too
+        raise ValueError(f"--held-out {args.held_out} must be a fraction from 0, for none, to below 1, such as 0.02")
+    if args.context_parallel_size < 1:
+        raise ValueError(f"--context-parallel-size {args.context_parallel_size} must be at least 1")
+    every = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1  # as in training
+    if args.seq_length < 2 or args.seq_length % every:
+        raise ValueError(
+            f"--seq-length {args.seq_length} must be at least 2, and divide by 2 x --context-parallel-size where "
+            "that is above 1; give that of the training"
+        )
     from transformers import AutoTokenizer
 
     from lightning_megatron.training import conversations as chat
@@ -134,7 +159,7 @@ def write_packed(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise ValueError(f"--tokenizer {args.tokenizer}: transformers finds no tokenizer there: {error}") from error
     template = chat.Template(tokenizer)
-    every, kept, long, lost = 2 * args.context_parallel_size, [], 0, 0
+    kept, long, lost = [], 0, 0
     for path in args.data:
         for where, conversations in chat.read(path):
             for conversation in conversations:
@@ -151,12 +176,20 @@ def write_packed(args: argparse.Namespace) -> None:
     held = max(1, round(args.held_out * len(kept))) if args.held_out else 0
     if len(kept) <= held:
         raise ValueError(f"{len(kept)} conversations are too few to hold {held} out; give more, or --held-out 0")
+    packed = {}
     for name, part in (("train", kept[held:]), ("valid", kept[:held])):
-        if not part:
-            continue
         bins = pack([length for _, length, _ in part], args.seq_length)
         random.Random(args.seed).shuffle(bins)
-        write_lines(args.out / f"{name}.jsonl", [[part[i][0] for i in numbers] for numbers in bins])
+        packed[name] = part, bins
+    write_lines(
+        {
+            args.out / f"{name}.jsonl": [[part[i][0] for i in numbers] for numbers in bins]
+            for name, (part, bins) in packed.items()
+        }
+    )
+    for name, (part, bins) in packed.items():
+        if not part:
+            continue
         tokens = len(bins) * args.seq_length
         full = sum(min(length, args.seq_length) for _, length, _ in part) / tokens
         counted = sum(answers for *_, answers in part) / tokens
@@ -193,7 +226,11 @@ def main(argv: list[str] | None = None) -> None:
     for command in commands.choices.values():
         command.add_argument("--seed", type=int, default=0, help="of the shuffle (0)")
     args = parser.parse_args(argv)
-    if reason := unwritable(args.out, folder=False):
+    folder = args.run is not write_questions
+    if args.out.exists() and args.out.is_dir() != folder:
+        is_, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise SystemExit(f"prepare_chat: --out {args.out} is a {is_}; give a {wanted}")
+    if reason := unwritable(args.out, folder=folder):
         raise SystemExit(f"prepare_chat: --out {args.out} cannot be written ({reason}); give another")
     try:
         args.run(args)

@@ -39,7 +39,9 @@ from text_sources import read_documents, stdlib_files, text_files
 
 VOCAB_SIZE, SAMPLE_BYTES = 2048, 4_000_000  # of a new tokenizer
 LINE = 4096  # characters of a training line of the tokenizer; longer lines are cut
+WHOLE = 1 << 16  # characters: a held-out document is not cut where so many are held out
 BATCH = 256  # documents encoded at a time
+ASIDE = ".prepare_data-"  # how a folder of results that are not complete begins
 
 
 def take(documents: list[str], max_bytes: int, seed: int) -> list[str]:
@@ -58,26 +60,28 @@ def take(documents: list[str], max_bytes: int, seed: int) -> list[str]:
 def split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     """Training and held-out documents: the first documents that reach `fraction` of the characters are held out.
 
-    Of a single document, the end is held out, cut at a line.
+    Of a document with which it would be most of the text, and above WHOLE, only the end is, cut at a line near there;
+    so it is with a single document.
 
     Raises:
         ValueError: text too short to be divided.
     """
-    want = fraction * sum(map(len, documents))
-    if len(documents) == 1:
-        text = documents[0]
-        cut = text.rfind("\n", 0, int(len(text) - want)) + 1 or int(len(text) - want)
-        documents, count = [text[cut:], text[:cut]], 1
-    else:
-        count, size = 0, 0.0
-        while size < want and count < len(documents) - 1:
-            size += len(documents[count])
-            count += 1
+    total = sum(map(len, documents))
+    want = fraction * total
+    count, size, given = 0, 0, len(documents)
+    while size < want and count < given:
+        size += len(documents[count])
+        count += 1
+    if count == given > 1 and len(documents[-1]) <= WHOLE:
+        count -= 1  # something must be left to train on
+    elif count == given or size > max(2 * want, total / 2, WHOLE):
+        text = documents[count - 1]
+        end = int(len(text) - (want - (size - len(text))))
+        cut = text.rfind("\n", max(0, int(end - want)), end) + 1 or end
+        documents = [*documents[: count - 1], text[cut:], text[:cut], *documents[count:]]
     train, valid = documents[count:], documents[:count]
     if not any(train) or not any(valid):
-        raise ValueError(
-            f"{len(documents)} documents of text cannot be split into training and held-out text; give more"
-        )
+        raise ValueError(f"{given} documents of text cannot be split into training and held-out text; give more")
     return train, valid
 
 
@@ -244,7 +248,9 @@ def prepare(args: argparse.Namespace) -> None:
     processor = load_tokenizer(model, "the new tokenizer")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare_data-", dir=args.out) as folder:
+    for folder in sorted(args.out.glob(f"{ASIDE}*")):
+        print(f"  {folder} is of a run that was killed, or that still runs; remove it if none does")
+    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=args.out) as folder:
         aside = Path(folder)
         (aside / "tokenizer.model").write_bytes(model)
         counts = write_dataset(train, processor, aside / "train_text_document")

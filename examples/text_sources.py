@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import collections
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,19 +34,22 @@ def stdlib_files() -> list[Path]:
 
 
 def text_files(sources: Iterable[Path]) -> list[Path]:
-    """The given files, and all files with an ending of SUFFIXES in the given folders, sorted. Counts the others aloud.
+    """The given files, and all files with an ending of SUFFIXES in the given folders, sorted, each of them once. Counts
+    the others aloud.
 
     Raises:
-        ValueError: a path that does not exist, or a folder without such files.
+        ValueError: a path that does not exist, a folder without such files, or one that cannot be read.
     """
     files: list[Path] = []
     for source in sources:
         if source.is_file():
             files.append(source)
             continue
+        if source.exists() and not source.is_dir():
+            raise ValueError(f"--text {source} is neither a file nor a folder; write what it holds into a file")
         if not source.is_dir():
             raise ValueError(f"--text {source} does not exist; give a text file, or a folder of such files")
-        inside = sorted(path for path in source.rglob("*") if path.is_file())
+        inside = sorted(_inside(source))
         found = [path for path in inside if path.suffix in SUFFIXES]
         if not found:
             raise ValueError(
@@ -56,7 +60,25 @@ def text_files(sources: Iterable[Path]) -> list[Path]:
             counts = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5))
             print(f"  left out of {source}: {others.total()} files of other endings ({counts}); name them to read them")
         files += found
-    return files
+    once = {}
+    for path in files:
+        if (first := once.setdefault(path.resolve(), path)) is not path:
+            print(f"  left out: {path}, the same file as {first}")
+    return list(once.values())
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Links to folders are named, not followed: they may lead back."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        for path in (Path(root, name) for name in [*folders, *names]):
+            if path.is_file():
+                yield path
+            elif path.is_symlink():
+                print(f"  left out: {path} is a link to {'a folder' if path.is_dir() else 'nothing'}")
 
 
 def read_text(path: Path) -> str | None:
@@ -74,6 +96,11 @@ def read_text(path: Path) -> str | None:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         print(f"  left out: {path} is not {encoding.upper()} (byte {error.start + len(mark)})")
+        return None
+    if text.count("\0") > len(text) // 4:  # English in UTF-16 has one beside every letter, which UTF-8 reads, too
+        print(
+            f"  left out: {path} is U+0000 every few characters, as UTF-16 without a byte-order mark; save it as UTF-8"
+        )
         return None
     if encoding != "utf-8":
         print(f"  decoded as {encoding.upper()}, by its byte-order mark: {path}")

@@ -35,6 +35,7 @@ def main() -> None:
     from .checkpoint_folder import CheckpointError
     from .runtime import training_args
     from .training import failures, run
+    from .training.sources import DataError
 
     main_entry = time.time()
     try:
@@ -49,7 +50,7 @@ def main() -> None:
     run.apply_patches(options)
     try:
         run.run(container, _PROGRAM_START, main_entry)
-    except CheckpointError as error:  # on every rank: all read the same file
+    except (CheckpointError, DataError) as error:  # on every rank: all read the same file
         _give_up(error)
     except KeyboardInterrupt:
         if not int(os.environ.get("RANK", "0")):

@@ -162,3 +162,124 @@ def test_a_folder_that_cannot_be_written(script):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{script}: --out /proc/x cannot be written (No such file or directory); give another folder" in done.stderr
+
+
+CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+
+
+@pytest.fixture
+def chat(tmp_path, capsys):
+    """Files of 20 conversations and a tokenizer."""
+    (tmp_path / "chat.jsonl").write_text(20 * (json.dumps({"messages": CHAT}) + "\n"))
+    prepare_chat.main(["tokenizer", str(tmp_path / "chat.jsonl"), "--out", str(tmp_path / "words")])
+    return tmp_path
+
+
+def pack_into(folder, *words, length=64):
+    command = ["pack", folder / "chat.jsonl", "--tokenizer", folder / "words", "--out", folder / "data"]
+    prepare_chat.main([str(x) for x in [*command, "--seq-length", length, *words]])
+    return {path.name: path.read_text().count("That.") for path in (folder / "data").iterdir()}
+
+
+def test_no_held_out_file_of_an_earlier_run_stays(chat):
+    assert pack_into(chat, "--held-out", 0.2) == {"train.jsonl": 16, "valid.jsonl": 4}
+    assert pack_into(chat, "--held-out", 0) == {"train.jsonl": 20}
+
+
+def test_a_disk_that_is_full_leaves_both_files_as_they_are(chat, monkeypatch):
+    was = pack_into(chat, "--held-out", 0.2)
+    write = Path.write_text
+
+    def full(path, *words):
+        if path.name.startswith("valid"):
+            raise OSError(28, "No space left on device")
+        return write(path, *words)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        pack_into(chat, "--held-out", 0.4)
+    monkeypatch.undo()
+    assert {path.name: path.read_text().count("That.") for path in (chat / "data").iterdir()} == was
+
+
+def test_sequences_are_filled_to_the_last_token(chat):
+    """A length that is odd, without context parallelism: as in training, conversations are padded to nothing."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(chat / "words").apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    length = 3 * len(ids)
+    for more, held in ((0, 3), (-1, 2)):
+        pack_into(chat, "--held-out", 0, length=length + more)
+        rows = [json.loads(line)["messages"] for line in (chat / "data" / "train.jsonl").open()]
+        assert max(map(len, rows)) == held and sum(map(len, rows)) == 20
+
+
+REFUSED = {
+    "nan": (["--held-out", "nan"], "--held-out nan must be a fraction"),
+    "below": (["--held-out", "-1"], "--held-out -1.0 must be a fraction"),
+    "above": (["--held-out", "1.5"], "--held-out 1.5 must be a fraction"),
+    "no-rank": (["--context-parallel-size", "0"], "--context-parallel-size 0 must be at least 1"),
+    "negative": (["--seq-length", "-5"], "--seq-length -5 must be at least 2"),
+    "chunks": (["--seq-length", "62", "--context-parallel-size", "2"], "--seq-length 62 must be .*divide by 2 x"),
+}
+
+
+@pytest.mark.parametrize("words, message", REFUSED.values(), ids=REFUSED)
+def test_sizes_that_cannot_pack(words, message, chat):
+    with pytest.raises(SystemExit, match=f"prepare_chat: {message}"):
+        pack_into(chat, *words)
+    assert not (chat / "data").exists()
+
+
+def test_a_place_of_the_wrong_kind(chat):
+    """transformers logs an error and writes nothing where a folder should be."""
+    file = str(chat / "chat.jsonl")
+    with pytest.raises(SystemExit, match="chat.jsonl is a file; give a folder"):
+        prepare_chat.main(["tokenizer", file, "--out", file])
+    with pytest.raises(SystemExit, match="words is a folder; give a file"):
+        prepare_chat.main(["questions", "--count", "1", "--out", str(chat / "words")])
+    with pytest.raises(SystemExit, match="--count -3 must be at least 1"):
+        prepare_chat.main(["questions", "--count", "-3", "--out", str(chat / "new.jsonl")])
+    with pytest.raises(SystemExit, match="--vocab-size 10 must be at least 259"):
+        prepare_chat.main(["tokenizer", file, "--vocab-size", "10", "--out", str(chat / "new")])
+
+
+def test_a_training_does_not_go_on_with_other_conversations(chat, monkeypatch):
+    """Before it began, data may be mended; a question is found where tools alone have asked."""
+    tools = [{"role": "tool", "content": "x"}, CHAT[1]]
+    titles: list[str] = []
+
+    def step(title, command, log, show):
+        titles.append(title)
+        if "prepare_chat.py" in command[1] and "--count" not in command:
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare_chat.main(command[2:])
+        if title == "training":
+            (out / "tuned").mkdir(exist_ok=True)
+        log.write_text(" iteration 1/ 1 | lm loss: 1.0E+00 |")
+
+    data, out, model = chat / "chat.jsonl", chat / "out", chat / "words"
+    (model / "config.json").write_text('{"model_type": "ring"}')
+    monkeypatch.setattr(finetune, "read_losses", lambda text: ({1: 1.0}, {}))
+    command = ["--model", str(model), "--data", str(data), "--out", str(out), "--tp", "1", "--cp", "1"]
+    monkeypatch.setattr(finetune, "steps", steps_until(finetune.steps, "import"))
+    finetune.main(command, step)
+    data.write_text(json.dumps({"messages": tools}) + "\n" + 20 * (json.dumps({"messages": CHAT}) + "\n"))
+    monkeypatch.undo()
+    monkeypatch.setattr(finetune, "read_losses", lambda text: ({1: 1.0}, {}))
+    finetune.main(command, step)
+    assert titles.count("training") == 1
+    finetune.main(command, step)
+    data.write_text(21 * (json.dumps({"messages": CHAT}) + "\n"))
+    with pytest.raises(SystemExit, match="is of a run with other conversations in the files of --data: give another"):
+        finetune.main(command, step)
+
+
+def steps_until(steps, title):
+    def some(*given):
+        for step in steps(*given):
+            if step.title == title:
+                return
+            yield step
+
+    return some

@@ -1,7 +1,10 @@
 """prepare_data.py and odd inputs: nothing is read as something else unsaid, and a failure leaves results alone."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,78 @@ def test_files_of_other_endings_in_a_folder_are_counted(tmp_path: Path, capsys: 
     (folder / "c.json").write_text(LINES)
     run(tmp_path / "out", "--text", folder, "--vocab-size", 300)
     assert f"left out of {folder}: 2 files of other endings (1 x .parquet, 1 x .json)" in capsys.readouterr().out
+
+
+def test_a_long_document_is_not_held_out_whole() -> None:
+    book, notes = "page of a book\n" * 10_000, [f"note {i}\n" for i in range(9)]
+    for documents in ([book, *notes], [notes[0], book, *notes[1:]], [*notes, book]):
+        train, valid = prepare_data.split(documents, 0.02)
+        assert 0.01 < sum(map(len, valid)) / sum(map(len, documents)) < 0.04
+        whole = sorted(document for document in documents if document != book)
+        parts = [part for part in train + valid if part not in whole]
+        assert sorted(part for part in train + valid if part in whole) == whole
+        assert "".join(parts) == book and all(part.endswith("\n") for part in parts)
+
+
+@pytest.mark.parametrize("text", ["Title\n" + "words " * 10_000, "words " * 10_000, "Title\nwords"])
+def test_the_end_of_a_single_document_is_held_out_wherever_its_lines_end(text: str) -> None:
+    (train,), (valid,) = prepare_data.split([text], 0.1)
+    assert train + valid == text and 0.05 * len(text) < len(valid) < 0.25 * len(text)
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "notes"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    (folder / "again").symlink_to(folder)
+    files = prepare_data.text_files([folder, folder / "a.txt", folder / "more" / ".." / "a.txt"])
+    assert files == [folder / "a.txt"]
+    printed = capsys.readouterr().out
+    assert printed.count("the same file as") == 3 and f"{folder / 'again'} is a link to a folder" in printed
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path.rglob() leaves it out without a word."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="closed cannot be read: Permission denied"):
+        prepare_data.text_files([tmp_path])
+
+
+def test_utf_16_without_a_mark_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As UTF-8 it is a NUL between any two letters."""
+    (tmp_path / "a.txt").write_text("words of a document", "utf-16-le")
+    (tmp_path / "b.txt").write_text("words\0")
+    files = prepare_data.text_files([tmp_path])
+    assert list(prepare_data.read_documents(files)) == ["words\0"]
+    assert "a.txt is U+0000 every few characters, as UTF-16 without" in capsys.readouterr().out
+
+
+def test_a_pipe_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a file nor a folder" in error_of(tmp_path / "out", "--text", tmp_path / "pipe")
+
+
+def test_a_run_that_is_ended_leaves_nothing_behind(prepared: Path, tmp_path: Path) -> None:
+    """By SIGTERM; that of a run that was killed is named."""
+    out, held = tmp_path / "out", "import os, signal, sys; import prepare_data, stoppable\n"
+    held += "prepare_data.entropy = lambda counts: os.kill(os.getpid(), signal.{})\n"
+    held += "stoppable.run(prepare_data.main, 'again')"
+    words = ["--out", out, "--text", prepared.parent / "text.jsonl", "--tokenizer-model", prepared / "tokenizer.model"]
+    env = os.environ | {"PYTHONPATH": str(Path(prepare_data.__file__).parent)}
+    for name, status, left in (("SIGTERM", 143, 0), ("SIGKILL", -9, 1)):
+        command = [sys.executable, "-c", held.format(name), *map(str, words)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == status and len(list(out.iterdir())) == left, done.stderr
+        assert status < 0 or "stopped; again" in done.stderr
+    done = subprocess.run([sys.executable, prepare_data.__file__, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0 and "is of a run that was killed, or that still runs" in done.stdout

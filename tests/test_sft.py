@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_megatron.training.conversations import Template, parse_line
 from lightning_megatron.training.data import check_documents, documents_on_this_cp_rank
+from lightning_megatron.training.sft import check
 from tests import layers
 from tests.helpers.conversations import write_conversations
 from tests.helpers.training import MODELS, SIZE, TRAIN, assert_same_training, train_conversations
@@ -154,6 +155,9 @@ BAD = {
     "empty-answer": ({"messages": [USER, ANSWER | {"content": ""}]}, "message 2: the answer is empty"),
     "no-answer": ({"messages": [USER]}, "no message is the assistant's"),
     "surrogate": ({"messages": [USER | {"content": "\ud800"}, ANSWER]}, "half of a surrogate pair"),
+    "surrogate-name": ({"messages": [USER | {"name": ["\ud800"]}, ANSWER]}, "message 1: 'name' holds .*half"),
+    "tools": ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, 'has "tools", which no chat template'),
+    "weight": ({"messages": [USER, ANSWER | {"weight": 0}]}, 'message 2: "weight" is 0, and all answers count'),
 }  # fmt: skip
 
 
@@ -270,6 +274,183 @@ def test_answers_and_their_ends_count(special, tmp_path, caplog):
         found = sample_of(AnswersDataset, tokenizer, rows, 28, cp=2)
     assert found["tokens"].tolist() == ids[:28] and found["cu_seqlens"].unique().tolist() == [0, 24, 28]
     assert "chat.jsonl, line 2 has 36 tokens, and --seq-length is 28" in caplog.text
+
+
+# what is before an answer, and behind it -> the template that writes so, and what its prompt ends with beyond that
+ROUND = {
+    "chatml": ("<|im_start|>assistant\n", "<|im_end|>\n", ""),
+    "thinks": ("<|im_start|>assistant\n", "<|im_end|>\n", "<think>\n"),
+    "space": ("assistant: ", "\n", ""),
+    "space-thinks": ("assistant: ", "\n", "<think>"),
+}
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("before, behind, thought", ROUND.values(), ids=ROUND)
+def test_every_token_that_holds_some_of_an_answer_counts_and_no_other(before, behind, thought, trim):
+    """Places in bytes, from the tokens' own characters: a token may begin before an answer, where a prompt ends in a
+    space, and an answer may begin as a thought does."""
+    answers = [
+        "yes",
+        "<table> x",
+        "<think>\nno\n</think>\n\nyes",
+        "<thing",
+        "\U0001f600 yes",
+        "日本",
+        " x ",
+        "\n\nx",
+        "t",
+    ]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.post_processor = processors.ByteLevel(trim_offsets=trim)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator([f"assistant: {x} user: {x}" for x in answers] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
+    head = before.replace("assistant", "' + m['role'] + '").replace("\n", "\\n")
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ '{head}' + m['content'] + {behind!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {before + thought!r} }}}}{{% endif %}}"
+    )
+    # one byte of a token's text has one character, the other 68 are those from 256 on
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(x): x for x in plain} | {chr(256 + i): x for i, x in enumerate(sorted({*range(256)} - {*plain}))}
+    for answer in answers:
+        turns = [("user", "what"), ("assistant", answer), ("user", "no"), ("assistant", answer)]
+        text, wanted = b"", []  # of every byte, whether it is an answer's
+        for role, content in turns:
+            parts = before.replace("assistant", role), content, behind
+            # with a prompt that thinks, thoughts begin in the prompt
+            given = thought if role == "assistant" and content.startswith(thought) else ""
+            kinds = False, role == "assistant", role == "assistant"
+            for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+                data = part.encode()
+                text += data
+                wanted += [kind and not (i == 1 and place < len(given)) for place in range(len(data))]
+        ids, labels = Template(tokenizer).encode([{"role": role, "content": content} for role, content in turns])
+        place = 0
+        for id, label in zip(ids, labels, strict=True):
+            token = tokenizer.convert_ids_to_tokens(id)
+            data = token.encode() if token in special else bytes(byte_of[x] for x in token)
+            assert text[place : place + len(data)] == data
+            counts = any(wanted[place : place + len(data)])
+            if not (trim and data.isspace()):  # of such a tokenizer a space is nowhere
+                assert label == (id if counts else -100), (answer, token, place)
+            place += len(data)
+        assert place == len(text)
+
+
+def arguments(path, prompt_format="default", *, answers_only=False):
+    """Of ``check``."""
+    return SimpleNamespace(
+        sft=True, sft_answers_only=answers_only, tokenizer_type="SFTTokenizer", tokenizer_model="TOKENIZER", rank=0,
+        sft_tokenizer_prompt_format=prompt_format, data_path=None, train_data_path=[str(path)], valid_data_path=None,
+        test_data_path=None, data_args_path=None, per_split_data_args_path=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+@pytest.mark.parametrize("end", ["<|im_end|>", "tool"])
+def test_answers_whose_end_is_not_the_tokenizers_are_named(end, answers_only, tmp_path, caplog):
+    """Generation stops at the tokenizer's end alone."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "t", pad_token="<pad>", eos_token=end)))
+    with caplog.at_level(logging.WARNING):
+        check(arguments(tmp_path / "c.jsonl", answers_only=answers_only), tokenizer)
+    named = "chat template of TOKENIZER ends no answer with tool, the tokenizer's end: generation with --chat goes on"
+    assert (named in caplog.text) == (end == "tool")
+
+
+def test_a_line_of_which_nothing_counts_is_named(tmp_path, caplog):
+    from lightning_megatron.training.sft import AnswersDataset, Lines
+
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}) + "\n")
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "t", pad_token="<pad>", eos_token="<|im_end|>")))
+    for length, loss in ((6, 0), (7, 1)):  # six tokens before the answer
+        caplog.clear()
+        found = sample_of(AnswersDataset, tokenizer, Lines(str(tmp_path / "c.jsonl")), length)
+        assert found["loss_mask"].sum() == loss
+        assert (f"line 1: nothing before --seq-length {length} counts" in caplog.text) == (not loss)
+
+
+SHORT = {
+    "once": ("A B", "the training have 3 samples, as several paths without weights are read once, and it reads 4"),
+    "split": ("--split 969,30,1", "has 3 lines, and none of them for the valid split: give another --split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, message", SHORT.values(), ids=SHORT)
+def test_data_that_end_before_the_training_are_refused(flags, message, tmp_path):
+    """Megatron ended in a StopIteration, behind a part of the training."""
+    folder = chat_tokenizer(tmp_path / "tokenizer", pad_token="<pad>", eos_token="<|im_end|>")
+    for name, lines in (("A", 1), ("B", 2), ("C", 3)):
+        (tmp_path / name).write_text(lines * (json.dumps({"messages": [USER, ANSWER]}) + "\n"))
+    size = [*SIZE[: SIZE.index("--vocab-size")], *SIZE[SIZE.index("--vocab-size") + 2 :]]
+    command = [*size, *TRAIN, *MODELS["all"].split(), "--sft", "--tokenizer-type", "SFTTokenizer", "--tokenizer-model"]
+    command += [folder, "--sft-tokenizer-prompt-format", "default", "--train-iters", "2", "--eval-iters", "1"]
+    if flags == "A B":
+        command += ["--train-data-path", tmp_path / "A", tmp_path / "B", "--valid-data-path", tmp_path / "C"]
+    else:
+        command += ["--data-path", tmp_path / "C", *flags.split()]
+    run = run_pretrain(command, check=False)
+    last = run.log.strip().splitlines()[-1]
+    assert not run.ok and last.startswith("lightning-pretrain: ") and message in last, run.log[-2000:]
+
+
+@pytest.mark.parametrize("second, message", [
+    ({"role": "tool", "content": "w1"}, "nemotron-h-aligned leaves out messages of role tool: use default"),
+    (ANSWER | {"content": " "}, "nemotron-h-aligned: the tokens of the messages are not those of the conversation"),
+])  # fmt: skip
+def test_conversations_that_a_format_of_megatrons_does_not_take(second, message, tmp_path):
+    """Nemotron's template left out what tools say, and failed on an answer of white space in the training."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<SPECIAL_233>", "<eos>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator(["User\n\nAssistant\n\n"] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(tmp_path / "t")
+    tokenizer = megatrons(str(tmp_path / "t"), "nemotron-h-aligned")
+    args = arguments(tmp_path / "c.jsonl", "nemotron-h-aligned")
+    for conversation in ([USER, ANSWER], [USER, second] + [ANSWER] * (second["role"] == "tool")):
+        with (tmp_path / "c.jsonl").open("a") as file:
+            file.write(json.dumps({"messages": conversation}) + "\n")
+        if second not in conversation:
+            check(args, tokenizer)
+    with pytest.raises(ValueError, match=f"c.jsonl, line 2: --sft-tokenizer-prompt-format {message}"):
+        check(args, tokenizer)
+
+
+@pytest.mark.parametrize("role", ["assistant", "tool"])
+def test_a_template_that_leaves_a_message_out(role, tmp_path):
+    leaves = CHATML.replace("{{ '<|im_start|> ' + m", "{% if m['role'] != '" + role + "' %}{{ '<|im_start|> ' + m")
+    leaves = leaves.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    folder = chat_tokenizer(tmp_path, leaves)
+    from transformers import AutoTokenizer
+
+    conversation = [USER, {"role": "tool", "content": "w3"}, ANSWER]
+    number = 2 if role == "tool" else 3
+    with pytest.raises(ValueError, match=f"leaves out message {number}, of role {role}"):
+        Template(AutoTokenizer.from_pretrained(folder)).answers(conversation)
+
+
+def test_a_conversation_without_tokens_shifts_no_labels(tmp_path):
+    """White space may have none: labels of those behind it were one token late."""
+    from lightning_megatron.training.sft import ChatDataset, Lines
+
+    nothing = [USER | {"content": ""}, ANSWER | {"content": " "}]
+    words = [USER, ANSWER | {"content": " w5 w6 w7"}]
+    tokenizer = megatrons(str(chat_tokenizer(tmp_path / "t", None, pad_token="<pad>")), "identity")
+    for rows in ([nothing, words], [words, nothing, words]):
+        (tmp_path / "c.jsonl").write_text(json.dumps({"messages": rows}) + "\n")
+        found = sample_of(ChatDataset, tokenizer, Lines(str(tmp_path / "c.jsonl")), 10)
+        tokens, labels = found["tokens"].tolist(), found["labels"].tolist()
+        first = sum(row is words for row in rows)
+        ids = tokenizer._tokenizer._tokenizer("w1 w5 w6 w7")["input_ids"]
+        assert tokens == ids * first + [tokenizer.pad] * (10 - 4 * first)
+        assert labels == [*ids[1:], -100] * first + [-100] * (10 - 4 * first)
 
 
 def test_templates_that_think(tmp_path):

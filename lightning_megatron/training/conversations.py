@@ -6,7 +6,7 @@ A line is ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistan
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from os.path import commonprefix
@@ -40,6 +40,11 @@ def parse_line(line: bytes, where: str) -> list[Conversation]:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({error}); write one object on every line: {_FORMAT}") from None
+    if isinstance(row, dict) and row.get("tools"):
+        raise ValueError(
+            f'{where} has "tools", which no chat template is given here: write them into a system message, or leave '
+            "them out"
+        )
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
         held = f"an object with {', '.join(row) or 'no fields'}" if isinstance(row, dict) else type(row).__name__
@@ -73,11 +78,17 @@ def _check(conversation: Conversation, where: str) -> None:
             raise ValueError(f"{at}: an assistant answers {previous or 'nobody'}; a user or a tool must come before it")
         if role == "assistant" and not content:
             raise ValueError(f"{at}: the answer is empty; write one, or leave the conversation out")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            half = content[error.start]
-            raise ValueError(f"{at}: content holds {half!a}, half of a surrogate pair; take it out") from None
+        if message.get("weight", 1) != 1:
+            raise ValueError(
+                f'{at}: "weight" is {json.dumps(message["weight"])[:80]}, and all answers count in the same way; leave '
+                "the field out, or the conversation"
+            )
+        for field, value in message.items():
+            try:
+                json.dumps([field, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise ValueError(f"{at}: {field!a} holds {half!a}, half of a surrogate pair; take it out") from None
         previous = role
     if not any(message["role"] == "assistant" for message in conversation):
         raise ValueError(f"{where}: no message is the assistant's, so that there is nothing to learn; leave it out")
@@ -145,20 +156,34 @@ class Template:
         except Exception as error:  # jinja's errors, those that templates raise, and those of Python within
             raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
+    def ends(self, conversation: Conversation) -> bool:
+        """Whether the token at which generation stops is in a conversation."""
+        ids = self.tokenizer(self.render(conversation), add_special_tokens=False)["input_ids"]
+        return self.tokenizer.eos_token_id in ids
+
     def answers(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where in it are the answers, each with what ends it.
 
-        An answer begins where the text stops being that of the prompt. (That of Ring ends with the begin of a thought,
-        which an answer without thoughts lacks.)
+        An answer begins behind the prompt. (That of Ring ends with the begin of a thought, which an answer without
+        thoughts lacks: it begins behind what all answers begin with.)
 
         Raises:
-            ValueError: see ``render``; or a template by which a later message changes an earlier one.
+            ValueError: see ``render``; or a template by which a later message changes an earlier one, or which leaves
+                one out.
         """
         text, spans = self.render(conversation), []
         for i, message in enumerate(conversation):
-            if message["role"] != "assistant":
+            if message["role"] not in ("assistant", "tool"):
                 continue
-            before, after = self.render(conversation[:i]), self.render(conversation[: i + 1])
+            before = self.render(conversation[:i]) if i else ""  # a tool may be the first
+            after = self.render(conversation[: i + 1])
+            if before == after:
+                raise ValueError(
+                    f"the chat template leaves out message {i + 1}, of role {message['role']}: give a template that "
+                    "writes it, or leave it out of the conversation"
+                )
+            if message["role"] == "tool":
+                continue
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     "the chat template writes earlier messages in another way once later ones are there, so that no "
@@ -166,11 +191,17 @@ class Template:
                     "--lightning-sft-answers-only"
                 )
             prompt = self.render(conversation[:i], prompt=True)
-            spans.append((max(len(before), len(commonprefix([prompt, after]))), len(after)))
+            begin = commonprefix([prompt, after])
+            if begin != prompt:  # else "<table>" would begin behind the "<t" that it shares with "<think>"
+                others = [conversation[:i] + [message | {"content": content}] for content in ("a", "b")]
+                begin = commonprefix([begin, *map(self.render, others)])
+            spans.append((max(len(before), len(begin)), len(after)))
         return text, spans
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Ids, and the same with IGNORED in place of all tokens that do not begin within an answer.
+        """Ids, and the same with IGNORED in place of all tokens that hold nothing of an answer.
+
+        A token may begin before the answer: that of a space and the first word, where the prompt ends in a space.
 
         Raises:
             ValueError: see ``answers``.
@@ -178,8 +209,9 @@ class Template:
         text, spans = self.answers(conversation)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
-        starts, labels = [start for start, _ in encoded["offset_mapping"]], [IGNORED] * len(ids)
-        for span in spans:
-            first, last = (bisect_left(starts, place) for place in span)
+        starts, ends = ([place[side] for place in encoded["offset_mapping"]] for side in (0, 1))
+        labels = [IGNORED] * len(ids)
+        for begin, end in spans:
+            first, last = bisect_right(ends, begin), bisect_left(starts, end)
             labels[first:last] = ids[first:last]
         return ids, labels

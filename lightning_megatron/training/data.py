@@ -30,6 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from ..parallel import token_positions
 from .sft import AnswersDataset, ChatDataset
+from .sources import DataError
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -286,4 +287,18 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
     if args.step_batch_size_schedule is not None and args.train_iters and not args.phase_transition_iterations:
         samples = [max(samples[0], _samples_of_schedule(args)), *samples[1:]]
     print_rank_0("> building train, validation, and test datasets ...")
-    return BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()
+    built = BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()
+    if args.dataloader_type != "cyclic":  # which begins anew
+        _refuse_short(built, samples)
+    return built
+
+
+def _refuse_short(built: Any, samples: list[int]) -> None:
+    """Refuse what ends before the training: Megatron reads several datasets without weights once (StopIteration)."""
+    for name, dataset, wanted in zip(("training", "validation", "test"), built, samples, strict=True):
+        if hasattr(dataset, "__len__") and not isinstance(dataset, list) and wanted and len(dataset) < wanted:
+            raise DataError(
+                f"the data of the {name} have {len(dataset)} samples, as several paths without weights are read once, "
+                f"and it reads {wanted}: give a weight before each path, such as 1 A 1 B, or train for fewer samples "
+                "(--train-iters, --global-batch-size, --eval-iters)"
+            )

@@ -21,7 +21,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from .conversations import IGNORED, Conversation, Template, lines, parse_line, read
-from .sources import blends
+from .sources import DataError, blends
 
 logger = logging.getLogger("lightning_megatron")
 
@@ -62,13 +62,40 @@ def check(args: Namespace, tokenizer: Any) -> None:
     template = template_of(tokenizer) if own else None
     if args.rank:
         return
+    ends = None  # whether the first conversation has the token at which generation stops
     for path in (path for _, prefixes in blends(args) for path in prefixes):
         for where, conversations in read(Path(path)):
-            for conversation in conversations if template else []:
+            for conversation in conversations:
                 try:
-                    (template.answers if args.sft_answers_only else template.render)(conversation)
+                    if template:
+                        (template.answers if args.sft_answers_only else template.render)(conversation)
+                        ends = template.ends(conversation) if ends is None else ends
+                    else:
+                        _check_format(conversation, args.sft_tokenizer_prompt_format, tokenizer)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
+    if template and ends is False:
+        logger.warning(
+            "the chat template of %s ends no answer with %s, the tokenizer's end: generation with --chat goes on "
+            "behind an answer, unless --stop names what ends it; or make that the tokenizer's eos_token",
+            args.tokenizer_model, template.tokenizer.eos_token,
+        )  # fmt: skip
+
+
+def _check_format(conversation: Conversation, name: str, tokenizer: Any) -> None:
+    """Refuse what a format of Megatron's leaves out, or fails on in the middle of the training."""
+    if name != "identity" and any(message["role"] == "tool" for message in conversation):
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {name} leaves out messages of role tool: use default, the tokenizer's own "
+            "chat template, or leave them out of the conversation"
+        )
+    try:
+        tokenizer.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"--sft-tokenizer-prompt-format {name}: the tokens of the messages are not those of the conversation, as "
+            "where an answer is white space alone; correct it, or leave the conversation out"
+        ) from error
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -111,13 +138,13 @@ class ChatDataset(MegatronDataset):
         config: GPTDatasetConfig,
     ) -> None:
         if not len(indices):
-            raise ValueError(
+            raise DataError(
                 f"{dataset_path} has {len(dataset)} lines, and none of them for the {index_split.name} split: give "
                 "another --split, or --train-data-path and --valid-data-path"
             )
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.template = template_of(config.tokenizer) if self.answers_only else None
-        self.told = False
+        self.told = self.told_nothing = False
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Lines) -> int:
@@ -157,7 +184,8 @@ class ChatDataset(MegatronDataset):
             padding = -len(ids) % every
             tokens += [*ids, *[pad] * padding]
             padded += [False] * len(ids) + [True] * padding
-            labels += [IGNORED, *wanted[1:], *[IGNORED] * padding]  # no conversation says how the next one begins
+            # no conversation says how the next one begins; one of white space may have no token
+            labels += [*[IGNORED] * len(ids[:1]), *wanted[1:], *[IGNORED] * padding]
             bounds.append(len(tokens))
         if len(tokens) > length and not self.told:
             self.told = True
@@ -171,6 +199,13 @@ class ChatDataset(MegatronDataset):
         padded = padded[:length] + [True] * (length - len(padded))
         places = [place for start, end in pairwise(bounds) for place in range(end - start)]
         counted = torch.tensor(labels)
+        if not self.told_nothing and bool((counted == IGNORED).all()):
+            self.told_nothing = True
+            logger.warning(
+                "%s: nothing before --seq-length %d counts, here and in lines like it, so that they train nothing; "
+                "prepare_chat.py pack leaves out such conversations",
+                where, length,
+            )  # fmt: skip
         cu_seqlens = torch.tensor(bounds + [length] * (length + 1 - len(bounds)), dtype=torch.int32)
         return {
             "tokens": torch.tensor(tokens),

@@ -20,6 +20,10 @@ _AGAIN = "copy it again, or write it anew (examples/prepare_data.py)"
 _LOOK = 1 << 16  # tokens at the beginning of a dataset, which need not be slow to read
 
 
+class DataError(ValueError):
+    """Data that were read and cannot be trained on: what they are, and what to do."""
+
+
 def blends(args: Namespace) -> list[tuple[str, list[str]]]:
     """Attribute of the flag and prefixes, for each blend that the flags and the files they name ask for.
 
