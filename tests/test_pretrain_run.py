@@ -56,6 +56,18 @@ def test_data_last_as_long_as_a_schedule_of_batches(length, tmp_path):
     assert len(run.losses) == 9 and re.findall(r"consumed samples: +(\d+)", run.log)[-1] == "44"
 
 
+def test_a_split_without_documents(tmp_path):
+    """Of 64 documents, 1 in 1000 is none: Megatron looks for their tokens forever. Without evaluation none is read."""
+    write_equal_documents(tmp_path)
+    flags = [x for x in FLAGS if x not in ("--mock-data", "--vocab-size", "128")] + ["--vocab-size", 255]
+    flags += f"--tokenizer-type NullTokenizer --data-path {tmp_path}/text --data-cache-path {tmp_path}/cache".split()
+    run = run_pretrain([*flags, "--eval-iters", 1], check=False, timeout=60)
+    (line,) = [line for line in run.log.splitlines() if "lightning-pretrain" in line]
+    assert not run.ok and f"the test part of {tmp_path}/text holds no token, as that has 64 documents; give a" in line
+    assert len(run_pretrain([*flags, "--eval-iters", 0], timeout=60).losses) == 6
+    assert len(run_pretrain([*flags, "--eval-iters", 1, "--split", "90,5,5"], timeout=60).losses) == 6
+
+
 def test_evaluation_needs_no_length_of_training():
     """--skip-train alone evaluates as it does with --train-iters 0."""
     flags = " ".join(FLAGS).replace("--lr 1e-2 ", "").replace("--eval-iters 0", "--eval-iters 2 --skip-train")

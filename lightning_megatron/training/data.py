@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -236,6 +237,25 @@ def _samples_of_schedule(args: Namespace) -> int:
     return consumed
 
 
+class GPTDataset(gpt_dataset.GPTDataset):
+    """Megatron's, under its name, which those of its cache hold."""
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        """Megatron's would add nothing to nothing until it is enough, and never end."""
+        if num_tokens_per_epoch:
+            return int(super()._get_num_epochs(num_tokens_per_epoch))
+        if not self.num_samples:
+            return 1
+        part, split = self.index_split.name, self.config.split
+        if split is None:
+            raise DataError(f"{self.dataset_path} holds no token to read as data of the {part} split; give another")
+        raise DataError(
+            f"--split {split}: the {part} part of {self.dataset_path} holds no token, as that has "
+            f"{self.numel_low_level_dataset(self.dataset)} documents; give a --split with a larger part, such as "
+            "90,5,5, or files of its own to each (--train-data-path, --valid-data-path, --test-data-path)"
+        )
+
+
 def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: int | None = None) -> Any:
     """Train, validation and test datasets of ``samples`` sequences each; None where this rank reads none."""
     args = get_args()
@@ -288,6 +308,8 @@ def datasets_provider(config: TransformerConfig, samples: list[int], vp_stage: i
         samples = [max(samples[0], _samples_of_schedule(args)), *samples[1:]]
     print_rank_0("> building train, validation, and test datasets ...")
     built = BlendedMegatronDatasetBuilder(dataset, samples, built_here, dataset_config).build()
+    if not args.full_validation and not args.eval_iters:  # an empty one would be an error of Megatron's loader
+        built = [built[0], None, None]
     if args.dataloader_type != "cyclic":  # which begins anew
         _refuse_short(built, samples)
     return built
