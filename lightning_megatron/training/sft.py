@@ -137,7 +137,7 @@ class ChatDataset(MegatronDataset):
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
-        if not len(indices):
+        if not len(indices) and num_samples != 0:
             raise DataError(
                 f"{dataset_path} has {len(dataset)} lines, and none of them for the {index_split.name} split: give "
                 "another --split, or --train-data-path and --valid-data-path"
