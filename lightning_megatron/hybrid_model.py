@@ -22,7 +22,6 @@ try:
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.ssm.mlp_layer import MLPLayer
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
     from megatron.core.transformer.transformer_layer import (
         BaseTransformerLayer,
@@ -38,6 +37,7 @@ try:
     from .norm import layer_norm_spec
     from .patches import hybrid_symbol
     from .patches.hybrid_symbol import LETTER, add_letter
+    from .router_log import make_room
     from .runtime import prepare, training_args
     from .spec import get_hybrid_layer_specs
 except ImportError as error:  # which Megatron would ignore
@@ -45,11 +45,6 @@ except ImportError as error:  # which Megatron would ignore
 
 __all__ = ["LightningStack", "add_letter", "apply", "as_transformer", "checked", "make_stack_spec"]
 
-_LOGGED_LOSSES = {  # by --moe-router-load-balancing-type
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
-}
 _OF_TE = (Symbols.MAMBA, Symbols.GDN, Symbols.MLA)  # their parts in Megatron's stack are TransformerEngine's alone
 
 
@@ -227,7 +222,7 @@ class LightningStack(HybridStack):
         )
         self.layer_type_list = layer_type_list
         if Symbols.MOE in pattern:
-            _make_room_for_logged_losses(config)
+            make_room(config)
         if ours:
             self.post_layer_norm = post_layer_norm
             if self.post_process and post_layer_norm:
@@ -249,16 +244,6 @@ class LightningStack(HybridStack):
 
 def _no_view(hidden_states: torch.Tensor) -> torch.Tensor:
     return make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
-
-
-def _make_room_for_logged_losses(config: Any) -> None:
-    """Pipeline stages add up the losses of routers, one number for each layer. For stages without experts Megatron's
-    training loop (0.19) counts the letters E alone, and sizes that differ end the ranks in the first step.
-    """
-    kinds = config.moe_router_load_balancing_type
-    names = [name for kind, name in _LOGGED_LOSSES.items() if kind in kinds]  # in a list, or in a name, as there
-    for name in [*names, "z_loss"] if config.moe_z_loss_coeff is not None else names:
-        get_moe_metrics_tracker().ensure_initialized(name, config.num_layers + (config.mtp_num_layers or 0))
 
 
 class ChunkedMLP(ChunkedLayer, MLPLayer):

@@ -32,6 +32,7 @@ from .ops.checks import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM
 from .parallel import LAYOUTS, mark_by
 from .peak import peak_tflops
 from .record import ATTRIBUTE, function_record
+from .router_log import make_room
 from .softmax.core import refuse_unsupported
 from .summary import layer_map
 
@@ -89,6 +90,8 @@ def prepare(config, options: LightningOptions | None = None, *, layout: str | No
     if args is not None:
         setattr(args, ATTRIBUTE, function_record(config, options, args))  # Megatron saves it with its args
     apply_patches(config, options, layout, args)
+    if args is not None and config.num_moe_experts and getattr(args, "hybrid_layer_pattern", None) is None:
+        make_room(config)  # HybridModel does it once it knows how many layers Megatron counts
     mark_by(nvtx_range_push, nvtx_range_pop)  # which do nothing until --profile --nvtx-ranges begins
     if first:
         print(layer_map(config, options), flush=True)

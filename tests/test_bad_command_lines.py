@@ -155,6 +155,22 @@ BAD = (
         "--position-embedding-type rope",
         "--mtp-num-layers 1 with tied embeddings .*pass --untie-embeddings-and-output-weights",
     ),
+    (
+        "2|--num-experts 4 --moe-ffn-hidden-size 63 --context-parallel-size 2 --expert-tensor-parallel-size 2",
+        "--expert-tensor-parallel-size 2 does not divide --moe-ffn-hidden-size 63: give a size that does",
+    ),
+    (
+        "2|--num-experts 4 --moe-ffn-hidden-size 63 --tensor-model-parallel-size 2 --sequence-parallel",
+        "--tensor-model-parallel-size 2 does not divide --moe-ffn-hidden-size 63: .*expert-tensor-parallel-size 1",
+    ),
+    (
+        "2|--num-experts 4 --moe-shared-expert-intermediate-size 33 --tensor-model-parallel-size 2 --sequence-parallel",
+        "--tensor-model-parallel-size 2 does not divide --moe-shared-expert-intermediate-size 33: give a size",
+    ),
+    (
+        "--num-experts 4 --disable-bias-linear --moe-shared-expert-intermediate-size 0",
+        r"moe_shared_expert_intermediate_size must .*\(given: --moe-shared-expert-intermediate-size 0; change",
+    ),
     ("--num-experts 4 --moe-router-topk 5", "--moe-router-topk 5 is above --num-experts 4: give at most"),
     ("--num-experts 4 --moe-layer-freq [1,0]", "--moe-layer-freq .*one entry for each .*give so many"),
     ("--moe-grouped-gemm", "--moe-grouped-gemm .*leave it out, or give --num-experts"),

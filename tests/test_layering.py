@@ -13,6 +13,7 @@ PACKAGE = "lightning_megatron"
 # A part (module, or folder) may import those of the layers above its own in this list.
 LAYERS = [
     {"__init__", "config", "compat", "packed", "ops", "peak", "layer_log", "logs", "integrity", "optimizers"},
+    {"router_log"},
     {"models"},
     {"cpu"},
     {"parallel"},
@@ -42,6 +43,7 @@ ONLY = {
     "logs": set(),
     "optimizers": set(),
     "peak": set(),
+    "router_log": set(),
     "models": {"config"},
     "caches": {"config", "ops"},
     "cpu": set(),
@@ -70,6 +72,7 @@ OUTSIDE = {
     "optimizers": set(),
     "peak": set(),
     "layer_log": {"torch"},
+    "router_log": {"megatron"},
     "logs": {"megatron"},
     "integrity": set(),
     "ops": {"torch", "triton"},

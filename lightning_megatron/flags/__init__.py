@@ -32,7 +32,7 @@ REFUSED = (
     *optimizers.REFUSED,
     *log.REFUSED,
 )
-WARNED = (*latent.WARNED, *optimizers.WARNED, *memory.WARNED, *mlp.WARNED, *warned.WARNED)
+WARNED = (*latent.WARNED, *optimizers.WARNED, *memory.WARNED, *mlp.WARNED, *experts.WARNED, *warned.WARNED)
 
 
 def refuse_parts(asked) -> None:

@@ -141,6 +141,31 @@ CONTRADICTIONS = (
         "{ffn_hidden_size}: give a size that does",
     ),
     Contradiction(
+        lambda args: (
+            args.num_experts
+            and args.expert_tensor_parallel_size
+            and _cut(args.moe_ffn_hidden_size, args.expert_tensor_parallel_size)
+        ),
+        "--expert-tensor-parallel-size {expert_tensor_parallel_size} does not divide --moe-ffn-hidden-size "
+        "{moe_ffn_hidden_size}: give a size that does",
+    ),
+    Contradiction(
+        lambda args: (
+            args.num_experts
+            and args.expert_tensor_parallel_size is None
+            and _cut(args.moe_ffn_hidden_size, args.tensor_model_parallel_size)
+        ),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} does not divide --moe-ffn-hidden-size "
+        "{moe_ffn_hidden_size}: give a size that does, or --expert-tensor-parallel-size 1",
+    ),
+    Contradiction(
+        lambda args: (
+            args.num_experts and _cut(args.moe_shared_expert_intermediate_size, args.tensor_model_parallel_size)
+        ),
+        "--tensor-model-parallel-size {tensor_model_parallel_size} does not divide "
+        "--moe-shared-expert-intermediate-size {moe_shared_expert_intermediate_size}: give a size that does",
+    ),
+    Contradiction(
         lambda args: args.context_parallel_size > 1 and _cut(args.seq_length, 2, args.context_parallel_size),
         "--context-parallel-size {context_parallel_size} cuts --seq-length {seq_length} into twice as many chunks, "
         "which does not come out even: give a length that 2 x {context_parallel_size} divides",

@@ -183,7 +183,7 @@ def _with_flags(error: Exception, given: Namespace, frame: traceback.FrameSummar
         or _flags_in(_condition(frame), given)
     )
     flags = ", ".join(
-        f"{flag_of(name)}{' not given' if value in (None, False) else shown(value)}"
+        f"{flag_of(name)}{' not given' if value is None or value is False else shown(value)}"
         for name, value in ((name, getattr(given, name)) for name in found)
     )
     return f"{text} (given: {flags}; change one of them)" if flags else text

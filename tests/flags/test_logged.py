@@ -119,6 +119,39 @@ LOGGED = {
             ("overlap_moe_expert_parallel_comm", True),
         )
     },
+    **{
+        f"experts-by-rank-{name}": (
+            dict(num_moe_experts=4, add_bias_linear=False, moe_aux_loss_coeff=0.0) | config, {}, OWN, [message],
+        )
+        for name, config, message in (
+            (
+                "capacity", dict(context_parallel_size=2, moe_expert_capacity_factor=1.0),
+                "--moe-expert-capacity-factor 1.0 counts the tokens of each rank by themselves",
+            ),
+            (
+                "capacity-chunks", dict(mlp_chunks_for_training=2, moe_expert_capacity_factor=1.0),
+                "--moe-expert-capacity-factor 1.0 counts the tokens of each rank by themselves, and of each chunk",
+            ),
+            (
+                "sinkhorn",
+                dict(
+                    tensor_model_parallel_size=2, sequence_parallel=True, moe_router_load_balancing_type="sinkhorn",
+                ),
+                "--moe-router-load-balancing-type sinkhorn balances the tokens of each rank by themselves",
+            ),
+        )
+    },
+    **{
+        f"one-loss-of-a-batch-{name}": (
+            dict(num_moe_experts=4, add_bias_linear=False, moe_aux_loss_coeff=0.1, **config)
+            | dict(moe_router_load_balancing_type="seq_aux_loss"), {}, OWN | dict(micro_batch_size=2) | args,
+            ["--micro-batch-size 2 of packed documents has one loss of --moe-router-load-balancing-type seq_aux_loss"],
+        )
+        for name, config, args in (
+            ("cp", dict(context_parallel_size=2), dict(dataloader_inter_document_masking=True)),
+            ("sp", dict(tensor_model_parallel_size=2, sequence_parallel=True), dict(sft=True)),
+        )
+    },
     "mup": (
         HYBRID | dict(use_mup=True), {}, OWN,
         ["--use-mup scales the logits of softmax layers only", "--lightning-scale"],

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from lightning_megatron.config import LightningOptions
 from lightning_megatron.runtime import refuse
@@ -280,8 +281,14 @@ REFUSED = {
         "--distribute-saved-activations cuts inputs of layers in place.*leave out one of the two",
     ),
     "experts-bias": (
-        dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
+        dict(
+            num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=True, expert_model_parallel_size=2,
+        ), {}, {},
         "--num-experts 4 has no fused activation with biases .*--disable-bias-linear, or --no-bias-gelu-fusion",
+    ),
+    "experts-bias-alone": (
+        dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
+        "--num-experts 4 has no fused activation with biases .*--disable-bias-linear$",
     ),
     "experts-shared-bias": (
         TE | dict(num_moe_experts=4, add_bias_linear=True, moe_shared_expert_intermediate_size=32), {}, {},
@@ -384,6 +391,62 @@ REFUSED = {
             ("packed", dict(mtp_num_layers=1), dict(sft=True), "has multi-token prediction for plain sequences only"),
         )
     },
+    **{
+        f"chunks-balance-{name}": (
+            dict(num_moe_experts=4, mlp_chunks_for_training=2, add_bias_linear=False, **fields), {}, {},
+            "--mlp-chunks-for-training 2 adds .* up over chunks.*leave it out",
+        )
+        for name, fields in (
+            ("aux", dict(moe_aux_loss_coeff=0.1)), ("z", dict(moe_z_loss_coeff=0.1, moe_layer_freq=2)),
+            (
+                "several",
+                dict(
+                    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=[0.0, 0.1],
+                    moe_layer_freq=[0, 0, 1, 0],
+                ),
+            ),
+        )
+    },
+    "expert-biases-alone": (
+        dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=False), {}, {},
+        "--num-experts 4 with biases ends .*add --disable-bias-linear, or let ranks share the experts",
+    ),
+    "expert-biases-sequence-parallel": (
+        dict(
+            num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=False, expert_model_parallel_size=2,
+            tensor_model_parallel_size=2, sequence_parallel=True,
+        ), {}, {},
+        "--num-experts 4 with biases and --sequence-parallel adds up .*add --disable-bias-linear",
+    ),
+    "expert-latents": (
+        dict(num_moe_experts=4, add_bias_linear=False, moe_latent_size=32), {}, {},
+        "--moe-latent-size 32 needs TransformerEngine's .*leave it out, or install it",
+    ),
+    **{
+        f"flex-{name}": (
+            dict(num_moe_experts=4, add_bias_linear=False, moe_token_dispatcher_type="flex", **fields), {}, {},
+            f"--moe-token-dispatcher-type flex {message}.*use alltoall",
+        )
+        for name, fields, message in (
+            ("alone", {}, "has no ranks to send tokens to"),
+            ("deepep", dict(expert_model_parallel_size=2), "needs DeepEP"),
+            (
+                "hybridep", dict(expert_tensor_parallel_size=2, moe_flex_dispatcher_backend="hybridep"),
+                "needs HybridEP",
+            ),
+            (
+                "ncclep", dict(expert_model_parallel_size=2, moe_flex_dispatcher_backend="ncclep"),
+                "needs TransformerEngine with NCCL EP",
+            ),
+        )
+    },
+    "predictions-with-the-first-embeddings": (
+        dict(
+            mtp_num_layers=1, pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout=PipelineParallelLayerLayout("E|tttt|m|L", 2),
+        ), {}, {},
+        r"--pipeline-model-parallel-layout E\|tttt\|m\|L puts m on the rank of E.*move m",
+    ),
     "fsdp-pretrained": (  # which Megatron takes as with --finetune
         dict(bf16=True), {}, dict(use_megatron_fsdp=True, pretrained_checkpoint="there"),
         "--use-megatron-fsdp cannot load weights without .* leave --no-load-optim, --finetune and --pretrained",
@@ -464,7 +527,26 @@ ALLOWED = {
     "no-experts-bias": (
         dict(num_moe_experts=4, moe_layer_freq=[0] * 4, add_bias_linear=True, bias_activation_fusion=True), {}, {},
     ),
-    "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True), {}, {}),
+    "experts-bias": (dict(num_moe_experts=4, add_bias_linear=True, expert_model_parallel_size=2), {}, {}),
+    "experts-bias-untrained": (dict(num_moe_experts=4, add_bias_linear=True), {}, dict(skip_train=True)),
+    "chunks-without-balance": (
+        dict(
+            num_moe_experts=4, add_bias_linear=False, mlp_chunks_for_training=2, moe_aux_loss_coeff=[0.1, 0.0],
+            moe_router_load_balancing_type=["none", "aux_loss"],
+        ), {}, {},
+    ),
+    "chunks-of-dense-layers": (
+        dict(num_moe_experts=4, moe_layer_freq=[0] * 4, mlp_chunks_for_training=2, moe_aux_loss_coeff=0.1), {}, {},
+    ),
+    **{
+        f"predictions-{name}": (
+            dict(
+                mtp_num_layers=1, pipeline_model_parallel_size=ranks,
+                pipeline_model_parallel_layout=PipelineParallelLayerLayout(layout, ranks),
+            ), {}, {},
+        )
+        for name, layout, ranks in (("with-the-loss", "E|tt|tt|mL", 2), ("alone", "E|tttt|m|L", 4))
+    },
     "position-ids": ({}, {}, dict(reset_position_ids=True, position_embedding_type="learned_absolute")),
     "window-te": (HYBRID | TE | dict(window_size=(8, 0)), {}, {}),
     "window-of-a-lightning-layer": (
