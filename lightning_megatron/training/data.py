@@ -7,8 +7,9 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -238,14 +239,24 @@ def _samples_of_schedule(args: Namespace) -> int:
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
-    """Megatron's, under its name, which those of its cache hold."""
+    """Megatron's, under its name, which those of its cache hold; refused where it holds no token and some are wanted.
+
+    Megatron's adds nothing to nothing until it is enough tokens, and never ends; its C++ aborts without documents.
+    """
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        if len(self.indices):
+            return super()._build_document_sample_shuffle_indices()  # type: ignore[no-any-return]
+        if self.num_samples != 0:
+            self._refuse()
+        return numpy.empty(0, numpy.int32), numpy.zeros((1, 2), numpy.int32), numpy.empty(0, numpy.int32)
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
-        """Megatron's would add nothing to nothing until it is enough, and never end."""
-        if num_tokens_per_epoch:
-            return int(super()._get_num_epochs(num_tokens_per_epoch))
-        if not self.num_samples:
-            return 1
+        if not num_tokens_per_epoch:
+            self._refuse()
+        return int(super()._get_num_epochs(num_tokens_per_epoch))
+
+    def _refuse(self) -> NoReturn:
         part, split = self.index_split.name, self.config.split
         if split is None:
             raise DataError(f"{self.dataset_path} holds no token to read as data of the {part} split; give another")
