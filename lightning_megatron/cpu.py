@@ -187,9 +187,10 @@ def _map_rng() -> None:
 
 
 def _map_backend() -> None:
-    """Use gloo where NCCL is asked for. It has every collective that Megatron uses, in bf16 too."""
+    """Use gloo where NCCL is asked for. It has every collective that Megatron uses, in bf16 too, but one."""
     dist = torch.distributed
     init, new_group, all_to_all = dist.init_process_group, dist.new_group, dist.all_to_all_single
+    all_gather = dist.all_gather
 
     def name(backend):
         return "gloo" if backend == "nccl" else backend
@@ -204,7 +205,17 @@ def _map_backend() -> None:
             *args, **{k: v.tolist() if "split_sizes" in k and torch.is_tensor(v) else v for k, v in kwargs.items()}
         )
 
+    # Experts gather the tokens of tensor-parallel ranks, which have different numbers of them
+    # (core/tensor_parallel/mappings.py:154); gloo refuses that.
+    def all_gather_of_any_size(tensors, tensor, group=None, async_op=False):
+        if async_op or len({x.shape for x in tensors}) == 1:
+            return all_gather(tensors, tensor, group=group, async_op=async_op)
+        tensors[dist.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensors):
+            dist.broadcast(part, group=group, group_src=rank)
+
     dist.all_to_all_single = all_to_all_single
+    dist.all_gather = all_gather_of_any_size
 
 
 def _skip_compile() -> None:

@@ -200,10 +200,9 @@ def _expert_layers(model: Model) -> list[int]:
     return [int(x) for x in experts]
 
 
-def _sinkhorn(model: Model) -> bool:
-    """The other kinds of balancing are terms of the loss; this one chooses other experts."""
-    kinds = model.get("moe_router_load_balancing_type")
-    return "sinkhorn" in (kinds if isinstance(kinds, (list, tuple)) else [kinds])
+def _chosen_by(name: str) -> Callable[[Model], bool]:
+    """Whether this kind of balancing chooses the experts; most kinds are terms of the loss."""
+    return lambda model: model.get("moe_router_load_balancing_type") == name
 
 
 def _dropped(model: Model) -> str | None:
@@ -295,7 +294,11 @@ ROWS = (
     Row("moe_router_enable_expert_bias", "--moe-router-enable-expert-bias", "experts"),
     Row("moe_router_force_load_balancing", "--moe-router-force-load-balancing", "experts"),
     Row("moe_router_force_biased", "--moe-router-force-biased", "experts"),
-    Row("moe_sinkhorn", "--moe-router-load-balancing-type sinkhorn", "experts", _sinkhorn),
+    Row("moe_sinkhorn", "--moe-router-load-balancing-type sinkhorn", "experts", _chosen_by("sinkhorn")),
+    Row(
+        "moe_quantile_balancing", "--moe-router-load-balancing-type quantile_balancing", "experts",
+        _chosen_by("quantile_balancing"),
+    ),
     Row("moe_expert_capacity_factor", "--moe-expert-capacity-factor", "experts"),
     Row("moe_expert_rank_capacity_factor", "--moe-expert-rank-capacity-factor", "experts"),
     Row("moe_token_drop_policy", "--moe-token-drop-policy", "experts", _dropped),

@@ -24,6 +24,13 @@ from tests.layers import assert_close
 from tests.tolerances import LAYERS as TOLERANCE
 from tests.tolerances import TRAINED_LOSSES, TRAINED_LOSSES_BF16, TRAINED_NORMS_BF16
 
+EXPERTS = {  # over two ranks; flags beside the layout's
+    "dp2": "",
+    "tp2-dp2": "--expert-tensor-parallel-size 2",
+    "tp2-cp2-sp": "--expert-tensor-parallel-size 1",
+    "pp2-dp2": "",
+    "pp2-cp2": "",
+}
 CASES = [("freq4", layout) for layout in LAYOUTS if layout != "one"] + [
     *(("freq2", layout) for layout in ("tp2", "tp2-sp", "pp2-vp2")),
     *(("all", layout) for layout in ("tp2-sp", "pp2-vp2", "cp2")),
@@ -49,6 +56,13 @@ def alone(initial):
 @pytest.mark.parametrize("model, layout", CASES, ids=map("-".join, CASES))
 def test_layout_gives_the_same_losses(model, layout, initial, alone):
     assert_same_training(train(model, layout, load=initial(model)), alone(model))
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_experts_over_ranks(layout, initial, alone):
+    """Tensor-parallel ranks have a part of each, and gather different numbers of tokens, or experts of their own."""
+    experts = f"--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall {EXPERTS[layout]}"
+    assert_same_training(train("moe", layout, experts, load=initial("moe")), alone("moe"))
 
 
 def test_states_are_exchanged_once_for_recomputed_layers(initial):

@@ -46,6 +46,17 @@ def _balance(run: Run) -> list[str]:
     return ["--moe-aux-loss-coeff"] * added + ["--moe-z-loss-coeff"] * bool(run.config.moe_z_loss_coeff)
 
 
+_CHOOSES = ("sinkhorn", "quantile_balancing")  # experts; other kinds of balancing are losses
+
+
+def _choices_of_list(run: Run) -> list[str]:
+    """Kinds that choose experts and stand in a list, which Megatron compares with their names. Of the command line, a
+    list has several.
+    """
+    kinds = run.config.moe_router_load_balancing_type
+    return [kind for kind in _CHOOSES if isinstance(kinds, list) and kind in kinds]
+
+
 def _flex(run: Run) -> bool:
     return run.experts and run.config.moe_token_dispatcher_type == "flex"
 
@@ -117,6 +128,14 @@ REFUSED = (
         lambda run: (
             f"adds {' and '.join(_balance(run))} up over chunks (Megatron 0.19), so that these losses weigh so many "
             "times as much; leave it out, or these losses"
+        ),
+    ),
+    Rule(
+        "moe_router_load_balancing_type",
+        lambda run: run.experts and _choices_of_list(run),
+        lambda run: (
+            f"leaves {' and '.join(_choices_of_list(run))} out without a word: Megatron 0.19 does not look into lists, "
+            "and experts are chosen by their scores; give one of these alone, as a string, or losses alone"
         ),
     ),
     Rule(

@@ -407,6 +407,19 @@ REFUSED = {
             ),
         )
     },
+    **{
+        f"chooses-in-a-list-{'-'.join(kinds)}": (
+            dict(
+                num_moe_experts=4, add_bias_linear=False, moe_router_load_balancing_type=kinds,
+                moe_aux_loss_coeff=[0.0] * len(kinds),
+            ), {}, {},
+            f"--moe-router-load-balancing-type {' '.join(kinds)} leaves {left} out without a word",
+        )
+        for kinds, left in (
+            (["aux_loss", "sinkhorn"], "sinkhorn"), (["seq_aux_loss", "quantile_balancing"], "quantile_balancing"),
+            (["quantile_balancing", "sinkhorn"], "sinkhorn and quantile_balancing"), (["sinkhorn"], "sinkhorn"),
+        )
+    },
     "expert-biases-alone": (
         dict(num_moe_experts=4, add_bias_linear=True, bias_activation_fusion=False), {}, {},
         "--num-experts 4 with biases ends .*add --disable-bias-linear, or let ranks share the experts",
@@ -533,6 +546,18 @@ ALLOWED = {
         dict(
             num_moe_experts=4, add_bias_linear=False, mlp_chunks_for_training=2, moe_aux_loss_coeff=[0.1, 0.0],
             moe_router_load_balancing_type=["none", "aux_loss"],
+        ), {}, {},
+    ),
+    "chooses-alone": (
+        dict(
+            num_moe_experts=4, add_bias_linear=False, moe_router_load_balancing_type="sinkhorn",
+            moe_aux_loss_coeff=0.0,
+        ), {}, {},
+    ),
+    "losses-beside": (
+        dict(
+            num_moe_experts=4, add_bias_linear=False, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+            moe_aux_loss_coeff=[0.1, 0.1],
         ), {}, {},
     ),
     "chunks-of-dense-layers": (

@@ -45,6 +45,7 @@ LAYOUTS = {
     "pp2-vp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "pp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|tL"),
     "dp2": (2, "--use-distributed-optimizer"),
+    "tp2-dp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
     "pp2-dp2": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
     "cp2": (2, "--context-parallel-size 2"),
