@@ -39,7 +39,7 @@ REFUSED = (
     ),
     Rule(
         "glu_linear_offset",
-        _plain,
+        lambda run: run.config.glu_linear_offset and _plain(run),
         "is added in gated MLPs without --use-te-activation-func only; add --quick-geglu, or leave it out",
     ),
     Rule(

@@ -286,7 +286,8 @@ REFUSED = (
     Rule(
         "mtp_num_layers",
         lambda run: (
-            run.config.pipeline_model_parallel_size > 1
+            run.mtp
+            and run.config.pipeline_model_parallel_size > 1
             and (run.loads or run.get("save") or run.get("non_persistent_save_interval"))
             and run.get("untie_embeddings_and_output_weights") is False
         ),

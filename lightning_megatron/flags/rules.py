@@ -125,7 +125,7 @@ class Rule(NamedTuple):
 
     def message(self, run: Run) -> str | None:
         value = run.get(self.attribute)
-        if value in (None, False) or not self.when(run):
+        if value is None or value is False or not self.when(run):
             return None
         text = self.text if isinstance(self.text, str) else self.text(run)
         return (self.flag or flag_of(self.attribute)) + shown(value) + " " + text

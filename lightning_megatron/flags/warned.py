@@ -98,7 +98,7 @@ WARNED = (
     ),
     Rule(
         "mtp_num_layers",
-        lambda run: run.config.context_parallel_size > 1,
+        lambda run: run.mtp and run.config.context_parallel_size > 1,
         "has a loss that Megatron divides by the numbers of tokens of each context-parallel rank, which differ by a "
         "few (with --sft more), so that it is not exactly that of one rank",
     ),

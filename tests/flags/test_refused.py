@@ -34,6 +34,10 @@ REFUSED = {
         dict(activation_func_clamp_value=7.0, bias_activation_fusion=False), {}, {},
         "--activation-func-clamp-value 7.0 is read by gated",
     ),
+    "clamp-at-zero": (  # a value of 0 is given
+        dict(activation_func_clamp_value=0.0, bias_activation_fusion=False), {}, {},
+        "--activation-func-clamp-value 0.0 is read by gated",
+    ),
     "clamp-te": (
         SWIGLU | TE
         | dict(activation_func_clamp_value=7.0, bias_activation_fusion=False, use_te_activation_func=True), {}, {},
@@ -504,6 +508,10 @@ def test_refused_in_both_ways(name, without):
 
 
 ALLOWED = {
+    "no-predictions": (
+        dict(mtp_num_layers=0, pipeline_model_parallel_size=2), {},
+        dict(save="there", untie_embeddings_and_output_weights=False),
+    ),
     "clamp": (SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=False), {}, {}),
     "clamp-bilinear": (
         SWIGLU | dict(activation_func_clamp_value=7.0, bias_activation_fusion=True), dict(bilinear_glu=True), {},
