@@ -75,6 +75,7 @@ ABLATIONS = {
     **{f"lightning,norm={x}": Variant(None, {"--lightning-norm": x}) for x in ("all", "none")},
     "lightning,gate=none": Variant(None, {"--lightning-gate": "none"}),
     "lightning,rope": Variant(None, {"--lightning-rope": ""}),
+    "7:1,rope": Variant(8, {"--lightning-rope": ""}),
     "7:1,nope": Variant(8, {"--position-embedding-type": "none"}),
     # what lightning layers have beside their attention, for softmax; and another usual cut into heads
     "softmax,gate": Variant(1, {"--attention-output-gate": ""}),
