@@ -235,6 +235,7 @@ WRONG_FILES = {
     "a.jsonl": (b'"x"\nno', "line 2 of --prompts-file .*a.jsonl is no JSON"),
     "b.jsonl": (b'{"text": 1}', "line 1 of .* must be a JSON string, or an object such as"),
     "c.jsonl": (b'""', "line 1 of .* has no tokens; give some text"),
+    "d.jsonl": (rb'"a\ud800"', "line 1 of .* is no UTF-8 text .character 1.: convert it to UTF-8"),
 }
 
 
@@ -248,6 +249,11 @@ def test_wrong_files(name, monkeypatch, tmp_path):
     pattern = message if ".*" in message else re.escape(message)
     with pytest.raises(ValueError, match=pattern):
         prompts(monkeypatch, prompts_file=[f"{tmp_path}/{name}"])
+
+
+def test_bytes_of_the_command_line(monkeypatch):
+    with pytest.raises(ValueError, match=r"--prompt 'f.*' is no UTF-8 text .character 1.: convert it to UTF-8"):
+        prompts(monkeypatch, prompt=["für".encode("latin1").decode("utf-8", "surrogateescape")])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

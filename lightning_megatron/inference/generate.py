@@ -186,6 +186,10 @@ def read_prompts(options: Namespace) -> list[tuple[str, str]]:
     for name, text in found:
         if not text:
             raise UsageError(f"{name} has no tokens; give some text to continue")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line, or half of a surrogate pair in JSON
+            raise UsageError(f"{name} is no UTF-8 text (character {error.start}): convert it to UTF-8") from None
     return found
 
 
