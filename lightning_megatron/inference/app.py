@@ -70,7 +70,7 @@ class Answers:
             termination_id=self.eod,
             return_log_probs=asked.logprobs is not None,
             top_n_logprobs=asked.logprobs or 0,
-            skip_prompt_log_probs=True,
+            skip_prompt_log_probs=not (asked.echo and asked.logprobs is not None),
         )
 
     async def pieces(self, answer: Answer) -> AsyncIterator[str]:
@@ -158,10 +158,15 @@ def _choice(answer: Answer, asked: Asked, tokenizer: Any) -> dict[str, Any]:
     else:
         choice["text"] = answer.text
     if asked.logprobs is not None:
-        names = [tokenizer.detokenize([token]) for token in answer.tokens]
-        values = answer.reply["generated_log_probs"][: len(names)]
-        by_number = (answer.reply["generated_top_n_logprobs"] or [{}] * len(names))[: len(names)]
-        tops = [{int(number): value for number, value in top.items()} for top in by_number]
+        count = len(answer.tokens)
+        values = answer.reply["generated_log_probs"][:count]
+        by_number = (answer.reply["generated_top_n_logprobs"] or [{}] * count)[:count]
+        before = answer.prompt if asked.echo else []
+        if before:  # whose first token follows nothing
+            values = [None, *(answer.reply["prompt_log_probs"] or []), *values]
+            by_number = [None, *(answer.reply["prompt_top_n_logprobs"] or [{}] * (len(before) - 1)), *by_number]
+        names = [tokenizer.detokenize([token]) for token in (*before, *answer.tokens)]
+        tops = [top and {int(number): value for number, value in top.items()} for top in by_number]
         if asked.chat:
             choice["logprobs"] = {
                 "content": [
@@ -176,9 +181,10 @@ def _choice(answer: Answer, asked: Asked, tokenizer: Any) -> dict[str, Any]:
                 "refusal": None,
             }
         else:
-            named = [_by_text(top, tokenizer) for top in tops]
-            text = Text(tokenizer, answer.prompt)  # in which each begins, spaces before it too
-            offsets = list(itertools.accumulate((len(text.push(token)) for token in answer.tokens), initial=0))[:-1]
+            named = [None if top is None else _by_text(top, tokenizer) for top in tops]
+            text = Text(tokenizer, [] if before else answer.prompt)  # in which each begins, spaces before it too
+            lengths = (len(text.push(token)) for token in (*before, *answer.tokens))
+            offsets = list(itertools.accumulate(lengths, initial=0))[:-1]
             choice["logprobs"] = {
                 "tokens": names, "token_logprobs": values, "top_logprobs": named if asked.logprobs else None,
                 "text_offset": offsets,

@@ -70,6 +70,8 @@ class Bodies:
     detokenize: Callable[[list[int]], str]
     chat: Callable[[list[dict[str, Any]]], Sequence[int]] | None
     """Tokens of messages, up to where the answer begins; None without a chat template."""
+    prompt_logprobs: bool = False
+    """Whether the engine has those of prompts."""
 
     def completion(self, data: bytes) -> Asked:
         """Of the body of /v1/completions.
@@ -85,8 +87,11 @@ class Bodies:
         prompts, echo = self._prompts(fields.take("prompt")), fields.boolean("echo")
         logprobs = fields.integer("logprobs", None, 0, 20)
         common = _common(fields, default_max_tokens=16)
-        if echo and logprobs is not None:
-            raise Refused("logprobs of an echoed prompt are not supported: leave out echo or logprobs", "echo")
+        if echo and logprobs is not None and not self.prompt_logprobs:
+            raise Refused(
+                "logprobs of an echoed prompt need a server that was started with --prompt-logprobs: leave out echo or "
+                "logprobs, or start it so", "echo",
+            )  # fmt: skip
         fields.finish("/v1/completions", {"best_of": (1,), "suffix": ("",)})
         asked = Asked(
             prompts,
@@ -259,6 +264,8 @@ def _common(fields: _Fields, default_max_tokens: int | None) -> dict[str, Any]:
         "temperature", 1.0, lambda x: x == 0 or _COLDEST <= x <= 2,
         f"0, which takes the likeliest token, or from {_COLDEST} to 2",
     )  # fmt: skip
+    if temperature == 0:
+        fields.integer("seed", None, -(2**63), 2**63 - 1)  # nothing is drawn
     top_p = fields.number("top_p", 1.0, lambda x: 0 < x <= 1, "above 0 and at most 1")
     top_k = fields.integer("top_k", 0, 0, None)
     if top_k and top_p < 1:

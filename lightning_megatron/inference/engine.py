@@ -85,13 +85,19 @@ class Engine(DynamicInferenceEngine):
             self.requests.pop(request_id, None)
             return self._refuse(request_id, sampling_params, Status.FAILED)
 
-    def post_process_requests(self, *args: Any, **kwargs: Any) -> tuple[list[int], list[Any]]:
+    def post_process_requests(
+        self, request_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[list[int], list[Any]]:
         """As Megatron's; then ``on_tokens``."""
-        tokenizer = self.controller.tokenizer
+        tokenizer, tops = self.controller.tokenizer, kwargs.get("top_n_logprobs")
+        # Behind a part of a prompt Megatron keeps no log probability, but likeliest tokens, as if one was generated.
+        cut = kwargs["consumed_chunked_prefill_request_id"]
+        if tops and cut in self.requests and self.requests[cut].record[-1].sampling_params.skip_prompt_log_probs:
+            tops.pop(request_ids.tolist().index(cut), None)
         if any(hasattr(entry.record[-1].sampling_params, KEY) for entry in self.requests.values()):
             self.controller.tokenizer = _Numbers(tokenizer)
         try:
-            active, finished = super().post_process_requests(*args, **kwargs)
+            active, finished = super().post_process_requests(request_ids, *args, **kwargs)
         finally:
             self.controller.tokenizer = tokenizer
         told = self.__dict__.setdefault("_told", {})
@@ -157,6 +163,25 @@ def _last(record: DynamicInferenceRequestRecord, count: int) -> list[int]:
     return [int(token) for token in found]
 
 
+class _Context(DynamicInferenceContext):
+    """Tells of the last token of a part of a prompt how probable the next part's first is, where Megatron takes the
+    token that it would draw.
+    """
+
+    following: Callable[[int], int]
+    """Of a request whose prompt is not at its end yet, the token that comes next."""
+
+    def calculate_log_probs_tensors(
+        self, logits: torch.Tensor, new_tokens: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cut = self.chunked_prefill_request_id
+        if cut != -1:
+            active = self.request_ids[self.paused_request_count : self.total_request_count].tolist()
+            new_tokens = new_tokens.clone()
+            new_tokens[active.index(cut)] = self.following(cut)
+        return super().calculate_log_probs_tensors(logits, new_tokens, *args, **kwargs)
+
+
 class _Wrapper(GPTInferenceWrapper):
     """Never draws a row of the vocabulary that only pads it."""
 
@@ -179,6 +204,7 @@ def build_engine(
     buffer_gb: float | None = None,
     max_tokens: int | None = None,
     cuda_graphs: int | None = None,
+    prompt_logprobs: bool = False,
 ) -> Engine:
     """Megatron's engine for ``model``; all ranks of the model call it alike.
 
@@ -192,6 +218,8 @@ def build_engine(
             memory that is free.
         max_tokens: of a step; a longer prompt is read in parts. 4096 by default, on a CPU 512.
         cuda_graphs: how many sizes of steps to capture; none by default. Experts need ``GRAPHED_EXPERTS``.
+        prompt_logprobs: take requests for the log probabilities of prompts (SamplingParams without
+            ``skip_prompt_log_probs``), for which each step has logits of all its tokens, not of the last ones alone.
 
     Raises:
         ValueError: naming the value, what is allowed, and what to do.
@@ -257,14 +285,17 @@ def build_engine(
         block_size_tokens=_BLOCK if gpu else 32,
         enable_chunked_prefill=True,
         num_cuda_graphs=cuda_graphs,
+        materialize_only_last_token_logits=not prompt_logprobs,
         mamba_inference_state_config=states,
         # Without expert ranks to agree with, Megatron would make up to 20 empty steps after the last request.
         **({"ep_consensus_interval": 1} if parallel_state.get_expert_model_parallel_world_size() == 1 else {}),
     )
-    context = DynamicInferenceContext(_without_nvls(model.config), config)
+    context = _Context(_without_nvls(model.config), config)
     wrapper = _Wrapper(model, context)
     wrapper.vocab_size = tokenizer.vocab_size
-    return Engine(TextGenerationController(inference_wrapped_model=wrapper, tokenizer=tokenizer), context)
+    engine = Engine(TextGenerationController(inference_wrapped_model=wrapper, tokenizer=tokenizer), context)
+    context.following = lambda request: int(engine.get_request(request).remaining_prompt_tokens[0])
+    return engine
 
 
 def _without_nvls(config: Any) -> Any:

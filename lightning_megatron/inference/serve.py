@@ -68,6 +68,11 @@ def parser() -> Parser:
     )
     add("--buffer-gb", type=float, metavar="X", help="GiB for states, keys and values (default: what is free)")
     add("--cuda-graphs", type=int, metavar="N", help="capture CUDA graphs for N sizes of steps (default: none)")
+    add(
+        "--prompt-logprobs",
+        action="store_true",
+        help="tell logprobs of prompts, too, where echo is asked for; a step then has logits of all its tokens",
+    )
     return made
 
 
@@ -117,7 +122,7 @@ def _run(options: Namespace, flags: list[str]) -> None:
                 engine = build_engine(
                     model, tokenizer, max_requests=options.max_requests, buffer_gb=options.buffer_gb,
                     max_sequence_length=options.max_sequence_length, max_tokens=options.max_tokens,
-                    cuda_graphs=options.cuda_graphs,
+                    cuda_graphs=options.cuda_graphs, prompt_logprobs=options.prompt_logprobs,
                 )  # fmt: skip
             except ValueError as error:
                 raise UsageError(
@@ -164,7 +169,7 @@ async def _serve(
             loop.remove_signal_handler(each)  # a second one does not wait
 
     async with service:
-        app = build_app(service, _bodies(service, tokenizer, kind, name), tokenizer)
+        app = build_app(service, _bodies(service, tokenizer, kind, name, options.prompt_logprobs), tokenizer)
         config = Config()
         host, port = place.getsockname()[:2]
         config.bind, config.graceful_timeout = [f"fd://{place.detach()}"], _GRACE
@@ -195,7 +200,7 @@ async def _serve(
             sys.exit(1)
 
 
-def _bodies(service: Any, tokenizer: Any, kind: str, name: str) -> Bodies:
+def _bodies(service: Any, tokenizer: Any, kind: str, name: str, prompt_logprobs: bool) -> Bodies:
     from .asked import Bodies
 
     return Bodies(
@@ -205,6 +210,7 @@ def _bodies(service: Any, tokenizer: Any, kind: str, name: str) -> Bodies:
         tokenize=tokenizer.tokenize,
         detokenize=tokenizer.detokenize,
         chat=_chat(tokenizer, kind),
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -60,17 +60,17 @@ def test_completions(client, alone):
     assert client.models.list().data[0].id == client.models.retrieve(NAME).id == NAME
 
 
-def test_logprobs(client, alone):
-    made = client.completions.create(prompt=prompts()[3], max_tokens=COUNT, logprobs=3, **GREEDY).choices[0].logprobs
-    tokens, logs = alone[3]
+@pytest.mark.parametrize("prompt", [3, 12])  # the second is longer than a step
+def test_logprobs(prompt, client, alone):
+    ask = dict(prompt=prompts()[prompt], max_tokens=COUNT, **GREEDY)
+    made = client.completions.create(logprobs=3, **ask).choices[0].logprobs
+    tokens, logs = alone[prompt]
     assert made.tokens == [text_of([token]) for token in tokens]
     torch.testing.assert_close(made.token_logprobs, logs, atol=1e-4, rtol=0)
     for name, value, top in zip(made.tokens, made.token_logprobs, made.top_logprobs, strict=True):
         assert len(top) == 3 and top[name] == max(top.values()) == value
     # a stop word ends tokens and logprobs alike
-    stop = client.completions.create(
-        prompt=prompts()[3], max_tokens=COUNT, logprobs=0, stop=text_of(tokens[4:5]), **GREEDY
-    ).choices[0]
+    stop = client.completions.create(logprobs=0, stop=text_of(tokens[4:5]), **ask).choices[0]
     assert len(stop.logprobs.tokens) == 1 + tokens.index(tokens[4]) and stop.finish_reason == "stop"
 
 
