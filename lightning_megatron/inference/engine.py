@@ -91,9 +91,9 @@ class Engine(DynamicInferenceEngine):
         """As Megatron's; then ``on_tokens``."""
         tokenizer, tops = self.controller.tokenizer, kwargs.get("top_n_logprobs")
         # Behind a part of a prompt Megatron keeps no log probability, but likeliest tokens, as if one was generated.
-        cut = kwargs["consumed_chunked_prefill_request_id"]
-        if tops and cut in self.requests and self.requests[cut].record[-1].sampling_params.skip_prompt_log_probs:
-            tops.pop(request_ids.tolist().index(cut), None)
+        cut, places = kwargs["consumed_chunked_prefill_request_id"], request_ids.tolist()
+        if tops and cut in places and self.get_request(cut).sampling_params.skip_prompt_log_probs:
+            tops.pop(places.index(cut), None)
         if any(hasattr(entry.record[-1].sampling_params, KEY) for entry in self.requests.values()):
             self.controller.tokenizer = _Numbers(tokenizer)
         try:
@@ -175,8 +175,8 @@ class _Context(DynamicInferenceContext):
         self, logits: torch.Tensor, new_tokens: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cut = self.chunked_prefill_request_id
-        if cut != -1:
-            active = self.request_ids[self.paused_request_count : self.total_request_count].tolist()
+        active = self.request_ids[self.paused_request_count : self.total_request_count].tolist() if cut != -1 else []
+        if cut in active:
             new_tokens = new_tokens.clone()
             new_tokens[active.index(cut)] = self.following(cut)
         return super().calculate_log_probs_tensors(logits, new_tokens, *args, **kwargs)
